@@ -1,0 +1,100 @@
+"""Draw a DiNTS architecture, or the whole search space, as a graph.
+
+    python decode_plot.py --checkpoint runs/search/search_code_600.pth --directory Figures --filename graph
+    python decode_plot.py --search_space --num_blocks 12 --num_depths 4 --directory Figures --filename search_space
+
+Blocks run from left to right, numbered from 0; resolutions from top to bottom. The image enters through one stem per
+active node of the first column; what leaves the last column is upsampled and added from the deepest row to the topmost.
+Every node and path has its fixed place, so that two architectures can be compared at sight. The .gv source, written
+beside the picture, can be rendered again by "dot -Tpng graph.gv -o graph.png".
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from dints import options
+
+
+def parse_args() -> argparse.Namespace:
+    parser = options.parser(__doc__)
+    drawn = parser.add_argument_group("what is drawn, one of the two").add_mutually_exclusive_group(required=True)
+    drawn.add_argument(
+        "--checkpoint", metavar="FILE", help="an arch file: search_code_<iteration>.pth, or a published one"
+    )
+    drawn.add_argument("--search_space", action="store_true", help="all nodes and all paths that a search chooses from")
+
+    space = parser.add_argument_group("size of the search space, with --search_space")
+    at_least_1, at_least_2 = options.number(int, 1), options.number(int, 2)
+    space.add_argument("--num_blocks", type=at_least_1, metavar="N", help="blocks, from left to right (default: 12)")
+    space.add_argument(
+        "--num_depths", type=at_least_2, metavar="N", help="resolutions, from top to bottom (default: 4)"
+    )
+
+    files = parser.add_argument_group(
+        "files: DIRECTORY/FILENAME.gv, the source, and DIRECTORY/FILENAME.FORMAT, the picture"
+    )
+    files.add_argument("--directory", default="./", help="made if absent")
+    files.add_argument("--filename", default="graph", help="without an ending")
+    files.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="of the picture")
+    args = parser.parse_args()
+    if not args.search_space and (args.num_blocks or args.num_depths):
+        parser.error("--num_blocks and --num_depths go with --search_space: an arch file has its own")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before torch's import, so that -h and a mistyped flag answer at once
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import graphviz
+
+from dints.architecture import load_architecture, paths
+from dints.drawing import draw_architecture, draw_search_space
+from dints.errors import UserError, exit_on_user_error
+
+
+def plot_graph(
+    codepath: str | Path,
+    filename: str = "graph",
+    directory: str | Path = "./",
+    code2in: Sequence[int] | None = None,
+    code2out: Sequence[int] | None = None,
+    format: str = "png",
+    caption: Sequence[str] = (),
+) -> graphviz.Digraph:
+    """Draw the architecture of an arch file; writes and returns as `draw_architecture`.
+
+    Args:
+        codepath: arch file, ours or a published one.
+        code2in, code2out: source and target depth of each path of a block. They follow from the file's number of
+            depths; published callers that pass them may go on doing so.
+
+    Raises:
+        UserError: as `load_architecture` and `draw_architecture`, or ``code2in``/``code2out`` are not the file's.
+    """
+    architecture = load_architecture(codepath)
+    sources, targets = zip(*paths(architecture.num_depths), strict=True)
+    for name, given, expected in (("code2in", code2in, sources), ("code2out", code2out, targets)):
+        if given is not None and [int(depth) for depth in given] != list(expected):
+            raise UserError(
+                f"{name} is {[int(depth) for depth in given]}, but the {architecture.num_depths} depths of {codepath} "
+                f"make it {list(expected)}: leave {name} out"
+            )
+    return draw_architecture(architecture, filename, directory, format, caption)
+
+
+def main(args: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    files = {"filename": args.filename, "directory": args.directory, "format": args.format}
+    if args.search_space:
+        draw_search_space(args.num_blocks or 12, args.num_depths or 4, **files)
+    else:
+        plot_graph(args.checkpoint, **files)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main, ARGS)

@@ -1,0 +1,200 @@
+"""Architecture files: what a search found, checked, loaded and saved.
+
+An architecture of B blocks and D depths (resolutions) is three arrays in MONAI's convention:
+
+    node_a       (B + 1, D)   1 where a feature node is active; row 0 holds the network's inputs
+    arch_code_a  (B, 3D - 2)  1 where a path between two nodes of neighbouring rows is active
+    arch_code_c  (B, 3D - 2)  the operation of each path, an index into `OPERATIONS`
+
+Path p of a block leads from depth ``sources[p]`` to depth ``targets[p]``, at most one level up or down; see `paths`.
+This module needs torch and NumPy only, so that drawing a file does not wait for MONAI's import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dints import runtime
+from dints.errors import UserError
+
+# In the order of MONAI's Cell.OPS3D, which arch_code_c indexes.
+OPERATIONS = ("skip", "3x3x3", "3x3x1 + 1x1x3", "3x1x3 + 1x3x1", "1x3x3 + 3x1x1")
+
+_LEGACY_KEYS = {"arch_code_a": "code_a", "arch_code_c": "code_c"}
+
+
+def paths(num_depths: int) -> list[tuple[int, int]]:
+    """(source depth, target depth) of each of a block's ``3 * num_depths - 2`` paths, in MONAI's order."""
+    return [
+        (source, target) for target in range(num_depths) for source in range(num_depths) if abs(source - target) <= 1
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A decoded architecture; it is checked when it is made, and raises `UserError` where it is not a network.
+
+    Attributes:
+        node_a, arch_code_a, arch_code_c: integer arrays, see the module's text.
+        arch_code_a_max: (B, 3D - 2), each block's most probable paths regardless of its neighbours; None if unknown.
+        info: plain values that help to judge the file later: ``iter_num``, ``epochs``, ``best_dsc``, ``best_path``,
+            ``factor_ram_cost``, ``task``, ``seed``, ``version``.
+        source: where it came from, for messages.
+    """
+
+    node_a: np.ndarray
+    arch_code_a: np.ndarray
+    arch_code_c: np.ndarray
+    arch_code_a_max: np.ndarray | None = None
+    info: dict = field(default_factory=dict)
+    source: str = "architecture"
+
+    def __post_init__(self):
+        for key in ("node_a", "arch_code_a", "arch_code_c", "arch_code_a_max"):
+            value = getattr(self, key)
+            if value is not None or key != "arch_code_a_max":
+                object.__setattr__(self, key, _whole_numbers(value, key, self.source))
+        _check_shapes(self)
+        _check_values(self)
+        _check_connections(self)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.arch_code_a.shape[0]
+
+    @property
+    def num_depths(self) -> int:
+        return self.node_a.shape[1]
+
+    def same_network(self, other: Architecture) -> bool:
+        """Whether both describe the same network: equal paths, and equal operations on the active ones."""
+        if self.arch_code_a.shape != other.arch_code_a.shape or not (self.arch_code_a == other.arch_code_a).all():
+            return False
+        active = self.arch_code_a == 1
+        return bool((self.arch_code_c[active] == other.arch_code_c[active]).all())
+
+    def to_dict(self) -> dict:
+        """Tensors and plain values: what an arch file and a model file hold."""
+        arrays = {key: torch.from_numpy(getattr(self, key)) for key in ("node_a", "arch_code_a", "arch_code_c")}
+        if self.arch_code_a_max is not None:
+            arrays["arch_code_a_max"] = torch.from_numpy(self.arch_code_a_max)
+        return {**arrays, **self.info}
+
+
+def load_architecture(path: str | Path, num_blocks: int | None = None, num_depths: int | None = None) -> Architecture:
+    """Load an arch file, ours or a published one (pickled NumPy arrays, ``code_a``/``code_c`` spelling included).
+
+    Args:
+        path: the file.
+        num_blocks, num_depths: what the caller's network has, if that is fixed; a file of another size is an error.
+
+    Raises:
+        UserError: the file is missing, damaged, not an architecture, or wants more than NumPy arrays unpickled.
+    """
+    architecture = architecture_from_dict(runtime.load_safely(path), str(path))
+    for flag, wanted, found in (
+        ("--num_blocks", num_blocks, architecture.num_blocks),
+        ("--num_depths", num_depths, architecture.num_depths),
+    ):
+        if wanted is not None and wanted != found:
+            raise UserError(
+                f"{path} holds {found} {flag[6:]}, but {flag} is {wanted}: drop the flag or name another file"
+            )
+    return architecture
+
+
+def architecture_from_dict(content: object, source: str) -> Architecture:
+    """The architecture in a loaded arch or model file; inverse of `Architecture.to_dict`."""
+    if not isinstance(content, dict):
+        raise UserError(f"{source} holds a {type(content).__name__}, not an architecture (a dictionary)")
+    arrays = {}
+    for key in ("node_a", "arch_code_a", "arch_code_c", "arch_code_a_max"):
+        spelling = next((name for name in (key, _LEGACY_KEYS.get(key)) if name in content), None)
+        if spelling is not None:
+            arrays[key] = content[spelling]
+        elif key != "arch_code_a_max":
+            raise UserError(
+                f"{source} has no '{key}': it is not an arch file; search_dints.py writes search_code_*.pth"
+            )
+    info = {key: value for key, value in content.items() if key not in (*arrays, *_LEGACY_KEYS.values())}
+    return Architecture(**arrays, info=info, source=source)
+
+
+def save_architecture(path: str | Path, architecture: Architecture) -> None:
+    """Write an arch file atomically, readable with ``torch.load(path, weights_only=True)``."""
+    runtime.save_atomically(architecture.to_dict(), path)
+
+
+def _whole_numbers(value: object, key: str, source: str) -> np.ndarray:
+    try:
+        array = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
+        numbers = array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: '{key}' is not an array of numbers") from error
+    fractional = numbers[~(np.isfinite(numbers) & (numbers == np.round(numbers)))]
+    if fractional.size:
+        raise UserError(f"{source}: '{key}' holds {fractional[0]:g} where only whole numbers make sense")
+    return numbers.astype(np.int64)
+
+
+def _check_shapes(architecture: Architecture) -> None:
+    source, shape = architecture.source, architecture.arch_code_a.shape
+    if len(shape) != 2 or shape[0] < 1 or (shape[1] + 2) % 3 or shape[1] < 4:
+        raise UserError(
+            f"{source}: 'arch_code_a' has shape {shape}; expected (blocks, 3 * depths - 2) with 2 depths or more"
+        )
+    depths = (shape[1] + 2) // 3
+    for key, expected in (
+        ("node_a", (shape[0] + 1, depths)),
+        ("arch_code_c", shape),
+        ("arch_code_a_max", shape),
+    ):
+        array = getattr(architecture, key)
+        if array is not None and array.shape != expected:
+            raise UserError(
+                f"{source}: '{key}' has shape {array.shape}; 'arch_code_a' of {shape[0]} blocks and {depths} depths "
+                f"asks for {expected}"
+            )
+
+
+def _check_values(architecture: Architecture) -> None:
+    for key, highest in (
+        ("node_a", 1),
+        ("arch_code_a", 1),
+        ("arch_code_a_max", 1),
+        ("arch_code_c", len(OPERATIONS) - 1),
+    ):
+        array = getattr(architecture, key)
+        if array is not None and (array.min() < 0 or array.max() > highest):
+            wrong = array[(array < 0) | (array > highest)][0]
+            raise UserError(f"{architecture.source}: '{key}' holds {wrong}; values are 0 to {highest}")
+
+
+def _check_connections(architecture: Architecture) -> None:
+    """Every block has a path, paths start where the block before ends, and node_a is what the paths activate."""
+    sources, targets = (np.array(ends) for ends in zip(*paths(architecture.num_depths), strict=True))
+    for block, active in enumerate(architecture.arch_code_a == 1):
+        if not active.any():
+            raise UserError(f"{architecture.source}: block {block} has no active path")
+        for row, ends in ((block, sources), (block + 1, targets)):
+            reached, stated = _depths(ends[active]), _depths(np.flatnonzero(architecture.node_a[row]))
+            if row == block and row > 0 and reached != _depths(targets[architecture.arch_code_a[block - 1] == 1]):
+                before = _depths(targets[architecture.arch_code_a[block - 1] == 1])
+                raise UserError(
+                    f"{architecture.source}: block {block - 1} ends at depths {before}, but block {block} starts from "
+                    f"{reached}: the paths do not connect"
+                )
+            if reached != stated:
+                raise UserError(
+                    f"{architecture.source}: row {row} of 'node_a' activates depths {stated}, but the paths of "
+                    f"block {block} use {reached}"
+                )
+
+
+def _depths(indices: Sequence[int]) -> list[int]:
+    return sorted({int(index) for index in indices})

@@ -1,0 +1,368 @@
+"""From an MSD folder to batches: cases, folds, checks, transforms, caches and loaders, for every stage."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import zlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import CacheDataset
+from monai.data import Dataset as UncachedDataset
+from monai.data.meta_tensor import MetaTensor
+from monai.transforms import (
+    CastToTyped,
+    Compose,
+    EnsureChannelFirstd,
+    EnsureTyped,
+    LoadImaged,
+    MapTransform,
+    NormalizeIntensityd,
+    Orientationd,
+    RandCropByLabelClassesd,
+    RandFlipd,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    RandRotated,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+    RandZoomd,
+    ScaleIntensityRanged,
+    SelectItemsd,
+    Spacingd,
+    SpatialPadd,
+    Transform,
+)
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from scipy.ndimage import distance_transform_cdt
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dints.errors import UserError
+from dints.runtime import Processes, cores_per_process, seed_from
+from dints.tasks import Task, read_json, task_of_dataset
+
+log = logging.getLogger(__name__)
+
+Case = dict[str, str]  # paths of "image" and "label"
+
+CROP_DILATION = 48  # steps by which a class's mask grows before crop centres are drawn from it
+
+
+# Cases and folds
+
+
+def open_dataset(args: argparse.Namespace) -> tuple[Task, list[Case]]:
+    """The task of ``--root`` with the command line's overrides, and its labelled cases."""
+    json_path = args.json or args.root / "dataset.json"
+    description = read_json(json_path)
+    task = task_of_dataset(description, json_path, args.root.resolve().name)
+    given = {"spacing": args.spacing, "intensity": args.intensity_range, "patch_size": args.patch_size}
+    task = replace(task, **{name: tuple(value) for name, value in given.items() if value is not None})
+    return task, read_cases(description, json_path, args.root, args.json_key)
+
+
+def read_cases(description: dict, source: str | Path, root: str | Path, key: str = "training") -> list[Case]:
+    """The labelled cases that a ``dataset.json`` lists under ``key``, as absolute paths, all checked to exist.
+
+    Raises:
+        UserError: the list is missing or malformed, or files are missing (all counted, the first few named).
+    """
+    entries = description.get(key)
+    if not isinstance(entries, list) or not entries:
+        lists = [name for name, value in description.items() if isinstance(value, list)]
+        raise UserError(
+            f"{source} has no cases under '{key}': give --json_key (lists in the file: {', '.join(lists) or 'none'})"
+        )
+    cases = []
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("image", "label")):
+            raise UserError(f"{source}: entry {index} of '{key}' needs the paths 'image' and 'label', and is {entry!r}")
+        cases.append({name: str(Path(root) / entry[name]) for name in ("image", "label")})
+    missing = [path for case in cases for path in case.values() if not Path(path).is_file()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {2 * len(cases)} files that {source} lists are not under --root {root}, "
+            f"for example {', '.join(missing[:3])}"
+        )
+    return cases
+
+
+def split_fold(cases: Sequence[Case], num_folds: int, fold: int | str) -> tuple[list[Case], list[Case]]:
+    """Training and validation cases of ``fold``; every case is validated in exactly one fold.
+
+    Folds are contiguous and differ by at most one case; ``all`` trains on every case and validates on none.
+    """
+    if fold == "all":
+        return list(cases), []
+    if num_folds > len(cases):
+        raise UserError(f"--num_folds {num_folds}, but there are only {len(cases)} cases")
+    first, last = len(cases) * fold // num_folds, len(cases) * (fold + 1) // num_folds
+    return [*cases[:first], *cases[last:]], list(cases[first:last])
+
+
+# Transforms
+
+
+class ReadFilesd(LoadImaged):
+    """MONAI's `LoadImaged`; a file that cannot be read is a `UserError` that names it."""
+
+    def __call__(self, case: Mapping[Hashable, str], reader: object = None) -> dict[Hashable, MetaTensor]:
+        loaded = dict(case)
+        for key in self.keys:
+            try:
+                loaded[key] = self._loader(case[key], reader)
+            except (ImageFileError, HeaderDataError, RuntimeError, EOFError, OSError, ValueError, zlib.error) as error:
+                cause = error.__cause__ or error
+                raise UserError(f"{case[key]} cannot be read: {cause}; replace the file") from error
+        return loaded
+
+
+class CheckCased(Transform):
+    """Refuses, by name, a case that the task's network cannot learn from; sees it as it was loaded."""
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def __call__(self, case: Mapping[Hashable, object]) -> Mapping[Hashable, object]:
+        image = case["image"]
+        name = image.meta["filename_or_obj"] if isinstance(image, MetaTensor) else "image"
+        if image.ndim != 4 or image.shape[0] != self.task.num_channels:
+            channels = image.shape[0] if image.ndim == 4 else 1
+            raise UserError(
+                f"{name} has {channels} channels and {image.ndim - 1} dimensions; {self.task.name} has "
+                f"{self.task.num_channels} channels in 3 dimensions"
+            )
+        if not torch.isfinite(torch.as_tensor(image)).all():
+            raise UserError(f"{name} has NaN or infinite voxels: mend or remove it")
+        if "label" in case:
+            self._check_label(case["label"], tuple(image.shape[1:]), str(name))
+        return case
+
+    def _check_label(self, label: torch.Tensor, image_shape: tuple[int, ...], image_name: str) -> None:
+        name = label.meta["filename_or_obj"] if isinstance(label, MetaTensor) else "label"
+        if tuple(label.shape) != (1, *image_shape):
+            raise UserError(f"{name} has shape {tuple(label.shape[1:])}, its image {image_name} has {image_shape}")
+        values = torch.unique(torch.as_tensor(label))
+        wrong = [value for value in values.tolist() if value not in range(self.task.num_classes)]
+        if wrong:
+            raise UserError(
+                f"{name} holds the label {wrong[0]:g}; {self.task.name} has the labels 0 to {self.task.num_classes - 1}"
+            )
+
+
+class ClassMasksd(MapTransform):
+    """Adds ``crop_mask`` (classes, *spatial), uint8: each class's mask, grown by 48 steps in the L1 metric.
+
+    The published scripts crop around these masks, so that small structures are seen often but not always in the centre.
+    One distance transform gives what 48 binary dilations give.
+    """
+
+    def __init__(self, num_classes: int):
+        super().__init__(keys=["label"])
+        self.num_classes = num_classes
+
+    def __call__(self, case: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        label = np.asarray(case["label"][0])
+        masks = np.zeros((self.num_classes, *label.shape), np.uint8)
+        for value in range(self.num_classes):
+            present = label == value
+            if present.any():  # without any voxel the transform returns -1 everywhere
+                masks[value] = distance_transform_cdt(~present, "taxicab") <= CROP_DILATION
+        return {**case, "crop_mask": torch.from_numpy(masks)}
+
+
+def preprocessing(task: Task, keys: Sequence[str] = ("image", "label")) -> list[Callable]:
+    """What every stage does to a file: load, channel first, check, RAS, spacing, intensity."""
+    modes = ["bilinear" if key == "image" else "nearest" for key in keys]
+    resample = [] if task.spacing is None else [Spacingd(keys, task.spacing, mode=modes, align_corners=True)]
+    if task.intensity is not None:
+        low, high = task.intensity
+        intensity = ScaleIntensityRanged(["image"], low, high, 0.0, 1.0, clip=True)
+    else:
+        intensity = NormalizeIntensityd(["image"], nonzero=True, channel_wise=True)
+    return [
+        ReadFilesd(keys, reader="NibabelReader"),
+        EnsureChannelFirstd(keys),
+        CheckCased(task),
+        Orientationd(keys, axcodes="RAS", labels=None),
+        *resample,
+        intensity,
+    ]
+
+
+def training_cache(task: Task) -> Compose:
+    """`preprocessing` and all else that is the same at every epoch; what a training case is cached as."""
+    keys = ["image", "label", "crop_mask"]
+    return Compose(
+        [
+            *preprocessing(task),
+            ClassMasksd(task.num_classes),
+            SpatialPadd(keys, task.patch_size, mode=["reflect", "constant", "constant"]),
+            CastToTyped(keys, dtype=[torch.float16, torch.uint8, torch.uint8]),
+            EnsureTyped(keys, track_meta=False),
+        ]
+    )
+
+
+def augmentation(task: Task) -> Compose:
+    """The published random chain: crop around a class, rotate, zoom, smooth, scale, shift, noise, flip."""
+    keys, modes = ["image", "label"], ["bilinear", "nearest"]
+    return Compose(
+        [
+            RandCropByLabelClassesd(
+                keys,
+                label_key="crop_mask",
+                spatial_size=task.patch_size,
+                ratios=[1] * task.num_classes,
+                num_classes=task.num_classes,
+                num_samples=1,
+                warn=False,  # a class may be absent from a case
+            ),
+            SelectItemsd(keys),
+            CastToTyped(keys, dtype=[torch.float32, torch.uint8]),
+            RandRotated(keys, range_x=0.3, range_y=0.3, range_z=0.3, mode=modes, keep_size=True, prob=0.2),
+            RandZoomd(
+                keys, min_zoom=0.8, max_zoom=1.2, mode=["trilinear", "nearest"], align_corners=[True, None], prob=0.16
+            ),
+            RandGaussianSmoothd(["image"], sigma_x=(0.5, 1.15), sigma_y=(0.5, 1.15), sigma_z=(0.5, 1.15), prob=0.15),
+            RandScaleIntensityd(["image"], factors=0.3, prob=0.5),
+            RandShiftIntensityd(["image"], offsets=0.1, prob=0.5),
+            RandGaussianNoised(["image"], std=0.01, prob=0.15),
+            *(RandFlipd(keys, spatial_axis=axis, prob=0.5) for axis in range(3)),
+            EnsureTyped(keys, dtype=[torch.float32, torch.uint8], track_meta=False),
+        ]
+    )
+
+
+# Caches and loaders
+
+
+class TrainingSamples(Dataset):
+    """One augmented patch per (epoch, case), the same whichever worker or restart asks for it.
+
+    Args:
+        cases: what this process trains on.
+        numbers: each case's number among the cases of all ranks, from which its random stream is seeded.
+        stream: tells apart the draws of loaders that share a seed.
+    """
+
+    def __init__(self, cases: UncachedDataset, numbers: Sequence[int], augment: Compose, seed: int, stream: str):
+        self.cases, self.numbers, self.augment, self.seed, self.stream = cases, numbers, augment, seed, stream
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, index = epoch_and_index
+        self.augment.set_random_state(seed_from(self.seed, self.stream, epoch, self.numbers[index]))
+        (sample,) = self.augment(dict(self.cases[index]))  # the cropper makes a list of its one crop
+        return sample
+
+
+class EpochSampler(Sampler):
+    """(epoch, index) pairs in an order that depends on seed, stream and epoch only; wraps around to ``length`` pairs.
+
+    The epoch travels with the index, so workers that live on from epoch to epoch hold no state that a restart loses.
+    """
+
+    def __init__(self, num_cases: int, length: int, seed: int, stream: str):
+        self.num_cases, self.length, self.seed, self.stream = num_cases, length, seed, stream
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for position in range(self.length):
+            turn, place = divmod(position, self.num_cases)
+            if place == 0:
+                rng = np.random.default_rng(seed_from(self.seed, self.stream, self.epoch, turn))
+                order = rng.permutation(self.num_cases)
+            yield self.epoch, int(order[place])
+
+
+class TrainingLoader:
+    """Batches of one rank; ``epoch(n)`` iterates over those of epoch ``n``, equally many on every rank."""
+
+    def __init__(self, samples: TrainingSamples, sampler: EpochSampler, batch_size: int, num_workers: int, pin: bool):
+        self.sampler = sampler
+        self.loader = DataLoader(
+            samples,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin,
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
+        self.sampler.epoch = epoch
+        return iter(self.loader)
+
+
+def steps_per_epoch(num_cases: int, batch_size: int, processes: Processes) -> int:
+    """Steps in which all ranks together see every case at least once."""
+    return max(1, -(-num_cases // (batch_size * processes.world_size)))
+
+
+def training_loader(
+    cases: Sequence[Case], stream: str, task: Task, steps: int, args: argparse.Namespace, processes: Processes
+) -> TrainingLoader:
+    """Read (and cache) this rank's share of ``cases``, and give batches of augmented patches.
+
+    Rank r of N holds cases r, r + N, ...; with fewer cases than ranks some ranks hold the same one. An epoch has
+    ``steps`` batches on every rank, with cases seen again where the shares are uneven.
+
+    Args:
+        stream: tells apart the random draws of loaders that share a seed.
+        args: ``seed``, ``num_images_per_batch``, ``num_workers`` and ``cache`` of the command line.
+    """
+    numbers = list(range(processes.rank, len(cases), processes.world_size)) or [processes.rank % len(cases)]
+    held = cached([cases[number] for number in numbers], training_cache(task), args, stream)
+    samples = TrainingSamples(held, numbers, augmentation(task), args.seed, f"{stream}/{processes.rank}")
+    sampler = EpochSampler(len(numbers), steps * args.num_images_per_batch, args.seed, f"{stream}/{processes.rank}")
+    pin = processes.device.type == "cuda"
+    return TrainingLoader(samples, sampler, args.num_images_per_batch, num_workers(args), pin)
+
+
+def validation_loader(cases: Sequence[Case], task: Task, args: argparse.Namespace, processes: Processes) -> DataLoader:
+    """This rank's share of the validation cases, whole, one at a time, each with its ``number`` in ``cases``."""
+    transform = Compose([*preprocessing(task), EnsureTyped(["image", "label"], track_meta=False)])
+    numbered = [{**case, "number": number} for number, case in enumerate(cases)]
+    held = cached(numbered[processes.rank :: processes.world_size], transform, args, "validation")
+    return DataLoader(held, batch_size=1)
+
+
+def cached(cases: Sequence[Case], transform: Compose, args: argparse.Namespace, what: str) -> UncachedDataset:
+    """The transformed cases, in memory (``--cache ram``) or made anew each time (``none``)."""
+    if args.cache == "none" or not cases:
+        return UncachedDataset(cases, transform)
+    log.info("reading %d cases (%s)", len(cases), what)
+    progress = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
+    try:
+        return CacheDataset(
+            cases, transform, num_workers=max(1, num_workers(args)), progress=progress, copy_cache=False
+        )
+    except RuntimeError as error:  # MONAI wraps what a transform raised
+        raise _as_user_error(error) from error
+
+
+def _as_user_error(error: BaseException) -> UserError:
+    """The `UserError` among an error's causes; if there is none, the innermost cause as one."""
+    while not isinstance(error, UserError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error if isinstance(error, UserError) else UserError(f"a case cannot be read: {error}")
+
+
+def num_workers(args: argparse.Namespace) -> int:
+    """``--num_workers``, or what is left of the process's share of cores when one computes the network, at most 6."""
+    return min(6, cores_per_process() - 1) if args.num_workers is None else args.num_workers

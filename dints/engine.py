@@ -1,0 +1,197 @@
+"""What both stages do with a network: loss, learning rate, optimizer step, sliding-window validation."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from monai.inferers import sliding_window_inference
+from monai.losses import DiceCELoss
+from torch import nn
+from tqdm import tqdm
+
+from dints.errors import UserError
+from dints.runtime import Precision, Processes, Progress
+from dints.tasks import Task
+
+
+def segmentation_loss() -> nn.Module:
+    """Soft Dice over the foreground classes of the whole batch, plus cross-entropy over all classes, both of softmax.
+
+    Takes class scores (batch, classes, *spatial) and labels (batch, 1, *spatial).
+    """
+    return DiceCELoss(
+        include_background=False,
+        to_onehot_y=True,
+        softmax=True,
+        squared_pred=True,
+        batch=True,
+        smooth_nr=1e-5,
+        smooth_dr=1e-5,
+    )
+
+
+def stepped(base: float, progress: float, milestones: Sequence[float]) -> float:
+    """Halve ``base`` at every milestone that ``progress`` (0 to 1) has passed."""
+    return base * 0.5 ** sum(progress > milestone for milestone in milestones)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def weights_step(
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    criterion: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    precision: Precision,
+) -> torch.Tensor:
+    """One step of the network's weights on a batch; returns the loss, which stays on the device."""
+    image, label = to_device(batch, precision.device)
+    optimizer.zero_grad()
+    with precision.autocast():
+        scores = model(image)
+    loss = criterion(scores.float(), label)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.detach()
+
+
+def check_finite(losses: Mapping[str, float | None], progress: Progress) -> None:
+    """Stop the run when an epoch's mean loss is NaN or infinite, before such weights are saved."""
+    for name, value in losses.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(
+                f"{name} is {value} at or before iteration {progress.iteration} (epoch {progress.epoch}): the training "
+                "diverged; lower --learning_rate, or try --precision fp32. latest.pth is from before"
+            )
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image (float32) and label (uint8) of a batch, as plain tensors on ``device``."""
+    return tuple(batch[key].to(device, non_blocking=True) for key in ("image", "label"))
+
+
+@dataclass(frozen=True)
+class SlidingWindow:
+    """Class scores of a whole image from overlapping patches, weighted by a Gaussian around each patch's centre.
+
+    Images smaller than a patch are padded by reflection, as in training; where an image is too small for that (less
+    than a third of the patch), by its border voxels.
+    """
+
+    patch_size: tuple[int, int, int]
+    overlap: float
+    batch_size: int
+
+    def __call__(self, image: torch.Tensor, network: nn.Module) -> torch.Tensor:
+        """(1, classes, *spatial) of an image (1, channels, *spatial)."""
+        reflectable = all(
+            (patch - size + 1) // 2 < size for patch, size in zip(self.patch_size, image.shape[2:], strict=True)
+        )
+        return sliding_window_inference(
+            image,
+            self.patch_size,
+            self.batch_size,
+            network,
+            overlap=self.overlap,
+            mode="gaussian",
+            padding_mode="reflect" if reflectable else "replicate",
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Dice of a set of cases.
+
+    Attributes:
+        dice: (cases, foreground classes); NaN where the case does not have the class.
+        false_positives: per class, how many cases do not have it but were given some of it.
+    """
+
+    dice: torch.Tensor
+    false_positives: list[int]
+
+    @property
+    def per_class(self) -> list[float | None]:
+        """Mean over the cases that have the class; None where no case has it."""
+        means = self.dice.nanmean(0).tolist()
+        return [None if mean != mean else mean for mean in means]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the classes that occur; 0 where none does."""
+        present = [mean for mean in self.per_class if mean is not None]
+        return sum(present) / len(present) if present else 0.0
+
+    def describe(self, class_names: Sequence[str]) -> str:
+        """One line for people: the mean, each class, and what is unusual about it."""
+        parts = []
+        for name, mean, wrong in zip(class_names[1:], self.per_class, self.false_positives, strict=True):
+            absent = f" (+{wrong} false positive)" if wrong else ""
+            parts.append(f"{name} {'absent' if mean is None else f'{mean:.4f}'}{absent}")
+        return f"Dice {self.mean:.4f} ({', '.join(parts)})"
+
+
+def count_overlap(predicted: torch.Tensor, reference: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Voxels in common, predicted and in the reference, for each foreground class: (classes - 1, 3), float64."""
+    size = num_classes * num_classes
+    pairs = reference.flatten().long() * num_classes + predicted.flatten().long()
+    confusion = torch.bincount(pairs, minlength=size).reshape(num_classes, num_classes).double()
+    return torch.stack([confusion.diagonal(), confusion.sum(0), confusion.sum(1)], -1)[1:]
+
+
+def scores_from_counts(counts: torch.Tensor) -> Scores:
+    """Dice from `count_overlap` of many cases: (cases, classes - 1, 3)."""
+    common, predicted, reference = counts.unbind(-1)
+    dice = torch.where(reference > 0, 2 * common / (predicted + reference).clamp(min=1), torch.nan)
+    false_positives = ((reference == 0) & (predicted > 0)).sum(0).tolist()
+    return Scores(dice, false_positives)
+
+
+def describe(steps: int, processes: Processes, precision: Precision) -> str:
+    """How a stage runs, for people."""
+    return f"{steps} iterations an epoch on {processes.world_size} x {processes.device.type} in {precision.name}"
+
+
+def is_validation_epoch(epoch: int, args: argparse.Namespace) -> bool:
+    """Whether epoch number ``epoch`` (from 0) ends with a validation; the last one always does."""
+    return (epoch + 1) % args.num_epochs_per_validation == 0 or epoch + 1 == args.num_epochs
+
+
+@torch.no_grad()
+def validate(
+    network: nn.Module,
+    loader: Iterable[dict[str, torch.Tensor]],
+    num_cases: int,
+    task: Task,
+    window: SlidingWindow,
+    precision: Precision,
+    processes: Processes,
+) -> Scores | None:
+    """Scores over all ranks' cases, the same on every rank; None if there are no cases.
+
+    Args:
+        network: not wrapped for distribution: ranks have different numbers of windows.
+        loader: this rank's share of the cases, whole, one a batch, each with its ``number`` among the ``num_cases``.
+    """
+    if num_cases == 0:
+        return None
+    was_training = network.training
+    network.eval()
+    counts = torch.zeros(num_cases, task.num_classes - 1, 3, dtype=torch.float64, device=processes.device)
+    silent = None if processes.is_main else True  # None: a bar only where there is a terminal
+    for case in tqdm(loader, desc="validation", unit="case", leave=False, disable=silent):
+        image, label = to_device(case, processes.device)
+        with precision.autocast():
+            predicted = window(image, network).argmax(1)
+        counts[int(case["number"])] = count_overlap(predicted, label, task.num_classes)
+    network.train(was_training)
+    return scores_from_counts(processes.sum(counts).cpu())

@@ -1,0 +1,137 @@
+"""The found network: built from an architecture, its weights loaded, saved and counted."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import torch
+from monai.networks.nets.dints import DiNTS, TopologyInstance
+from torch import nn
+
+from dints import runtime
+from dints.architecture import Architecture, architecture_from_dict, paths
+from dints.errors import UserError
+from dints.tasks import Task
+
+
+class FoundNetwork(DiNTS):
+    """MONAI's `DiNTS` over a `TopologyInstance`, with the architecture as Python ints and nothing that never trains.
+
+    State dicts of MONAI's network fit, but for the stems that this architecture does not use; see `load_weights`.
+
+    Args:
+        architecture: what to build.
+        in_channels: image channels.
+        num_classes: output channels, background included.
+        channel_mul: times 32, 64, 128, ... channels from the full resolution down.
+    """
+
+    def __init__(self, architecture: Architecture, in_channels: int, num_classes: int, channel_mul: float = 1.0):
+        with contextlib.redirect_stdout(io.StringIO()):  # MONAI prints its advice about patch sizes
+            space = TopologyInstance(
+                arch_code=[architecture.arch_code_a, architecture.arch_code_c],
+                channel_mul=channel_mul,
+                num_blocks=architecture.num_blocks,
+                num_depths=architecture.num_depths,
+            )
+        super().__init__(space, in_channels, num_classes, node_a=torch.from_numpy(architecture.node_a))
+        ends = paths(architecture.num_depths)
+        self.inputs = [int(depth) for depth in architecture.node_a[0].nonzero()[0]]
+        self.blocks = [
+            [(str((block, int(path))), *ends[path]) for path in active.nonzero()[0]]
+            for block, active in enumerate(architecture.arch_code_a)
+        ]
+        self.deepest_output = int(architecture.node_a[-1].nonzero()[0].max())
+        for depth in range(architecture.num_depths):
+            if depth not in self.inputs:
+                del self.stem_down[str(depth)]
+            if depth > self.deepest_output:
+                del self.stem_up[str(depth)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Class scores (batch, classes, *spatial) of images (batch, channels, *spatial)."""
+        features = {depth: self.stem_down[str(depth)](x) for depth in self.inputs}
+        for block in self.blocks:
+            outputs = {}
+            for name, source, target in block:
+                output = self.dints_space.cell_tree[name](features[source], None)
+                outputs[target] = outputs[target] + output if target in outputs else output
+            features = outputs
+        up = None
+        for depth in range(self.deepest_output, -1, -1):
+            terms = [term for term in (features.get(depth), up) if term is not None]
+            up = self.stem_up[str(depth)](sum(terms[1:], terms[0]))
+        return self.stem_finals(up)
+
+
+def check_patch_size(patch_size: tuple[int, int, int], num_depths: int, flag: str = "--patch_size") -> None:
+    """Raise `UserError` unless a network of ``num_depths`` can halve ``patch_size`` down to its deepest level."""
+    step = 2**num_depths
+    if any(size <= 0 or size % step for size in patch_size) or all(size <= step for size in patch_size):
+        nearest = [max(step, round(size / step) * step) for size in patch_size]
+        if all(size <= step for size in nearest):  # InstanceNorm needs more than one voxel at the deepest level
+            nearest = [2 * step] * 3
+        raise UserError(
+            f"{flag} {' '.join(map(str, patch_size))} does not fit {num_depths} depths, which need multiples of {step} "
+            f"and more than {step} in one direction: for example {' '.join(map(str, nearest))}"
+        )
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Trainable numbers in the network."""
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def load_weights(network: FoundNetwork, content: object, source: str | Path) -> None:
+    """Load a state dict, with or without ``module.`` before its keys, or a model file's content into ``network``.
+
+    Weights of MONAI's network for stems that this architecture does not use may be left over; nothing else may, and
+    nothing may be missing.
+
+    Raises:
+        UserError: the content is no state dict, or does not fit the network.
+    """
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{source} does not hold network weights (a state dict, or a model file of train_dints.py)")
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    own = network.state_dict()
+    missing = [key for key in own if key not in state]
+    foreign = [key for key in state if key not in own and not key.startswith(("stem_down.", "stem_up."))]
+    misshapen = [key for key in own if key in state and own[key].shape != state[key].shape]
+    for keys, fault in ((missing, "lacks"), (foreign, "also holds"), (misshapen, "has in another shape")):
+        if keys:
+            shapes = f" ({tuple(state[keys[0]].shape)}, not {tuple(own[keys[0]].shape)})" if keys is misshapen else ""
+            raise UserError(
+                f"the weights in {source} do not fit this network: the file {fault} {len(keys)} of its {len(own)} "
+                f"tensors, for example {keys[0]}{shapes}; give the file's own --arch_ckpt, channels and classes"
+            )
+    network.load_state_dict({key: state[key] for key in own})
+
+
+def save_model(
+    path: str | Path, network: FoundNetwork, architecture: Architecture, channel_mul: float, task: Task, **info
+) -> None:
+    """Write a model file, all that inference needs: weights, architecture, network settings, preprocessing."""
+    content = {
+        "state_dict": network.state_dict(),
+        "architecture": architecture.to_dict(),
+        "channel_mul": channel_mul,
+        "task": task.to_dict(),
+        **info,
+    }
+    runtime.save_atomically(content, path)
+
+
+def load_model(path: str | Path) -> tuple[FoundNetwork, Architecture, Task, dict]:
+    """The network in a model file with its weights, its architecture, its task, and the file's other values."""
+    content = runtime.load_safely(path)
+    if not isinstance(content, dict) or not {"state_dict", "architecture", "channel_mul", "task"} <= set(content):
+        raise UserError(f"{path} is not a model file: train_dints.py writes best_metric_model.pth")
+    architecture = architecture_from_dict(content["architecture"], f"the architecture in {path}")
+    task = Task.from_dict(content["task"])
+    network = FoundNetwork(architecture, task.num_channels, task.num_classes, content["channel_mul"])
+    load_weights(network, content, path)
+    return network, architecture, task, content

@@ -1,0 +1,433 @@
+"""The process and its machine: ranks, device, precision, seeds, safe files and the run folder.
+
+Nothing else in the project asks for the rank or reads a launcher's environment variables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from dints.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run; without a launcher, the only one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place; every rank must call it with the same shape."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def on_main(self, function: Callable, *args):
+        """Call ``function`` on rank 0 and return its result on every rank; its `UserError` is raised on all."""
+        outcome = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function(*args)
+            except UserError as error:
+                outcome[1] = str(error)
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0, device=self.device if self.device.type == "cuda" else None)
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        return outcome[0]
+
+
+@contextmanager
+def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Processes]:
+    """Join the processes that the launcher started (torchrun's RANK, WORLD_SIZE, LOCAL_RANK).
+
+    Args:
+        device: ``auto`` (CUDA where there is a GPU), ``cuda`` or ``cpu``.
+        timeout_minutes: how long a collective waits for a rank that does not answer.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(asctime)s %(message)s" if world_size == 1 else f"%(asctime)s [rank {rank}] %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    processes = Processes(rank, world_size, _device(device, int(os.environ.get("LOCAL_RANK", 0))))
+    if world_size > 1:
+        backend = "nccl" if processes.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=processes.device if backend == "nccl" else None,
+        )
+    try:
+        yield processes
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch sees no GPU: use --device cpu, or install a CUDA build of PyTorch")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this node has no GPU: {torch.cuda.device_count()} are visible; "
+            "lower NUM_GPUS_PER_NODE (torchrun --nproc_per_node)"
+        )
+    torch.cuda.set_device(local_rank)
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda", local_rank)
+
+
+def cores_per_process() -> int:
+    """CPU cores that this process may use, when the processes of its node share them evenly."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One path for every precision: in fp32 autocast does nothing, and outside fp16 the scaler does nothing."""
+
+    name: str
+    device: torch.device
+
+    def autocast(self) -> torch.autocast:
+        dtype = torch.float16 if self.name == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32")
+
+    def scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+def choose_precision(name: str, processes: Processes) -> Precision:
+    """The precision called ``name``; ``auto`` is the fastest that trains like fp32 on this device.
+
+    On CUDA that is bf16 where the GPU computes it, else fp16. On a CPU it is measured: processors with bf16 matrix
+    instructions are several times faster with it, the others many times slower.
+    """
+    device_type = processes.device.type
+    native_bf16 = device_type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto" and device_type == "cuda":
+        name = "bf16" if native_bf16 else "fp16"
+    elif name == "auto":
+        name = processes.on_main(_faster_on_cpu)
+    if name == "fp16" and device_type == "cpu":
+        raise UserError("--precision fp16 needs a GPU: use bf16, fp32 or auto on a CPU")
+    if name == "bf16" and not native_bf16:
+        raise UserError("--precision bf16, but this GPU does not compute it: use fp16, fp32 or auto")
+    return Precision(name, processes.device)
+
+
+def _faster_on_cpu() -> str:
+    """fp32 or bf16, whichever takes less time forward and backward through a convolution of the network's kind."""
+    seconds = {name: _seconds_of_convolution(Precision(name, torch.device("cpu"))) for name in ("fp32", "bf16")}
+    log.info("CPU convolution: fp32 %.1f ms, bf16 %.1f ms", 1e3 * seconds["fp32"], 1e3 * seconds["bf16"])
+    return min(seconds, key=seconds.get)
+
+
+def _seconds_of_convolution(precision: Precision, repeats: int = 3) -> float:
+    with torch.random.fork_rng(devices=[]):
+        convolution = torch.nn.Conv3d(16, 16, 3, padding=1)
+        # Two samples: for a single small one PyTorch does not use oneDNN in fp32.
+        image = torch.randn(2, 16, 16, 16, 16)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        with precision.autocast():
+            loss = convolution(image).sum()
+        loss.backward()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def seed_from(*parts: int | str) -> int:
+    """A seed (32 bits) that depends on all of ``parts`` and on nothing else: not on rank count, worker or history."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def seed_everything(*parts: int | str) -> None:
+    """Seed the global generators, so that what is not seeded sample by sample is reproducible too."""
+    seed = seed_from(*parts)
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+
+
+def save_atomically(content: object, path: str | Path) -> None:
+    """``torch.save`` that leaves either the old or the new file, whatever interrupts it."""
+    with replacing(path) as file:
+        torch.save(content, file)
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Replace the file at ``path`` by ``content``."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[io.BufferedWriter]:
+    """A file to write into, which takes the place of ``path`` once it is whole and on the disk."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        if partial.exists():
+            partial.unlink()
+
+
+def load_safely(path: str | Path) -> object:
+    """``torch.load`` of plain values, tensors and NumPy arrays, onto the CPU; nothing else in the file is ever called.
+
+    Raises:
+        UserError: the file is missing, empty, truncated, foreign, or names a type beyond those.
+    """
+    try:
+        with torch.serialization.safe_globals(_numpy_globals()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder, not a file") from error
+    except pickle.UnpicklingError as error:
+        wanted = _refused_global(str(error))
+        if wanted:
+            raise UserError(
+                f"{path} asks for {wanted} while loading; only tensors and NumPy arrays are accepted"
+            ) from error
+        raise UserError(f"{path} is damaged or not a PyTorch file") from error
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or not a PyTorch file ({type(error).__name__})") from error
+
+
+def _numpy_globals() -> list:
+    """What a pickled NumPy array or scalar needs, under the module names of NumPy 1 and 2."""
+    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    rebuild = [
+        (getattr(multiarray, name), f"numpy.{module}.multiarray.{name}")
+        for module in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    ]
+    kinds = "?bhilBHILefd"  # NumPy's characters for booleans, integers and floats
+    return [
+        *rebuild,
+        np.ndarray,
+        np.dtype,
+        *{type(np.dtype(kind)) for kind in kinds},
+        (_encode_latin1, "_codecs.encode"),
+    ]
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    """Stands in for ``codecs.encode``, with which old pickle protocols write an array's bytes as latin-1 text."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"unexpected encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _refused_global(message: str) -> str | None:
+    """The name of the refused type or function in torch's message, if it is about one."""
+    for opening in ("Unsupported global: GLOBAL ", "Trying to load unsupported GLOBAL "):
+        if opening in message:
+            return message.split(opening, 1)[1].split()[0]
+    return None
+
+
+@contextmanager
+def run_folder(path: str | Path, processes: Processes) -> Iterator[Path]:
+    """Make, probe and lock ``--output_root``; a second run in the same folder is refused until this one ends."""
+    lock = None
+
+    def open_folder() -> None:
+        nonlocal lock
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+            lock = os.open(Path(path) / ".lock", os.O_RDWR | os.O_CREAT)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run is writing into {path}: wait for it, or give another --output_root"
+            ) from error
+        except OSError as error:
+            raise UserError(f"--output_root {path} cannot be written: {error.strerror}") from error
+
+    processes.on_main(open_folder)
+    try:
+        yield Path(path)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+@dataclass
+class Progress:
+    """How far a run has come, and its best validation so far (``best_*`` are None before the first)."""
+
+    epoch: int = 0
+    iteration: int = 0
+    seconds: float = 0.0
+    seconds_per_iteration: float = 0.0
+    best_dice: float | None = None
+    best_epoch: int | None = None
+    best_iteration: int | None = None
+    best_path: str | None = None
+
+    @contextmanager
+    def timed(self, steps: int = 0) -> Iterator[None]:
+        """Count the time of what is done inside; with ``steps``, it is an epoch of so many iterations."""
+        start = time.monotonic()
+        yield
+        seconds = time.monotonic() - start
+        self.seconds += seconds
+        if steps:
+            self.epoch, self.iteration, self.seconds_per_iteration = (
+                self.epoch + 1,
+                self.iteration + steps,
+                seconds / steps,
+            )
+
+    def note_validation(self, dice: float | None, path: Path) -> bool:
+        """Take over a validation's result if it is the best; without any (no cases), the newest network is the best."""
+        if dice is not None and self.best_dice is not None and dice <= self.best_dice:
+            return False
+        self.best_dice, self.best_epoch, self.best_iteration, self.best_path = (
+            dice,
+            self.epoch,
+            self.iteration,
+            str(path),
+        )
+        return True
+
+
+class Checkpoint:
+    """``latest.pth``: all that continuing a run needs.
+
+    Args:
+        folder: the run folder.
+        resume: ``auto`` (continue if there is something to continue), ``must`` or ``never``.
+        configuration: what decides the run's course; a stored run with another one is not continued.
+
+    Raises:
+        UserError: there is nothing to continue, or it belongs to another run; every setting that differs is named.
+    """
+
+    def __init__(self, folder: Path, resume: str, configuration: dict, processes: Processes):
+        self.path, self.configuration, self.processes = folder / "latest.pth", configuration, processes
+        self.continues = processes.on_main(self._continues, resume)
+        self.saved_at = time.monotonic()
+
+    def _continues(self, resume: str) -> bool:
+        if resume == "never" or (resume == "auto" and not self.path.exists()):
+            return False
+        if not self.path.exists():
+            raise UserError(f"--resume must, but there is no {self.path}")
+        state = load_safely(self.path)
+        stored = state.get("configuration") if isinstance(state, dict) else None
+        if not isinstance(stored, dict):
+            raise UserError(f"{self.path} is not a run's checkpoint: move it away, or give another --output_root")
+        keys = sorted({*stored, *self.configuration})
+        differing = [key for key in keys if stored.get(key) != self.configuration.get(key)]
+        if differing:
+            changes = [f"{key} was {stored.get(key)!r} and is {self.configuration.get(key)!r}" for key in differing]
+            raise UserError(
+                f"{self.path} belongs to a run with other settings ({', '.join(changes)}): use those again to "
+                "continue it, --resume never to start afresh in this folder, or another --output_root"
+            )
+        return True
+
+    def restore(self, parts: dict[str, object]) -> Progress:
+        """Load the stored state into ``parts`` (networks, optimizers, ... by name); a new run's stay as they are."""
+        if not self.continues:
+            return Progress()
+        state = load_safely(self.path)
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        progress = Progress(**state["progress"])
+        log.info("continuing after epoch %d, iteration %d", progress.epoch, progress.iteration)
+        return progress
+
+    def save(self, parts: dict[str, object], progress: Progress) -> None:
+        """Write the state on rank 0; all ranks hold the same."""
+        if self.processes.is_main:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            content = {"configuration": self.configuration, "progress": asdict(progress), "parts": states}
+            save_atomically(content, self.path)
+        self.saved_at = time.monotonic()
+
+    def is_due(self, minutes: float) -> bool:
+        """Whether the last save is ``minutes`` ago."""
+        return time.monotonic() - self.saved_at >= 60 * minutes
+
+
+def configuration(
+    args: argparse.Namespace, task: dict, cases: object, precision: Precision, processes: Processes
+) -> dict:
+    """What decides a run's course, as plain values: flags, task, precision, processes, a digest of the case list."""
+    carried_out = (
+        "output_root",
+        "root",
+        "json",
+        "resume",
+        "save_minutes",
+        "num_workers",
+        "cache",
+        "local_rank",
+        "device",
+    )
+    flags = {name: value for name, value in vars(args).items() if name not in carried_out}
+    return {
+        **{name: str(value) if isinstance(value, Path) else value for name, value in flags.items()},
+        "task": task,
+        "precision": precision.name,
+        "world_size": processes.world_size,
+        "cases": hashlib.sha256(repr(cases).encode()).hexdigest()[:16],
+    }
+
+
+def distributed(network: torch.nn.Module, processes: Processes) -> torch.nn.Module:
+    """The network under DDP, which averages the gradients of what is trainable now; alone, the network itself."""
+    if processes.world_size == 1:
+        return network
+    device_ids = [processes.device.index] if processes.device.type == "cuda" else None
+    return DistributedDataParallel(
+        network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )

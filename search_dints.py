@@ -1,0 +1,299 @@
+"""Search a network topology for a 3D segmentation task: stage 1 of DiNTS.
+
+    python search_dints.py --root data_msd/Task09_Spleen --output_root runs/search
+    torchrun --standalone --nproc_per_node=8 search_dints.py --root data_msd/Task07_Pancreas --output_root runs/search
+
+A supernet holds every path between 4 resolutions in 12 blocks, and five operations on each path. Half of the training
+cases train its weights; the other half trains the probabilities of paths and operations, in turn, once the weights are
+warm. Three more terms push the probabilities towards a decision, a connected topology and a memory budget. The most
+probable connected network is written at every validation as OUTPUT_ROOT/search_code_<iteration>.pth, which
+train_dints.py retrains.
+
+He et al., DiNTS: Differentiable Neural Network Topology Search for 3D Medical Image Segmentation, CVPR 2021.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from dints import options
+from dints.errors import UserError, exit_on_user_error
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = options.parser(__doc__)
+    options.add_data(parser)
+    options.add_run(parser)
+    space = parser.add_argument_group("search space")
+    space.add_argument("--num_blocks", type=options.number(int, 1), default=12, help="blocks, one after another")
+    space.add_argument(
+        "--num_depths", type=options.number(int, 2), default=4, help="resolutions, each half of the last"
+    )
+    space.add_argument(
+        "--channel_mul", type=options.number(float, 0.0625), default=0.5, help="times 32, 64, ... channels"
+    )
+    training = options.add_training(
+        parser,
+        num_epochs=1430,
+        num_epochs_per_validation=100,
+        num_images_per_batch=1,
+        learning_rate_milestones=(0.4, 0.8),
+        overlap_ratio=0.625,
+    )
+    training.add_argument(
+        "--num_epochs_warmup", type=options.number(int, 0), default=715, help="epochs before the architecture learns"
+    )
+    training.add_argument(
+        "--learning_rate_arch", type=options.number(float, 0, above=True), default=1e-3, help="of the architecture"
+    )
+    training.add_argument(
+        "--factor_ram_cost",
+        type=options.number(float, 0, 1),
+        default=0.8,
+        help="memory budget: feature maps of the found network, as a share of those with every path active",
+    )
+    options.add_machine(parser)
+    args = parser.parse_args(argv)
+    complaints = options.complaints(args)
+    if args.num_epochs_warmup >= args.num_epochs:
+        complaints.append(f"--num_epochs_warmup {args.num_epochs_warmup} must be below --num_epochs {args.num_epochs}")
+    if complaints:
+        parser.error("; ".join(complaints))
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the imports of torch and MONAI, which take seconds, so that -h answers at once
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from monai.networks.nets.dints import DiNTS
+from torch import nn
+
+from dints import __version__, data, engine, runtime
+from dints.architecture import save_architecture
+from dints.drawing import draw_architecture
+from dints.history import History
+from dints.network import check_patch_size
+from dints.space import SearchSpace
+from dints.tasks import Task
+
+log = logging.getLogger("search")
+
+
+def main(args: argparse.Namespace) -> None:
+    with runtime.started(args.device) as processes, runtime.run_folder(args.output_root, processes) as folder:
+        search(args, processes, folder)
+
+
+def search(args: argparse.Namespace, processes: runtime.Processes, folder: Path) -> None:
+    task, cases = processes.on_main(data.open_dataset, args)
+    check_patch_size(task.patch_size, args.num_depths)
+    training, validation = data.split_fold(cases, args.num_folds, args.fold)
+    weights_cases, arch_cases = halves(training)
+    precision = runtime.choose_precision(args.precision, processes)
+    configuration = runtime.configuration(args, task.to_dict(), cases, precision, processes)
+    checkpoint = runtime.Checkpoint(folder, args.resume, configuration, processes)
+
+    steps = data.steps_per_epoch(len(weights_cases), args.num_images_per_batch, processes)
+    weights_loader = data.training_loader(weights_cases, "weights", task, steps, args, processes)
+    arch_loader = data.training_loader(arch_cases, "architecture", task, steps, args, processes)
+    validation_loader = data.validation_loader(validation, task, args, processes)
+    window = engine.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
+    supernet = Supernet(args, task, precision, processes)
+    progress = checkpoint.restore(supernet.parts)
+    history = History(folder, task.class_names, progress.iteration, processes.is_main)
+    log.info("%s: cases %d + %d, validation %d", task.name, len(weights_cases), len(arch_cases), len(validation))
+    log.info("%s", engine.describe(steps, processes, precision))
+
+    for epoch in range(progress.epoch, args.num_epochs):
+        runtime.seed_everything(args.seed, epoch, processes.rank)
+        warmed_up = epoch >= args.num_epochs_warmup
+        ramp = max(0.0, (epoch - args.num_epochs_warmup) / (args.num_epochs - args.num_epochs_warmup))
+        learning_rate = processes.world_size * engine.stepped(args.learning_rate, ramp, args.learning_rate_milestones)
+        engine.set_learning_rate(supernet.optimizer, learning_rate)
+
+        with progress.timed(steps):
+            arch_batches = arch_loader.epoch(epoch) if warmed_up else None
+            losses = train_epoch(supernet, weights_loader.epoch(epoch), arch_batches, ramp)
+        engine.check_finite(losses, progress)
+        history.add_epoch(progress, {"learning_rate": learning_rate, **losses, **supernet.describe()})
+
+        validates = engine.is_validation_epoch(epoch, args)
+        if validates:
+            with progress.timed():
+                scores = engine.validate(
+                    supernet.network, validation_loader, len(validation), task, window, precision, processes
+                )
+            progress.note_validation(scores and scores.mean, folder / f"search_code_{progress.iteration}.pth")
+            if processes.is_main:
+                write_architecture(supernet.space, progress, args, task, folder)
+            history.add_validation(progress, scores)
+        if validates or checkpoint.is_due(args.save_minutes):
+            checkpoint.save(supernet.parts, progress)
+    history.close()
+    log.info("found: %s; train_dints.py --arch_ckpt retrains it", folder / f"search_code_{progress.iteration}.pth")
+
+
+def halves(cases: list[data.Case]) -> tuple[list[data.Case], list[data.Case]]:
+    """The cases that train the weights, and those that train the architecture: every other one each."""
+    if len(cases) < 2:
+        raise UserError(f"{len(cases)} training case cannot be halved into weights and architecture sets: 2 are needed")
+    return cases[::2], cases[1::2]
+
+
+class Supernet:
+    """The search space in MONAI's `DiNTS`, and what trains it: SGD for the weights, Adam for the architecture."""
+
+    def __init__(
+        self, args: argparse.Namespace, task: Task, precision: runtime.Precision, processes: runtime.Processes
+    ):
+        self.factor_ram_cost, self.precision, self.processes = args.factor_ram_cost, precision, processes
+        self.input_shape = (args.num_images_per_batch, task.num_channels, *task.patch_size)
+        runtime.seed_everything(args.seed, "initialisation")
+        self.space = SearchSpace(channel_mul=args.channel_mul, num_blocks=args.num_blocks, num_depths=args.num_depths)
+        self.network = DiNTS(self.space, task.num_channels, task.num_classes).to(processes.device)
+        self.arch = [self.space.log_alpha_a, self.space.log_alpha_c]
+        self.weights = [p for p in self.network.parameters() if all(p is not alpha for alpha in self.arch)]
+        with frozen(self.arch):  # DDP averages the gradients of the weights only; `architecture_step` those of arch
+            self.distributed = runtime.distributed(self.network, processes)
+        self.optimizer = torch.optim.SGD(self.weights, args.learning_rate, momentum=0.9, weight_decay=4e-5)
+        self.arch_optimizers = [
+            torch.optim.Adam([alpha], args.learning_rate_arch, betas=(0.5, 0.999)) for alpha in self.arch
+        ]
+        self.scaler, self.arch_scaler = precision.scaler(), precision.scaler()
+        self.criterion = engine.segmentation_loss()
+
+    @property
+    def parts(self) -> dict[str, object]:
+        """All that has state, for the checkpoint."""
+        return {
+            "network": self.network,
+            "optimizer": self.optimizer,
+            "optimizer_a": self.arch_optimizers[0],
+            "optimizer_c": self.arch_optimizers[1],
+            "scaler": self.scaler,
+            "arch_scaler": self.arch_scaler,
+        }
+
+    @torch.no_grad()
+    def describe(self) -> dict[str, float]:
+        """The regularisers' values now, and the memory budget that they are held against."""
+        terms = regularisers(self.space, self.input_shape)
+        return {**{name: float(value) for name, value in terms.items()}, "ram_target": self.factor_ram_cost}
+
+
+def train_epoch(
+    supernet: Supernet, weights_batches: Iterable[dict], arch_batches: Iterator[dict] | None, ramp: float
+) -> dict[str, float | None]:
+    """A step of the weights and, if there are ``arch_batches``, one of the architecture, in turn.
+
+    Returns:
+        the mean segmentation losses of both over the epoch and all ranks.
+    """
+    losses, steps = torch.zeros(2, device=supernet.processes.device), 0
+    for batch in weights_batches:
+        losses[0] += weights_step(supernet, batch)
+        if arch_batches is not None:
+            losses[1] += architecture_step(supernet, next(arch_batches), ramp)
+        steps += 1
+    mean, arch_mean = (supernet.processes.sum(losses) / supernet.processes.world_size / steps).tolist()
+    return {"loss": mean, "architecture_loss": None if arch_batches is None else arch_mean}
+
+
+def weights_step(supernet: Supernet, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """One step of the weights, the architecture being fixed; returns the segmentation loss."""
+    with frozen(supernet.arch):
+        return engine.weights_step(
+            supernet.distributed, batch, supernet.criterion, supernet.optimizer, supernet.scaler, supernet.precision
+        )
+
+
+def architecture_step(supernet: Supernet, batch: dict[str, torch.Tensor], ramp: float) -> torch.Tensor:
+    """One step of the path and operation probabilities, the weights being fixed; returns the segmentation loss.
+
+    It runs on the unwrapped network: the only gradients to average are a few hundred numbers, in one all-reduce.
+    """
+    image, label = engine.to_device(batch, supernet.processes.device)
+    for optimizer in supernet.arch_optimizers:
+        optimizer.zero_grad()
+    with frozen(supernet.weights):
+        with supernet.precision.autocast():
+            scores = supernet.network(image)
+        segmentation = supernet.criterion(scores.float(), label)
+        terms = regularisers(supernet.space, supernet.input_shape)
+        loss = segmentation + ramp * architecture_loss(terms, supernet.factor_ram_cost)
+        supernet.arch_scaler.scale(loss).backward()
+    average_gradients(supernet.arch, supernet.processes)
+    for optimizer in supernet.arch_optimizers:
+        supernet.arch_scaler.step(optimizer)
+    supernet.arch_scaler.update()
+    return segmentation.detach()
+
+
+def regularisers(space: SearchSpace, input_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Entropy of the paths and of the operations, topology entropy, and memory as a share of all paths active."""
+    children = space.get_prob_a(child=True)[0]
+    operations = F.log_softmax(space.log_alpha_c, -1)
+    return {
+        "entropy_a": -(children * torch.log(children + 1e-5)).mean(),
+        "entropy_c": -(operations.exp() * operations).mean(),
+        "topology": space.get_topology_entropy(children),
+        "ram_ratio": space.get_ram_cost_usage(input_shape) / space.get_ram_cost_usage(input_shape, full=True),
+    }
+
+
+def architecture_loss(terms: dict[str, torch.Tensor], factor_ram_cost: float) -> torch.Tensor:
+    """What the architecture minimises beside the segmentation loss (paper, section 3)."""
+    ram = torch.abs(factor_ram_cost - terms["ram_ratio"])
+    return terms["entropy_a"] + terms["entropy_c"] + ram + 0.001 * terms["topology"]
+
+
+def average_gradients(parameters: list[nn.Parameter], processes: runtime.Processes) -> None:
+    """Replace each parameter's gradient by its mean over the ranks, all in one message."""
+    flat = processes.sum(torch.cat([parameter.grad.flatten() for parameter in parameters])) / processes.world_size
+    for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(mean.view_as(parameter))
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let no gradient be computed for ``parameters``."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def write_architecture(
+    space: SearchSpace, progress: runtime.Progress, args: argparse.Namespace, task: Task, folder: Path
+) -> None:
+    """Decode the search's state into ``search_code_<iteration>.pth`` and draw it beside the file."""
+    found = space.architecture(
+        iter_num=progress.iteration,
+        epochs=progress.epoch,
+        best_dsc=progress.best_dice,
+        best_path=progress.best_path,
+        factor_ram_cost=args.factor_ram_cost,
+        task=task.name,
+        seed=args.seed,
+        version=__version__,
+    )
+    name = f"search_code_{progress.iteration}"
+    save_architecture(folder / f"{name}.pth", found)
+    try:
+        draw_architecture(found, name, folder)
+    except UserError as error:  # without Graphviz's dot the search goes on; the .gv source is there
+        log.warning("%s", error)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main, ARGS)

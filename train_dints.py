@@ -1,0 +1,142 @@
+"""Retrain the network that a search found: stage 2 of DiNTS.
+
+    python train_dints.py --arch_ckpt search_code_600.pth --root data_msd/Task09_Spleen --output_root runs/train
+    torchrun --standalone --nproc_per_node=8 train_dints.py --arch_ckpt ... --root ... --output_root ...
+
+Builds the architecture in ARCH_CKPT and trains it from scratch, or from the weights in --checkpoint, with as many
+processes as torchrun starts. The task may be another than the one that was searched. OUTPUT_ROOT/best_metric_model.pth
+is the network of the best validation; infer_dints.py needs nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dints import options
+from dints.errors import exit_on_user_error
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = options.parser(__doc__)
+    options.add_data(parser)
+    options.add_run(parser)
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--arch_ckpt", type=Path, required=True, help="architecture: search_code_*.pth of search_dints.py, or published"
+    )
+    network.add_argument(
+        "--checkpoint", type=Path, help="weights to start from: a model file or a state dict of this architecture"
+    )
+    network.add_argument("--num_blocks", type=options.number(int, 1), help="blocks that ARCH_CKPT must have")
+    network.add_argument("--num_depths", type=options.number(int, 2), help="resolutions that ARCH_CKPT must have")
+    network.add_argument(
+        "--channel_mul", type=options.number(float, 0.0625), default=1.0, help="times 32, 64, ... channels"
+    )
+    options.add_training(
+        parser,
+        num_epochs=13500,
+        num_epochs_per_validation=500,
+        num_images_per_batch=2,
+        learning_rate_milestones=(0.2, 0.4, 0.6, 0.8),
+        overlap_ratio=0.5,
+    )
+    options.add_machine(parser)
+    args = parser.parse_args(argv)
+    complaints = options.complaints(args)
+    if complaints:
+        parser.error("; ".join(complaints))
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the imports of torch and MONAI, which take seconds, so that -h answers at once
+
+import logging
+
+import torch
+
+from dints import __version__, data, engine, runtime
+from dints.architecture import load_architecture
+from dints.history import History
+from dints.network import FoundNetwork, check_patch_size, count_parameters, load_weights, save_model
+
+log = logging.getLogger("train")
+
+
+def main(args: argparse.Namespace) -> None:
+    with runtime.started(args.device) as processes, runtime.run_folder(args.output_root, processes) as folder:
+        train(args, processes, folder)
+
+
+def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) -> None:
+    architecture = load_architecture(args.arch_ckpt, args.num_blocks, args.num_depths)
+    task, cases = processes.on_main(data.open_dataset, args)
+    check_patch_size(task.patch_size, architecture.num_depths)
+    training, validation = data.split_fold(cases, args.num_folds, args.fold)
+    runtime.seed_everything(args.seed, "initialisation")
+    network = FoundNetwork(architecture, task.num_channels, task.num_classes, args.channel_mul)
+    if args.checkpoint is not None:
+        load_weights(network, runtime.load_safely(args.checkpoint), args.checkpoint)
+    precision = runtime.choose_precision(args.precision, processes)
+    configuration = runtime.configuration(args, task.to_dict(), cases, precision, processes)
+    checkpoint = runtime.Checkpoint(folder, args.resume, configuration, processes)
+
+    steps = data.steps_per_epoch(len(training), args.num_images_per_batch, processes)
+    loader = data.training_loader(training, "weights", task, steps, args, processes)
+    validation_loader = data.validation_loader(validation, task, args, processes)
+    window = engine.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
+
+    model = runtime.distributed(network.to(processes.device), processes)
+    optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, momentum=0.9, weight_decay=4e-5)
+    scaler = precision.scaler()
+    criterion = engine.segmentation_loss()
+    parts = {"network": network, "optimizer": optimizer, "scaler": scaler}
+    progress = checkpoint.restore(parts)
+    history = History(folder, task.class_names, progress.iteration, processes.is_main)
+    log.info("%s: %d training cases, %d validation cases", task.name, len(training), len(validation))
+    log.info(
+        "%.2f million parameters, %s", count_parameters(network) / 1e6, engine.describe(steps, processes, precision)
+    )
+
+    for epoch in range(progress.epoch, args.num_epochs):
+        runtime.seed_everything(args.seed, epoch, processes.rank)
+        share = epoch / args.num_epochs
+        learning_rate = processes.world_size * engine.stepped(args.learning_rate, share, args.learning_rate_milestones)
+        engine.set_learning_rate(optimizer, learning_rate)
+
+        with progress.timed(steps):
+            loss = torch.zeros((), device=processes.device)
+            for batch in loader.epoch(epoch):
+                loss += engine.weights_step(model, batch, criterion, optimizer, scaler, precision)
+            losses = {"loss": (processes.sum(loss) / processes.world_size / steps).item()}
+        engine.check_finite(losses, progress)
+        history.add_epoch(progress, {**losses, "learning_rate": learning_rate})
+
+        validates = engine.is_validation_epoch(epoch, args)
+        if validates:
+            with progress.timed():
+                scores = engine.validate(
+                    network, validation_loader, len(validation), task, window, precision, processes
+                )
+            path = folder / "best_metric_model.pth"
+            if progress.note_validation(scores and scores.mean, path) and processes.is_main:
+                save_model(
+                    path,
+                    network,
+                    architecture,
+                    args.channel_mul,
+                    task,
+                    dice=progress.best_dice,
+                    iteration=progress.iteration,
+                    version=__version__,
+                )
+            history.add_validation(progress, scores)
+        if validates or checkpoint.is_due(args.save_minutes):
+            checkpoint.save(parts, progress)
+    history.close()
+    log.info("the network is %s; infer_dints.py --checkpoint segments with it", progress.best_path)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main, ARGS)
