@@ -23,7 +23,7 @@ from dints.errors import UserError, exit_on_user_error
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options.parser(__doc__)
     options.add_data(parser)
-    options.add_run(parser)
+    options.add_preprocessing(parser)
     space = parser.add_argument_group("search space")
     space.add_argument("--num_blocks", type=options.number(int, 1), default=12, help="blocks, one after another")
     space.add_argument(
@@ -38,7 +38,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         num_epochs_per_validation=100,
         num_images_per_batch=1,
         learning_rate_milestones=(0.4, 0.8),
-        overlap_ratio=0.625,
     )
     training.add_argument(
         "--num_epochs_warmup", type=options.number(int, 0), default=715, help="epochs before the architecture learns"
@@ -52,9 +51,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.8,
         help="memory budget: feature maps of the found network, as a share of those with every path active",
     )
+    options.add_window(parser, overlap_ratio=0.625)
     options.add_machine(parser)
+    options.add_run(parser)
     args = parser.parse_args(argv)
-    complaints = options.complaints(args)
+    complaints = options.training_complaints(args)
     if args.num_epochs_warmup >= args.num_epochs:
         complaints.append(f"--num_epochs_warmup {args.num_epochs_warmup} must be below --num_epochs {args.num_epochs}")
     if complaints:

@@ -20,7 +20,7 @@ from dints.errors import exit_on_user_error
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options.parser(__doc__)
     options.add_data(parser)
-    options.add_run(parser)
+    options.add_preprocessing(parser)
     network = parser.add_argument_group("network")
     network.add_argument(
         "--arch_ckpt", type=Path, required=True, help="architecture: search_code_*.pth of search_dints.py, or published"
@@ -39,11 +39,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         num_epochs_per_validation=500,
         num_images_per_batch=2,
         learning_rate_milestones=(0.2, 0.4, 0.6, 0.8),
-        overlap_ratio=0.5,
     )
+    options.add_window(parser, overlap_ratio=0.5)
     options.add_machine(parser)
+    options.add_run(parser)
     args = parser.parse_args(argv)
-    complaints = options.complaints(args)
+    complaints = options.training_complaints(args)
     if complaints:
         parser.error("; ".join(complaints))
     return args

@@ -177,8 +177,13 @@ class ClassMasksd(MapTransform):
         return {**case, "crop_mask": torch.from_numpy(masks)}
 
 
+def reading(task: Task, keys: Sequence[str]) -> list[Callable]:
+    """A case as its files hold it, channel first, checked."""
+    return [ReadFilesd(keys, reader="NibabelReader"), EnsureChannelFirstd(keys), CheckCased(task)]
+
+
 def preprocessing(task: Task, keys: Sequence[str] = ("image", "label")) -> list[Callable]:
-    """What every stage does to a file: load, channel first, check, RAS, spacing, intensity."""
+    """What every stage does to a case: read, to RAS, to the task's spacing and intensity."""
     modes = ["bilinear" if key == "image" else "nearest" for key in keys]
     resample = [] if task.spacing is None else [Spacingd(keys, task.spacing, mode=modes, align_corners=True)]
     if task.intensity is not None:
@@ -187,9 +192,7 @@ def preprocessing(task: Task, keys: Sequence[str] = ("image", "label")) -> list[
     else:
         intensity = NormalizeIntensityd(["image"], nonzero=True, channel_wise=True)
     return [
-        ReadFilesd(keys, reader="NibabelReader"),
-        EnsureChannelFirstd(keys),
-        CheckCased(task),
+        *reading(task, keys),
         Orientationd(keys, axcodes="RAS", labels=None),
         *resample,
         intensity,

@@ -39,42 +39,31 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
     return parse
 
 
+positive = number(float, 0, above=True)
+XYZ = ("X", "Y", "Z")
+
+
 def fold(text: str) -> int | str:
     return text if text == "all" else number(int, 0)(text)
 
 
-def add_data(arguments: argparse.ArgumentParser) -> None:
-    """Where the data is, which of it to use, and what overrides the task's own facts."""
+def add_data(arguments: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Where the labelled cases are, and which of them to use."""
     group = arguments.add_argument_group("data")
-    group.add_argument(
-        "--root", type=Path, required=True, help="folder of the task, for example data_msd/Task09_Spleen"
-    )
-    group.add_argument("--json", type=Path, help="description of the dataset in MSD form (default: ROOT/dataset.json)")
-    group.add_argument("--json_key", default="training", help="list of labelled cases in that file")
-    group.add_argument("--fold", type=fold, default=0, help="fold to validate on, or 'all' to train on every case")
-    group.add_argument(
-        "--num_folds", type=number(int, 2), default=5, help="folds that the cases are split into, in order"
-    )
-    add_task(group)
+    add = group.add_argument
+    add("--root", type=Path, required=required, help="folder of the task, for example data_msd/Task09_Spleen")
+    add("--json", type=Path, help="description of the dataset in MSD form (default: ROOT/dataset.json)")
+    add("--json_key", default="training", help="list of labelled cases in that file")
+    add("--fold", type=fold, default=0, help="fold to validate on; all: train on every case, validate on none")
+    add("--num_folds", type=number(int, 2), default=5, help="folds that the cases are split into, in order")
 
 
-def add_task(group: argparse._ArgumentGroup) -> None:
-    """What overrides the task's preprocessing."""
-    length = number(float, 0, above=True)
-    group.add_argument(
-        "--spacing",
-        type=length,
-        nargs=3,
-        metavar=("X", "Y", "Z"),
-        help="voxel size in mm to resample to (default: the task's)",
-    )
-    group.add_argument(
-        "--intensity_range",
-        type=float,
-        nargs=2,
-        metavar=("A", "B"),
-        help="intensities that become 0 and 1 (default: the task's window; MRI: z-score)",
-    )
+def add_preprocessing(arguments: argparse.ArgumentParser) -> None:
+    """What overrides the task's own facts; model files remember it."""
+    add = arguments.add_argument_group("preprocessing").add_argument
+    add("--spacing", type=positive, nargs=3, metavar=XYZ, help="voxel size in mm to resample to (default: the task's)")
+    add("--intensity_range", type=float, nargs=2, metavar=("A", "B"), help="what becomes 0 and 1 (default: the task's)")
+    add("--patch_size", type=number(int, 1), nargs=3, metavar=XYZ, help="of training and window (default: the task's)")
 
 
 def add_training(
@@ -84,106 +73,88 @@ def add_training(
     num_epochs_per_validation: int,
     num_images_per_batch: int,
     learning_rate_milestones: tuple[float, ...],
-    overlap_ratio: float,
 ) -> argparse._ArgumentGroup:
     """The numbers that both stages have, with a stage's own published values as defaults."""
     group = arguments.add_argument_group("training")
-    group.add_argument("--num_epochs", type=number(int, 1), default=num_epochs, help="passes over the training cases")
-    group.add_argument(
+    add, count, share = group.add_argument, number(int, 1), number(float, 0, 1)
+    add("--num_epochs", type=count, default=num_epochs, help="passes over the training cases")
+    add(
         "--num_epochs_per_validation",
-        type=number(int, 1),
+        type=count,
         default=num_epochs_per_validation,
-        help="epochs from one validation to the next; the last epoch is always validated",
+        help="the last epoch also ends with one",
     )
-    group.add_argument(
-        "--num_images_per_batch", type=number(int, 1), default=num_images_per_batch, help="patches per step and process"
-    )
-    group.add_argument(
-        "--patch_size",
-        type=number(int, 1),
-        nargs=3,
-        metavar=("X", "Y", "Z"),
-        help="voxels of a training patch and of the sliding window (default: the task's, mostly 96 96 96)",
-    )
-    group.add_argument(
+    add("--num_images_per_batch", type=count, default=num_images_per_batch, help="patches per step and process")
+    add(
         "--learning_rate",
-        type=number(float, 0, above=True),
+        type=positive,
         default=0.025,
-        help="of the weights at the start, per process: multiplied by their number",
+        help="of the weights at the start; times the number of processes",
     )
-    group.add_argument(
+    add(
         "--learning_rate_milestones",
-        type=number(float, 0, 1),
+        type=share,
         nargs="*",
+        metavar="SHARE",
         default=list(learning_rate_milestones),
-        metavar="P",
-        help="shares of the training after which the learning rate is halved",
-    )
-    group.add_argument(
-        "--overlap_ratio",
-        type=number(float, 0, 0.99),
-        default=overlap_ratio,
-        help="overlap of neighbouring windows in validation",
-    )
-    group.add_argument(
-        "--num_sw_batch_size", type=number(int, 1), default=6, help="windows per forward pass in validation"
+        help="shares of the training after which the learning rate halves",
     )
     return group
 
 
-def add_machine(arguments: argparse.ArgumentParser) -> None:
-    """How the work is carried out; results depend on these flags by rounding at most, but for ``--seed``."""
+def add_window(arguments: argparse.ArgumentParser, *, overlap_ratio: float) -> None:
+    """How whole images are segmented from patches."""
+    add = arguments.add_argument_group("sliding window").add_argument
+    add("--overlap_ratio", type=number(float, 0, 0.99), default=overlap_ratio, help="of neighbouring windows")
+    add("--num_sw_batch_size", type=number(int, 1), default=6, help="windows per forward pass")
+
+
+def add_machine(arguments: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What computes, and how precisely."""
     group = arguments.add_argument_group("machine")
-    group.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU where there is one"
-    )
-    group.add_argument(
+    add = group.add_argument
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU where there is one")
+    add(
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="auto: bf16 or else fp16 on a GPU; on a CPU the faster of fp32 and bf16, measured",
+        help="auto: bf16, else fp16, on a GPU; on a CPU the faster of fp32 and bf16, measured at the start",
     )
-    group.add_argument(
-        "--num_workers",
-        type=number(int, 0),
-        help="processes that prepare batches, per process (default: free cores, at most 6)",
-    )
-    group.add_argument(
-        "--cache", choices=("ram", "none"), default="ram", help="keep preprocessed cases in memory, or read them anew"
-    )
-    group.add_argument("--seed", type=number(int, 0), default=0, help="seed of every random draw")
     # What torchrun's predecessor passed to each process; the environment says the same.
-    group.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-
-
-def add_run(arguments: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Where a run writes, and what it does with a run that is already there."""
-    group = arguments.add_argument_group("run")
-    group.add_argument("--output_root", type=Path, required=True, help="folder for everything that the run writes")
-    group.add_argument(
-        "--resume",
-        choices=("auto", "must", "never"),
-        default="auto",
-        help="auto: continue the run in OUTPUT_ROOT if there is one; never: start afresh and overwrite it",
-    )
-    group.add_argument(
-        "--save_minutes",
-        type=number(float, 0),
-        default=10.0,
-        help="longest time between two saves of latest.pth, which continues the run; each validation saves it too",
-    )
+    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return group
 
 
-def complaints(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of `add_data` and `add_training` taken together."""
-    found = []
+def add_run(arguments: argparse.ArgumentParser) -> None:
+    """How a training run is carried out: files, workers, seed."""
+    add = arguments.add_argument_group("run").add_argument
+    add("--output_root", type=Path, required=True, help="folder for everything that the run writes")
+    add(
+        "--resume",
+        choices=("auto", "must", "never"),
+        default="auto",
+        help="auto: continue the run in OUTPUT_ROOT if there is one; never: start afresh there",
+    )
+    add("--save_minutes", type=number(float, 0), default=10.0, help="longest time between two saves of latest.pth")
+    add("--seed", type=number(int, 0), default=0, help="of every random draw")
+    add("--num_workers", type=number(int, 0), help="processes that prepare batches (default: free cores, at most 6)")
+    add("--cache", choices=("ram", "none"), default="ram", help="keep preprocessed cases in memory, or read them anew")
+
+
+def data_complaints(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of `add_data` taken together."""
     if args.fold != "all" and args.fold >= args.num_folds:
-        found.append(
-            f"--fold {args.fold} must be below --num_folds {args.num_folds}: 0 to {args.num_folds - 1}, or all"
-        )
+        return [
+            f"--fold {args.fold} is not one of --num_folds {args.num_folds}: give 0 to {args.num_folds - 1}, or all"
+        ]
+    return []
+
+
+def training_complaints(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of a training stage taken together."""
+    found = data_complaints(args)
     if args.intensity_range is not None and args.intensity_range[0] >= args.intensity_range[1]:
-        found.append("--intensity_range: A must be below B, but they are {:g} and {:g}".format(*args.intensity_range))
+        found.append("--intensity_range {:g} {:g}: the first must be below the second".format(*args.intensity_range))
     if args.learning_rate_milestones != sorted(args.learning_rate_milestones):
         found.append("--learning_rate_milestones must rise")
     return found

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 LIVER, LESION = 1, 2
 VERSION = 1  # of the recipe below: a folder written by another one is written anew
-MIN_SIZE, MAX_VOXELS = 16, 2**27  # voxels of an axis; of a volume (some 40 bytes each while it is made)
+MIN_SIZE, MAX_VOXELS = 16, 2**27  # voxels of an axis; of a volume (some 65 bytes each while it is made)
 
 # Field of view in mm of the unscaled anatomy; a shorter one cuts the trunk, but must hold the liver.
 FIELD_OF_VIEW, LIVER_HEIGHT = (118.0, 98.0, 108.0), 80.0

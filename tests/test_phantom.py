@@ -66,7 +66,7 @@ def test_images_and_labels_fit_and_vary(cases):
         assert image.get_data_dtype() == np.int16 and label.get_data_dtype() == np.uint8
         assert image.shape == label.shape and len(image.shape) == 3
         assert np.array_equal(image.affine, label.affine)
-        assert 48 <= min(image.shape) and max(image.shape) <= 72
+        assert min(image.shape) >= 48 and max(image.shape) <= 72
         assert all(1.5 <= size <= 2.6 for size in image.header.get_zooms())
         assert set(np.unique(voxels(label))) <= set(range(TASK.num_classes))
         assert voxels(image).min() >= -1024 and voxels(image).max() > 300  # air and bone

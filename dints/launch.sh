@@ -1,0 +1,67 @@
+# Sourced by search_dints.sh and train_dints.sh: starts a stage with torchrun on the devices of one node or of several.
+#
+# Environment (all optional):
+#   NUM_GPUS_PER_NODE  processes on this node: its GPUs, or 1 where it has none
+#   NUM_NODES          nodes of the run (1); the others are for more than one:
+#   NODE_RANK          number of this node, from 0 (0)
+#   MASTER_ADDR        address of node 0 (127.0.0.1)
+#   MASTER_PORT        a free port there (29500)
+#   PYTHON             interpreter: the active environment's, else that of .venv beside the scripts, else python3
+# shellcheck shell=bash
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+choose_python() {
+  if [[ -n "${PYTHON:-}" ]]; then
+    echo "$PYTHON"
+  elif [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$here/.venv/bin/python" ]]; then
+    echo "$here/.venv/bin/python"
+  elif command -v python >/dev/null; then
+    echo python
+  else
+    echo python3
+  fi
+}
+
+count_gpus() {
+  local listed=""
+  if command -v nvidia-smi >/dev/null; then listed="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)"; fi
+  echo "${listed:-0}"
+}
+
+# require_data TASK DATA_ROOT: leave with the command that fetches the data if it is not there.
+require_data() {
+  [[ -f "$2/dataset.json" ]] && return
+  echo "error: $2/dataset.json does not exist. Fetch the data first:" >&2
+  if [[ "$1" == Task00_Phantom ]]; then
+    echo "    PYTHONPATH=$(printf %q "$here") $(choose_python) -m dints.phantom --root $(printf %q "$2")" >&2
+  else
+    echo "    $(choose_python) $(printf %q "$here/download_msd_datasets.py") --msd_task $1 --root $(printf %q "$(dirname "$2")")" >&2
+  fi
+  exit 1
+}
+
+# launch SCRIPT [ARGUMENT ...]: print the command, then become it.
+launch() {
+  local script="$1" gpus processes nodes="${NUM_NODES:-1}"
+  shift
+  gpus="$(count_gpus)"
+  processes="${NUM_GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
+  local command=("$(choose_python)" -m torch.distributed.run "--nproc_per_node=$processes")
+  if ((nodes == 1)); then
+    command+=(--standalone)
+  else
+    command+=(
+      "--nnodes=$nodes" --rdzv_backend=c10d "--rdzv_endpoint=${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}"
+      "--rdzv_id=${SLURM_JOB_ID:-dints}" "--rdzv_conf=is_host=$((${NODE_RANK:-0} == 0 ? 1 : 0))"
+    )
+  fi
+  local cores
+  cores="$(getconf _NPROCESSORS_ONLN)"
+  # torchrun would give each process one core.
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
+  command+=("$here/$script" "$@")
+  printf '%q ' "${command[@]}"
+  echo
+  exec "${command[@]}"
+}
