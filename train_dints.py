@@ -79,9 +79,9 @@ def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
     network = FoundNetwork(architecture, task.num_channels, task.num_classes, args.channel_mul)
     if args.checkpoint is not None:
         load_weights(network, runtime.load_safely(args.checkpoint), args.checkpoint)
-    precision = runtime.choose_precision(args.precision, processes)
-    configuration = runtime.configuration(args, task.to_dict(), cases, precision, processes)
-    checkpoint = runtime.Checkpoint(folder, args.resume, configuration, processes)
+    contents = {"task": task, "cases": data.names(cases), "architecture": architecture.codes()}
+    checkpoint = runtime.Checkpoint(folder, args.resume, runtime.configuration(args, processes, **contents), processes)
+    precision = runtime.choose_precision(checkpoint.precision or args.precision, processes)
 
     steps = data.steps_per_epoch(len(training), args.num_images_per_batch, processes)
     loader = data.training_loader(training, "weights", task, steps, args, processes)
@@ -134,7 +134,7 @@ def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
                 )
             history.add_validation(progress, scores)
         if validates or checkpoint.is_due(args.save_minutes):
-            checkpoint.save(parts, progress)
+            checkpoint.save(parts, progress, precision)
     history.close()
     log.info("the network is %s; infer_dints.py --checkpoint segments with it", progress.best_path)
 

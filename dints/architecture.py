@@ -78,6 +78,10 @@ class Architecture:
         active = self.arch_code_a == 1
         return bool((self.arch_code_c[active] == other.arch_code_c[active]).all())
 
+    def codes(self) -> tuple[list, list]:
+        """Paths and operations as nested lists: equal for equal networks of one file."""
+        return self.arch_code_a.tolist(), self.arch_code_c.tolist()
+
     def to_dict(self) -> dict:
         """Tensors and plain values: what an arch file and a model file hold."""
         arrays = {key: torch.from_numpy(getattr(self, key)) for key in ("node_a", "arch_code_a", "arch_code_c")}

@@ -93,6 +93,11 @@ def read_cases(description: dict, source: str | Path, root: str | Path, key: str
     return cases
 
 
+def names(cases: Sequence[Case]) -> list[str]:
+    """The image files' names: which cases they are, wherever the dataset lies."""
+    return [Path(case["image"]).name for case in cases]
+
+
 def split_fold(cases: Sequence[Case], num_folds: int, fold: int | str) -> tuple[list[Case], list[Case]]:
     """Training and validation cases of ``fold``; every case is validated in exactly one fold.
 

@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import pickle
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,18 +49,23 @@ class Processes:
         return values
 
     def on_main(self, function: Callable, *args):
-        """Call ``function`` on rank 0 and return its result on every rank; its `UserError` is raised on all."""
-        outcome = [None, None]
+        """Call ``function`` on rank 0 and return its result on every rank; at its `UserError` every rank leaves."""
+        if self.world_size == 1:
+            return function(*args)
+        result, error = None, None
         if self.is_main:
             try:
-                outcome[0] = function(*args)
-            except UserError as error:
-                outcome[1] = str(error)
-        if self.world_size > 1:
-            dist.broadcast_object_list(outcome, src=0, device=self.device if self.device.type == "cuda" else None)
-        if outcome[1] is not None:
-            raise UserError(outcome[1])
-        return outcome[0]
+                result = function(*args)
+            except UserError as raised:
+                error = raised
+        outcome = [result, error is not None]
+        dist.broadcast_object_list(outcome, src=0, device=self.device if self.device.type == "cuda" else None)
+        result, failed = outcome
+        if error is not None:
+            raise error
+        if failed:
+            sys.exit(1)  # rank 0 says why
+        return result
 
 
 @contextmanager
@@ -352,12 +358,13 @@ class Checkpoint:
 
     def __init__(self, folder: Path, resume: str, configuration: dict, processes: Processes):
         self.path, self.configuration, self.processes = folder / "latest.pth", configuration, processes
-        self.continues = processes.on_main(self._continues, resume)
+        # What ``--precision auto`` chose when the run began; None for a new run.
+        self.precision = processes.on_main(self._precision_of_stored, resume)
         self.saved_at = time.monotonic()
 
-    def _continues(self, resume: str) -> bool:
+    def _precision_of_stored(self, resume: str) -> str | None:
         if resume == "never" or (resume == "auto" and not self.path.exists()):
-            return False
+            return None
         if not self.path.exists():
             raise UserError(f"--resume must, but there is no {self.path}")
         state = load_safely(self.path)
@@ -372,11 +379,11 @@ class Checkpoint:
                 f"{self.path} belongs to a run with other settings ({', '.join(changes)}): use those again to "
                 "continue it, --resume never to start afresh in this folder, or another --output_root"
             )
-        return True
+        return state["precision"]
 
     def restore(self, parts: dict[str, object]) -> Progress:
         """Load the stored state into ``parts`` (networks, optimizers, ... by name); a new run's stay as they are."""
-        if not self.continues:
+        if self.precision is None:
             return Progress()
         state = load_safely(self.path)
         for name, part in parts.items():
@@ -385,11 +392,15 @@ class Checkpoint:
         log.info("continuing after epoch %d, iteration %d", progress.epoch, progress.iteration)
         return progress
 
-    def save(self, parts: dict[str, object], progress: Progress) -> None:
+    def save(self, parts: dict[str, object], progress: Progress, precision: Precision) -> None:
         """Write the state on rank 0; all ranks hold the same."""
         if self.processes.is_main:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            content = {"configuration": self.configuration, "progress": asdict(progress), "parts": states}
+            content = {
+                "configuration": self.configuration,
+                "precision": precision.name,
+                "progress": asdict(progress),
+                "parts": {name: part.state_dict() for name, part in parts.items()},
+            }
             save_atomically(content, self.path)
         self.saved_at = time.monotonic()
 
@@ -398,28 +409,19 @@ class Checkpoint:
         return time.monotonic() - self.saved_at >= 60 * minutes
 
 
-def configuration(
-    args: argparse.Namespace, task: dict, cases: object, precision: Precision, processes: Processes
-) -> dict:
-    """What decides a run's course, as plain values: flags, task, precision, processes, a digest of the case list."""
-    carried_out = (
-        "output_root",
-        "root",
-        "json",
-        "resume",
-        "save_minutes",
-        "num_workers",
-        "cache",
-        "local_rank",
-        "device",
-    )
-    flags = {name: value for name, value in vars(args).items() if name not in carried_out}
+def configuration(args: argparse.Namespace, processes: Processes, **contents: object) -> dict:
+    """What decides a run's course, as plain values: flags, number of processes, and digests of ``contents``.
+
+    Left out are the flags that say where files are (what is in them counts: give it as ``contents``) and how the work
+    is carried out.
+    """
+    files = {"output_root", "root", "json", "arch_ckpt"}
+    manner = {"resume", "save_minutes", "num_workers", "cache", "local_rank", "device"}
+    flags = {name: value for name, value in vars(args).items() if name not in files | manner}
     return {
         **{name: str(value) if isinstance(value, Path) else value for name, value in flags.items()},
-        "task": task,
-        "precision": precision.name,
-        "world_size": processes.world_size,
-        "cases": hashlib.sha256(repr(cases).encode()).hexdigest()[:16],
+        "processes": processes.world_size,
+        **{name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in contents.items()},
     }
 
 
@@ -429,5 +431,5 @@ def distributed(network: torch.nn.Module, processes: Processes) -> torch.nn.Modu
         return network
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
     return DistributedDataParallel(
-        network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        network, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
     )

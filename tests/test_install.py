@@ -88,7 +88,9 @@ def with_torch(packages: Path, version: str) -> None:
 def test_shellcheck_is_content(script):
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
-    result = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    # -x follows what a launcher sources.
+    command = ["shellcheck", "-x", "--source-path=SCRIPTDIR", script]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
     assert result.returncode == 0, result.stdout
 
 

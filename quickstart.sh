@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# The whole story, small: set up, make data, search a topology, draw it, retrain it, segment and score.
+#
+#   bash quickstart.sh
+#   TASK=Task04_Hippocampus DATA_ROOT=data_msd/Task04_Hippocampus bash quickstart.sh
+#
+# Environment (all optional):
+#   TASK, DATA_ROOT    the dataset: Task00_Phantom, made on the spot, unless another one is named
+#   OUTPUT_ROOT        folder for everything that is made (./runs/quickstart_TASK); running again continues there
+#   SEARCH_ITERATIONS, TRAIN_ITERATIONS   the budget; more is better
+#   ACTIVE=1           use the active Python environment instead of .venv, see install.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+export TASK="${TASK:-Task00_Phantom}" FOLD=0 NUM_FOLDS=4
+export DATA_ROOT="${DATA_ROOT:-./data_msd/$TASK}"
+results="${OUTPUT_ROOT:-./runs/quickstart_$TASK}"
+search_batch=2 train_batch=4
+
+step() { printf '\n== %s\n' "$*"; }
+
+step "1 of 6: environment"
+bash install.sh
+if [[ "${ACTIVE:-0}" == 1 ]]; then
+  PYTHON="$(command -v python || command -v python3)"
+else
+  PYTHON="${VENV:-.venv}/bin/python"
+fi
+export PYTHON
+
+step "2 of 6: data"
+if [[ "$TASK" == Task00_Phantom ]]; then "$PYTHON" -m dints.phantom --root "$DATA_ROOT"; fi
+# shellcheck source=dints/launch.sh
+source dints/launch.sh
+require_data "$TASK" "$DATA_ROOT"
+
+# epochs ITERATIONS BATCH PARTS: how many passes over one of PARTS equal parts of the training cases that makes.
+epochs() {
+  "$PYTHON" - "$DATA_ROOT/dataset.json" "$NUM_FOLDS" "$@" <<'PYTHON'
+import json, sys
+path, folds, iterations, batch, parts = sys.argv[1], *map(int, sys.argv[2:])
+cases = len(json.load(open(path))["training"])
+steps = -(-(cases - cases // folds) // (batch * parts))
+print(max(2, round(iterations / steps)))
+PYTHON
+}
+
+step "3 of 6: search"
+search_epochs="$(epochs "${SEARCH_ITERATIONS:-240}" "$search_batch" 2)"
+OUTPUT_ROOT="$results/search" bash search_dints.sh \
+  --num_blocks 4 --num_depths 3 --channel_mul 0.25 --num_images_per_batch "$search_batch" --learning_rate_arch 0.02 \
+  --num_epochs "$search_epochs" --num_epochs_warmup $((search_epochs / 3)) \
+  --num_epochs_per_validation $(((search_epochs + 2) / 3)) --overlap_ratio 0.25
+# shellcheck disable=SC2012  # the names are ours: no newline, no glob character
+ARCH_CKPT="$(ls -t "$results"/search/search_code_*.pth | head -n 1)"
+export ARCH_CKPT
+
+step "4 of 6: drawing"
+"$PYTHON" decode_plot.py --checkpoint "$ARCH_CKPT" --directory "$results" --filename architecture ||
+  echo "the drawing's source is $results/architecture.gv"
+
+step "5 of 6: retraining"
+train_epochs="$(epochs "${TRAIN_ITERATIONS:-400}" "$train_batch" 1)"
+OUTPUT_ROOT="$results/train" bash train_dints.sh \
+  --channel_mul 0.5 --num_images_per_batch "$train_batch" --num_epochs "$train_epochs" \
+  --num_epochs_per_validation $(((train_epochs + 4) / 5)) --overlap_ratio 0.25
+
+step "6 of 6: segmentation and scores"
+"$PYTHON" infer_dints.py --checkpoint "$results/train/best_metric_model.pth" \
+  --root "$DATA_ROOT" --fold "$FOLD" --num_folds "$NUM_FOLDS" --output_root "$results/segmentations"
+
+step "done: what was made"
+printf '%-24s %s\n' \
+  architecture "$ARCH_CKPT" \
+  "its drawing" "$results/architecture.png" \
+  "search curves" "$results/search/training_loss.png $results/search/validation_metric.png" \
+  "training curves" "$results/train/training_loss.png $results/train/validation_metric.png" \
+  network "$results/train/best_metric_model.pth" \
+  "segmentations, scores" "$results/segmentations/ $results/segmentations/scores.csv"
