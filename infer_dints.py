@@ -41,6 +41,8 @@ import csv
 import gzip
 import io
 import logging
+import re
+from collections import Counter
 
 import nibabel
 import torch
@@ -65,7 +67,7 @@ def infer(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
     network, _, task, _ = load_model(args.checkpoint)
     network.to(processes.device).eval()
     cases = processes.on_main(cases_to_segment, args)
-    outputs = segmentation_paths(cases, folder)
+    outputs = processes.on_main(segmentation_paths, cases, folder)
     precision = runtime.choose_precision(args.precision, processes)
     window = engine.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
     log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision.name)
@@ -74,10 +76,10 @@ def infer(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
     share = range(processes.rank, len(cases), processes.world_size)
     for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
         case = cases[number]
+        label = read_label(case, task) if "label" in case else None  # first, so that a bad one costs no segmentation
         segmentation = segment(case["image"], network, task, window, precision)
         save_segmentation(segmentation, case["image"], outputs[number])
-        if "label" in case:
-            label = Compose(data.reading(task, ["image", "label"]))(case)["label"][0].as_tensor()
+        if label is not None:
             counts[number] = engine.count_overlap(segmentation, label, task.num_classes)
     processes.sum(counts)
     if processes.is_main and args.root is not None:
@@ -96,24 +98,30 @@ def cases_to_segment(args: argparse.Namespace) -> list[dict[str, str]]:
         return validation or training
     images = []
     for path in args.input:
-        found = sorted(p for p in path.glob("*.nii*") if not p.name.startswith("._")) if path.is_dir() else [path]
-        if not found or not found[0].is_file():
-            raise UserError(f"--input {path}: no such NIfTI file, nor a folder that holds any (*.nii, *.nii.gz)")
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        found = [file for file in files if file.is_file() and re.fullmatch(r"[^.].*\.nii(\.gz)?", file.name)]
+        if not found:
+            raise UserError(f"--input {path} is no NIfTI file, nor a folder that holds any: give .nii or .nii.gz files")
         images.extend(found)
     return [{"image": str(path)} for path in images]
 
 
 def segmentation_paths(cases: list[dict[str, str]], folder: Path) -> list[Path]:
-    """Where each case's segmentation goes: under its image's name."""
-    paths = [folder / Path(case["image"]).name for case in cases]
-    for path, case in zip(paths, cases, strict=True):
-        if paths.count(path) > 1:
-            raise UserError(
-                f"two images are called {path.name}: segment them into different folders with --output_root"
-            )
-        if path.resolve() == Path(case["image"]).resolve():
-            raise UserError(f"{path} would overwrite its own image: give another --output_root")
-    return paths
+    """Where each case's segmentation goes: under its image's name; never onto another case's, nor onto an input."""
+    names = Counter(Path(case["image"]).name for case in cases)
+    inputs = {Path(path).resolve() for case in cases for path in case.values()}
+    for name, count in names.items():
+        if count > 1:
+            raise UserError(f"{count} images are called {name}: give each a run with its own --output_root")
+        if (folder / name).resolve() in inputs:
+            raise UserError(f"{folder / name} is an input and would be overwritten: give another --output_root")
+    return [folder / name for name in names]
+
+
+def read_label(case: dict[str, str], task: Task) -> torch.Tensor:
+    """The reference of each voxel, uint8, as its file holds it."""
+    with data.user_errors():
+        return Compose(data.reading(task, ["image", "label"]))(case)["label"][0].as_tensor().to(torch.uint8)
 
 
 @torch.no_grad()
@@ -122,22 +130,42 @@ def segment(
 ) -> torch.Tensor:
     """The label of each voxel of an image file, uint8, on the file's own grid.
 
-    The class scores are resampled to that grid, not the labels, so that borders stay smooth.
+    Class probabilities are resampled to that grid, not labels, so that borders stay smooth.
     """
     preprocess = Compose(data.preprocessing(task, keys=["image"]))
-    case = preprocess({"image": image})
+    with data.user_errors():
+        case = preprocess({"image": image})
     with precision.autocast():
         scores = window(case["image"][None].as_tensor().to(precision.device), network)
-    # Scores take the image's place and history, and that history is undone.
-    case["scores"] = MetaTensor(scores[0].float().softmax(0).cpu()).copy_meta_from(case["image"])
-    undo = Invertd(["scores"], preprocess, orig_keys=["image"], nearest_interp=False)
-    return undo(case)["scores"].argmax(0).as_tensor().to(torch.uint8)
+    return most_probable(scores[0].float().softmax(0).cpu(), case["image"], preprocess)
+
+
+def most_probable(probabilities: torch.Tensor, image: MetaTensor, preprocess: Compose) -> torch.Tensor:
+    """The most probable class of each voxel of the file that ``image`` was made from by ``preprocess``.
+
+    Args:
+        probabilities: (classes, *spatial), on the grid of the preprocessed image.
+    """
+    # Probabilities take the image's place and history, and that history is undone.
+    undo = Invertd(["class"], preprocess, orig_keys=["image"], nearest_interp=False)
+    labels = highest = None
+    for value, probability in enumerate(probabilities):  # one class at a time: on a large CT each takes a GB
+        probability = undo({"class": MetaTensor(probability[None]), "image": image})["class"][0].as_tensor()
+        if highest is None:
+            labels, highest = torch.zeros(probability.shape, dtype=torch.uint8), probability
+        else:
+            labels[probability > highest] = value
+            torch.maximum(highest, probability, out=highest)
+    return labels
 
 
 def save_segmentation(segmentation: torch.Tensor, image: str, path: Path) -> None:
-    """Write labels as NIfTI with the image's affine."""
-    header = nibabel.load(image)
-    file = nibabel.Nifti1Image(segmentation.numpy(), header.affine)
+    """Write labels as NIfTI, with the image's place in space as its header tells it."""
+    source = nibabel.load(image)
+    file = nibabel.Nifti1Image(segmentation.numpy(), source.affine)
+    file.set_qform(*source.get_qform(coded=True))
+    file.set_sform(*source.get_sform(coded=True))
+    file.header.set_xyzt_units(xyz=source.header.get_xyzt_units()[0])
     content = file.to_bytes()
     if path.suffix == ".gz":
         content = gzip.compress(content, mtime=0)

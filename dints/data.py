@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
-from monai.data import CacheDataset
-from monai.data import Dataset as UncachedDataset
+from monai.data import Dataset as TransformedCases
+from monai.data import NibabelReader
 from monai.data.meta_tensor import MetaTensor
 from monai.transforms import (
     CastToTyped,
     Compose,
     EnsureChannelFirstd,
     EnsureTyped,
-    LoadImaged,
+    LoadImage,
     MapTransform,
     NormalizeIntensityd,
     Orientationd,
@@ -42,6 +43,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from scipy.ndimage import distance_transform_cdt
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from dints.errors import UserError
 from dints.runtime import Processes, cores_per_process, seed_from
@@ -88,7 +90,7 @@ def read_cases(description: dict, source: str | Path, root: str | Path, key: str
     if missing:
         raise UserError(
             f"{len(missing)} of the {2 * len(cases)} files that {source} lists are not under --root {root}, "
-            f"for example {', '.join(missing[:3])}"
+            f"for example {', '.join(missing[:3])}: complete the dataset, or give its folder with --root"
         )
     return cases
 
@@ -106,7 +108,7 @@ def split_fold(cases: Sequence[Case], num_folds: int, fold: int | str) -> tuple[
     if fold == "all":
         return list(cases), []
     if num_folds > len(cases):
-        raise UserError(f"--num_folds {num_folds}, but there are only {len(cases)} cases")
+        raise UserError(f"--num_folds {num_folds}, but there are only {len(cases)} cases: give at most {len(cases)}")
     first, last = len(cases) * fold // num_folds, len(cases) * (fold + 1) // num_folds
     return [*cases[:first], *cases[last:]], list(cases[first:last])
 
@@ -114,17 +116,20 @@ def split_fold(cases: Sequence[Case], num_folds: int, fold: int | str) -> tuple[
 # Transforms
 
 
-class ReadFilesd(LoadImaged):
-    """MONAI's `LoadImaged`; a file that cannot be read is a `UserError` that names it."""
+class ReadFilesd(MapTransform):
+    """Reads NIfTI files with MONAI's `LoadImage`; one that cannot be read is a `UserError` that names it."""
 
-    def __call__(self, case: Mapping[Hashable, str], reader: object = None) -> dict[Hashable, MetaTensor]:
+    def __init__(self, keys: Sequence[str]):
+        super().__init__(keys)
+        self.load, self.reader = LoadImage(), NibabelReader()
+
+    def __call__(self, case: Mapping[Hashable, str]) -> dict[Hashable, MetaTensor]:
         loaded = dict(case)
         for key in self.keys:
             try:
-                loaded[key] = self._loader(case[key], reader)
-            except (ImageFileError, HeaderDataError, RuntimeError, EOFError, OSError, ValueError, zlib.error) as error:
-                cause = error.__cause__ or error
-                raise UserError(f"{case[key]} cannot be read: {cause}; replace the file") from error
+                loaded[key] = self.load(case[key], self.reader)
+            except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
+                raise UserError(f"{case[key]} cannot be read: {error}; replace the file") from error
         return loaded
 
 
@@ -134,30 +139,32 @@ class CheckCased(Transform):
     def __init__(self, task: Task):
         self.task = task
 
-    def __call__(self, case: Mapping[Hashable, object]) -> Mapping[Hashable, object]:
+    def __call__(self, case: Mapping[Hashable, MetaTensor]) -> Mapping[Hashable, MetaTensor]:
         image = case["image"]
-        name = image.meta["filename_or_obj"] if isinstance(image, MetaTensor) else "image"
-        if image.ndim != 4 or image.shape[0] != self.task.num_channels:
-            channels = image.shape[0] if image.ndim == 4 else 1
+        name, shape = image.meta["filename_or_obj"], tuple(image.shape[1:])
+        if len(shape) != 3 or image.shape[0] != self.task.num_channels:
             raise UserError(
-                f"{name} has {channels} channels and {image.ndim - 1} dimensions; {self.task.name} has "
-                f"{self.task.num_channels} channels in 3 dimensions"
+                f"{name} has {image.shape[0]} channels of shape {shape}; {self.task.name} has {self.task.num_channels} "
+                "channels in three dimensions: mend or remove the case"
             )
-        if not torch.isfinite(torch.as_tensor(image)).all():
-            raise UserError(f"{name} has NaN or infinite voxels: mend or remove it")
+        if not torch.isfinite(image.as_tensor()).all():
+            raise UserError(f"{name} has NaN or infinite voxels: mend or remove the case")
         if "label" in case:
-            self._check_label(case["label"], tuple(image.shape[1:]), str(name))
+            self._check_label(case["label"], shape, name)
         return case
 
-    def _check_label(self, label: torch.Tensor, image_shape: tuple[int, ...], image_name: str) -> None:
-        name = label.meta["filename_or_obj"] if isinstance(label, MetaTensor) else "label"
+    def _check_label(self, label: MetaTensor, image_shape: tuple[int, ...], image_name: str) -> None:
+        name = label.meta["filename_or_obj"]
         if tuple(label.shape) != (1, *image_shape):
-            raise UserError(f"{name} has shape {tuple(label.shape[1:])}, its image {image_name} has {image_shape}")
-        values = torch.unique(torch.as_tensor(label))
-        wrong = [value for value in values.tolist() if value not in range(self.task.num_classes)]
+            found = tuple(label.shape[1:]) if label.shape[0] == 1 else tuple(label.shape)
+            raise UserError(
+                f"{name} has shape {found}, but its image {image_name} has {image_shape}: mend or remove the case"
+            )
+        wrong = [v for v in torch.unique(label.as_tensor()).tolist() if v not in range(self.task.num_classes)]
         if wrong:
             raise UserError(
-                f"{name} holds the label {wrong[0]:g}; {self.task.name} has the labels 0 to {self.task.num_classes - 1}"
+                f"{name} holds the label {wrong[0]:g}; {self.task.name} has the labels 0 to "
+                f"{self.task.num_classes - 1}: mend or remove the case"
             )
 
 
@@ -184,13 +191,16 @@ class ClassMasksd(MapTransform):
 
 def reading(task: Task, keys: Sequence[str]) -> list[Callable]:
     """A case as its files hold it, channel first, checked."""
-    return [ReadFilesd(keys, reader="NibabelReader"), EnsureChannelFirstd(keys), CheckCased(task)]
+    return [ReadFilesd(keys), EnsureChannelFirstd(keys), CheckCased(task)]
 
 
 def preprocessing(task: Task, keys: Sequence[str] = ("image", "label")) -> list[Callable]:
     """What every stage does to a case: read, to RAS, to the task's spacing and intensity."""
     modes = ["bilinear" if key == "image" else "nearest" for key in keys]
-    resample = [] if task.spacing is None else [Spacingd(keys, task.spacing, mode=modes, align_corners=True)]
+    resample = []
+    if task.spacing is not None:
+        # MONAI would compute in float64, in twice the memory, to move values by less than the cache rounds them.
+        resample = [Spacingd(keys, task.spacing, mode=modes, align_corners=True, dtype=np.float32)]
     if task.intensity is not None:
         low, high = task.intensity
         intensity = ScaleIntensityRanged(["image"], low, high, 0.0, 1.0, clip=True)
@@ -252,7 +262,7 @@ def augmentation(task: Task) -> Compose:
 
 
 class TrainingSamples(Dataset):
-    """One augmented patch per (epoch, case), the same whichever worker or restart asks for it.
+    """One augmented patch per (epoch, turn, case), the same whichever worker or restart asks for it.
 
     Args:
         cases: what this process trains on.
@@ -260,23 +270,26 @@ class TrainingSamples(Dataset):
         stream: tells apart the draws of loaders that share a seed.
     """
 
-    def __init__(self, cases: UncachedDataset, numbers: Sequence[int], augment: Compose, seed: int, stream: str):
+    def __init__(
+        self, cases: TransformedCases | list, numbers: Sequence[int], augment: Compose, seed: int, stream: str
+    ):
         self.cases, self.numbers, self.augment, self.seed, self.stream = cases, numbers, augment, seed, stream
 
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict[str, torch.Tensor]:
-        epoch, index = epoch_and_index
-        self.augment.set_random_state(seed_from(self.seed, self.stream, epoch, self.numbers[index]))
+    def __getitem__(self, draw: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+        epoch, turn, index = draw
+        self.augment.set_random_state(seed_from(self.seed, self.stream, epoch, turn, self.numbers[index]))
         (sample,) = self.augment(dict(self.cases[index]))  # the cropper makes a list of its one crop
         return sample
 
 
 class EpochSampler(Sampler):
-    """(epoch, index) pairs in an order that depends on seed, stream and epoch only; wraps around to ``length`` pairs.
+    """(epoch, turn, index) in an order that depends on seed, stream and epoch only.
 
-    The epoch travels with the index, so workers that live on from epoch to epoch hold no state that a restart loses.
+    A turn is a pass over the cases; there are as many as ``length`` takes, the last one cut short. The epoch travels
+    with the index, so workers that live on from epoch to epoch hold no state that a restart loses.
     """
 
     def __init__(self, num_cases: int, length: int, seed: int, stream: str):
@@ -286,13 +299,13 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
         for position in range(self.length):
             turn, place = divmod(position, self.num_cases)
             if place == 0:
                 rng = np.random.default_rng(seed_from(self.seed, self.stream, self.epoch, turn))
                 order = rng.permutation(self.num_cases)
-            yield self.epoch, int(order[place])
+            yield self.epoch, turn, int(order[place])
 
 
 class TrainingLoader:
@@ -335,7 +348,7 @@ def training_loader(
         args: ``seed``, ``num_images_per_batch``, ``num_workers`` and ``cache`` of the command line.
     """
     numbers = list(range(processes.rank, len(cases), processes.world_size)) or [processes.rank % len(cases)]
-    held = cached([cases[number] for number in numbers], training_cache(task), args, stream)
+    held = cached([cases[number] for number in numbers], training_cache(task), task, args, stream)
     samples = TrainingSamples(held, numbers, augmentation(task), args.seed, f"{stream}/{processes.rank}")
     sampler = EpochSampler(len(numbers), steps * args.num_images_per_batch, args.seed, f"{stream}/{processes.rank}")
     pin = processes.device.type == "cuda"
@@ -344,31 +357,47 @@ def training_loader(
 
 def validation_loader(cases: Sequence[Case], task: Task, args: argparse.Namespace, processes: Processes) -> DataLoader:
     """This rank's share of the validation cases, whole, one at a time, each with its ``number`` in ``cases``."""
-    transform = Compose([*preprocessing(task), EnsureTyped(["image", "label"], track_meta=False)])
+    types = EnsureTyped(["image", "label"], dtype=[torch.float32, torch.uint8], track_meta=False)
+    transform = Compose([*preprocessing(task), types])
     numbered = [{**case, "number": number} for number, case in enumerate(cases)]
-    held = cached(numbered[processes.rank :: processes.world_size], transform, args, "validation")
+    held = cached(numbered[processes.rank :: processes.world_size], transform, task, args, "validation")
     return DataLoader(held, batch_size=1)
 
 
-def cached(cases: Sequence[Case], transform: Compose, args: argparse.Namespace, what: str) -> UncachedDataset:
-    """The transformed cases, in memory (``--cache ram``) or made anew each time (``none``)."""
-    if args.cache == "none" or not cases:
-        return UncachedDataset(cases, transform)
+def cached(
+    cases: Sequence[Case], transform: Compose, task: Task, args: argparse.Namespace, what: str
+) -> TransformedCases | list:
+    """The transformed cases: held in memory (``--cache ram``), or checked now and made anew each time (``none``).
+
+    Raises:
+        UserError: a case cannot be read or learned from; either way before any is used.
+    """
+    if not cases:
+        return []
     log.info("reading %d cases (%s)", len(cases), what)
-    progress = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
+    threads, silent = max(1, num_workers(args)), None if log.isEnabledFor(logging.INFO) else True
+    prepare = Compose(reading(task, ["image", "label"])) if args.cache == "none" else transform
+    with user_errors(), ThreadPool(threads) as pool:
+        ready = tqdm(pool.imap(prepare, cases), what, len(cases), unit="case", leave=False, disable=silent)
+        if args.cache == "ram":
+            return list(ready)
+        for _ in ready:
+            pass
+    return TransformedCases(cases, transform)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Raise a `UserError` that a transform raised as itself: `Compose` wraps it in a RuntimeError."""
     try:
-        return CacheDataset(
-            cases, transform, num_workers=max(1, num_workers(args)), progress=progress, copy_cache=False
-        )
-    except RuntimeError as error:  # MONAI wraps what a transform raised
-        raise _as_user_error(error) from error
-
-
-def _as_user_error(error: BaseException) -> UserError:
-    """The `UserError` among an error's causes; if there is none, the innermost cause as one."""
-    while not isinstance(error, UserError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error if isinstance(error, UserError) else UserError(f"a case cannot be read: {error}")
+        yield
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def num_workers(args: argparse.Namespace) -> int:

@@ -126,18 +126,19 @@ class Scores:
         return [None if mean != mean else mean for mean in means]
 
     @property
-    def mean(self) -> float:
-        """Mean over the classes that occur; 0 where none does."""
+    def mean(self) -> float | None:
+        """Mean over the classes that occur; None where none does."""
         present = [mean for mean in self.per_class if mean is not None]
-        return sum(present) / len(present) if present else 0.0
+        return sum(present) / len(present) if present else None
 
     def describe(self, class_names: Sequence[str]) -> str:
         """One line for people: the mean, each class, and what is unusual about it."""
         parts = []
         for name, mean, wrong in zip(class_names[1:], self.per_class, self.false_positives, strict=True):
-            absent = f" (+{wrong} false positive)" if wrong else ""
-            parts.append(f"{name} {'absent' if mean is None else f'{mean:.4f}'}{absent}")
-        return f"Dice {self.mean:.4f} ({', '.join(parts)})"
+            found_in = f" (found in {wrong} cases without it)" if wrong else ""
+            parts.append(f"{name} {'absent' if mean is None else f'{mean:.4f}'}{found_in}")
+        total = "not defined" if self.mean is None else f"{self.mean:.4f}"
+        return f"Dice {total} ({', '.join(parts)})"
 
 
 def count_overlap(predicted: torch.Tensor, reference: torch.Tensor, num_classes: int) -> torch.Tensor:

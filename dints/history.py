@@ -9,7 +9,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which would choose a window system and keep every figure
 from torch.utils.tensorboard import SummaryWriter
 
@@ -35,13 +37,11 @@ class History:
     def __init__(self, folder: Path, class_names: Sequence[str], iteration: int, enabled: bool):
         self.folder, self.class_names, self.enabled = folder, class_names, enabled
         if enabled:
-            if iteration == 0:
-                shutil.rmtree(folder / "Events", ignore_errors=True)
+            if iteration == 0 and (folder / "Events").exists():
+                shutil.rmtree(folder / "Events")
             self.writer = SummaryWriter(str(folder / "Events"), purge_step=iteration + 1 if iteration else None)
-            for name in (LOSSES, ACCURACY):
-                write_rows(
-                    folder / name, [row for row in read_rows(folder / name) if int(row["iteration"]) <= iteration]
-                )
+            for table in (folder / LOSSES, folder / ACCURACY):
+                write_rows(table, [row for row in read_rows(table) if int(row["iteration"]) <= iteration])
 
     def add_epoch(self, progress: Progress, values: Mapping[str, float | None]) -> None:
         """Note an epoch's values: a row of ``loss_history.csv``, scalars, a line for people."""
@@ -83,7 +83,7 @@ class History:
             **values,
         }
         with open(self.folder / name, "a", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=list(row))
+            table = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
             if file.tell() == 0:
                 table.writeheader()
             table.writerow({key: "" if value is None else value for key, value in row.items()})
@@ -101,8 +101,7 @@ class History:
             "best_avg_dice_score_iteration": progress.best_iteration,
             "best_path": progress.best_path,
         }
-        with runtime.replacing(self.folder / "progress.yaml") as file:
-            file.write(yaml.safe_dump(content, sort_keys=False).encode())
+        runtime.write_atomically(self.folder / "progress.yaml", yaml.safe_dump(content, sort_keys=False))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -119,40 +118,58 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
         path.unlink(missing_ok=True)
         return
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, fieldnames=list(rows[0]))
+    table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    with runtime.replacing(path) as file:
-        file.write(text.getvalue().encode())
+    runtime.write_atomically(path, text.getvalue())
 
 
 def draw_curves(folder: Path) -> None:
     """``training_loss.png`` and ``validation_metric.png`` from the tables, over iterations and over time."""
-    for name, columns, label, picture in (
-        (LOSSES, ("loss", "architecture_loss"), "loss (Dice + cross-entropy)", "training_loss.png"),
-        (ACCURACY, None, "Dice", "validation_metric.png"),
+    losses, accuracy = read_rows(folder / LOSSES), read_rows(folder / ACCURACY)
+    arch = "architecture_loss" in (losses[0] if losses else ())
+    loss_names = {"loss": "weights' cases" if arch else "training cases", "architecture_loss": "architecture's cases"}
+    dice_names = {
+        c: c.removeprefix("dice_").replace("_", " ") for c in (accuracy[0] if accuracy else ()) if c.startswith("dice_")
+    }
+    if len(dice_names) > 1:
+        dice_names = {"dice": "mean", **dice_names}
+    for rows, names, label, legend, picture in (
+        (losses, loss_names, "training loss (Dice + CE)", "upper right", "training_loss.png"),
+        (accuracy, dice_names, "Dice of the validation cases", "lower right", "validation_metric.png"),
     ):
-        rows = read_rows(folder / name)
-        if rows:
-            shown = [column for column in columns or rows[0] if column in rows[0] and (columns or "dice" in column)]
-            figure = curves(rows, shown, label)
+        present = {column: name for column, name in names.items() if any(row.get(column) for row in rows)}
+        if present:
+            figure = curves(rows, present, label, legend)
             with runtime.replacing(folder / picture) as file:
                 figure.savefig(file, format="png", dpi=120)
 
 
-def curves(rows: Sequence[Mapping[str, str]], columns: Sequence[str], label: str) -> Figure:
-    """A matplotlib figure of ``columns`` over iterations (left) and over minutes of training (right)."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+def curves(rows: Sequence[Mapping[str, str]], names: Mapping[str, str], label: str, legend: str) -> Figure:
+    """The columns in ``names`` over iterations (left) and over minutes of training (right); ``legend``: its corner."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, column_x, scale, name_x in ((left, "iteration", 1, "iterations"), (right, "seconds", 60, "minutes")):
-        for column in columns:
+        for column, name in names.items():
             points = [(float(row[column_x]) / scale, float(row[column])) for row in rows if row[column]]
-            name = column.removeprefix("dice_").replace("_", " ")
-            marker = "o" if len(points) < 40 else ""
-            axes.plot(*zip(*points, strict=True), label="mean" if name == "dice" else name, marker=marker, markersize=3)
+            plot(axes, *np.transpose(points), name, marker="o" if len(rows) <= 40 else "")
         axes.set_xlabel(name_x)
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     left.set_ylabel(label)
-    if len(columns) > 1:
-        left.legend(frameon=False)
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False, loc=legend)
     return figure
+
+
+def plot(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, marker: str) -> None:
+    """One curve; where there are many points, their running mean over the points themselves, drawn faintly."""
+    style = {"color": "black", "linewidth": 2.2, "zorder": 3} if name == "mean" else {}
+    if len(y) <= 200:
+        axes.plot(x, y, label=name, marker=marker, markersize=3.5, **style)
+        return
+    width = len(y) // 50
+    smooth = [np.convolve(values, np.ones(width) / width, "valid") for values in (x, y)]
+    (line,) = axes.plot(*smooth, label=f"{name}, mean of {width} epochs", **style)
+    axes.plot(x, y, color=line.get_color(), alpha=0.25, linewidth=0.7, zorder=1)

@@ -1,6 +1,6 @@
 """Runs a stage under torchrun, and has every rank write its own state beside latest.pth: rank<r>.pth.
 
-    torchrun --nproc_per_node=2 tests/ranks.py search_dints --root ... --output_root ...
+torchrun --nproc_per_node=2 tests/ranks.py search_dints --root ... --output_root ...
 """
 
 import importlib
