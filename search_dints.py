@@ -93,12 +93,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def search(args: argparse.Namespace, processes: runtime.Processes, folder: Path) -> None:
-    task, cases = processes.on_main(data.open_dataset, args)
-    check_patch_size(task.patch_size, args.num_depths)
-    training, validation = data.split_fold(cases, args.num_folds, args.fold)
-    weights_cases, arch_cases = halves(training)
-    configuration = runtime.configuration(args, processes, task=task, cases=data.names(cases))
-    checkpoint = runtime.Checkpoint(folder, args.resume, configuration, processes)
+    task, weights_cases, arch_cases, validation = processes.on_main(prepare, args)
+    contents = {"task": task, "cases": data.names([*weights_cases, *arch_cases, *validation])}
+    checkpoint = runtime.Checkpoint(folder, args.resume, runtime.configuration(args, processes, **contents), processes)
     precision = runtime.choose_precision(checkpoint.precision or args.precision, processes)
 
     steps = data.steps_per_epoch(len(weights_cases), args.num_images_per_batch, processes)
@@ -139,6 +136,14 @@ def search(args: argparse.Namespace, processes: runtime.Processes, folder: Path)
             checkpoint.save(supernet.parts, progress, precision)
     history.close()
     log.info("found: %s; train_dints.py --arch_ckpt retrains it", folder / f"search_code_{progress.iteration}.pth")
+
+
+def prepare(args: argparse.Namespace) -> tuple[Task, list[data.Case], list[data.Case], list[data.Case]]:
+    """The task, and its cases for weights, architecture and validation, with all checks that need no computing."""
+    task, cases = data.open_dataset(args)
+    check_patch_size(task.patch_size, args.num_depths)
+    training, validation = data.split_fold(cases, args.num_folds, args.fold)
+    return task, *halves(training), validation
 
 
 def halves(cases: list[data.Case]) -> tuple[list[data.Case], list[data.Case]]:

@@ -58,9 +58,10 @@ import logging
 import torch
 
 from dints import __version__, data, engine, runtime
-from dints.architecture import load_architecture
+from dints.architecture import Architecture, load_architecture
 from dints.history import History
 from dints.network import FoundNetwork, check_patch_size, count_parameters, load_weights, save_model
+from dints.tasks import Task
 
 log = logging.getLogger("train")
 
@@ -71,15 +72,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) -> None:
-    architecture = load_architecture(args.arch_ckpt, args.num_blocks, args.num_depths)
-    task, cases = processes.on_main(data.open_dataset, args)
-    check_patch_size(task.patch_size, architecture.num_depths)
-    training, validation = data.split_fold(cases, args.num_folds, args.fold)
+    architecture, task, training, validation = processes.on_main(prepare, args)
     runtime.seed_everything(args.seed, "initialisation")
     network = FoundNetwork(architecture, task.num_channels, task.num_classes, args.channel_mul)
     if args.checkpoint is not None:
         load_weights(network, runtime.load_safely(args.checkpoint), args.checkpoint)
-    contents = {"task": task, "cases": data.names(cases), "architecture": architecture.codes()}
+    contents = {"task": task, "cases": data.names([*training, *validation]), "architecture": architecture.codes()}
     checkpoint = runtime.Checkpoint(folder, args.resume, runtime.configuration(args, processes, **contents), processes)
     precision = runtime.choose_precision(checkpoint.precision or args.precision, processes)
 
@@ -122,21 +120,21 @@ def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
                 )
             path = folder / "best_metric_model.pth"
             if progress.note_validation(scores and scores.mean, path) and processes.is_main:
-                save_model(
-                    path,
-                    network,
-                    architecture,
-                    args.channel_mul,
-                    task,
-                    dice=progress.best_dice,
-                    iteration=progress.iteration,
-                    version=__version__,
-                )
+                facts = {"dice": progress.best_dice, "iteration": progress.iteration, "version": __version__}
+                save_model(path, network, architecture, args.channel_mul, task, **facts)
             history.add_validation(progress, scores)
         if validates or checkpoint.is_due(args.save_minutes):
             checkpoint.save(parts, progress, precision)
     history.close()
     log.info("the network is %s; infer_dints.py --checkpoint segments with it", progress.best_path)
+
+
+def prepare(args: argparse.Namespace) -> tuple[Architecture, Task, list[data.Case], list[data.Case]]:
+    """Architecture, task, training and validation cases, with all checks that need no computing."""
+    architecture = load_architecture(args.arch_ckpt, args.num_blocks, args.num_depths)
+    task, cases = data.open_dataset(args)
+    check_patch_size(task.patch_size, architecture.num_depths)
+    return architecture, task, *data.split_fold(cases, args.num_folds, args.fold)
 
 
 if __name__ == "__main__":

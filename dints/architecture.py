@@ -12,7 +12,6 @@ This module needs torch and NumPy only, so that drawing a file does not wait for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from dints.errors import UserError
 # In the order of MONAI's Cell.OPS3D, which arch_code_c indexes.
 OPERATIONS = ("skip", "3x3x3", "3x3x1 + 1x1x3", "3x1x3 + 1x3x1", "1x3x3 + 3x1x1")
 
+_ARRAYS = ("node_a", "arch_code_a", "arch_code_c")
 _LEGACY_KEYS = {"arch_code_a": "code_a", "arch_code_c": "code_c"}
 
 
@@ -55,9 +55,9 @@ class Architecture:
     source: str = "architecture"
 
     def __post_init__(self):
-        for key in ("node_a", "arch_code_a", "arch_code_c", "arch_code_a_max"):
+        for key in (*_ARRAYS, "arch_code_a_max"):
             value = getattr(self, key)
-            if value is not None or key != "arch_code_a_max":
+            if value is not None or key in _ARRAYS:
                 object.__setattr__(self, key, _whole_numbers(value, key, self.source))
         _check_shapes(self)
         _check_values(self)
@@ -84,10 +84,8 @@ class Architecture:
 
     def to_dict(self) -> dict:
         """Tensors and plain values: what an arch file and a model file hold."""
-        arrays = {key: torch.from_numpy(getattr(self, key)) for key in ("node_a", "arch_code_a", "arch_code_c")}
-        if self.arch_code_a_max is not None:
-            arrays["arch_code_a_max"] = torch.from_numpy(self.arch_code_a_max)
-        return {**arrays, **self.info}
+        arrays = {key: getattr(self, key) for key in (*_ARRAYS, "arch_code_a_max")}
+        return {**{key: torch.from_numpy(array) for key, array in arrays.items() if array is not None}, **self.info}
 
 
 def load_architecture(path: str | Path, num_blocks: int | None = None, num_depths: int | None = None) -> Architecture:
@@ -101,13 +99,13 @@ def load_architecture(path: str | Path, num_blocks: int | None = None, num_depth
         UserError: the file is missing, damaged, not an architecture, or wants more than NumPy arrays unpickled.
     """
     architecture = architecture_from_dict(runtime.load_safely(path), str(path))
-    for flag, wanted, found in (
-        ("--num_blocks", num_blocks, architecture.num_blocks),
-        ("--num_depths", num_depths, architecture.num_depths),
+    for what, wanted, found in (
+        ("blocks", num_blocks, architecture.num_blocks),
+        ("depths", num_depths, architecture.num_depths),
     ):
         if wanted is not None and wanted != found:
             raise UserError(
-                f"{path} holds {found} {flag[6:]}, but {flag} is {wanted}: drop the flag or name another file"
+                f"{path} holds {found} {what}, but --num_{what} is {wanted}: drop the flag or name another file"
             )
     return architecture
 
@@ -115,17 +113,12 @@ def load_architecture(path: str | Path, num_blocks: int | None = None, num_depth
 def architecture_from_dict(content: object, source: str) -> Architecture:
     """The architecture in a loaded arch or model file; inverse of `Architecture.to_dict`."""
     if not isinstance(content, dict):
-        raise UserError(f"{source} holds a {type(content).__name__}, not an architecture (a dictionary)")
-    arrays = {}
-    for key in ("node_a", "arch_code_a", "arch_code_c", "arch_code_a_max"):
-        spelling = next((name for name in (key, _LEGACY_KEYS.get(key)) if name in content), None)
-        if spelling is not None:
-            arrays[key] = content[spelling]
-        elif key != "arch_code_a_max":
-            raise UserError(
-                f"{source} has no '{key}': it is not an arch file; search_dints.py writes search_code_*.pth"
-            )
-    info = {key: value for key, value in content.items() if key not in (*arrays, *_LEGACY_KEYS.values())}
+        raise _unusable(source, f"holds a {type(content).__name__} where a dictionary is expected")
+    arrays = {key: content.get(key, content.get(_LEGACY_KEYS.get(key))) for key in (*_ARRAYS, "arch_code_a_max")}
+    for key in _ARRAYS:
+        if arrays[key] is None:
+            raise _unusable(source, f"has no '{key}'")
+    info = {key: _plain(value) for key, value in content.items() if key not in (*arrays, *_LEGACY_KEYS.values())}
     return Architecture(**arrays, info=info, source=source)
 
 
@@ -134,35 +127,46 @@ def save_architecture(path: str | Path, architecture: Architecture) -> None:
     runtime.save_atomically(architecture.to_dict(), path)
 
 
+def _unusable(source: str, fault: str) -> UserError:
+    return UserError(f"{source}: {fault}; give an arch file as search_dints.py writes it (search_code_*.pth)")
+
+
+def _plain(value: object) -> object:
+    """``value`` without NumPy's types: published files hold them, but ``weights_only=True`` refuses to read them."""
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
 def _whole_numbers(value: object, key: str, source: str) -> np.ndarray:
     try:
         array = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
-        numbers = array.astype(np.float64)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: '{key}' is not an array of numbers") from error
-    fractional = numbers[~(np.isfinite(numbers) & (numbers == np.round(numbers)))]
+        raise _unusable(source, f"'{key}' is not an array of numbers") from error
+    if array.dtype.kind not in "biuf":  # booleans, integers and floats
+        raise _unusable(source, f"'{key}' is not an array of numbers")
+    fractional = array[~(np.isfinite(array) & (array == np.round(array)))]
     if fractional.size:
-        raise UserError(f"{source}: '{key}' holds {fractional[0]:g} where only whole numbers make sense")
-    return numbers.astype(np.int64)
+        raise _unusable(source, f"'{key}' holds {fractional[0]:g} where only whole numbers make sense")
+    return array.astype(np.int64)
 
 
 def _check_shapes(architecture: Architecture) -> None:
     source, shape = architecture.source, architecture.arch_code_a.shape
     if len(shape) != 2 or shape[0] < 1 or (shape[1] + 2) % 3 or shape[1] < 4:
-        raise UserError(
-            f"{source}: 'arch_code_a' has shape {shape}; expected (blocks, 3 * depths - 2) with 2 depths or more"
+        raise _unusable(
+            source, f"'arch_code_a' has shape {shape}, not (blocks, 3 * depths - 2) with 1 block and 2 depths or more"
         )
-    depths = (shape[1] + 2) // 3
+    num_blocks, num_depths = shape[0], (shape[1] + 2) // 3
     for key, expected in (
-        ("node_a", (shape[0] + 1, depths)),
+        ("node_a", (num_blocks + 1, num_depths)),
         ("arch_code_c", shape),
         ("arch_code_a_max", shape),
     ):
         array = getattr(architecture, key)
         if array is not None and array.shape != expected:
-            raise UserError(
-                f"{source}: '{key}' has shape {array.shape}; 'arch_code_a' of {shape[0]} blocks and {depths} depths "
-                f"asks for {expected}"
+            raise _unusable(
+                source,
+                f"'{key}' has shape {array.shape}, but 'arch_code_a' of {num_blocks} blocks and {num_depths} depths "
+                f"asks for {expected}",
             )
 
 
@@ -176,29 +180,24 @@ def _check_values(architecture: Architecture) -> None:
         array = getattr(architecture, key)
         if array is not None and (array.min() < 0 or array.max() > highest):
             wrong = array[(array < 0) | (array > highest)][0]
-            raise UserError(f"{architecture.source}: '{key}' holds {wrong}; values are 0 to {highest}")
+            raise _unusable(architecture.source, f"'{key}' holds {wrong}; values are 0 to {highest}")
 
 
 def _check_connections(architecture: Architecture) -> None:
-    """Every block has a path, paths start where the block before ends, and node_a is what the paths activate."""
+    """Each block leaves from exactly the depths that the one before reaches, and ``node_a`` says the same."""
+    source = architecture.source
     sources, targets = (np.array(ends) for ends in zip(*paths(architecture.num_depths), strict=True))
-    for block, active in enumerate(architecture.arch_code_a == 1):
-        if not active.any():
-            raise UserError(f"{architecture.source}: block {block} has no active path")
-        for row, ends in ((block, sources), (block + 1, targets)):
-            reached, stated = _depths(ends[active]), _depths(np.flatnonzero(architecture.node_a[row]))
-            if row == block and row > 0 and reached != _depths(targets[architecture.arch_code_a[block - 1] == 1]):
-                before = _depths(targets[architecture.arch_code_a[block - 1] == 1])
-                raise UserError(
-                    f"{architecture.source}: block {block - 1} ends at depths {before}, but block {block} starts from "
-                    f"{reached}: the paths do not connect"
-                )
-            if reached != stated:
-                raise UserError(
-                    f"{architecture.source}: row {row} of 'node_a' activates depths {stated}, but the paths of "
-                    f"block {block} use {reached}"
-                )
-
-
-def _depths(indices: Sequence[int]) -> list[int]:
-    return sorted({int(index) for index in indices})
+    active = architecture.arch_code_a == 1
+    left = [np.unique(sources[block]).tolist() for block in active]
+    reached = [np.unique(targets[block]).tolist() for block in active]
+    for block, depths in enumerate(left):
+        if not depths:
+            raise _unusable(source, f"block {block} has no active path")
+        if block > 0 and depths != reached[block - 1]:
+            raise _unusable(
+                source, f"block {block - 1} ends at depths {reached[block - 1]}, but block {block} starts from {depths}"
+            )
+    for row, used in enumerate([left[0], *reached]):
+        stated = np.flatnonzero(architecture.node_a[row]).tolist()
+        if stated != used:
+            raise _unusable(source, f"row {row} of 'node_a' activates depths {stated}, but the paths use {used}")

@@ -217,10 +217,12 @@ def preprocessing(task: Task, keys: Sequence[str] = ("image", "label")) -> list[
 def training_cache(task: Task) -> Compose:
     """`preprocessing` and all else that is the same at every epoch; what a training case is cached as."""
     keys = ["image", "label", "crop_mask"]
+    reflectable = [size // 3 + 1 for size in task.patch_size]  # a smaller volume has too few voxels to reflect
     return Compose(
         [
             *preprocessing(task),
             ClassMasksd(task.num_classes),
+            SpatialPadd(keys, reflectable, mode=["edge", "constant", "constant"]),
             SpatialPadd(keys, task.patch_size, mode=["reflect", "constant", "constant"]),
             CastToTyped(keys, dtype=[torch.float16, torch.uint8, torch.uint8]),
             EnsureTyped(keys, track_meta=False),

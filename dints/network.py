@@ -44,11 +44,11 @@ class FoundNetwork(DiNTS):
             for block, active in enumerate(architecture.arch_code_a)
         ]
         self.deepest_output = int(architecture.node_a[-1].nonzero()[0].max())
-        for depth in range(architecture.num_depths):
-            if depth not in self.inputs:
-                del self.stem_down[str(depth)]
-            if depth > self.deepest_output:
-                del self.stem_up[str(depth)]
+        unused = [("stem_down", depth) for depth in range(self.num_depths) if depth not in self.inputs]
+        unused += [("stem_up", depth) for depth in range(self.deepest_output + 1, self.num_depths)]
+        for stems, depth in unused:
+            del getattr(self, stems)[str(depth)]
+        self.unused_stems = tuple(f"{stems}.{depth}." for stems, depth in unused)  # openings of MONAI's keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Class scores (batch, classes, *spatial) of images (batch, channels, *spatial)."""
@@ -94,21 +94,31 @@ def load_weights(network: FoundNetwork, content: object, source: str | Path) -> 
         UserError: the content is no state dict, or does not fit the network.
     """
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not _is_state_dict(state):
         raise UserError(f"{source} does not hold network weights (a state dict, or a model file of train_dints.py)")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     own = network.state_dict()
     missing = [key for key in own if key not in state]
-    foreign = [key for key in state if key not in own and not key.startswith(("stem_down.", "stem_up."))]
+    foreign = [key for key in state if key not in own and not key.startswith(network.unused_stems)]
     misshapen = [key for key in own if key in state and own[key].shape != state[key].shape]
-    for keys, fault in ((missing, "lacks"), (foreign, "also holds"), (misshapen, "has in another shape")):
+    for keys, fault in (
+        (missing, "lacks {} that the network has"),
+        (foreign, "has {} that the network lacks"),
+        (misshapen, "has {} of another shape"),
+    ):
         if keys:
-            shapes = f" ({tuple(state[keys[0]].shape)}, not {tuple(own[keys[0]].shape)})" if keys is misshapen else ""
+            shapes = f" {tuple(state[keys[0]].shape)}, not {tuple(own[keys[0]].shape)}" if keys is misshapen else ""
             raise UserError(
-                f"the weights in {source} do not fit this network: the file {fault} {len(keys)} of its {len(own)} "
-                f"tensors, for example {keys[0]}{shapes}; give the file's own --arch_ckpt, channels and classes"
+                f"the weights in {source} do not fit this network: the file {fault.format(f'{len(keys)} tensors')}, "
+                f"for example {keys[0]}{shapes}; give the architecture, channels and classes that it was trained with"
             )
     network.load_state_dict({key: state[key] for key in own})
+
+
+def _is_state_dict(content: object) -> bool:
+    if not isinstance(content, dict) or not content:
+        return False
+    return all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items())
 
 
 def save_model(
@@ -126,12 +136,18 @@ def save_model(
 
 
 def load_model(path: str | Path) -> tuple[FoundNetwork, Architecture, Task, dict]:
-    """The network in a model file with its weights, its architecture, its task, and the file's other values."""
+    """The network in a model file with its weights, its architecture, its task, and all that the file holds."""
     content = runtime.load_safely(path)
-    if not isinstance(content, dict) or not {"state_dict", "architecture", "channel_mul", "task"} <= set(content):
+    if not isinstance(content, dict) or not {"state_dict", "architecture", "channel_mul", "task"} <= content.keys():
         raise UserError(f"{path} is not a model file: train_dints.py writes best_metric_model.pth")
     architecture = architecture_from_dict(content["architecture"], f"the architecture in {path}")
-    task = Task.from_dict(content["task"])
-    network = FoundNetwork(architecture, task.num_channels, task.num_classes, content["channel_mul"])
+    try:
+        task = Task.from_dict(content["task"])
+        network = FoundNetwork(architecture, task.num_channels, task.num_classes, content["channel_mul"])
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged: its channel_mul {content['channel_mul']!r} and task {content['task']!r} describe no "
+            f"network ({error}); give another model file of train_dints.py"
+        ) from error
     load_weights(network, content, path)
     return network, architecture, task, content

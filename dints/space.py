@@ -21,7 +21,7 @@ from dints.architecture import Architecture, paths
 class SearchSpace(TopologySearch):
     """MONAI's search space; state dicts move both ways.
 
-    Differences: probabilities are finite for any alpha (MONAI's are NaN below -20); the regularisers are matrix
+    Differences: probabilities are right for any alpha (MONAI's are NaN from -20 down); the regularisers are matrix
     products (MONAI: 31,000 operations at 12 blocks and 4 depths); `decode` is a shortest path over patterns (MONAI:
     over a dense matrix of all children, 2 GB); nothing is printed, and the space works on any device it is moved to.
     """
@@ -55,8 +55,10 @@ class SearchSpace(TopologySearch):
             the children's probabilities (blocks, children) if ``child``, else None, and the paths' (blocks, paths).
         """
         log_on, log_off = F.logsigmoid(self.log_alpha_a), F.logsigmoid(-self.log_alpha_a)
-        # log(1 - prod(1 - p)): expm1 keeps the digits that 1 - prod(...) loses when all p are small.
-        log_norm = torch.log(-torch.expm1(log_off.sum(-1, keepdim=True)))
+        # Some path is active: either the first is, or it is not and the second is, ... This sum keeps the digits that
+        # 1 - prod(1 - p) loses when all p are small.
+        all_before_off = F.pad(log_off.cumsum(-1)[:, :-1], (1, 0))
+        log_norm = torch.logsumexp(log_on + all_before_off, -1, keepdim=True)
         path_probs = torch.exp(log_on - log_norm)
         if not child:
             return None, path_probs
