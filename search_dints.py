@@ -73,13 +73,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from monai.networks.nets.dints import DiNTS
 from torch import nn
 
 from dints import __version__, data, engine, runtime
 from dints.architecture import save_architecture
 from dints.drawing import draw_architecture
-from dints.history import History
+from dints.history import LOSSES, History, read_rows
 from dints.network import check_patch_size
 from dints.space import SearchSpace
 from dints.tasks import Task
@@ -132,6 +134,8 @@ def search(args: argparse.Namespace, processes: runtime.Processes, folder: Path)
             if processes.is_main:
                 write_architecture(supernet.space, progress, args, task, folder)
             history.add_validation(progress, scores)
+            if processes.is_main:
+                draw_search(folder, f"{task.name}, RAM factor {args.factor_ram_cost:g}")
         if validates or checkpoint.is_due(args.save_minutes):
             checkpoint.save(supernet.parts, progress, precision)
     history.close()
@@ -299,6 +303,35 @@ def write_architecture(
         draw_architecture(found, name, folder)
     except UserError as error:  # without Graphviz's dot the search goes on; the .gv source is there
         log.warning("%s", error)
+
+
+def draw_search(folder: Path, title: str) -> None:
+    """``search.png``: how the losses, the memory and the entropies went, over iterations."""
+    rows = read_rows(folder / LOSSES)
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure.suptitle(title)
+    losses, memory, entropies = figure.subplots(1, 3)
+
+    def plot(axes: Axes, column: str, label: str, style: str = "-", scale: float = 1.0) -> None:
+        points = [(int(row["iteration"]), float(row[column]) / scale) for row in rows if row[column]]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+
+    plot(losses, "loss", "weights")
+    plot(losses, "architecture_loss", "architecture")
+    losses.set_ylabel("loss (Dice + cross-entropy)")
+    plot(memory, "ram_ratio", "expected network")
+    plot(memory, "ram_target", "RAM factor", "--")
+    memory.set_ylabel("share of the memory of all paths")
+    for column, label in (("entropy_a", "paths"), ("entropy_c", "operations"), ("topology", "topology")):
+        plot(entropies, column, label, scale=float(rows[0][column]))
+    entropies.set_ylabel("entropy, share of its start")
+    for axes in (losses, memory, entropies):
+        axes.set_xlabel("iterations")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    with runtime.replacing(folder / "search.png") as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -135,8 +135,8 @@ class Scores:
         """One line for people: the mean, each class, and what is unusual about it."""
         parts = []
         for name, mean, wrong in zip(class_names[1:], self.per_class, self.false_positives, strict=True):
-            found_in = f" (found in {wrong} cases without it)" if wrong else ""
-            parts.append(f"{name} {'absent' if mean is None else f'{mean:.4f}'}{found_in}")
+            elsewhere = f" (false positive cases: {wrong})" if wrong else ""
+            parts.append(f"{name} {'absent' if mean is None else f'{mean:.4f}'}{elsewhere}")
         total = "not defined" if self.mean is None else f"{self.mean:.4f}"
         return f"Dice {total} ({', '.join(parts)})"
 

@@ -43,10 +43,10 @@ class SearchSpace(TopologySearch):
         ):
             self.register_buffer(name, constant, persistent=False)
 
-    def gen_mtx(self, depth: int) -> tuple[dict, list, list]:
+    def gen_mtx(self, depth: int) -> tuple[dict, list[tuple], list[tuple]]:
         """All node patterns and children in MONAI's order; its table of transfer matrices is not needed here."""
-        everything = list(product((0, 1), repeat=3 * depth - 2))
-        return {}, [list(pattern) for pattern in product((0, 1), repeat=depth)][1:], [list(c) for c in everything][1:]
+        patterns, children = (list(product((0, 1), repeat=length))[1:] for length in (depth, 3 * depth - 2))
+        return {}, patterns, children
 
     def get_prob_a(self, child: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Path probabilities, given that each block has at least one active path (paper, section 3.2).
@@ -101,18 +101,16 @@ class SearchSpace(TopologySearch):
         # MONAI's edge lengths. A pattern's shortest way so far is all that the next block needs to know.
         lengths = (-np.log(probs + 1e-5) + 0.001).astype(np.float64)
         shortest = np.zeros(2**self.num_depths - 1)
-        best = []
+        last_children = []  # per block: on the shortest way to each pattern, the child that arrives there
         for block in lengths:
             total = shortest[self.starts] + block
             order = np.lexsort((total, self.ends))
-            patterns, first = np.unique(self.ends[order], return_index=True)
-            best.append(np.full(len(shortest), -1))
-            best[-1][patterns] = order[first]
-            shortest = np.full(len(shortest), np.inf)
-            shortest[patterns] = total[order[first]]
-        children, pattern = [], int(shortest.argmin())
-        for block in reversed(best):
-            children.append(block[pattern])
+            _, first_of_pattern = np.unique(self.ends[order], return_index=True)  # some child ends in each pattern
+            last_children.append(order[first_of_pattern])
+            shortest = total[last_children[-1]]
+        children, pattern = [], shortest.argmin()
+        for last_child in reversed(last_children):
+            children.append(last_child[pattern])
             pattern = self.starts[children[-1]]
         arch_code_a = self.child_list[children[::-1]]
         node_a = np.zeros((self.num_blocks + 1, self.num_depths), dtype=np.int64)

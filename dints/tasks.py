@@ -123,12 +123,12 @@ def read_json(path: str | Path) -> dict:
         raise UserError(
             f"{path} does not exist: give the dataset's description with --json, or its folder with --root"
         ) from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a dataset description: {error}") from error
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
         ) from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an endless number
+        raise UserError(f"{path} cannot be read as a dataset description: {error}") from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path} holds a {type(content).__name__} where a dataset description (a JSON object) is expected"
@@ -147,22 +147,17 @@ def task_of_dataset(description: dict, source: str | Path, name: str) -> Task:
         source: the file's path, for messages.
         name: the dataset's folder name.
     """
-    known = TASKS.get(name)
-    if known is None or "modality" in description:
-        channels = _numbered(description, "modality", source)
-        num_channels, modality = len(channels), "CT" if channels[0].upper() == "CT" else "MRI"
-    else:
-        num_channels, modality = known.num_channels, known.modality
-    class_names = (
-        _numbered(description, "labels", source) if known is None or "labels" in description else known.class_names
-    )
+    channels = _numbered(description, "modality", source)
+    class_names = _numbered(description, "labels", source)
     if len(class_names) < 2:
         raise UserError(
-            f"{source}: 'labels' names {len(class_names)} class; background and at least one more are needed"
+            f"{source}: 'labels' names only {class_names[0]!r}; background and at least one more are needed"
         )
-    if known is not None:
-        return replace(known, num_channels=num_channels, class_names=class_names)
-    return Task(name, modality, num_channels, class_names, intensity=(-1000.0, 1000.0) if modality == "CT" else None)
+    if name in TASKS:
+        return replace(TASKS[name], num_channels=len(channels), class_names=class_names)
+    if channels[0].upper() == "CT":
+        return Task(name, "CT", len(channels), class_names, intensity=(-1000.0, 1000.0))
+    return Task(name, "MRI", len(channels), class_names)
 
 
 def _numbered(description: dict, key: str, source: str | Path) -> tuple[str, ...]:
