@@ -86,7 +86,7 @@ class History:
             table = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
             if file.tell() == 0:
                 table.writeheader()
-            table.writerow({key: "" if value is None else value for key, value in row.items()})
+            table.writerow(row)  # None is written as an empty cell
         for key, value in values.items():
             if value is not None:
                 self.writer.add_scalar(f"{group}/{key}", value, progress.iteration)
@@ -158,7 +158,6 @@ def curves(rows: Sequence[Mapping[str, str]], names: Mapping[str, str], label: s
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     left.set_ylabel(label)
-    left.set_ylim(bottom=0)
     left.legend(frameon=False, loc=legend)
     return figure
 

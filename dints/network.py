@@ -110,7 +110,7 @@ def load_weights(network: FoundNetwork, content: object, source: str | Path) -> 
             shapes = f" {tuple(state[keys[0]].shape)}, not {tuple(own[keys[0]].shape)}" if keys is misshapen else ""
             raise UserError(
                 f"the weights in {source} do not fit this network: the file {fault.format(f'{len(keys)} tensors')}, "
-                f"for example {keys[0]}{shapes}; give the architecture, channels and classes that it was trained with"
+                f"for example {keys[0]}{shapes}; give the architecture, channel_mul, channels and classes of its training"
             )
     network.load_state_dict({key: state[key] for key in own})
 
@@ -146,8 +146,8 @@ def load_model(path: str | Path) -> tuple[FoundNetwork, Architecture, Task, dict
         network = FoundNetwork(architecture, task.num_channels, task.num_classes, content["channel_mul"])
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is damaged: its channel_mul {content['channel_mul']!r} and task {content['task']!r} describe no "
-            f"network ({error}); give another model file of train_dints.py"
+            f"{path} is damaged: its task and channel_mul {content['channel_mul']!r} describe no network ({error}); "
+            "give another model file of train_dints.py"
         ) from error
     load_weights(network, content, path)
     return network, architecture, task, content

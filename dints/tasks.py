@@ -12,8 +12,6 @@ from pathlib import Path
 
 from dints.errors import UserError
 
-MODALITIES = ("CT", "MRI")
-
 
 @dataclass(frozen=True)
 class Task:
@@ -162,7 +160,9 @@ def task_of_dataset(description: dict, source: str | Path, name: str) -> Task:
 
 def _numbered(description: dict, key: str, source: str | Path) -> tuple[str, ...]:
     """The values of ``{"0": a, "1": b, ...}`` in the order of their numbers, which must be 0, 1, 2, ..."""
-    values = description.get(key)
+    if key not in description:
+        raise UserError(f'{source} has no \'{key}\': add an object such as {{"0": "..."}}')
+    values = description[key]
     if not isinstance(values, dict) or not values:
         raise UserError(f'{source}: \'{key}\' must be an object such as {{"0": "..."}}, not {values!r}')
     if sorted(values) != sorted(str(number) for number in range(len(values))):

@@ -288,6 +288,7 @@ def test_anatomy_is_the_same_however_it_is_stored(tmp_path, axes):
         assert nib.aff2axcodes(stored["image"].affine) == tuple(orientation)
         case = {key: save(tmp_path / name / f"{key}.nii.gz", *nifti(image)) for key, image in stored.items()}
         results.append(preprocessed(case, task))
+        assert nib.aff2axcodes(results[-1]["image"].affine.numpy()) == ("R", "A", "S")
     for key, tolerance in (("image", 1e-5), ("label", 0)):
         assert results[0][key].shape == results[1][key].shape
         assert torch.allclose(results[0][key].as_tensor(), results[1][key].as_tensor(), rtol=0, atol=tolerance)

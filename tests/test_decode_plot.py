@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import random_architecture
 
 from decode_plot import draw_architecture, draw_search_space, plot_graph
 from dints.architecture import Architecture, save_architecture
@@ -29,23 +30,6 @@ needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz's p
 
 def ends_of_paths(num_depths: int) -> list[tuple[int, int]]:
     return [(s, t) for t in range(num_depths) for s in (t - 1, t, t + 1) if 0 <= s < num_depths]
-
-
-def random_architecture(seed: int, num_blocks: int, num_depths: int, info: dict | None = None) -> Architecture:
-    """Blocks of random paths, each leaving from exactly the nodes that the block before reached."""
-    rng = np.random.default_rng(seed)
-    ends = ends_of_paths(num_depths)
-    reached = set(rng.choice(num_depths, rng.integers(1, num_depths + 1), replace=False).tolist())
-    node_a = np.zeros((num_blocks + 1, num_depths), dtype=int)
-    arch_code_a = np.zeros((num_blocks, len(ends)), dtype=int)
-    node_a[0, sorted(reached)] = 1
-    for block in range(num_blocks):
-        for depth in sorted(reached):
-            leaving = [path for path, (source, _) in enumerate(ends) if source == depth]
-            arch_code_a[block, rng.choice(leaving, rng.integers(1, len(leaving) + 1), replace=False)] = 1
-        reached = {ends[path][1] for path in np.flatnonzero(arch_code_a[block])}
-        node_a[block + 1, sorted(reached)] = 1
-    return Architecture(node_a, arch_code_a, rng.integers(0, 5, arch_code_a.shape), info=info or {})
 
 
 def drawn_paths(source: str) -> dict[tuple[int, int, int], str]:
