@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from dints.runtime import Progress
 
 log = logging.getLogger(__name__)
 
+SECONDS_BETWEEN_LINES = 10.0  # so that short epochs do not flood the terminal; the tables have every epoch
 LOSSES, ACCURACY = "loss_history.csv", "accuracy_history.csv"
 
 
@@ -36,6 +39,7 @@ class History:
 
     def __init__(self, folder: Path, class_names: Sequence[str], iteration: int, enabled: bool):
         self.folder, self.class_names, self.enabled = folder, class_names, enabled
+        self.logged_at = -math.inf
         if enabled:
             if iteration == 0 and (folder / "Events").exists():
                 shutil.rmtree(folder / "Events")
@@ -45,14 +49,11 @@ class History:
 
     def add_epoch(self, progress: Progress, values: Mapping[str, float | None]) -> None:
         """Note an epoch's values: a row of ``loss_history.csv``, scalars, a line for people."""
-        shown = " ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
-        log.info(
-            "epoch %d iteration %d: %s (%.2f s/it)",
-            progress.epoch,
-            progress.iteration,
-            shown,
-            progress.seconds_per_iteration,
-        )
+        if time.monotonic() - self.logged_at > SECONDS_BETWEEN_LINES:
+            shown = " ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+            pace = progress.seconds_per_iteration
+            log.info("epoch %d iteration %d: %s (%.2f s/it)", progress.epoch, progress.iteration, shown, pace)
+            self.logged_at = time.monotonic()
         self._add(LOSSES, "train", progress, {**values, "seconds_per_iteration": progress.seconds_per_iteration})
 
     def add_validation(self, progress: Progress, scores: Scores | None) -> None:

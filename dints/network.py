@@ -110,7 +110,7 @@ def load_weights(network: FoundNetwork, content: object, source: str | Path) -> 
             shapes = f" {tuple(state[keys[0]].shape)}, not {tuple(own[keys[0]].shape)}" if keys is misshapen else ""
             raise UserError(
                 f"the weights in {source} do not fit this network: the file {fault.format(f'{len(keys)} tensors')}, "
-                f"for example {keys[0]}{shapes}; give the architecture, channel_mul, channels and classes of its training"
+                f"for example {keys[0]}{shapes}; give the architecture, channel_mul and data of its training"
             )
     network.load_state_dict({key: state[key] for key in own})
 

@@ -164,9 +164,7 @@ def test_absent_classes_are_not_counted_but_false_positives_are():
     assert scores.per_class == [pytest.approx(1 / 3), None, None]
     assert scores.mean == pytest.approx(1 / 3)  # over the classes that occur
     text = scores.describe(("background", "x", "y", "z"))
-    assert (
-        text == "Dice 0.3333 (x 0.3333 (false positive cases: 1), y absent (false positive cases: 1), z absent)"
-    )
+    assert text == "Dice 0.3333 (x 0.3333 (false positive cases: 1), y absent (false positive cases: 1), z absent)"
 
 
 def test_without_any_foreground_there_is_no_mean():
