@@ -46,7 +46,7 @@ PYTHON
 }
 
 step "3 of 6: search"
-search_epochs="$(epochs "${SEARCH_ITERATIONS:-240}" "$search_batch" 2)"
+search_epochs="$(epochs "${SEARCH_ITERATIONS:-180}" "$search_batch" 2)"
 OUTPUT_ROOT="$results/search" bash search_dints.sh \
   --num_blocks 4 --num_depths 3 --channel_mul 0.25 --num_images_per_batch "$search_batch" --learning_rate_arch 0.02 \
   --num_epochs "$search_epochs" --num_epochs_warmup $((search_epochs / 3)) \
@@ -60,9 +60,9 @@ step "4 of 6: drawing"
   echo "the drawing's source is $results/architecture.gv"
 
 step "5 of 6: retraining"
-train_epochs="$(epochs "${TRAIN_ITERATIONS:-400}" "$train_batch" 1)"
+train_epochs="$(epochs "${TRAIN_ITERATIONS:-360}" "$train_batch" 1)"
 OUTPUT_ROOT="$results/train" bash train_dints.sh \
-  --channel_mul 0.5 --num_images_per_batch "$train_batch" --num_epochs "$train_epochs" \
+  --channel_mul 0.5 --num_images_per_batch "$train_batch" --learning_rate 0.05 --num_epochs "$train_epochs" \
   --num_epochs_per_validation $(((train_epochs + 4) / 5)) --overlap_ratio 0.25
 
 step "6 of 6: segmentation and scores"
@@ -73,7 +73,7 @@ step "done: what was made"
 printf '%-24s %s\n' \
   architecture "$ARCH_CKPT" \
   "its drawing" "$results/architecture.png" \
-  "search curves" "$results/search/training_loss.png $results/search/validation_metric.png" \
+  "the search's course" "$results/search/search.png $results/search/validation_metric.png" \
   "training curves" "$results/train/training_loss.png $results/train/validation_metric.png" \
   network "$results/train/best_metric_model.pth" \
   "segmentations, scores" "$results/segmentations/ $results/segmentations/scores.csv"
