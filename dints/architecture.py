@@ -25,7 +25,7 @@ from dints.errors import UserError
 OPERATIONS = ("skip", "3x3x3", "3x3x1 + 1x1x3", "3x1x3 + 1x3x1", "1x3x3 + 3x1x1")
 
 _ARRAYS = ("node_a", "arch_code_a", "arch_code_c")
-_LEGACY_KEYS = {"arch_code_a": "code_a", "arch_code_c": "code_c"}
+_LEGACY_KEYS = {"arch_code_a": "code_a", "arch_code_c": "code_c", "arch_code_a_max": "code_a_max"}
 
 
 def paths(num_depths: int) -> list[tuple[int, int]]:

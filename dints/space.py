@@ -104,9 +104,9 @@ class SearchSpace(TopologySearch):
         last_children = []  # per block: on the shortest way to each pattern, the child that arrives there
         for block in lengths:
             total = shortest[self.starts] + block
-            order = np.lexsort((total, self.ends))
-            _, first_of_pattern = np.unique(self.ends[order], return_index=True)  # some child ends in each pattern
-            last_children.append(order[first_of_pattern])
+            order = total.argsort(kind="stable")
+            _, shortest_to_pattern = np.unique(self.ends[order], return_index=True)  # some child ends in each pattern
+            last_children.append(order[shortest_to_pattern])
             shortest = total[last_children[-1]]
         children, pattern = [], shortest.argmin()
         for last_child in reversed(last_children):
