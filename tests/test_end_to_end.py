@@ -1,6 +1,7 @@
 """quickstart.sh, from data to scores, with a small budget: on the phantom and on real MRI."""
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -58,6 +59,14 @@ def test_phantom(tmp_path):
 
 
 def test_real_mri(tmp_path, task04):
-    said, results = quickstart(tmp_path, 40, 80, TASK="Task04_Hippocampus", DATA_ROOT=str(task04))
+    """24 of the 208 cases, which is enough to learn something within a minute."""
+    root = tmp_path / "Task04_Hippocampus"
+    root.mkdir()
+    for folder in ("imagesTr", "labelsTr"):
+        (root / folder).symlink_to(task04.resolve() / folder)
+    description = json.loads((task04 / "dataset.json").read_text())
+    description["training"] = description["training"][:24]
+    (root / "dataset.json").write_text(json.dumps(description))
+    said, results = quickstart(tmp_path, 20, 90, TASK="Task04_Hippocampus", DATA_ROOT=str(root))
     dice = check_results(said, results)
     assert min(dice.values()) > 0.4

@@ -200,7 +200,7 @@ UP = ARCHITECTURES["up"]
         (lambda fit: state_of(UP, 2, 3, 1 / 8), "has [0-9]+ tensors of another shape"),
         (
             lambda fit: {k: fit[k] for k in fit if k != "stem_finals.1.bias"},
-            "lacks 1 tensors .*example stem_finals.1.b",
+            "lacks 1 tensors .*stem_finals.1.bias",
         ),
         *(
             (lambda fit, key=key: {**fit, key: torch.ones(2)}, f"has 1 tensors that the network lacks, .*example {key}")
