@@ -14,6 +14,7 @@ import os
 import pickle
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -228,7 +229,8 @@ def load_safely(path: str | Path) -> object:
         UserError: the file is missing, empty, truncated, foreign, or names a type beyond those.
     """
     try:
-        with torch.serialization.safe_globals(_numpy_globals()):
+        with torch.serialization.safe_globals(_numpy_globals()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about unusual pickles: what is wrong with one is said below
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
@@ -238,11 +240,11 @@ def load_safely(path: str | Path) -> object:
         wanted = _refused_global(str(error))
         if wanted:
             raise UserError(
-                f"{path} asks for {wanted} while loading; only tensors and NumPy arrays are accepted"
+                f"{path} asks for {wanted} while loading; only tensors and NumPy arrays are accepted: do not trust it"
             ) from error
-        raise UserError(f"{path} is damaged or not a PyTorch file") from error
+        raise UserError(f"{path} is damaged or not a PyTorch file: give another") from error
     except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or not a PyTorch file ({type(error).__name__})") from error
+        raise UserError(f"{path} is damaged or not a PyTorch file ({type(error).__name__}): give another") from error
 
 
 def _numpy_globals() -> list:

@@ -147,6 +147,8 @@ def task_of_dataset(description: dict, source: str | Path, name: str) -> Task:
     """
     channels = _numbered(description, "modality", source)
     class_names = _numbered(description, "labels", source)
+    if len(set(class_names)) < len(class_names):
+        raise UserError(f"{source}: 'labels' gives two classes one name ({', '.join(class_names)}): rename one")
     if len(class_names) < 2:
         raise UserError(
             f"{source}: 'labels' names only {class_names[0]!r}; background and at least one more are needed"

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Set up the environment, then lint and test everything. Real cases are used where DINTS_TASK04 (or ../shared/data/...)
-# names a folder that holds Task04_Hippocampus; tests that need them say so where it does not.
+# Set up the environment, then lint and test everything. Arguments go to pytest.
+#
+# Environment (optional):
+#   DINTS_TASK04   folder of the real Task04_Hippocampus (../shared/data/Task04_Hippocampus); tests that need it say so
+#                  where it is absent
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash install.sh

@@ -118,6 +118,7 @@ def test_task_of_the_real_dataset(task04):
         ({"labels": {"00": "background", "1": "spleen"}}, r"keys of 'labels' .*, not \['00', '1'\]"),
         ({"labels": {"background": 0, "spleen": 1}}, r"keys of 'labels' .*, not \['background', 'spleen'\]"),
         ({"labels": {"0": "background"}}, "'labels' names only 'background'; .* at least one more"),
+        ({"labels": {"0": "background", "1": "lung", "2": "lung"}}, "two classes one name .*lung, lung"),
     ],
 )
 def test_description_that_is_no_task(name, changes, fault):
