@@ -259,7 +259,7 @@ def regularisers(space: SearchSpace, input_shape: tuple[int, ...]) -> dict[str, 
 
 
 def architecture_loss(terms: dict[str, torch.Tensor], factor_ram_cost: float) -> torch.Tensor:
-    """What the architecture minimises beside the segmentation loss (paper, section 3)."""
+    """What the architecture minimises beside the segmentation loss."""
     ram = torch.abs(factor_ram_cost - terms["ram_ratio"])
     return terms["entropy_a"] + terms["entropy_c"] + ram + 0.001 * terms["topology"]
 

@@ -49,7 +49,7 @@ class SearchSpace(TopologySearch):
         return {}, patterns, children
 
     def get_prob_a(self, child: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Path probabilities, given that each block has at least one active path (paper, section 3.2).
+        """Path probabilities, given that each block has at least one active path.
 
         Returns:
             the children's probabilities (blocks, children) if ``child``, else None, and the paths' (blocks, paths).
@@ -66,7 +66,7 @@ class SearchSpace(TopologySearch):
         return torch.exp(log_child - log_norm), path_probs
 
     def get_topology_entropy(self, probs: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy between the patterns in which a block ends and in which the next one starts (paper, eq. 7).
+        """Cross-entropy between the patterns in which a block ends and in which the next one starts.
 
         Args:
             probs: the children's probabilities (blocks, children).
@@ -75,7 +75,7 @@ class SearchSpace(TopologySearch):
         return -(ends * torch.log(starts + 1e-5) + (1 - ends) * torch.log(1 - starts + 1e-5)).sum()
 
     def get_ram_cost_usage(self, in_size: tuple[int, ...], full: bool = False) -> torch.Tensor:
-        """Expected size in MiB of the feature maps that a step keeps (paper, section 3.4).
+        """Expected size in MiB of the feature maps that a step keeps.
 
         Args:
             in_size: shape of the network's input, (batch, channels, *spatial).

@@ -149,7 +149,7 @@ def test_published_size_from_a_numpy_file(tmp_path):
 
 
 def test_parameters_of_a_stand_in_for_the_published_architecture():
-    """152.36 M parameters and 334.4 GMAC, as the paper has it; of a stand-in of the same size, see ``STAND_IN``.
+    """152.36 M parameters and 334.4 GMAC, as published; of a stand-in of the same size, see ``STAND_IN``.
 
     As it uses every stem, MONAI's network of it has the same number of parameters.
     """
@@ -168,7 +168,7 @@ def test_parameters_of_the_published_architecture():
     if not file:
         pytest.skip("DINTS_CVPR_ARCH does not name the published architecture file (12 blocks, 4 depths)")
     architecture = load_architecture(file, num_blocks=12, num_depths=4)
-    with torch.device("meta"):  # MONAI's, for the paper counts every stem
+    with torch.device("meta"):  # MONAI's network, with every stem
         assert f"{count_parameters(monai_network(architecture, 1, 2, 1.0)) / 1e6:.2f}" == "152.36"
     assert count_parameters(on_meta(architecture, 1, 2)) <= 152_365_000
 
