@@ -324,7 +324,7 @@ def draw_search(folder: Path, title: str) -> None:
     plot(memory, "ram_target", "RAM factor", "--")
     memory.set_ylabel("share of the memory of all paths")
     for column, label in (("entropy_a", "paths"), ("entropy_c", "operations"), ("topology", "topology")):
-        plot(entropies, column, label, scale=float(rows[0][column]))
+        plot(entropies, column, label, scale=float(rows[0][column]) or 1.0)  # one block has no topology: 0
     entropies.set_ylabel("entropy, share of its start")
     for axes in (losses, memory, entropies):
         axes.set_xlabel("iterations")

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +152,24 @@ def test_fewer_validation_cases_than_ranks(phantom, searched, tmp_path):
     ]
     torchrun(2, "train_dints.py", "--root", phantom, "--output_root", tmp_path, *flags)
     assert dice_of_history(tmp_path) >= 0
+
+
+def test_two_nodes_through_the_launcher(phantom, tmp_path):
+    """Two agents on the loopback, each with one process, meet and run one search."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
+    environment |= {"TASK": "Task00_Phantom", "DATA_ROOT": str(phantom), "OUTPUT_ROOT": str(tmp_path / "run")}
+    environment |= {"NUM_NODES": "2", "NUM_GPUS_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "FOLD": "0"}
+    command = ["bash", str(CHECKOUT / "search_dints.sh"), "--num_blocks", "1", "--num_depths", "3"]
+    command += ["--channel_mul", "0.125", "--num_epochs", "2", "--num_epochs_warmup", "1", *TINY]
+    nodes = [
+        subprocess.Popen(
+            command, env={**environment, "NODE_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for rank in "01"
+    ]
+    said = "".join(node.communicate(timeout=200)[0].decode() for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "on 2 x cpu" in said and dice_of_history(tmp_path / "run") >= 0
