@@ -1,12 +1,14 @@
 """Draw a DiNTS architecture, or the whole search space, as a graph.
 
     python decode_plot.py --checkpoint runs/search/search_code_600.pth --directory Figures --filename graph
+    python decode_plot.py --checkpoint search_code_600.pth --cost --patch_size 96 96 96
     python decode_plot.py --search_space --num_blocks 12 --num_depths 4 --directory Figures --filename search_space
 
 Blocks run from left to right, numbered from 0; resolutions from top to bottom. The image enters through one stem per
 active node of the first column; what leaves the last column is upsampled and added from the deepest row to the topmost.
 Every node and path has its fixed place, so that two architectures can be compared at sight. The .gv source, written
-beside the picture, can be rendered again by "dot -Tpng graph.gv -o graph.png".
+beside the picture, can be rendered again by "dot -Tpng graph.gv -o graph.png". With --cost, the network's parameters,
+multiply-adds, activations and time are printed, and stand below the picture's title.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ def parse_args() -> argparse.Namespace:
         "--num_depths", type=at_least_2, metavar="N", help="resolutions, from top to bottom (default: 4)"
     )
 
+    add_cost(parser)
     files = parser.add_argument_group(
         "files: DIRECTORY/FILENAME.gv, the source, and DIRECTORY/FILENAME.FORMAT, the picture"
     )
@@ -40,7 +43,31 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.search_space and (args.num_blocks or args.num_depths):
         parser.error("--num_blocks and --num_depths go with --search_space: an arch file has its own")
+    if args.cost and args.search_space:
+        parser.error("--cost goes with --checkpoint: a search space is no network yet")
+    settings = ("patch_size", "in_channels", "num_classes", "channel_mul", "device")
+    given = [f"--{name}" for name in settings if getattr(args, name) is not None]
+    if given and not args.cost:
+        parser.error(f"{', '.join(given)}: only with --cost")
     return args
+
+
+def add_cost(parser: argparse.ArgumentParser) -> None:
+    """--cost and its settings; None where a setting is not given."""
+    add = parser.add_argument_group("what the network costs").add_argument
+    at_least_1 = options.number(int, 1)
+    add("--cost", action="store_true", help="count it for a batch of one patch, in fp32, and time a forward pass")
+    add(
+        "--patch_size",
+        type=at_least_1,
+        nargs=3,
+        metavar=options.XYZ,
+        help="of the input, voxels (default: that of the arch file's task if it is known, else 96 96 96)",
+    )
+    add("--in_channels", type=at_least_1, metavar="N", help="image channels (default: the known task's, else 1)")
+    add("--num_classes", type=at_least_1, metavar="N", help="background included (default: the known task's, else 2)")
+    add("--channel_mul", type=options.number(float, 0.0625), help="times 32, 64, ... channels (default: 1)")
+    add("--device", choices=("auto", "cuda", "cpu"), help="that is timed (default: auto, a GPU where there is one)")
 
 
 if __name__ == "__main__":
@@ -52,9 +79,11 @@ from pathlib import Path
 
 import graphviz
 
-from dints.architecture import load_architecture, paths
+from dints import runtime
+from dints.architecture import Architecture, load_architecture, paths
 from dints.drawing import draw_architecture, draw_search_space
 from dints.errors import UserError, exit_on_user_error
+from dints.tasks import TASKS
 
 
 def plot_graph(
@@ -93,7 +122,30 @@ def main(args: argparse.Namespace) -> None:
     if args.search_space:
         draw_search_space(args.num_blocks or 12, args.num_depths or 4, **files)
     else:
-        plot_graph(args.checkpoint, **files)
+        caption = cost_lines(load_architecture(args.checkpoint), args) if args.cost else []
+        plot_graph(args.checkpoint, **files, caption=caption)
+
+
+def cost_lines(architecture: Architecture, args: argparse.Namespace) -> list[str]:
+    """Print what the architecture's network costs with the settings in ``args``, and return these lines."""
+    from dints.cost import cost  # imports MONAI, which a drawing alone does not wait for
+
+    channels, classes, patch_size = 1, 2, (96, 96, 96)
+    name = architecture.info.get("task")
+    if isinstance(name, str) and name in TASKS:
+        task = TASKS[name]
+        channels, classes, patch_size = task.num_channels, task.num_classes, task.patch_size
+    with runtime.started(args.device or "auto") as processes:
+        lines = cost(
+            architecture,
+            args.in_channels or channels,
+            args.num_classes or classes,
+            tuple(args.patch_size or patch_size),
+            args.channel_mul or 1.0,
+            device=processes.device,
+        ).lines()
+    print("\n".join(lines), flush=True)
+    return lines
 
 
 if __name__ == "__main__":

@@ -49,7 +49,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--factor_ram_cost",
         type=options.number(float, 0, 1),
         default=0.8,
-        help="memory budget: feature maps of the found network, as a share of those with every path active",
+        help="memory that the search aims at: feature maps, as a share of those with every path active",
+    )
+    training.add_argument(
+        "--ram_budget",
+        choices=("published", "fixed"),
+        default="published",
+        help="what that share is of. published: the same operations on every path, so that only paths count; "
+        "fixed: the dearest operation on every path, so that operations count too",
+    )
+    training.add_argument(
+        "--max_ram_ratio",
+        type=options.number(float, 0, 1),
+        help="write the most probable architecture within this share of the fixed budget (default: the most probable)",
     )
     options.add_window(parser, overlap_ratio=0.625)
     options.add_machine(parser)
@@ -67,6 +79,7 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the imports of torch and MONAI, which take seconds, so that -h answers at once
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,7 +92,9 @@ from monai.networks.nets.dints import DiNTS
 from torch import nn
 
 from dints import __version__, data, engine, runtime
-from dints.architecture import save_architecture
+from dints.architecture import Architecture, save_architecture
+from dints.convolution import accelerated
+from dints.cost import Cost, cost
 from dints.drawing import draw_architecture
 from dints.history import LOSSES, History, read_rows
 from dints.network import check_patch_size
@@ -106,7 +121,9 @@ def search(args: argparse.Namespace, processes: runtime.Processes, folder: Path)
     validation_loader = data.validation_loader(validation, task, args, processes)
     window = engine.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
     supernet = Supernet(args, task, precision, processes)
+    check_max_ram_ratio(args.max_ram_ratio, supernet.space)
     progress = checkpoint.restore(supernet.parts)
+    decoded = supernet.space.architecture()
     history = History(folder, task.class_names, progress.iteration, processes.is_main)
     log.info("%s: cases %d + %d, validation %d", task.name, len(weights_cases), len(arch_cases), len(validation))
     log.info("%s", engine.describe(steps, processes, precision))
@@ -120,9 +137,10 @@ def search(args: argparse.Namespace, processes: runtime.Processes, folder: Path)
 
         with progress.timed(steps):
             arch_batches = arch_loader.epoch(epoch) if warmed_up else None
-            losses = train_epoch(supernet, weights_loader.epoch(epoch), arch_batches, ramp)
-        engine.check_finite(losses, progress)
-        history.add_epoch(progress, {"learning_rate": learning_rate, **losses, **supernet.describe()})
+            losses = train_epoch(supernet, weights_loader.epoch(epoch), arch_batches, ramp, progress.iteration)
+        before, decoded = decoded, supernet.space.architecture()
+        state = {**supernet.describe(), **changes(before, decoded)}
+        history.add_epoch(progress, {"learning_rate": learning_rate, **losses, **state})
 
         validates = engine.is_validation_epoch(epoch, args)
         if validates:
@@ -132,7 +150,7 @@ def search(args: argparse.Namespace, processes: runtime.Processes, folder: Path)
                 )
             progress.note_validation(scores and scores.mean, folder / f"search_code_{progress.iteration}.pth")
             if processes.is_main:
-                write_architecture(supernet.space, progress, args, task, folder)
+                write_architecture(supernet.space, progress, args, task, folder, processes.device)
             history.add_validation(progress, scores)
             if processes.is_main:
                 draw_search(folder, f"{task.name}, RAM factor {args.factor_ram_cost:g}")
@@ -163,18 +181,21 @@ class Supernet:
     def __init__(
         self, args: argparse.Namespace, task: Task, precision: runtime.Precision, processes: runtime.Processes
     ):
-        self.factor_ram_cost, self.precision, self.processes = args.factor_ram_cost, precision, processes
+        self.precision, self.processes = precision, processes
+        self.factor_ram_cost, self.ram_budget = args.factor_ram_cost, args.ram_budget
+        self.max_gradient_norm = args.max_gradient_norm
         self.input_shape = (args.num_images_per_batch, task.num_channels, *task.patch_size)
         runtime.seed_everything(args.seed, "initialisation")
         self.space = SearchSpace(channel_mul=args.channel_mul, num_blocks=args.num_blocks, num_depths=args.num_depths)
-        self.network = DiNTS(self.space, task.num_channels, task.num_classes).to(processes.device)
+        self.network = accelerated(DiNTS(self.space, task.num_channels, task.num_classes)).to(processes.device)
+        self.compiled = engine.compiled(self.network, args.compile, processes.device)
         self.arch = [self.space.log_alpha_a, self.space.log_alpha_c]
         self.weights = [p for p in self.network.parameters() if all(p is not alpha for alpha in self.arch)]
         with frozen(self.arch):  # DDP averages the gradients of the weights only; `architecture_step` those of arch
-            self.distributed = runtime.distributed(self.network, processes)
-        self.optimizer = torch.optim.SGD(self.weights, args.learning_rate, momentum=0.9, weight_decay=4e-5)
+            self.distributed = runtime.distributed(self.compiled, processes)
+        self.optimizer = engine.sgd(self.weights, args.learning_rate)
         self.arch_optimizers = [
-            torch.optim.Adam([alpha], args.learning_rate_arch, betas=(0.5, 0.999)) for alpha in self.arch
+            torch.optim.Adam([alpha], args.learning_rate_arch, betas=(0.5, 0.999), fused=True) for alpha in self.arch
         ]
         self.scaler, self.arch_scaler = precision.scaler(), precision.scaler()
         self.criterion = engine.segmentation_loss()
@@ -194,33 +215,42 @@ class Supernet:
     @torch.no_grad()
     def describe(self) -> dict[str, float]:
         """The regularisers' values now, and the memory budget that they are held against."""
-        terms = regularisers(self.space, self.input_shape)
+        terms = regularisers(self.space, self.input_shape, self.ram_budget)
         return {**{name: float(value) for name, value in terms.items()}, "ram_target": self.factor_ram_cost}
 
 
 def train_epoch(
-    supernet: Supernet, weights_batches: Iterable[dict], arch_batches: Iterator[dict] | None, ramp: float
+    supernet: Supernet,
+    weights_batches: Iterable[dict],
+    arch_batches: Iterator[dict] | None,
+    ramp: float,
+    first_iteration: int,
 ) -> dict[str, float | None]:
     """A step of the weights and, if there are ``arch_batches``, one of the architecture, in turn.
 
     Returns:
         the mean segmentation losses of both over the epoch and all ranks.
     """
-    losses, steps = torch.zeros(2, device=supernet.processes.device), 0
+    loss = engine.EpochLoss("loss", first_iteration, supernet.processes)
+    arch_loss = engine.EpochLoss("architecture_loss", first_iteration, supernet.processes)
     for batch in weights_batches:
-        losses[0] += weights_step(supernet, batch)
+        loss.add(weights_step(supernet, batch))
         if arch_batches is not None:
-            losses[1] += architecture_step(supernet, next(arch_batches), ramp)
-        steps += 1
-    mean, arch_mean = (supernet.processes.sum(losses) / supernet.processes.world_size / steps).tolist()
-    return {"loss": mean, "architecture_loss": None if arch_batches is None else arch_mean}
+            arch_loss.add(architecture_step(supernet, next(arch_batches), ramp))
+    return {"loss": loss.mean(), "architecture_loss": None if arch_batches is None else arch_loss.mean()}
 
 
 def weights_step(supernet: Supernet, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """One step of the weights, the architecture being fixed; returns the segmentation loss."""
     with frozen(supernet.arch):
         return engine.weights_step(
-            supernet.distributed, batch, supernet.criterion, supernet.optimizer, supernet.scaler, supernet.precision
+            supernet.distributed,
+            batch,
+            supernet.criterion,
+            supernet.optimizer,
+            supernet.scaler,
+            supernet.precision,
+            supernet.max_gradient_norm,
         )
 
 
@@ -234,9 +264,9 @@ def architecture_step(supernet: Supernet, batch: dict[str, torch.Tensor], ramp: 
         optimizer.zero_grad()
     with frozen(supernet.weights):
         with supernet.precision.autocast():
-            scores = supernet.network(image)
+            scores = supernet.compiled(image)
         segmentation = supernet.criterion(scores.float(), label)
-        terms = regularisers(supernet.space, supernet.input_shape)
+        terms = regularisers(supernet.space, supernet.input_shape, supernet.ram_budget)
         loss = segmentation + ramp * architecture_loss(terms, supernet.factor_ram_cost)
         supernet.arch_scaler.scale(loss).backward()
     average_gradients(supernet.arch, supernet.processes)
@@ -246,15 +276,15 @@ def architecture_step(supernet: Supernet, batch: dict[str, torch.Tensor], ramp: 
     return segmentation.detach()
 
 
-def regularisers(space: SearchSpace, input_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Entropy of the paths and of the operations, topology entropy, and memory as a share of all paths active."""
+def regularisers(space: SearchSpace, input_shape: tuple[int, ...], ram_budget: str) -> dict[str, torch.Tensor]:
+    """Entropy of the paths and of the operations, topology entropy, and memory as a share of the budget."""
     children = space.get_prob_a(child=True)[0]
     operations = F.log_softmax(space.log_alpha_c, -1)
     return {
         "entropy_a": -(children * torch.log(children + 1e-5)).mean(),
         "entropy_c": -(operations.exp() * operations).mean(),
         "topology": space.get_topology_entropy(children),
-        "ram_ratio": space.get_ram_cost_usage(input_shape) / space.get_ram_cost_usage(input_shape, full=True),
+        "ram_ratio": space.ram_ratio(input_shape, ram_budget),
     }
 
 
@@ -283,11 +313,36 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def check_max_ram_ratio(max_ram_ratio: float | None, space: SearchSpace) -> None:
+    """Raise `UserError` where no architecture might keep the budget, before the search begins."""
+    least = space.feasible_ram_ratio()
+    if max_ram_ratio is not None and max_ram_ratio < least:
+        raise UserError(
+            f"--max_ram_ratio {max_ram_ratio:g} is too small for {space.num_blocks} blocks and "
+            f"{space.num_depths} depths: give at least {math.ceil(least * 1e4) / 1e4:g}"
+        )
+
+
+def changes(before: Architecture, after: Architecture) -> dict[str, int]:
+    """How many paths of the decoded architecture were switched, and operations exchanged on paths active in both."""
+    in_both = (before.arch_code_a == 1) & (after.arch_code_a == 1)
+    return {
+        "changed_paths": int((before.arch_code_a != after.arch_code_a).sum()),
+        "changed_operations": int((before.arch_code_c != after.arch_code_c)[in_both].sum()),
+    }
+
+
 def write_architecture(
-    space: SearchSpace, progress: runtime.Progress, args: argparse.Namespace, task: Task, folder: Path
+    space: SearchSpace,
+    progress: runtime.Progress,
+    args: argparse.Namespace,
+    task: Task,
+    folder: Path,
+    device: torch.device,
 ) -> None:
-    """Decode the search's state into ``search_code_<iteration>.pth`` and draw it beside the file."""
+    """Decode the search's state into ``search_code_<iteration>.pth``, say what it costs, draw it beside the file."""
     found = space.architecture(
+        args.max_ram_ratio,
         iter_num=progress.iteration,
         epochs=progress.epoch,
         best_dsc=progress.best_dice,
@@ -297,12 +352,28 @@ def write_architecture(
         seed=args.seed,
         version=__version__,
     )
+    found_cost = cost_of(found, task, device)
+    found.info["cost"] = found_cost.to_dict()
     name = f"search_code_{progress.iteration}"
     save_architecture(folder / f"{name}.pth", found)
+    caption = [f"{found.info['ram_ratio']:.3f} of the memory of every path with its dearest operation"]
+    caption += found_cost.lines()
+    for line in caption:
+        log.info("decoded: %s", line)
     try:
-        draw_architecture(found, name, folder)
+        draw_architecture(found, name, folder, caption=caption)
     except UserError as error:  # without Graphviz's dot the search goes on; the .gv source is there
         log.warning("%s", error)
+
+
+def cost_of(found: Architecture, task: Task, device: torch.device) -> Cost:
+    """What the network costs that train_dints.py builds of it by default; beside a large supernet, only counted."""
+    size = found, task.num_channels, task.num_classes, task.patch_size
+    try:
+        return cost(*size, device=device)
+    except UserError as error:
+        log.warning("the found network's time is not measured: %s", error)
+        return cost(*size)
 
 
 def draw_search(folder: Path, title: str) -> None:

@@ -55,8 +55,6 @@ if __name__ == "__main__":
 
 import logging
 
-import torch
-
 from dints import __version__, data, engine, runtime
 from dints.architecture import Architecture, load_architecture
 from dints.history import History
@@ -86,8 +84,9 @@ def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
     validation_loader = data.validation_loader(validation, task, args, processes)
     window = engine.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
 
-    model = runtime.distributed(network.to(processes.device), processes)
-    optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, momentum=0.9, weight_decay=4e-5)
+    network.to(processes.device)
+    model = runtime.distributed(engine.compiled(network, args.compile, processes.device), processes)
+    optimizer = engine.sgd(network.parameters(), args.learning_rate)
     scaler = precision.scaler()
     criterion = engine.segmentation_loss()
     parts = {"network": network, "optimizer": optimizer, "scaler": scaler}
@@ -105,11 +104,12 @@ def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
         engine.set_learning_rate(optimizer, learning_rate)
 
         with progress.timed(steps):
-            loss = torch.zeros((), device=processes.device)
+            loss = engine.EpochLoss("loss", progress.iteration, processes)
             for batch in loader.epoch(epoch):
-                loss += engine.weights_step(model, batch, criterion, optimizer, scaler, precision)
-            losses = {"loss": (processes.sum(loss) / processes.world_size / steps).item()}
-        engine.check_finite(losses, progress)
+                loss.add(
+                    engine.weights_step(model, batch, criterion, optimizer, scaler, precision, args.max_gradient_norm)
+                )
+            losses = {"loss": loss.mean()}
         history.add_epoch(progress, {**losses, "learning_rate": learning_rate})
 
         validates = engine.is_validation_epoch(epoch, args)

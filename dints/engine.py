@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dints.errors import UserError
-from dints.runtime import Precision, Processes, Progress
+from dints.runtime import Precision, Processes
 from dints.tasks import Task
 
 
@@ -34,6 +34,18 @@ def segmentation_loss() -> nn.Module:
     )
 
 
+def compiled(network: nn.Module, choice: str, device: torch.device) -> nn.Module:
+    """``network`` through `torch.compile` if ``choice`` is ``on``: one graph, on CUDA replayed as a CUDA graph.
+
+    Attributes and state dicts of ``network`` itself stay as they are; keep it for saving and validating.
+    """
+    if choice != "on":
+        return network
+    return torch.compile(
+        network, fullgraph=True, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None
+    )
+
+
 def stepped(base: float, progress: float, milestones: Sequence[float]) -> float:
     """Halve ``base`` at every milestone that ``progress`` (0 to 1) has passed."""
     return base * 0.5 ** sum(progress > milestone for milestone in milestones)
@@ -44,6 +56,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
+def sgd(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """The published optimizer of the weights, which updates all of them in one operation."""
+    return torch.optim.SGD(parameters, learning_rate, momentum=0.9, weight_decay=4e-5, fused=True)
+
+
 def weights_step(
     model: nn.Module,
     batch: dict[str, torch.Tensor],
@@ -51,27 +68,57 @@ def weights_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     precision: Precision,
+    max_gradient_norm: float | None = None,
 ) -> torch.Tensor:
-    """One step of the network's weights on a batch; returns the loss, which stays on the device."""
+    """One step of the network's weights on a batch; returns the loss, which stays on the device.
+
+    Args:
+        max_gradient_norm: where all gradients together have a larger norm than this, they are scaled down to it.
+    """
     image, label = to_device(batch, precision.device)
     optimizer.zero_grad()
     with precision.autocast():
         scores = model(image)
     loss = criterion(scores.float(), label)
     scaler.scale(loss).backward()
+    if max_gradient_norm is not None:
+        scaler.unscale_(optimizer)
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
     scaler.step(optimizer)
     scaler.update()
     return loss.detach()
 
 
-def check_finite(losses: Mapping[str, float | None], progress: Progress) -> None:
-    """Stop the run when an epoch's mean loss is NaN or infinite, before such weights are saved."""
-    for name, value in losses.items():
-        if value is not None and not math.isfinite(value):
+class EpochLoss:
+    """The losses of an epoch's steps. They stay on the device until `mean`, so that no step waits for another."""
+
+    def __init__(self, name: str, first_iteration: int, processes: Processes):
+        self.name, self.first_iteration, self.processes = name, first_iteration, processes
+        self.steps = 0
+        self.total = torch.zeros((), device=processes.device)
+        self.finite_steps = torch.zeros((), device=processes.device)  # before the first that is not
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.total += loss
+        self.finite_steps += self.total.isfinite()
+        self.steps += 1
+
+    def mean(self) -> float:
+        """Over the steps and all ranks.
+
+        Raises:
+            UserError: a loss was NaN or infinite; steps that an fp16 scaler skipped for their gradients are no error.
+        """
+        total = self.processes.sum(self.total.clone()).item()
+        if not math.isfinite(total):
+            finite_steps = int(self.processes.min(self.finite_steps).item())
             raise UserError(
-                f"{name} is {value} at or before iteration {progress.iteration} (epoch {progress.epoch}): the training "
-                "diverged; lower --learning_rate, or try --precision fp32. latest.pth is from before"
+                f"the {self.name} is not finite at iteration {self.first_iteration + finite_steps + 1}: the training "
+                "diverged; lower --learning_rate, set --max_gradient_norm, or try --precision fp32. "
+                "latest.pth is from before"
             )
+        return total / self.processes.world_size / self.steps
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from dints import runtime
 from dints.architecture import Architecture, architecture_from_dict, paths
+from dints.convolution import accelerated
 from dints.errors import UserError
 from dints.tasks import Task
 
@@ -48,6 +49,7 @@ class FoundNetwork(DiNTS):
         unused += [("stem_up", depth) for depth in range(self.deepest_output + 1, self.num_depths)]
         for stems, depth in unused:
             del getattr(self, stems)[str(depth)]
+        accelerated(self)
         self.unused_stems = tuple(f"{stems}.{depth}." for stems, depth in unused)  # openings of MONAI's keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

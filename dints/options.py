@@ -99,6 +99,11 @@ def add_training(
         default=list(learning_rate_milestones),
         help="shares of the training after which the learning rate halves",
     )
+    add(
+        "--max_gradient_norm",
+        type=positive,
+        help="scale the weights' gradients down to this norm where they exceed it (default: as they are)",
+    )
     return group
 
 
@@ -119,6 +124,12 @@ def add_machine(arguments: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
         help="auto: bf16, else fp16, on a GPU; on a CPU the faster of fp32 and bf16, measured at the start",
+    )
+    add(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="torch.compile the network, which takes minutes at the start; auto: off",
     )
     # What torchrun's predecessor passed to each process; the environment says the same.
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)

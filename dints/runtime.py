@@ -49,6 +49,12 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def min(self, values: torch.Tensor) -> torch.Tensor:
+        """Smallest over the ranks, in place; every rank must call it with the same shape."""
+        if self.world_size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MIN)
+        return values
+
     def on_main(self, function: Callable, *args):
         """Call ``function`` on rank 0 and return its result on every rank; at its `UserError` every rank leaves."""
         if self.world_size == 1:

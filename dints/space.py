@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.networks.nets.dints import TopologySearch
+from monai.networks.nets.dints import Cell, TopologySearch
+from torch import nn
 
+from dints import decoding
 from dints.architecture import Architecture, paths
+from dints.errors import UserError
 
 
 class SearchSpace(TopologySearch):
@@ -30,6 +35,7 @@ class SearchSpace(TopologySearch):
         with contextlib.redirect_stdout(io.StringIO()):  # MONAI prints its advice about patch sizes
             super().__init__(*args, **kwargs)
         self.paths = paths(self.num_depths)
+        self.mix = _mix if all(_is_standard(cell) for cell in self.cell_tree.values()) else Cell.__call__
         leaves, reaches = (np.array(ends) for ends in zip(*self.paths, strict=True))
         self.starts = _patterns(self.child_list, leaves, self.num_depths)
         self.ends = _patterns(self.child_list, reaches, self.num_depths)
@@ -39,9 +45,15 @@ class SearchSpace(TopologySearch):
             ("child_starts", F.one_hot(torch.from_numpy(self.starts), num_patterns).float()),
             ("child_ends", F.one_hot(torch.from_numpy(self.ends), num_patterns).float()),
             ("operation_costs", torch.from_numpy(self.ram_cost).float()),
-            ("target_depths", torch.from_numpy(reaches)),
+            ("targets", F.one_hot(torch.from_numpy(reaches), self.num_depths).T.float()),  # (depths, paths)
         ):
             self.register_buffer(name, constant, persistent=False)
+        # A depth's feature map relative to others', and with these every path active with its dearest operation.
+        self.depth_sizes = [
+            channels / 2 ** (self._spatial_dims * depth)
+            for depth, channels in enumerate(self.filter_nums[: self.num_depths])
+        ]
+        self.dearest_memory = ((1 + self.ram_cost.max(-1)) * np.array(self.depth_sizes)[reaches]).sum()
 
     def gen_mtx(self, depth: int) -> tuple[dict, list[tuple], list[tuple]]:
         """All node patterns and children in MONAI's order; its table of transfer matrices is not needed here."""
@@ -85,44 +97,91 @@ class SearchSpace(TopologySearch):
         voxels = [(spatial // 2**depth).prod() for depth in range(self.num_depths)]
         # MONAI halves the size once for the stem's downsampling, not once per axis; so do we, to get its values.
         sizes = in_size[0] * np.array(voxels) * self.filter_nums[: self.num_depths] / 2 ** int(self.use_downsample)
-        path_sizes = self.log_alpha_a.new_tensor(sizes)[self.target_depths]
-        costs = 1 + (self.operation_costs * F.softmax(self.log_alpha_c, -1)).sum(-1)
         active = torch.ones_like(self.log_alpha_a) if full else self.get_prob_a()[1]
-        return (active * costs * path_sizes).sum() * 32 / 8 / 1024**2
+        return (active * self._expected_costs() * self._of_depths(sizes.tolist())).sum() * 32 / 8 / 1024**2
+
+    def ram_ratio(self, in_size: tuple[int, ...], budget: str = "published") -> torch.Tensor:
+        """Expected memory as a share of a budget, with its gradient.
+
+        Args:
+            in_size: as for `get_ram_cost_usage`.
+            budget: ``published``: every path active with the present operations, which therefore cancel (all networks
+                with all paths read the same); ``fixed``: every path active with its dearest operation, a constant, so
+                that operations count.
+        """
+        if budget == "published":
+            return self.get_ram_cost_usage(in_size) / self.get_ram_cost_usage(in_size, full=True)
+        memory = self.get_prob_a()[1] * self._expected_costs() * self._of_depths(self.depth_sizes)
+        return memory.sum() / self.dearest_memory
+
+    def _expected_costs(self) -> torch.Tensor:
+        """(blocks, paths): feature maps that a path keeps, in output sizes: the output and those of its operations."""
+        return 1 + (self.operation_costs * F.softmax(self.log_alpha_c, -1)).sum(-1)
+
+    def _of_depths(self, values: Sequence[float]) -> torch.Tensor:
+        """(paths,): a number per depth for each path's target; made of Python numbers on the device, without a wait."""
+        return sum(value * at_depth for value, at_depth in zip(values, self.targets, strict=True))
+
+    def _memory_of_paths(self, arch_code_c: np.ndarray) -> np.ndarray:
+        """(blocks, paths): memory of each path with its decoded operation, in the unit of ``dearest_memory``."""
+        costs = np.take_along_axis(self.ram_cost, arch_code_c[..., None], -1)[..., 0]
+        return (1 + costs) * np.array(self.depth_sizes)[[target for _, target in self.paths]]
+
+    def ram_ratio_of(self, arch_code_a: np.ndarray, arch_code_c: np.ndarray) -> float:
+        """Memory of a decoded architecture as a share of every path active with its dearest operation."""
+        return float((self._memory_of_paths(arch_code_c) * arch_code_a).sum() / self.dearest_memory)
+
+    def feasible_ram_ratio(self) -> float:
+        """The smallest ``max_ram_ratio`` that `decode` can keep, whatever the operations are."""
+        dearest = self._memory_of_paths(self.ram_cost.argmax(-1)) @ self.child_list.T
+        return decoding.least_memory(dearest, self.starts, self.ends) / self.dearest_memory
 
     @torch.no_grad()
-    def decode(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def decode(self, max_ram_ratio: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The most probable sequence of children in which each starts from the nodes where the one before ends.
+
+        Args:
+            max_ram_ratio: of the sequences whose `ram_ratio_of` is at most this, the most probable one. Operations stay
+                the most probable ones.
 
         Returns:
             node_a, arch_code_a, arch_code_c, arch_code_a_max as in `dints.architecture`.
+
+        Raises:
+            UserError: no connected architecture is within ``max_ram_ratio``.
         """
         probs = self.get_prob_a(child=True)[0].cpu().numpy()
-        # MONAI's edge lengths. A pattern's shortest way so far is all that the next block needs to know.
-        lengths = (-np.log(probs + 1e-5) + 0.001).astype(np.float64)
-        shortest = np.zeros(2**self.num_depths - 1)
-        last_children = []  # per block: on the shortest way to each pattern, the child that arrives there
-        for block in lengths:
-            total = shortest[self.starts] + block
-            order = total.argsort(kind="stable")
-            _, shortest_to_pattern = np.unique(self.ends[order], return_index=True)  # some child ends in each pattern
-            last_children.append(order[shortest_to_pattern])
-            shortest = total[last_children[-1]]
-        children, pattern = [], shortest.argmin()
-        for last_child in reversed(last_children):
-            children.append(last_child[pattern])
-            pattern = self.starts[children[-1]]
-        arch_code_a = self.child_list[children[::-1]]
+        arch_code_c = self.log_alpha_c.argmax(-1).cpu().numpy()
+        lengths = (-np.log(probs + 1e-5) + 0.001).astype(np.float64)  # MONAI's edge lengths
+        if max_ram_ratio is None:
+            children = decoding.shortest_sequence(lengths, self.starts, self.ends)
+        else:
+            children = self._decode_within(max_ram_ratio, lengths, arch_code_c)
+        arch_code_a = self.child_list[children]
         node_a = np.zeros((self.num_blocks + 1, self.num_depths), dtype=np.int64)
         for block, path in np.argwhere(arch_code_a):
             source, target = self.paths[path]
             node_a[block, source] = node_a[block + 1, target] = 1
-        arch_code_c = self.log_alpha_c.argmax(-1).cpu().numpy()
         return node_a, arch_code_a, arch_code_c, self.child_list[probs.argmax(-1)]
 
-    def architecture(self, **info) -> Architecture:
-        """The decoded architecture with what is to be known about it later."""
-        return Architecture(*self.decode(), info=info)
+    def _decode_within(self, max_ram_ratio: float, lengths: np.ndarray, arch_code_c: np.ndarray) -> np.ndarray:
+        memory = self._memory_of_paths(arch_code_c) @ self.child_list.T
+        least = decoding.least_memory(memory, self.starts, self.ends)
+        budget = (
+            max_ram_ratio * self.dearest_memory * (1 + 1e-9)
+        )  # what `ram_ratio_of` gave is enough, but for rounding
+        if least > budget:
+            raise UserError(
+                f"max_ram_ratio {max_ram_ratio:g} is below that of the smallest connected architecture: give at least "
+                f"{math.ceil(least / self.dearest_memory * 1e4) / 1e4:g}"
+            )
+        return decoding.shortest_sequence_within(budget, lengths, memory, self.starts, self.ends)
+
+    def architecture(self, max_ram_ratio: float | None = None, **info) -> Architecture:
+        """The decoded architecture with what is to be known about it later, its ``ram_ratio`` included."""
+        node_a, arch_code_a, arch_code_c, arch_code_a_max = self.decode(max_ram_ratio)
+        info["ram_ratio"] = self.ram_ratio_of(arch_code_a, arch_code_c)
+        return Architecture(node_a, arch_code_a, arch_code_c, arch_code_a_max, info=info)
 
     def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:
         """Mix all paths and operations by their probabilities.
@@ -133,11 +192,50 @@ class SearchSpace(TopologySearch):
         # A path's probability scales the sum of its operations, so it may scale each of their weights instead.
         weights = self.get_prob_a()[1].unsqueeze(-1) * F.softmax(self.log_alpha_c, -1)
         for block in range(self.num_blocks):
-            outputs = [0.0] * self.num_depths
+            outputs = [None] * self.num_depths
             for path, (source, target) in enumerate(self.paths):
-                outputs[target] = outputs[target] + self.cell_tree[str((block, path))](x[source], weights[block, path])
+                mixed = self.mix(self.cell_tree[str((block, path))], x[source], weights[block, path])
+                outputs[target] = mixed if outputs[target] is None else outputs[target] + mixed
             x = outputs
         return x
+
+
+def _is_standard(cell: Cell) -> bool:
+    """Whether its operations begin with the same activation and end with an InstanceNorm, as by default they do."""
+    return type(cell) is Cell and all(
+        isinstance(operation.norm, (nn.InstanceNorm2d, nn.InstanceNorm3d))
+        and operation.norm.affine
+        and not operation.norm.track_running_stats
+        and not list(operation.acti.parameters())
+        for operation in list(cell.op.ops)[1:]
+    )
+
+
+def _mix(cell: Cell, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What ``cell(x, weights)`` computes: the sum of its operations, each times its weight.
+
+    The activation, with which every operation begins, is computed once; the weights scale the affine parameters of the
+    InstanceNorm with which every operation ends, in one call for all of them.
+    """
+    x = cell.preprocess(x)
+    _, *convolutions = cell.op.ops  # the first operation is to skip
+    activated = convolutions[0].acti(x)
+    features = []
+    for operation in convolutions:
+        feature = activated
+        for convolution in list(operation)[1:-1]:
+            feature = convolution(feature)
+        features.append(feature)
+    norms = [operation.norm for operation in convolutions]
+    weights_of_norms = weights[1:, None]
+    normalised = F.instance_norm(
+        torch.cat(features, 1),
+        weight=(weights_of_norms * torch.stack([norm.weight for norm in norms])).flatten(),
+        bias=(weights_of_norms * torch.stack([norm.bias for norm in norms])).flatten(),
+        eps=norms[0].eps,
+    )
+    mixed = normalised.unflatten(1, (len(norms), -1)).sum(1, dtype=x.dtype)  # else autocast would make it fp32
+    return mixed + x * weights[0]
 
 
 def _patterns(children: np.ndarray, path_depths: np.ndarray, num_depths: int) -> np.ndarray:

@@ -15,7 +15,9 @@ import pytest
 import torch
 from architectures import random_architecture
 
+import decode_plot
 from decode_plot import draw_architecture, draw_search_space, plot_graph
+from dints import cost
 from dints.architecture import Architecture, save_architecture
 from dints.errors import UserError
 
@@ -247,6 +249,17 @@ def test_bad_file_ends_the_script_with_one_line(tmp_path, fault):
         (["--search_space", "--num_depths", "1"], "--num_depths: 1"),
         (["--search_space", "--num_blocks", "0"], "--num_blocks: 0"),
         (["--search_space", "--format", "bmp"], "'bmp'"),
+        (["--search_space", "--cost"], "--cost goes with --checkpoint"),
+        (["--checkpoint", "a.pth", "--patch_size", "32", "32", "32"], "--patch_size: only with --cost"),
+        (["--checkpoint", "a.pth", "--in_channels", "1"], "--in_channels: only with --cost"),
+        (["--checkpoint", "a.pth", "--num_classes", "2", "--channel_mul", "1"], "--num_classes, --channel_mul: only"),
+        (["--search_space", "--device", "cpu"], "--device: only with --cost"),
+        (["--checkpoint", "a.pth", "--cost", "--patch_size", "32", "32"], "--patch_size: expected 3 arguments"),
+        (["--checkpoint", "a.pth", "--cost", "--patch_size", "32", "32", "0"], "--patch_size: 0 is not at least 1"),
+        (["--checkpoint", "a.pth", "--cost", "--in_channels", "0"], "--in_channels: 0 is not at least 1"),
+        (["--checkpoint", "a.pth", "--cost", "--num_classes", "two"], "--num_classes: invalid int value"),
+        (["--checkpoint", "a.pth", "--cost", "--channel_mul", "0.01"], "--channel_mul: 0.01 is not at least"),
+        (["--checkpoint", "a.pth", "--cost", "--device", "tpu"], "--device: invalid choice: 'tpu'"),
     ],
 )
 def test_bad_command_line(arguments, message):
@@ -289,5 +302,82 @@ def test_help_does_not_wait_for_torch():
         "--directory",
         "--filename",
         "--format",
+        "--cost",
+        "--patch_size",
+        "--in_channels",
+        "--num_classes",
+        "--channel_mul",
+        "--device",
     ):
         assert flag in result.stdout
+
+
+def draw_with_cost(monkeypatch, capsys, *arguments: object) -> str:
+    """Run the script in this process, which has imported MONAI already, and return what it printed."""
+    monkeypatch.setattr(sys, "argv", ["decode_plot.py", "--cost", *map(str, arguments)])
+    decode_plot.main(decode_plot.parse_args())
+    return capsys.readouterr().out
+
+
+@needs_dot
+def test_cost_is_printed_and_drawn(tmp_path, monkeypatch, capsys):
+    architecture = random_architecture(1, 3, 3)
+    save_architecture(tmp_path / "code.pth", architecture)
+    files = ("--checkpoint", tmp_path / "code.pth", "--directory", tmp_path)
+    settings = ("--patch_size", 16, 16, 32, "--in_channels", 2, "--num_classes", 4, "--channel_mul", 0.25)
+    printed = draw_with_cost(monkeypatch, capsys, *files, *settings, "--device", "cpu")
+    amounts, rest = printed.splitlines()
+    assert amounts == cost.cost(architecture, 2, 4, (16, 16, 32), 0.25).lines()[0]
+    assert re.fullmatch(r"at 1x2x16x16x32 \(channel_mul 0\.25\), [\d.,]+ ms a forward pass on \d+ threads? of .+", rest)
+    source = (tmp_path / "graph.gv").read_text()
+    assert re.findall(r'caption\d \[label="?(.*?)\\l', source) == [amounts, rest]
+
+
+@needs_dot
+@pytest.mark.parametrize(
+    ("task", "flags", "settings"),
+    [
+        ("Task04_Hippocampus", [], (1, 3, (32, 32, 32), 1.0)),
+        ("Task00_Phantom", ["--channel_mul", 0.5], (1, 3, (32, 32, 32), 0.5)),
+        ("Task05_Prostate", ["--num_classes", 2], (2, 2, (96, 96, 32), 1.0)),
+        (None, ["--patch_size", 32, 16, 32], (1, 2, (32, 16, 32), 1.0)),
+        ("Task77_Own", ["--num_classes", 7], (1, 7, (96, 96, 96), 1.0)),
+        (["Task05_Prostate"], ["--in_channels", 2, "--channel_mul", 0.25], (2, 2, (96, 96, 96), 0.25)),
+    ],
+)
+def test_cost_is_of_the_files_task(tmp_path, monkeypatch, capsys, task, flags, settings):
+    stale = {"parameters": 1, "gmac": 1.0}
+    architecture = random_architecture(2, 3, 3, {"cost": stale} if task is None else {"cost": stale, "task": task})
+    save_architecture(tmp_path / "code.pth", architecture)
+    count, devices = cost.cost, []
+
+    def count_only(*arguments, device: torch.device) -> cost.Cost:
+        devices.append(device.type)
+        return count(*arguments)
+
+    monkeypatch.setattr(cost, "cost", count_only)
+    printed = draw_with_cost(
+        monkeypatch, capsys, "--checkpoint", tmp_path / "code.pth", "--directory", tmp_path, *flags
+    )
+    assert printed.splitlines() == count(architecture, *settings).lines()
+    assert devices == ["cuda" if torch.cuda.is_available() else "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--patch_size", 30, 32, 32], "--patch_size 30 32 32 does not fit 3 depths"),
+        (["--channel_mul", "inf"], "channel_mul inf.* too large"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda, but PyTorch sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_cost_that_cannot_be(tmp_path, monkeypatch, capsys, flags, message):
+    save_architecture(tmp_path / "code.pth", random_architecture(0, 3, 3))
+    with pytest.raises(UserError, match=message):
+        draw_with_cost(monkeypatch, capsys, "--checkpoint", tmp_path / "code.pth", "--directory", tmp_path, *flags)
+    assert [file.name for file in tmp_path.iterdir()] == ["code.pth"]
+    assert capsys.readouterr().out == ""

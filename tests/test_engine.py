@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from dints import engine
 from dints.errors import UserError
-from dints.runtime import Precision, Processes, Progress
+from dints.runtime import Precision, Processes
 from dints.tasks import Task
 
 CPU = torch.device("cpu")
@@ -107,14 +108,64 @@ def test_weights_step_starts_from_no_gradient():
     assert torch.equal(*gradients)
 
 
-def test_check_finite_names_loss_value_and_iteration():
-    progress = Progress(epoch=3, iteration=120)
-    engine.check_finite({"loss": 0.5, "architecture_loss": None}, progress)
-    for value in (math.nan, math.inf, -math.inf):
-        with pytest.raises(UserError) as raised:
-            engine.check_finite({"loss": 0.5, "architecture_loss": value}, progress)
-        for part in ("architecture_loss", str(value), "120", "epoch 3", "--learning_rate", "--precision"):
-            assert part in str(raised.value)
+def test_epoch_loss_is_the_mean_of_its_steps():
+    loss = engine.EpochLoss("loss", 120, ALONE)
+    for value in (1.0, 2.0, 6.0):
+        loss.add(torch.tensor(value))
+    assert loss.mean() == 3.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_epoch_loss_names_the_iteration_at_which_a_loss_is_not_finite(value):
+    loss = engine.EpochLoss("architecture_loss", 120, ALONE)
+    for step in (0.5, 0.25, value, 0.5, -value):
+        loss.add(torch.tensor(step))
+    with pytest.raises(UserError, match="the architecture_loss is not finite at iteration 123: .*--learning_rate"):
+        loss.mean()
+
+
+def test_gradients_that_the_fp16_scaler_refuses_are_no_error():
+    """It skips the step, and the loss, which is finite, goes on."""
+    network, label = nn.Conv3d(1, 2, 1), torch.ones(1, 1, 4, 4, 4, dtype=torch.uint8)
+    network.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = network.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    batch = {"image": torch.randn(1, 1, 4, 4, 4), "label": label}
+    loss = engine.EpochLoss("loss", 0, ALONE)
+    optimizer = engine.sgd(network.parameters(), 0.1)
+    loss.add(engine.weights_step(network, batch, engine.segmentation_loss(), optimizer, scaler, FP32))
+    assert math.isfinite(loss.mean()) and torch.equal(network.weight, before) and scaler.get_scale() == 512
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_weights_step_clips_the_norm_of_all_gradients(scale):
+    torch.manual_seed(0)
+    batch = {"image": torch.randn(1, 1, 4, 4, 4), "label": torch.ones(1, 1, 4, 4, 4, dtype=torch.uint8)}
+    network = nn.Conv3d(1, 2, 1)
+    norms = []
+    for limit in (None, 1e6, 0.01):
+        twin = copy.deepcopy(network)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer = torch.optim.SGD(twin.parameters(), 1.0)  # whose step is the gradient
+        engine.weights_step(twin, batch, engine.segmentation_loss(), optimizer, scaler, FP32, limit)
+        steps = [a - b for a, b in zip(twin.parameters(), network.parameters(), strict=True)]
+        norms.append(torch.cat([step.detach().flatten() for step in steps]).norm().item())
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0.1
+    assert norms[2] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_sgd_is_pytorchs_published_settings():
+    results = []
+    for build in (engine.sgd, lambda p, rate: torch.optim.SGD(p, rate, momentum=0.9, weight_decay=4e-5)):
+        torch.manual_seed(0)
+        network = nn.Conv3d(2, 2, 3)
+        optimizer = build(network.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            network(torch.ones(1, 2, 4, 4, 4)).square().sum().backward()
+            optimizer.step()
+        results.append(network.weight.detach())
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import numpy as np
+import published
 import pytest
 import torch
 from architectures import chain, connected, random_architecture
-from monai.networks.nets.dints import DiNTS, TopologyInstance
+from monai.networks.nets.dints import DiNTS
 from torch.utils.flop_counter import FlopCounterMode
 
 from dints.architecture import Architecture, architecture_from_dict, load_architecture
@@ -50,13 +51,7 @@ def everything(num_blocks: int, num_depths: int) -> Architecture:
 
 
 def monai_network(architecture: Architecture, channels: int = 2, classes: int = 3, channel_mul: float = SMALL) -> DiNTS:
-    space = TopologyInstance(
-        [architecture.arch_code_a, architecture.arch_code_c],
-        channel_mul,
-        num_blocks=architecture.num_blocks,
-        num_depths=architecture.num_depths,
-    )
-    return DiNTS(space, channels, classes, node_a=torch.from_numpy(architecture.node_a))
+    return published.network(architecture, channels, classes, channel_mul)
 
 
 def without_unused_stems(state: dict, architecture: Architecture) -> dict:
@@ -118,6 +113,34 @@ def test_the_architectures_above_cover_what_can_be():
     assert used == set(range(5))
     stems = {(bool(a.node_a[0].all()), bool(a.node_a[-1, -1])) for a in ARCHITECTURES.values()}
     assert stems == {(True, True), (True, False), (False, True), (False, False)}
+
+
+@pytest.mark.parametrize("name", ["random, 4 depths", "down and up"])
+def test_it_compiles_as_one_graph(name):
+    """Forward and backward; Dynamo alone, without a compiler, as `fullgraph` forbids breaks all the same."""
+    architecture = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    network = FoundNetwork(architecture, 2, 3, SMALL)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(network, fullgraph=True, dynamic=False, backend=count)
+    image = torch.randn(1, 2, 32, 32, 32)
+    torch.testing.assert_close(compiled(image), network(image), rtol=1e-4, atol=1e-5)
+    compiled(image).sum().backward()
+    assert len(graphs) == 1
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_it_exports():
+    network = FoundNetwork(ARCHITECTURES["random, 4 depths"], 2, 3, SMALL).eval()
+    image = torch.randn(1, 2, 32, 32, 32)
+    exported = torch.export.export(network, (image,))
+    assert not any("mkldnn" in str(node.target) for node in exported.graph.nodes)  # runs on any machine
+    torch.testing.assert_close(exported.module()(image), network(image), rtol=1e-4, atol=1e-5)
 
 
 def test_it_prints_nothing(capsys):

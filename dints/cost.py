@@ -1,0 +1,187 @@
+"""What a found network costs: parameters, multiply-adds, memory of a training step, time of a forward pass."""
+
+from __future__ import annotations
+
+import platform
+import re
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dints.architecture import Architecture
+from dints.errors import UserError
+from dints.network import FoundNetwork, check_patch_size, count_parameters
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a network, and the settings it holds for; everything is in fp32.
+
+    Attributes:
+        parameters: trainable numbers.
+        gmac: multiply-adds of the convolutions in one forward pass, in 10^9.
+        activation_mib: what autograd keeps of one forward pass for the backward one. Counted, therefore the same on
+            every device; parameters, gradients, the optimizer, the loss and work space come on top.
+        input_shape: (batch, channels, *patch_size).
+        channel_mul: the network's width, as times 32, 64, ... channels.
+        device: name of what the next two were measured on; None: they were not.
+        latency_ms: time of a forward pass without gradients.
+        measured_mib: memory that a forward and a backward pass take at their peak, over that of parameters and image;
+            the gradients are part of it. None where it was not measured on a GPU.
+    """
+
+    parameters: int
+    gmac: float
+    activation_mib: float
+    input_shape: tuple[int, ...]
+    channel_mul: float
+    device: str | None = None
+    latency_ms: float | None = None
+    measured_mib: float | None = None
+
+    def to_dict(self) -> dict:
+        """Plain types only, for arch files, which ``weights_only=True`` reads."""
+        return {**asdict(self), "input_shape": list(self.input_shape)}
+
+    def lines(self) -> list[str]:
+        """Two lines of under 100 characters for people: what it costs, and for which input on which device."""
+        parameters = f"{_short(self.parameters / 1e6)} M" if self.parameters >= 1e6 else f"{self.parameters:,}"
+        amounts = f"{parameters} parameters, {_short(self.gmac)} GMAC, {_short(self.activation_mib)} MiB activations"
+        if self.measured_mib is not None:
+            amounts += f", {_short(self.measured_mib)} MiB measured in a step"
+        settings = f"at {'x'.join(map(str, self.input_shape))} (channel_mul {self.channel_mul:g})"
+        if self.latency_ms is not None:
+            settings += f", {_short(self.latency_ms)} ms a forward pass on {self.device}"
+        return [line[:99] for line in (amounts, settings)]  # cuts a long name of a device
+
+
+def cost(
+    architecture: Architecture,
+    in_channels: int,
+    num_classes: int,
+    patch_size: tuple[int, int, int],
+    channel_mul: float = 1.0,
+    batch_size: int = 1,
+    device: torch.device | None = None,
+) -> Cost:
+    """Count what the architecture's network costs and, with a ``device``, measure it there.
+
+    Counting takes seconds and no memory. Measuring builds the network with random weights on the device; the time is
+    the median of up to 10 forward passes after one to warm up. It stops after about 5 s: where the first pass leaves
+    no time for a second, the first is the result. Global random generators are left as they were.
+
+    Raises:
+        UserError: the patch size does not fit the depths, a number is out of range, or the device lacks the memory.
+    """
+    check_patch_size(patch_size, architecture.num_depths)
+    for name, value, least in (
+        ("in_channels", in_channels, 1),
+        ("num_classes", num_classes, 1),
+        ("channel_mul", channel_mul, 1 / 32),
+        ("batch_size", batch_size, 1),
+    ):
+        if not value >= least:
+            raise UserError(f"{name} is {value}: give at least {least:g}")
+    settings = (architecture, in_channels, num_classes, channel_mul)
+    input_shape = (batch_size, in_channels, *patch_size)
+    try:
+        counts = _count(settings, input_shape)
+    except (OverflowError, RuntimeError, TypeError) as error:  # torch's three ways to say that a size has no 64 bits
+        raise UserError(
+            f"no network has in_channels {in_channels}, num_classes {num_classes}, channel_mul {channel_mul:g}, "
+            f"patch_size {' '.join(map(str, patch_size))} and batch_size {batch_size}: one of these is too large"
+        ) from error
+    measured = {} if device is None else _measure(settings, input_shape, device)
+    return Cost(**counts, input_shape=input_shape, channel_mul=channel_mul, **measured)
+
+
+def _count(settings: tuple, input_shape: tuple[int, ...]) -> dict[str, float]:
+    """Parameters, multiply-adds and activations, from a pass on the meta device, which has shapes but no numbers.
+
+    There the convolutions are PyTorch's own, which the FLOP counter knows, unlike those of `dints.convolution`.
+    """
+    with torch.device("meta"):
+        network = FoundNetwork(*settings)
+        image = torch.empty(input_shape)
+    kept = []  # holds the tensors, so that no two storages have one address
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, FlopCounterMode(display=False) as counter:
+        network(image)
+    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in kept)}
+    return {
+        "parameters": count_parameters(network),
+        "gmac": counter.get_total_flops() / 2 / 1e9,  # the counter takes a multiply-add as two operations
+        "activation_mib": sum(size for address, size in storages.items() if address not in weights) / MIB,
+    }
+
+
+def _measure(settings: tuple, input_shape: tuple[int, ...], device: torch.device) -> dict[str, str | float | None]:
+    name = _device_name(device)
+    try:
+        with torch.random.fork_rng(devices=[]):  # both are drawn on the CPU
+            network = FoundNetwork(*settings).to(device)
+            image = torch.randn(input_shape).to(device)
+        return {
+            "device": name,
+            "latency_ms": _forward_ms(network, image),
+            "measured_mib": _peak_mib(network, image) if device.type == "cuda" else None,
+        }
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"the memory of {name} is too small for a network of channel_mul {settings[-1]:g} with an input of "
+            f"{'x'.join(map(str, input_shape))}: lower --channel_mul or --patch_size, or give another --device"
+        ) from error
+
+
+@torch.no_grad()
+def _forward_ms(network: nn.Module, image: torch.Tensor, repeats: int = 10, limit: float = 5.0) -> float:
+    seconds = []
+    while len(seconds) <= repeats and (not seconds or sum(seconds) + seconds[-1] < limit):
+        start = time.perf_counter()
+        network(image)
+        if image.is_cuda:
+            torch.cuda.synchronize(image.device)
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds[1:] or seconds)
+
+
+def _peak_mib(network: nn.Module, image: torch.Tensor) -> float:
+    """Of a second step: in the first, cuDNN may try algorithms whose work space it does not need later."""
+    for _ in range(2):
+        network.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats(image.device)
+        before = torch.cuda.memory_allocated(image.device)
+        network(image).sum().backward()
+    return (torch.cuda.max_memory_allocated(image.device) - before) / MIB
+
+
+def _device_name(device: torch.device) -> str:
+    """The product's name, without what makers add to it; for a CPU also how many threads compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    name = model[1] if model else platform.processor() or platform.machine()
+    name = " ".join(re.sub(r"\(R\)|\(TM\)|\bCPU\b|@.*|\d+-Core|\bProcessor\b", "", name).split())
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)} of {name}"
+
+
+def _short(value: float) -> str:
+    """Four digits, or all before the point where there are more."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -1,0 +1,371 @@
+"""Time the published recipe in MONAI's calls against ours: the two alternate in one process, on the same input.
+
+    python tests/benchmarks/steps.py
+    python tests/benchmarks/steps.py --device cuda --size published --precision bf16 --compile on
+    python tests/benchmarks/steps.py --rows decode "bilevel iteration" --repeats 9
+
+"speedup" is the median over the pairs of published/ours, with the smallest and the largest. "operations" are tensor
+operations per call on a CPU, kernels on a GPU; "syncs" are the places where a call waits for the GPU; "memory" is what
+a first call takes beyond what was held before it: resident memory, each in a process of its own, or GPU memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from monai.inferers import sliding_window_inference
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import published  # noqa: E402  (the repository is no package: its root must be on the path first)
+
+import search_dints  # noqa: E402
+from dints import engine, runtime  # noqa: E402
+from dints.architecture import Architecture  # noqa: E402
+from dints.network import FoundNetwork, load_weights  # noqa: E402
+from dints.tasks import TASKS  # noqa: E402
+
+# Blocks and depths are the published 12 and 4 in both. "small" is what a CPU can do many times.
+SIZES = {
+    "small": {"patch_size": 32, "search_channel_mul": 0.5, "train_channel_mul": 0.5},
+    "published": {"patch_size": 96, "search_channel_mul": 0.5, "train_channel_mul": 1.0},
+}
+TASK = TASKS["Task07_Pancreas"]
+RAMP = 0.5  # the architecture loss counts half, as halfway between warm-up and end
+
+Call = Callable[[], object]
+
+
+def main(args: argparse.Namespace) -> None:
+    with runtime.started(args.device) as processes:
+        precision = runtime.choose_precision(args.precision, processes)
+        rows = build_rows(args, processes, precision)
+        if args.memory_of:
+            row, side = args.memory_of
+            print(json.dumps(memory_of_first_call(rows[row]()[side == "ours"], processes.device)))
+            return
+        print(describe_machine(processes.device, precision, args))
+        results = {name: measure(name, rows[name], args, processes.device) for name in args.rows or rows}
+    print(table(results, processes.device))
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--size", choices=SIZES, default="small", help="patch 32 or 96, see SIZES")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of both sides")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="of ours")
+    parser.add_argument("--repeats", type=int, default=7, help="pairs per row, after one that is not counted")
+    parser.add_argument("--seconds_per_row", type=float, default=120, help="but no more pairs after so long and three")
+    parser.add_argument("--rows", nargs="+", help="names of rows (default: all)")
+    parser.add_argument("--no_memory", action="store_true", help="leave the memory columns out")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write all numbers as JSON")
+    parser.add_argument("--memory_of", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def build_rows(
+    args: argparse.Namespace, processes: runtime.Processes, precision: runtime.Precision
+) -> dict[str, Callable[[], tuple[Call, Call]]]:
+    """For each row, what builds its two calls, the published one first; nothing is built before it is measured."""
+    size, device = SIZES[args.size], processes.device
+
+    def batch(num_images: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shape = (num_images, 1, *[size["patch_size"]] * 3)
+        image = torch.rand(shape, generator=generator)
+        label = torch.randint(0, TASK.num_classes, shape, generator=generator, dtype=torch.uint8)
+        return {"image": image.to(device), "label": label.to(device)}
+
+    def searches() -> tuple[published.Search, search_dints.Supernet]:
+        return twin_searches(args, size, processes, precision)
+
+    def decode() -> tuple[Call, Call]:
+        theirs, ours = searches()
+        return theirs.space.decode, ours.space.decode
+
+    def regularisers() -> tuple[Call, Call]:
+        theirs, ours = searches()
+        shape = batch(1)["image"].shape
+
+        def our_loss() -> torch.Tensor:
+            return search_dints.architecture_loss(
+                search_dints.regularisers(ours.space, shape, ours.ram_budget), ours.factor_ram_cost
+            )
+
+        return lambda: theirs.architecture_loss(shape).backward(), lambda: our_loss().backward()
+
+    def supernet() -> tuple[Call, Call]:
+        theirs, ours = searches()
+        image = batch(1)["image"]
+
+        def forward_backward(network: torch.nn.Module) -> None:
+            with precision.autocast():
+                loss = network(image).float().square().mean()
+            loss.backward()
+            network.zero_grad()
+
+        return lambda: forward_backward(theirs.network), lambda: forward_backward(ours.network)
+
+    def steps(weights: bool, arch: bool) -> tuple[Call, Call]:
+        theirs, ours = searches()
+        samples = batch(1)
+
+        def run_published() -> None:
+            if weights:
+                theirs.weights_step(*samples.values())
+            if arch:
+                theirs.architecture_step(*samples.values(), RAMP)
+
+        def run_ours() -> None:
+            if weights:
+                search_dints.weights_step(ours, samples)
+            if arch:
+                search_dints.architecture_step(ours, samples, RAMP)
+
+        return run_published, run_ours
+
+    def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
+        return twin_networks(size["train_channel_mul"], device)
+
+    def retraining(num_images: int) -> tuple[Call, Call]:
+        samples, criterion, calls = batch(num_images), engine.segmentation_loss(), []
+        theirs, ours = networks()
+        for network, sgd in ((theirs, published.sgd), (engine.compiled(ours, args.compile, device), engine.sgd)):
+            settings = criterion, sgd(network.parameters(), 0.025), precision.scaler(), precision
+            calls.append(lambda network=network, settings=settings: engine.weights_step(network, samples, *settings))
+        return tuple(calls)
+
+    def window() -> tuple[Call, Call]:
+        theirs, ours = networks()
+        image, patch = batch(1)["image"].repeat(1, 1, 2, 1, 1), (size["patch_size"],) * 3
+        sliding = engine.SlidingWindow(patch, overlap=0.625, batch_size=6)
+        return (
+            inferring(lambda: sliding_window_inference(image, patch, 6, theirs, 0.625, mode="gaussian"), precision),
+            inferring(lambda: sliding(image, engine.compiled(ours, args.compile, device)), precision),
+        )
+
+    return {
+        "decode": decode,
+        "regularisers": regularisers,
+        "supernet forward + backward": supernet,
+        "weights step": lambda: steps(True, False),
+        "architecture step": lambda: steps(False, True),
+        "bilevel iteration": lambda: steps(True, True),
+        "retraining step, batch 1": lambda: retraining(1),
+        "retraining step, batch 2": lambda: retraining(2),
+        "validation, 4 windows": window,
+    }
+
+
+def twin_searches(args, size: dict, processes, precision) -> tuple[published.Search, search_dints.Supernet]:
+    """The published search and ours with the same weights and alphas."""
+    torch.manual_seed(0)
+    theirs = published.Search(12, 4, size["search_channel_mul"], 1, TASK.num_classes, precision)
+    patch = [str(size["patch_size"])] * 3
+    flags = ["--root", ".", "--output_root", ".", "--channel_mul", str(size["search_channel_mul"])]
+    options = search_dints.parse_args([*flags, "--patch_size", *patch, "--compile", args.compile])
+    task = replace(TASK, patch_size=tuple(options.patch_size))
+    ours = search_dints.Supernet(options, task, precision, processes)
+    ours.network.load_state_dict(theirs.network.state_dict())
+    return theirs, ours
+
+
+def twin_networks(channel_mul: float, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """MONAI's network and ours of one architecture that stands for found ones, with the same weights."""
+    torch.manual_seed(0)
+    architecture = typical_architecture()
+    theirs = published.network(architecture, 1, TASK.num_classes, channel_mul)
+    ours = FoundNetwork(architecture, 1, TASK.num_classes, channel_mul)
+    load_weights(ours, theirs.state_dict(), "MONAI's network")
+    return theirs.to(device), ours.to(device)
+
+
+def typical_architecture() -> Architecture:
+    """What a space with random alphas decodes to: connected, with all five operations, in all 12 blocks."""
+    generator = torch.Generator().manual_seed(0)
+    space = search_dints.SearchSpace(channel_mul=0.0625, num_blocks=12, num_depths=4)
+    with torch.no_grad():
+        space.log_alpha_a.normal_(generator=generator)
+        space.log_alpha_c.normal_(generator=generator)
+    return space.architecture()
+
+
+def inferring(call: Call, precision: runtime.Precision) -> Call:
+    def infer() -> None:
+        with torch.no_grad(), precision.autocast():
+            call()
+
+    return infer
+
+
+def measure(name: str, build: Callable[[], tuple[Call, Call]], args: argparse.Namespace, device: torch.device) -> dict:
+    """All numbers of a row."""
+    theirs, ours = build()
+    result = {"seconds": [[], []]}
+    deadline = time.monotonic() + args.seconds_per_row
+    for repeat in range(args.repeats + 1):
+        pair = [seconds_of(call, device) for call in (theirs, ours)]
+        if repeat > 0:  # the first calls warm up
+            for seconds, new in zip(result["seconds"], pair, strict=True):
+                seconds.append(new)
+        print(f"{name}: pair {repeat} of {args.repeats}", *map(duration, pair), file=sys.stderr, flush=True)
+        if repeat >= 3 and time.monotonic() > deadline:
+            break
+    result["speedup"] = sorted(a / b for a, b in zip(*result["seconds"], strict=True))
+    result["operations"] = [count_operations(call, device) for call in (theirs, ours)]
+    if device.type == "cuda":
+        result["syncs"] = [count_syncs(call) for call in (theirs, ours)]
+    with FlopCounterMode(display=False) as counter:
+        theirs()
+    result["flop"] = counter.get_total_flops()
+    if not args.no_memory:
+        del theirs, ours
+        result["memory_mib"] = [memory_in_own_process(name, side) for side in ("published", "ours")]
+    return result
+
+
+def seconds_of(call: Call, device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def count_operations(call: Call, device: torch.device) -> int:
+    """Tensor operations on a CPU, kernels and copies on a GPU."""
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
+    with OperationCounter() as counter:
+        call()
+    return counter.count
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts tensor operations, forward and backward; views count too."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count_syncs(call: Call) -> int:
+    """How often a call waits for the GPU, by PyTorch's own count."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def memory_in_own_process(row: str, side: str) -> float:
+    """MiB, of `memory_of_first_call` in a fresh process with this one's options."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", row, side]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def memory_of_first_call(call: Call, device: torch.device) -> float:
+    """MiB at the peak of a call above what was held before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    call()
+    return max(0.0, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20)
+
+
+def describe_machine(device: torch.device, precision: runtime.Precision, args: argparse.Namespace) -> str:
+    """What the numbers hold for, and the ceilings that they can be held against."""
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        models = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ]
+        machine = f"{(models or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
+    product, copy = ceilings(device, precision)
+    size = " ".join(f"{key} {value:g}" for key, value in SIZES[args.size].items())
+    return (
+        f"{machine}, torch {torch.__version__}, {precision.name}, compile {args.compile}; 12 blocks, 4 depths, {size}\n"
+        f"ceilings measured now: matrix product {product:.3g} TFLOP/s, copy {copy:.3g} GB/s"
+    )
+
+
+def ceilings(device: torch.device, precision: runtime.Precision) -> tuple[float, float]:
+    """TFLOP/s of a large matrix product in this precision, and GB/s (read + written) of a large copy."""
+    size, megabytes = (8192, 4096) if device.type == "cuda" else (2048, 512)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.name]
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.ones(megabytes * 2**18, device=device)
+    target = torch.empty_like(source)
+    product = min(seconds_of(lambda: left @ right, device) for _ in range(6))
+    copy = min(seconds_of(lambda: target.copy_(source), device) for _ in range(6))
+    return 2 * size**3 / product / 1e12, 2 * source.nbytes / copy / 1e9
+
+
+def table(results: dict[str, dict], device: torch.device) -> str:
+    """Markdown, one line a row."""
+    counted = "kernels" if device.type == "cuda" else "operations"
+    heads = ["", "published", "ours", "speedup", counted, "TFLOP/s"]
+    heads += ["syncs"] if device.type == "cuda" else []
+    heads += ["memory, MiB"] if any("memory_mib" in result for result in results.values()) else []
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for name, result in results.items():
+        medians = [statistics.median(seconds) for seconds in result["seconds"]]
+        low, middle, high = (result["speedup"][index] for index in (0, len(result["speedup"]) // 2, -1))
+        speed = f"{result['flop'] / medians[1] / 1e12:.3g}" if result["flop"] else ""
+        cells = [name, *map(duration, medians), f"{middle:.3g} ({low:.3g} to {high:.3g})"]
+        cells += ["{:,} / {:,}".format(*result["operations"]), speed]
+        cells += ["{} / {}".format(*result["syncs"])] if "syncs" in result else []
+        cells += ["{:,.0f} / {:,.0f}".format(*result["memory_mib"])] if "memory_mib" in result else []
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def duration(seconds: float) -> str:
+    digits = max(0, 2 - math.floor(math.log10(seconds * 1e3)))
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.{digits}f} ms"
+
+
+if __name__ == "__main__":
+    main(parse_args())
