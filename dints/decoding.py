@@ -37,34 +37,30 @@ def shortest_sequence(lengths: np.ndarray, starts: np.ndarray, ends: np.ndarray)
 
 def least_memory(memory: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> float:
     """The memory of the smallest sequence."""
-    return _to_go(_undominated_children(np.ones_like(memory), memory, starts, ends), math.inf)[0].min()
+    return _ways_on(_useful_children(np.ones_like(memory), memory, starts, ends), math.inf).costs[0].min()
 
 
 def shortest_sequence_within(
     budget: float, lengths: np.ndarray, memory: np.ndarray, starts: np.ndarray, ends: np.ndarray
 ) -> np.ndarray:
-    """The children (blocks,) of the shortest sequence whose memory is at most ``budget``, which some must keep.
+    """The children (blocks,) of the shortest sequence whose memory is at most ``budget``, not below `least_memory`.
 
-    A constrained shortest path, solved exactly as by Handler and Zang (1980): a price on memory gives a sequence that
-    fits, and for every beginning of a sequence a lower bound on how long it must become. Beginnings that may still
-    become shorter than the best sequence so far are then extended block by block, all at once.
+    A constrained shortest path, found exactly, after Handler and Zang (Networks 10, 1980): a price on memory gives a
+    sequence that fits, and for every beginning of a sequence a bound on how short it can become. The beginnings that
+    may still become shorter than the shortest known sequence are extended block by block, all at once.
     """
     shortest = shortest_sequence(lengths, starts, ends)
     if memory[np.arange(len(memory)), shortest].sum() <= budget:
         return shortest
-    blocks = _undominated_children(lengths, memory, starts, ends)
-    price, best = _relax(blocks, budget)
-    for width in (
-        300,
-        3000,
-        None,
-    ):  # the narrow searches are quick and seldom miss; the last drops most by their result
-        best = _search(blocks, budget, price, best, width)
-    return np.array([block.children[index] for block, index in zip(blocks, best.indices, strict=True)])
+    blocks = _useful_children(lengths, memory, starts, ends)
+    price, found = _price(blocks, budget)
+    for width in (300, None):  # the first search is quick, and with what it finds the second has little left to follow
+        found = _search(blocks, budget, price, found, width)
+    return np.array([block.children[index] for block, index in zip(blocks, found.indices, strict=True)])
 
 
 class _Block(NamedTuple):
-    """Those of a block's children that matter, in the order of their starts."""
+    """The children of a block that may be of use, in the order of their starts."""
 
     children: np.ndarray
     starts: np.ndarray
@@ -77,23 +73,37 @@ class _Block(NamedTuple):
 
 
 class _Sequence(NamedTuple):
-    indices: list[int]  # into the arrays of each `_Block`
+    indices: list[int]  # of a child in each `_Block`
     length: float
     memory: float
 
 
+class _WaysOn(NamedTuple):
+    """The cheapest way to the end from each pattern before each block, and past the last: (blocks + 1, patterns)."""
+
+    costs: np.ndarray
+    lengths: np.ndarray
+    memory: np.ndarray
+    indices: np.ndarray  # of the first child on the way in its `_Block`; (blocks, patterns)
+
+    def follow(self, blocks: list[_Block], row: int, pattern: int) -> list[int]:
+        """The indices of the children from ``pattern`` before block ``row`` to the end."""
+        indices = []
+        for block, index in zip(blocks[row:], self.indices[row:], strict=True):
+            indices.append(index[pattern])
+            pattern = block.ends[indices[-1]]
+        return indices
+
+
 def _undominated(groups: np.ndarray, lengths: np.ndarray, memory: np.ndarray) -> np.ndarray:
-    """Indices, in the order of groups, of the entries than which no other of their group is shorter and smaller."""
+    """Indices, in the order of their groups, of the entries that are shorter than all smaller ones of their group."""
     order = np.lexsort((lengths, memory, groups))
-    # A group's entries come from the smallest to the largest, and each must be shorter than all before it. Shifting the
-    # groups below one another lets the running minimum start afresh with each.
+    # Each group is shifted below the one before, so that the running minimum starts afresh.
     shifted = lengths[order] - groups[order] * (lengths.max(initial=0) + 1)
     return order[np.diff(np.minimum.accumulate(shifted), prepend=np.inf) < 0]
 
 
-def _undominated_children(
-    lengths: np.ndarray, memory: np.ndarray, starts: np.ndarray, ends: np.ndarray
-) -> list[_Block]:
+def _useful_children(lengths: np.ndarray, memory: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[_Block]:
     blocks = []
     for block_lengths, block_memory in zip(lengths, memory, strict=True):
         kept = _undominated(starts * (ends.max() + 1) + ends, block_lengths, block_memory)
@@ -101,37 +111,37 @@ def _undominated_children(
     return blocks
 
 
-def _to_go(blocks: list[_Block], price: float) -> np.ndarray:
-    """(blocks + 1, patterns): the least of length + ``price`` * memory from a pattern before each block to the end."""
-    to_go = np.full((len(blocks) + 1, blocks[0].starts.max() + 1), np.inf)
-    to_go[-1] = 0
+def _ways_on(blocks: list[_Block], price: float) -> _WaysOn:
+    """Where a sequence costs its length + ``price`` * its memory, or at an infinite price its memory."""
+    patterns = np.arange(blocks[0].starts.max() + 1)
+    costs, lengths, memory = np.zeros((3, len(blocks) + 1, len(patterns)))
+    indices = np.zeros((len(blocks), len(patterns)), dtype=np.int64)
     for row in reversed(range(len(blocks))):
         block = blocks[row]
-        np.minimum.at(to_go[row], block.starts, block.costs(price) + to_go[row + 1][block.ends])
-    return to_go
+        totals = block.costs(price) + costs[row + 1][block.ends]
+        cheapest = np.lexsort((totals, block.starts))[np.searchsorted(block.starts, patterns)]
+        ends = block.ends[cheapest]
+        indices[row], costs[row] = cheapest, totals[cheapest]
+        lengths[row] = block.lengths[cheapest] + lengths[row + 1][ends]
+        memory[row] = block.memory[cheapest] + memory[row + 1][ends]
+    return _WaysOn(costs, lengths, memory, indices)
 
 
 def _cheapest(blocks: list[_Block], price: float) -> _Sequence:
-    """The sequence with the least length + ``price`` * memory."""
-    to_go = _to_go(blocks, price)
-    pattern = to_go[0].argmin()
-    indices, length, memory = [], 0.0, 0.0
-    for block, ahead in zip(blocks, to_go[1:], strict=True):
-        first, last = np.searchsorted(block.starts, [pattern, pattern + 1])
-        index = first + (block.costs(price)[first:last] + ahead[block.ends[first:last]]).argmin()
-        indices.append(index)
-        length, memory, pattern = length + block.lengths[index], memory + block.memory[index], block.ends[index]
-    return _Sequence(indices, length, memory)
+    ways_on = _ways_on(blocks, price)
+    pattern = ways_on.costs[0].argmin()
+    return _Sequence(ways_on.follow(blocks, 0, pattern), ways_on.lengths[0, pattern], ways_on.memory[0, pattern])
 
 
-def _relax(blocks: list[_Block], budget: float) -> tuple[float, _Sequence]:
-    """The price of memory at which length + price * (memory - budget) bounds best, and the shortest seen that fits."""
+def _price(blocks: list[_Block], budget: float) -> tuple[float, _Sequence]:
+    """The price of memory that gives the best bound, and the shortest sequence met on the way that fits."""
     too_large, fits = _cheapest(blocks, 0.0), _cheapest(blocks, math.inf)
     while True:
-        price = (fits.length - too_large.length) / (too_large.memory - fits.memory)  # at which both cost the same
+        price = (fits.length - too_large.length) / (too_large.memory - fits.memory)  # at which they cost the same
         cheaper = _cheapest(blocks, price)
         gain = too_large.length - cheaper.length + price * (too_large.memory - cheaper.memory)
-        if gain <= TOLERANCE or not too_large.length < cheaper.length < fits.length:  # the latter only by rounding
+        # It lies between the two if it costs less, but for rounding, which must not keep the loop from ending.
+        if gain <= TOLERANCE or not too_large.length < cheaper.length < fits.length:
             return price, fits
         if cheaper.memory <= budget:
             fits = cheaper
@@ -139,31 +149,31 @@ def _relax(blocks: list[_Block], budget: float) -> tuple[float, _Sequence]:
             too_large = cheaper
 
 
-def _search(blocks: list[_Block], budget: float, price: float, best: _Sequence, width: int | None) -> _Sequence:
-    """The shortest sequence that fits; with a ``width``, the best one met when only so many beginnings are followed."""
-    least_costs, least_memories = _to_go(blocks, price)[1:], _to_go(blocks, math.inf)[1:]
-    ends = np.arange(least_costs.shape[1])  # of the beginnings so far, with their lengths and memory
+def _search(blocks: list[_Block], budget: float, price: float, found: _Sequence, width: int | None) -> _Sequence:
+    """The shortest sequence that fits, ``found`` being known; with a ``width``, following only so many beginnings."""
+    ways_on, least_memory = _ways_on(blocks, price), _ways_on(blocks, math.inf).costs
+    ends = np.arange(ways_on.costs.shape[1])  # of the beginnings so far; there is one of no blocks in each pattern
     lengths, memory = np.zeros((2, len(ends)))
-    steps = []
-    for block, least_cost, least_memory in zip(blocks, least_costs, least_memories, strict=True):
+    steps = []  # per block, for each beginning: which one it continues, and by which child
+    for row, block in enumerate(blocks, start=1):
         before, index = _continuations(ends, block.starts)
         lengths, memory = lengths[before] + block.lengths[index], memory[before] + block.memory[index]
         ends = block.ends[index]
-        bounds = lengths + price * (memory - budget) + least_cost[ends]
-        kept = np.flatnonzero((memory + least_memory[ends] <= budget) & (bounds < best.length - TOLERANCE))
+        steps.append((before, index))
+        # Each beginning with its cheapest way on is a sequence; where that one fits, it may be the shortest yet.
+        totals = np.where(memory + ways_on.memory[row][ends] <= budget, lengths + ways_on.lengths[row][ends], np.inf)
+        if totals.min(initial=np.inf) < found.length:
+            best = totals.argmin()
+            indices = _retrace(steps, best) + ways_on.follow(blocks, row, ends[best])
+            found = _Sequence(indices, totals[best], memory[best] + ways_on.memory[row, ends[best]])
+        bounds = lengths + ways_on.costs[row][ends] + price * (memory - budget)
+        kept = np.flatnonzero((bounds < found.length - TOLERANCE) & (memory + least_memory[row][ends] <= budget))
         kept = kept[_undominated(ends[kept], lengths[kept], memory[kept])]
         if width is not None and len(kept) > width:
             kept = kept[bounds[kept].argpartition(width)[:width]]
         lengths, memory, ends = lengths[kept], memory[kept], ends[kept]
-        steps.append((before[kept], index[kept]))
-    if not lengths.size or lengths.min() >= best.length:
-        return best
-    last = beginning = lengths.argmin()
-    indices = []
-    for before, index in reversed(steps):
-        indices.append(index[beginning])
-        beginning = before[beginning]
-    return _Sequence(indices[::-1], lengths[last], memory[last])
+        steps[-1] = before[kept], index[kept]
+    return found
 
 
 def _continuations(ends: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -172,3 +182,12 @@ def _continuations(ends: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np
     counts = last - first
     before = np.repeat(np.arange(len(ends)), counts)
     return before, np.arange(len(before)) - np.repeat(counts.cumsum() - counts - first, counts)
+
+
+def _retrace(steps: list[tuple[np.ndarray, np.ndarray]], beginning: int) -> list[int]:
+    """The indices of the children of a beginning that is an entry of the last step."""
+    indices = []
+    for before, index in reversed(steps):
+        indices.append(index[beginning])
+        beginning = before[beginning]
+    return indices[::-1]

@@ -14,6 +14,7 @@ from test_distributed import assert_equal
 import search_dints
 import train_dints
 from dints.architecture import load_architecture
+from dints.cost import Cost, cost
 from dints.errors import UserError
 from dints.history import History
 from dints.network import load_model
@@ -114,6 +115,39 @@ class TestSearch:
         best = max(rows(searched / "accuracy_history.csv"), key=lambda row: float(row["dice"]))
         assert progress["best_avg_dice_score"] == pytest.approx(float(best["dice"]))
         assert progress["best_avg_dice_score_iteration"] == int(best["iteration"])
+
+    def test_each_epoch_tells_how_the_decoded_architecture_changed(self, searched):
+        losses = rows(searched / "loss_history.csv")
+        changed = [int(row["changed_paths"]) + int(row["changed_operations"]) for row in losses]
+        assert changed[:2] == [0, 0] and sum(changed) > 0
+
+    def test_the_architecture_says_what_its_network_costs(self, code, caplog):
+        found = load_architecture(code)
+        counted = cost(found, 1, 3, (16, 16, 16)).to_dict()
+        written = found.info["cost"]
+        for key in ("parameters", "gmac", "activation_mib", "input_shape", "channel_mul"):
+            assert written[key] == counted[key], key
+        assert written["latency_ms"] > 0
+        lines = Cost(**{**written, "input_shape": tuple(written["input_shape"])}).lines()
+        source = code.with_suffix(".gv").read_text()
+        assert all(line in source for line in lines)
+        assert f"{found.info['ram_ratio']:.3f} of the memory" in source
+
+    def test_it_keeps_a_memory_budget(self, phantom, searched, tmp_path, caplog):
+        free = load_architecture(searched / "search_code_8.pth").info["ram_ratio"]
+        flags = ["--max_ram_ratio", 0.5 * free, "--ram_budget", "fixed", "--num_epochs_warmup", 1, "--num_epochs", 2]
+        with caplog.at_level("INFO"):
+            search(phantom, tmp_path, *flags)
+        found = load_architecture(tmp_path / "search_code_4.pth").info["ram_ratio"]
+        assert 0 < found <= 0.5 * free
+        assert f"decoded: {found:.3f} of the memory of every path with its dearest operation" in caplog.text
+        with pytest.raises(UserError, match="--max_ram_ratio 0.0001 is too small for 2 blocks and 3 depths: give at"):
+            search(phantom, tmp_path / "other", "--max_ram_ratio", 0.0001)
+
+    def test_a_loss_that_is_not_finite_stops_it(self, phantom, tmp_path):
+        with pytest.raises(UserError, match="the loss is not finite at iteration [12]: the training diverged"):
+            search(phantom, tmp_path, "--learning_rate", 1e30)
+        assert not (tmp_path / "latest.pth").exists()
 
 
 class TestTrain:
