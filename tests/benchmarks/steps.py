@@ -231,7 +231,7 @@ def measure(name: str, build: Callable[[], tuple[Call, Call]], args: argparse.Na
         print(f"{name}: pair {repeat} of {args.repeats}", *map(duration, pair), file=sys.stderr, flush=True)
         if repeat >= 3 and time.monotonic() > deadline:
             break
-    result["speedup"] = sorted(a / b for a, b in zip(*result["seconds"], strict=True))
+    result["speedup"] = [theirs_took / ours_took for theirs_took, ours_took in zip(*result["seconds"], strict=True)]
     result["operations"] = [count_operations(call, device) for call in (theirs, ours)]
     if device.type == "cuda":
         result["syncs"] = [count_syncs(call) for call in (theirs, ours)]
@@ -352,7 +352,7 @@ def table(results: dict[str, dict], device: torch.device) -> str:
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for name, result in results.items():
         medians = [statistics.median(seconds) for seconds in result["seconds"]]
-        low, middle, high = (result["speedup"][index] for index in (0, len(result["speedup"]) // 2, -1))
+        low, middle, high = (of(result["speedup"]) for of in (min, statistics.median, max))
         speed = f"{result['flop'] / medians[1] / 1e12:.3g}" if result["flop"] else ""
         cells = [name, *map(duration, medians), f"{middle:.3g} ({low:.3g} to {high:.3g})"]
         cells += ["{:,} / {:,}".format(*result["operations"]), speed]
