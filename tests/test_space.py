@@ -79,7 +79,7 @@ def test_probabilities_and_regularisers(size, spread):
         # Entry by entry: a child's probability may be 1e-12.
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-30, msg=lambda m, n=name: n + m)
         for gradient, expected_gradient in zip(gradients(ours, value), gradients(theirs, expected[name]), strict=True):
-            assert_close(gradient, expected_gradient, 1e-5)
+            assert_close(gradient, expected_gradient, 1e-4)
 
 
 @pytest.mark.parametrize("options", [{"use_downsample": False}, {"spatial_dims": 2}], ids=str)
