@@ -92,8 +92,8 @@ from monai.networks.nets.dints import DiNTS
 from torch import nn
 
 from dints import __version__, data, engine, runtime
+from dints.acceleration import accelerated
 from dints.architecture import Architecture, save_architecture
-from dints.convolution import accelerated
 from dints.cost import Cost, cost
 from dints.drawing import draw_architecture
 from dints.history import LOSSES, History, read_rows

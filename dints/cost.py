@@ -105,7 +105,7 @@ def cost(
 def _count(settings: tuple, input_shape: tuple[int, ...]) -> dict[str, float]:
     """Parameters, multiply-adds and activations, from a pass on the meta device, which has shapes but no numbers.
 
-    There the convolutions are PyTorch's own, which the FLOP counter knows, unlike those of `dints.convolution`.
+    There the convolutions are PyTorch's own, which the FLOP counter knows, unlike those of `dints.acceleration`.
     """
     with torch.device("meta"):
         network = FoundNetwork(*settings)

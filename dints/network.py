@@ -11,8 +11,8 @@ from monai.networks.nets.dints import DiNTS, TopologyInstance
 from torch import nn
 
 from dints import runtime
+from dints.acceleration import accelerated
 from dints.architecture import Architecture, architecture_from_dict, paths
-from dints.convolution import accelerated
 from dints.errors import UserError
 from dints.tasks import Task
 

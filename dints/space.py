@@ -19,6 +19,7 @@ from monai.networks.nets.dints import Cell, TopologySearch
 from torch import nn
 
 from dints import decoding
+from dints.acceleration import convolve_side_by_side, instance_norm
 from dints.architecture import Architecture, paths
 from dints.errors import UserError
 
@@ -35,8 +36,10 @@ class SearchSpace(TopologySearch):
         with contextlib.redirect_stdout(io.StringIO()):  # MONAI prints its advice about patch sizes
             super().__init__(*args, **kwargs)
         self.paths = paths(self.num_depths)
-        self.mix = _mix if all(_is_standard(cell) for cell in self.cell_tree.values()) else Cell.__call__
+        self.standard = all(_is_standard(cell) for cell in self.cell_tree.values())
         leaves, reaches = (np.array(ends) for ends in zip(*self.paths, strict=True))
+        # The paths into a node stand side by side.
+        self.paths_into = [range(*np.searchsorted(reaches, (depth, depth + 1))) for depth in range(self.num_depths)]
         self.starts = _patterns(self.child_list, leaves, self.num_depths)
         self.ends = _patterns(self.child_list, reaches, self.num_depths)
         num_patterns = 2**self.num_depths - 1
@@ -192,12 +195,21 @@ class SearchSpace(TopologySearch):
         # A path's probability scales the sum of its operations, so it may scale each of their weights instead.
         weights = self.get_prob_a()[1].unsqueeze(-1) * F.softmax(self.log_alpha_c, -1)
         for block in range(self.num_blocks):
-            outputs = [None] * self.num_depths
-            for path, (source, target) in enumerate(self.paths):
-                mixed = self.mix(self.cell_tree[str((block, path))], x[source], weights[block, path])
-                outputs[target] = mixed if outputs[target] is None else outputs[target] + mixed
+            outputs = []
+            for into in self.paths_into:
+                cells = [self.cell_tree[str((block, path))] for path in into]
+                images = [x[self.paths[path][0]] for path in into]
+                outputs.append(self._mixed(cells, images, weights[block, into.start : into.stop]))
             x = outputs
         return x
+
+    def _mixed(self, cells: list[Cell], images: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+        """The sum of ``cell(image, weight)`` over all cells that lead to one node."""
+        if self.standard and images[0].device.type == "cpu":
+            return _mix(cells, images, weights)  # a call costs more than what the deeper levels compute in it
+        # cuDNN has no fast grouped 3D convolution.
+        mix = _mix_one if self.standard else Cell.__call__
+        return sum(mix(*each) for each in zip(cells, images, weights, strict=True))
 
 
 def _is_standard(cell: Cell) -> bool:
@@ -211,31 +223,43 @@ def _is_standard(cell: Cell) -> bool:
     )
 
 
-def _mix(cell: Cell, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What ``cell(x, weights)`` computes: the sum of its operations, each times its weight.
+def _mix(cells: list[Cell], images: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """What the sum of ``cell(image, weight)`` computes, the cells side by side as groups of one convolution.
 
     The activation, with which every operation begins, is computed once; the weights scale the affine parameters of the
     InstanceNorm with which every operation ends, in one call for all of them.
+
+    Args:
+        images: each cell's input; the outputs have the same shape.
+        weights: (cells, operations).
     """
-    x = cell.preprocess(x)
-    _, *convolutions = cell.op.ops  # the first operation is to skip
-    activated = convolutions[0].acti(x)
+    images = [cell.preprocess(image) for cell, image in zip(cells, images, strict=True)]
+    image = torch.cat(images, 1) if len(images) > 1 else images[0]
+    # The first operation is to skip; of each other one, the cells' blocks.
+    operations = list(zip(*(list(cell.op.ops)[1:] for cell in cells), strict=True))
+    activated = operations[0][0].acti(image)
     features = []
-    for operation in convolutions:
+    for blocks in operations:
         feature = activated
-        for convolution in list(operation)[1:-1]:
-            feature = convolution(feature)
+        for convolutions in zip(*(list(block)[1:-1] for block in blocks), strict=True):
+            feature = convolve_side_by_side(convolutions, feature)
         features.append(feature)
-    norms = [operation.norm for operation in convolutions]
-    weights_of_norms = weights[1:, None]
-    normalised = F.instance_norm(
+    norms = [block.norm for blocks in operations for block in blocks]
+    of_norms = weights[:, 1:].T.reshape(-1, 1)
+    normalised = instance_norm(
         torch.cat(features, 1),
-        weight=(weights_of_norms * torch.stack([norm.weight for norm in norms])).flatten(),
-        bias=(weights_of_norms * torch.stack([norm.bias for norm in norms])).flatten(),
-        eps=norms[0].eps,
+        (of_norms * torch.stack([norm.weight for norm in norms])).flatten(),
+        (of_norms * torch.stack([norm.bias for norm in norms])).flatten(),
+        norms[0].eps,
     )
-    mixed = normalised.unflatten(1, (len(norms), -1)).sum(1, dtype=x.dtype)  # else autocast would make it fp32
-    return mixed + x * weights[0]
+    mixed = normalised.unflatten(1, (len(norms), -1)).sum(1, dtype=image.dtype)  # else autocast would make it fp32
+    skipped = image.unflatten(1, (len(cells), -1)) * weights[:, 0].view(-1, 1, *[1] * (image.ndim - 2))
+    return mixed + skipped.sum(1, dtype=image.dtype)
+
+
+def _mix_one(cell: Cell, image: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What ``cell(image, weights)`` computes."""
+    return _mix([cell], [image], weights[None])
 
 
 def _patterns(children: np.ndarray, path_depths: np.ndarray, num_depths: int) -> np.ndarray:

@@ -78,7 +78,7 @@ def run_for_real(architecture: Architecture, image: torch.Tensor, classes: int, 
     ("architecture", "channels", "classes", "patch_size", "channel_mul", "batch_size"),
     [
         *((random_architecture(seed, 3, 3), 2, 3, (16, 8, 24), 1 / 8, 1) for seed in range(4)),
-        (random_architecture(4, 3, 4), 1, 2, (32, 32, 32), 1 / 4, 1),  # large enough for dints.convolution
+        (random_architecture(4, 3, 4), 1, 2, (32, 32, 32), 1 / 4, 1),  # large enough for dints.acceleration
         (random_architecture(5, 2, 3), 4, 4, (16, 16, 16), 1 / 2, 3),
         (chain(1, 0, 1, 2, num_depths=3, operation=0), 1, 3, (16, 16, 16), 0.3, 2),
     ],

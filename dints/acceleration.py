@@ -1,0 +1,282 @@
+"""The layers of MONAI's networks at a CPU's speed: same parameters and state dicts, same results but for rounding.
+
+- PyTorch 2.13 (``use_mkldnn`` in ATen's Convolution.cpp) hands a small fp32 input of batch 1 (channels * depth * height
+  up to 20,480) to its own loops instead of oneDNN, at up to six times the time.
+- oneDNN brings a weight into a layout of its own at each call. For few voxels that takes longer than the convolution;
+  as a matrix product, which reads a weight as it lies, the whole is two to three times faster.
+- Without AVX-512, oneDNN has no fast kernel for the gradient of a weight that pads the first spatial axis.
+- An InstanceNorm is two to four times faster as the group norm that it is.
+- Trilinear upsampling is two to six times faster as a product with a small matrix along each axis.
+
+On a GPU, and on processors other than x86, PyTorch's own calls stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+# Measured on AMD EPYC with AVX2 and with AVX-512. Fixed, not timed at run time, so that a continued run rounds as the
+# first one did. Below the first two, PyTorch's own loops are faster than oneDNN's convolution.
+MIN_MULTIPLY_ADDS = 6e6
+MIN_WEIGHTS = 4e5
+# A convolution is a matrix product where it has as many weights as this, and no more output voxels (of all the batch).
+MIN_WEIGHTS_OF_PRODUCT = 5e4
+MAX_VOXELS_OF_PRODUCT = 64
+# Where there are fewer voxels, to join the weights of several convolutions costs more than the calls that it saves.
+MIN_VOXELS_OF_GROUP = 64
+
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def accelerated(network: nn.Module) -> nn.Module:
+    """``network``, its plain 3D convolutions and InstanceNorms made ours; parameters and state dict stay the same."""
+    for module in network.modules():
+        if type(module) is nn.Conv3d and _is_plain(module):
+            module.__class__ = Convolution
+        elif type(module) is nn.InstanceNorm3d and not module.track_running_stats:
+            module.__class__ = InstanceNorm
+        elif type(module) is nn.Upsample and _is_doubling(module):
+            module.__class__ = Upsample
+    return network
+
+
+def _is_plain(convolution: nn.Conv3d) -> bool:
+    padding = convolution.padding
+    return convolution.padding_mode == "zeros" and not isinstance(padding, str) and set(convolution.dilation) == {1}
+
+
+def _is_doubling(upsample: nn.Upsample) -> bool:
+    return upsample.mode == "trilinear" and bool(upsample.align_corners) and upsample.scale_factor == 2
+
+
+class Convolution(nn.Conv3d):
+    """`torch.nn.Conv3d` without dilation, in the fastest of the ways above."""
+
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if bias is None and self.groups == 1 and _can_take(input):
+            if _is_product(input, weight, self.stride):
+                # Under autocast too in fp32: to read the weights once takes less time than to cast them.
+                result = _Product.apply(input.float(), weight, self.stride, self.padding)
+                return result.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else result
+            if _in_fp32(input, weight) and _pays(input, weight, self.stride):
+                return _OneDnnConvolution.apply(input, weight, self.stride, self.padding, 1)
+        return super()._conv_forward(input, weight, bias)
+
+
+class InstanceNorm(nn.InstanceNorm3d):
+    """`torch.nn.InstanceNorm3d` without running statistics."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.ndim != 5:  # without a batch
+            return super().forward(input)
+        self._check_input_dim(input)
+        return instance_norm(input, self.weight, self.bias, self.eps)
+
+
+def instance_norm(
+    image: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """`torch.nn.functional.instance_norm`: on a CPU as a group norm with one channel in a group."""
+    if image.device.type != "cpu" or image[0, 0].numel() == 1:  # one voxel has no deviation: PyTorch's error says so
+        return F.instance_norm(image, weight=weight, bias=bias, eps=eps)
+    return F.group_norm(image, image.shape[1], weight, bias, eps)
+
+
+class Upsample(nn.Upsample):
+    """`torch.nn.Upsample` that doubles a volume trilinearly, corners aligned."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if _can_take(input) and input.dtype in (torch.float32, torch.bfloat16):
+            return _Doubling.apply(input.float()).to(input.dtype)
+        return super().forward(input)
+
+
+def convolve_side_by_side(convolutions: Sequence[nn.Module], image: torch.Tensor) -> torch.Tensor:
+    """Bias-free convolutions of one shape, each on its share of the channels of ``image``, as groups of one.
+
+    A call costs more than what the deeper levels of a small patch compute in it.
+    """
+    first, groups = convolutions[0], len(convolutions)
+    if groups == 1:
+        return first(image)
+    if image[0, 0].numel() < MIN_VOXELS_OF_GROUP:
+        shares = zip(convolutions, image.chunk(groups, 1), strict=True)
+        return torch.cat([convolution(share) for convolution, share in shares], 1)
+    weight = torch.cat([convolution.weight for convolution in convolutions])
+    if _can_take(image) and _in_fp32(image, weight):
+        return _OneDnnConvolution.apply(image, weight, first.stride, first.padding, groups)
+    convolve = F.conv3d if weight.ndim == 5 else F.conv2d
+    return convolve(image, weight, None, first.stride, first.padding, groups=groups)
+
+
+def _can_take(image: torch.Tensor) -> bool:
+    """Whether our own calls of oneDNN can compute on this batch of volumes at all; a compiler does not know them."""
+    if torch.compiler.is_compiling():
+        return False
+    return _HAS_ONEDNN and torch._C._get_mkldnn_enabled() and image.device.type == "cpu" and image.ndim == 5
+
+
+def _in_fp32(image: torch.Tensor, weight: torch.Tensor) -> bool:
+    return image.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def _is_product(image: torch.Tensor, weight: torch.Tensor, stride: tuple[int, ...]) -> bool:
+    """Whether a convolution is faster as a matrix product."""
+    return (
+        weight.dtype == torch.float32
+        and image.dtype in (torch.float32, torch.bfloat16)
+        and weight.numel() >= MIN_WEIGHTS_OF_PRODUCT
+        and weight[0, 0].numel() > 1
+        and image[:, 0].numel() <= MAX_VOXELS_OF_PRODUCT * math.prod(stride)
+    )
+
+
+def _pays(image: torch.Tensor, weight: torch.Tensor, stride: tuple[int, ...]) -> bool:
+    """Whether oneDNN's convolution is faster than PyTorch's own loops."""
+    if weight[0, 0].numel() == 1 or (len(image) > 1 and _HAS_AVX512):  # PyTorch takes oneDNN itself
+        return False
+    multiply_adds = weight.numel() * image[:, 0].numel() / math.prod(stride)
+    return multiply_adds >= MIN_MULTIPLY_ADDS or weight.numel() >= MIN_WEIGHTS
+
+
+class _Product(torch.autograd.Function):
+    """A convolution as the product of its weights and the voxels under them."""
+
+    @staticmethod
+    def forward(ctx, image, weight, stride, padding):
+        kernel = tuple(weight.shape[2:])
+        taps, out_size = _taps(tuple(image.shape[2:]), kernel, tuple(stride), tuple(padding), image.dtype)
+        batch, channels = image.shape[:2]
+        # What each output voxel sees: a row for it, a column for each weight.
+        seen = _linear(image.reshape(batch * channels, -1), taps).view(batch, weight[0].numel(), -1)
+        seen = seen.transpose(1, 2).reshape(-1, weight[0].numel())
+        ctx.save_for_backward(seen, weight, taps)
+        ctx.image_shape = image.shape
+        result = _linear(seen, weight.flatten(1))
+        return result.view(batch, -1, len(weight)).transpose(1, 2).reshape(batch, len(weight), *out_size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        seen, weight, taps = ctx.saved_tensors
+        rows = gradient.flatten(2).transpose(1, 2).reshape(-1, len(weight))
+        of_image = of_weight = None
+        if ctx.needs_input_grad[0]:
+            batch, channels = ctx.image_shape[:2]
+            of_seen = _linear(rows, weight.flatten(1).T).view(batch, -1, weight[0].numel())
+            of_seen = of_seen.transpose(1, 2).reshape(batch * channels, -1)
+            of_image = _linear(of_seen, taps.T).view(ctx.image_shape)
+        if ctx.needs_input_grad[1]:
+            of_weight = _linear(rows.T, seen.T).view(weight.shape)
+        return of_image, of_weight, None, None
+
+
+def _linear(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left @ right.T`` by oneDNN, two to three times faster on these shapes than the library behind ``@`` in fp32."""
+    return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+
+
+@lru_cache(maxsize=256)
+def _taps(size, kernel, stride, padding, dtype) -> tuple[torch.Tensor, torch.Size]:
+    """Which input voxel lies under which part of the kernel, as ones in (kernel * output voxels, input voxels)."""
+    voxels = math.prod(size)
+    seen = torch.eye(voxels, dtype=dtype, device="cpu").view(voxels, *size)
+    seen = F.pad(seen, [amount for pad in reversed(padding) for amount in (pad, pad)])
+    for axis, (width, step) in enumerate(zip(kernel, stride, strict=True), start=1):
+        seen = seen.unfold(axis, width, step)  # the kernel's axes come last
+    out_size = seen.shape[1:4]
+    return seen.permute(4, 5, 6, 1, 2, 3, 0).reshape(-1, voxels).contiguous(), out_size
+
+
+class _Doubling(torch.autograd.Function):
+    """Trilinear interpolation as products with the matrices of linear interpolation along each axis."""
+
+    @staticmethod
+    def forward(ctx, image):
+        ctx.image_shape = image.shape
+        batch, channels, depth, height, width = image.shape
+        if depth * height * width <= MAX_VOXELS_OF_PRODUCT:
+            along_all = _linear(image.reshape(batch * channels, -1), _doubling_of_volume(depth, height, width))
+            return along_all.reshape(batch, channels, 2 * depth, 2 * height, 2 * width)
+        with torch.autocast("cpu", enabled=False):
+            along_width = _linear(image.reshape(-1, width), _doubling(width)).reshape(-1, height, 2 * width)
+            along_height = torch.matmul(_doubling(height), along_width).reshape(batch * channels, depth, -1)
+            return torch.matmul(_doubling(depth), along_height).reshape(
+                batch, channels, 2 * depth, 2 * height, 2 * width
+            )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        batch, channels, depth, height, width = ctx.image_shape
+        if depth * height * width <= MAX_VOXELS_OF_PRODUCT:
+            of_all = _linear(gradient.reshape(batch * channels, -1), _doubling_of_volume(depth, height, width).T)
+            return of_all.reshape(ctx.image_shape)
+        of_depth = torch.matmul(_doubling(depth).T, gradient.reshape(batch * channels, 2 * depth, -1))
+        of_height = torch.matmul(_doubling(height).T, of_depth.reshape(-1, 2 * height, 2 * width))
+        return _linear(of_height.reshape(-1, 2 * width), _doubling(width).T).reshape(ctx.image_shape)
+
+
+@lru_cache(maxsize=256)
+def _doubling(size: int) -> torch.Tensor:
+    """(2 * size, size): linear interpolation of one axis."""
+    return F.interpolate(
+        torch.eye(size, dtype=torch.float32, device="cpu")[None], scale_factor=2, mode="linear", align_corners=True
+    )[0].T.contiguous()
+
+
+@lru_cache(maxsize=256)
+def _doubling_of_volume(depth: int, height: int, width: int) -> torch.Tensor:
+    """(8 * voxels, voxels): trilinear interpolation of a small volume at once."""
+    return torch.kron(torch.kron(_doubling(depth), _doubling(height)), _doubling(width))
+
+
+class _OneDnnConvolution(torch.autograd.Function):
+    """Calls oneDNN by name forward; backward, PyTorch takes it when the input has oneDNN's layout."""
+
+    @staticmethod
+    def forward(ctx, image, weight, stride, padding, groups):
+        ctx.save_for_backward(image, weight)
+        ctx.geometry = stride, padding, groups
+        return torch.mkldnn_convolution(image, weight, None, padding, stride, (1, 1, 1), groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        image, weight = ctx.saved_tensors
+        needs_image, needs_weight = ctx.needs_input_grad[:2]
+        of_image = _gradient_of_image(gradient, image, weight, *ctx.geometry) if needs_image else None
+        of_weight = _gradient_of_weight(gradient, image, weight, *ctx.geometry) if needs_weight else None
+        return of_image, of_weight, None, None, None
+
+
+def _gradient_of_image(gradient, image, weight, stride, padding, groups):
+    mask = (True, False, False)
+    if groups > 1:
+        return _backward(gradient, image, weight, stride, padding, groups, mask)[0]
+    shape_only = torch.empty(image.shape, layout=torch._mkldnn)
+    return _backward(gradient.to_mkldnn(), shape_only, weight, stride, padding, groups, mask)[0].to_dense()
+
+
+def _gradient_of_weight(gradient, image, weight, stride, padding, groups):
+    mask = (False, True, False)
+    first = padding[0]
+    if first and not _HAS_AVX512:  # oneDNN's AVX2 kernel of this gradient does not pad the first axis itself
+        image, padding = F.pad(image, (0, 0, 0, 0, first, first)), (0, *padding[1:])
+    if groups == 1:
+        gradient, image = gradient.to_mkldnn(), image.to_mkldnn()
+    return _backward(gradient, image, weight, stride, padding, groups, mask)[1]
+
+
+def _backward(gradient, image, weight, stride, padding, groups, mask):
+    return torch.ops.aten.convolution_backward(
+        gradient, image, weight, None, stride, padding, (1, 1, 1), False, (0, 0, 0), groups, mask
+    )
