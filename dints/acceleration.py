@@ -148,35 +148,36 @@ def _pays(image: torch.Tensor, weight: torch.Tensor, stride: tuple[int, ...]) ->
 
 
 class _Product(torch.autograd.Function):
-    """A convolution as the product of its weights and the voxels under them."""
+    """A convolution as the product of its weights and the voxels under them, which are gathered by a product too."""
 
     @staticmethod
     def forward(ctx, image, weight, stride, padding):
-        kernel = tuple(weight.shape[2:])
-        taps, out_size = _taps(tuple(image.shape[2:]), kernel, tuple(stride), tuple(padding), image.dtype)
-        batch, channels = image.shape[:2]
-        # What each output voxel sees: a row for it, a column for each weight.
-        seen = _linear(image.reshape(batch * channels, -1), taps).view(batch, weight[0].numel(), -1)
-        seen = seen.transpose(1, 2).reshape(-1, weight[0].numel())
-        ctx.save_for_backward(seen, weight, taps)
-        ctx.image_shape = image.shape
-        result = _linear(seen, weight.flatten(1))
-        return result.view(batch, -1, len(weight)).transpose(1, 2).reshape(batch, len(weight), *out_size)
+        ctx.save_for_backward(image, weight)
+        ctx.geometry = tuple(stride), tuple(padding)
+        result = _linear(_seen(image, weight, *ctx.geometry), weight.flatten(1))
+        out_size = _taps(image.shape[2:], weight.shape[2:], *ctx.geometry)[1]
+        return result.view(len(image), -1, len(weight)).transpose(1, 2).reshape(len(image), len(weight), *out_size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        seen, weight, taps = ctx.saved_tensors
+        image, weight = ctx.saved_tensors
         rows = gradient.flatten(2).transpose(1, 2).reshape(-1, len(weight))
         of_image = of_weight = None
         if ctx.needs_input_grad[0]:
-            batch, channels = ctx.image_shape[:2]
-            of_seen = _linear(rows, weight.flatten(1).T).view(batch, -1, weight[0].numel())
-            of_seen = of_seen.transpose(1, 2).reshape(batch * channels, -1)
-            of_image = _linear(of_seen, taps.T).view(ctx.image_shape)
+            of_seen = _linear(rows, weight.flatten(1).T).view(len(image), -1, weight[0].numel())
+            of_seen = of_seen.transpose(1, 2).reshape(image.shape[0] * image.shape[1], -1)
+            of_image = _linear(of_seen, _taps(image.shape[2:], weight.shape[2:], *ctx.geometry)[0].T).view(image.shape)
         if ctx.needs_input_grad[1]:
-            of_weight = _linear(rows.T, seen.T).view(weight.shape)
+            of_weight = _linear(rows.T, _seen(image, weight, *ctx.geometry).T).view(weight.shape)
         return of_image, of_weight, None, None
+
+
+def _seen(image, weight, stride, padding) -> torch.Tensor:
+    """What each output voxel sees of an image: a row for it, a column for each weight of an output channel."""
+    taps = _taps(image.shape[2:], weight.shape[2:], stride, padding)[0]
+    seen = _linear(image.reshape(image.shape[0] * image.shape[1], -1), taps)
+    return seen.view(len(image), weight[0].numel(), -1).transpose(1, 2).reshape(-1, weight[0].numel())
 
 
 def _linear(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -185,15 +186,17 @@ def _linear(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=256)
-def _taps(size, kernel, stride, padding, dtype) -> tuple[torch.Tensor, torch.Size]:
-    """Which input voxel lies under which part of the kernel, as ones in (kernel * output voxels, input voxels)."""
+def _taps(size, kernel, stride, padding) -> tuple[torch.Tensor, torch.Size]:
+    """Which input voxel lies under which part of the kernel, as ones in (kernel * output voxels, input voxels).
+
+    And the output's size.
+    """
     voxels = math.prod(size)
-    seen = torch.eye(voxels, dtype=dtype, device="cpu").view(voxels, *size)
+    seen = torch.eye(voxels, dtype=torch.float32, device="cpu").view(voxels, *size)
     seen = F.pad(seen, [amount for pad in reversed(padding) for amount in (pad, pad)])
     for axis, (width, step) in enumerate(zip(kernel, stride, strict=True), start=1):
         seen = seen.unfold(axis, width, step)  # the kernel's axes come last
-    out_size = seen.shape[1:4]
-    return seen.permute(4, 5, 6, 1, 2, 3, 0).reshape(-1, voxels).contiguous(), out_size
+    return seen.permute(4, 5, 6, 1, 2, 3, 0).reshape(-1, voxels).contiguous(), seen.shape[1:4]
 
 
 class _Doubling(torch.autograd.Function):
@@ -228,9 +231,9 @@ class _Doubling(torch.autograd.Function):
 @lru_cache(maxsize=256)
 def _doubling(size: int) -> torch.Tensor:
     """(2 * size, size): linear interpolation of one axis."""
-    return F.interpolate(
-        torch.eye(size, dtype=torch.float32, device="cpu")[None], scale_factor=2, mode="linear", align_corners=True
-    )[0].T.contiguous()
+    axis = torch.eye(size, dtype=torch.float32, device="cpu")[None]
+    doubled = F.interpolate(axis, scale_factor=2, mode="linear", align_corners=True)[0]
+    return doubled.T.clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=256)

@@ -105,7 +105,8 @@ def cost(
 def _count(settings: tuple, input_shape: tuple[int, ...]) -> dict[str, float]:
     """Parameters, multiply-adds and activations, from a pass on the meta device, which has shapes but no numbers.
 
-    There the convolutions are PyTorch's own, which the FLOP counter knows, unlike those of `dints.acceleration`.
+    There the layers compute in PyTorch's own way, as on a GPU: the FLOP counter knows it, unlike `dints.acceleration`,
+    which on a CPU keeps a few percent more or less.
     """
     with torch.device("meta"):
         network = FoundNetwork(*settings)

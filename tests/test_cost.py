@@ -12,6 +12,7 @@ from test_network import stand_in
 from torch import nn
 
 from dints import cost as module
+from dints.acceleration import Convolution, InstanceNorm, Upsample
 from dints.architecture import Architecture, load_architecture, save_architecture
 from dints.cost import Cost, cost
 from dints.errors import UserError
@@ -51,9 +52,8 @@ def test_by_hand():
     assert found.parameters == 1060 and found.gmac == 140_288e-9 and found.activation_mib == 27_304 / 2**20
 
 
-def run_for_real(architecture: Architecture, image: torch.Tensor, classes: int, channel_mul: float) -> tuple:
+def run_for_real(network: FoundNetwork, image: torch.Tensor) -> tuple[int, int, int]:
     """Parameters, multiply-adds and kept bytes of a forward pass on the CPU."""
-    network = FoundNetwork(architecture, image.shape[1], classes, channel_mul)
     multiply_adds, kept = [], {}
 
     def note_convolution(convolution: nn.Conv3d, _, output: torch.Tensor) -> None:
@@ -86,10 +86,16 @@ def run_for_real(architecture: Architecture, image: torch.Tensor, classes: int, 
 def test_counts_are_those_of_a_real_run(architecture, channels, classes, patch_size, channel_mul, batch_size):
     image = torch.randn(batch_size, channels, *patch_size)
     found = cost(architecture, channels, classes, patch_size, channel_mul, batch_size)
-    parameters, multiply_adds, kept = run_for_real(architecture, image, classes, channel_mul)
+    network = FoundNetwork(architecture, channels, classes, channel_mul)
+    kept_on_cpu = run_for_real(network, image)[2]
+    for layer in network.modules():  # back to PyTorch's own, as on a GPU
+        if type(layer) in (Convolution, InstanceNorm, Upsample):
+            layer.__class__ = type(layer).__base__
+    parameters, multiply_adds, kept = run_for_real(network, image)
     assert found.parameters == parameters
     assert found.gmac * 1e9 == pytest.approx(multiply_adds, rel=1e-12)
     assert found.activation_mib * 2**20 == kept
+    assert kept_on_cpu == pytest.approx(kept, rel=0.05)
     assert found.input_shape == image.shape and found.channel_mul == channel_mul
 
 
