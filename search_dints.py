@@ -278,13 +278,13 @@ def architecture_step(supernet: Supernet, batch: dict[str, torch.Tensor], ramp: 
 
 def regularisers(space: SearchSpace, input_shape: tuple[int, ...], ram_budget: str) -> dict[str, torch.Tensor]:
     """Entropy of the paths and of the operations, topology entropy, and memory as a share of the budget."""
-    children = space.get_prob_a(child=True)[0]
+    children, path_probs = space.get_prob_a(child=True)
     operations = F.log_softmax(space.log_alpha_c, -1)
     return {
         "entropy_a": -(children * torch.log(children + 1e-5)).mean(),
         "entropy_c": -(operations.exp() * operations).mean(),
         "topology": space.get_topology_entropy(children),
-        "ram_ratio": space.ram_ratio(input_shape, ram_budget),
+        "ram_ratio": space.ram_ratio(input_shape, ram_budget, path_probs),
     }
 
 

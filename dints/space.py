@@ -44,7 +44,7 @@ class SearchSpace(TopologySearch):
         self.ends = _patterns(self.child_list, reaches, self.num_depths)
         num_patterns = 2**self.num_depths - 1
         for name, constant in (
-            ("child_paths", torch.from_numpy(self.child_list).float()),
+            ("child_switches", torch.from_numpy(np.hstack([self.child_list, 1 - self.child_list])).float()),  # on, off
             ("child_starts", F.one_hot(torch.from_numpy(self.starts), num_patterns).float()),
             ("child_ends", F.one_hot(torch.from_numpy(self.ends), num_patterns).float()),
             ("operation_costs", torch.from_numpy(self.ram_cost).float()),
@@ -77,7 +77,7 @@ class SearchSpace(TopologySearch):
         path_probs = torch.exp(log_on - log_norm)
         if not child:
             return None, path_probs
-        log_child = log_on @ self.child_paths.T + log_off @ (1 - self.child_paths).T
+        log_child = torch.cat([log_on, log_off], -1) @ self.child_switches.T
         return torch.exp(log_child - log_norm), path_probs
 
     def get_topology_entropy(self, probs: torch.Tensor) -> torch.Tensor:
@@ -96,14 +96,20 @@ class SearchSpace(TopologySearch):
             in_size: shape of the network's input, (batch, channels, *spatial).
             full: as if every path were active; the operations keep their probabilities and their gradient.
         """
+        active = torch.ones_like(self.log_alpha_a) if full else self.get_prob_a()[1]
+        return (active * self._expected_costs() * self._sizes(in_size)).sum() * 32 / 8 / 1024**2
+
+    def _sizes(self, in_size: tuple[int, ...]) -> torch.Tensor:
+        """(paths,): numbers in the feature map that each path leads to."""
         spatial = np.array(in_size[-self._spatial_dims :])
         voxels = [(spatial // 2**depth).prod() for depth in range(self.num_depths)]
         # MONAI halves the size once for the stem's downsampling, not once per axis; so do we, to get its values.
         sizes = in_size[0] * np.array(voxels) * self.filter_nums[: self.num_depths] / 2 ** int(self.use_downsample)
-        active = torch.ones_like(self.log_alpha_a) if full else self.get_prob_a()[1]
-        return (active * self._expected_costs() * self._of_depths(sizes.tolist())).sum() * 32 / 8 / 1024**2
+        return self._of_depths(sizes.tolist())
 
-    def ram_ratio(self, in_size: tuple[int, ...], budget: str = "published") -> torch.Tensor:
+    def ram_ratio(
+        self, in_size: tuple[int, ...], budget: str = "published", path_probs: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Expected memory as a share of a budget, with its gradient.
 
         Args:
@@ -111,11 +117,12 @@ class SearchSpace(TopologySearch):
             budget: ``published``: every path active with the present operations, which therefore cancel (all networks
                 with all paths read the same); ``fixed``: every path active with its dearest operation, a constant, so
                 that operations count.
+            path_probs: those of `get_prob_a`, where they are at hand.
         """
-        if budget == "published":
-            return self.get_ram_cost_usage(in_size) / self.get_ram_cost_usage(in_size, full=True)
-        memory = self.get_prob_a()[1] * self._expected_costs() * self._of_depths(self.depth_sizes)
-        return memory.sum() / self.dearest_memory
+        path_probs = self.get_prob_a()[1] if path_probs is None else path_probs
+        sizes = self._sizes(in_size) if budget == "published" else self._of_depths(self.depth_sizes)
+        memory = self._expected_costs() * sizes
+        return (path_probs * memory).sum() / (memory.sum() if budget == "published" else self.dearest_memory)
 
     def _expected_costs(self) -> torch.Tensor:
         """(blocks, paths): feature maps that a path keeps, in output sizes: the output and those of its operations."""
