@@ -177,9 +177,7 @@ class SearchSpace(TopologySearch):
     def _decode_within(self, max_ram_ratio: float, lengths: np.ndarray, arch_code_c: np.ndarray) -> np.ndarray:
         memory = self._memory_of_paths(arch_code_c) @ self.child_list.T
         least = decoding.least_memory(memory, self.starts, self.ends)
-        budget = (
-            max_ram_ratio * self.dearest_memory * (1 + 1e-9)
-        )  # what `ram_ratio_of` gave is enough, but for rounding
+        budget = max_ram_ratio * self.dearest_memory * (1 + 1e-9)  # a ratio that `ram_ratio_of` gave must be enough
         if least > budget:
             raise UserError(
                 f"max_ram_ratio {max_ram_ratio:g} is below that of the smallest connected architecture: give at least "
@@ -214,7 +212,7 @@ class SearchSpace(TopologySearch):
         """The sum of ``cell(image, weight)`` over all cells that lead to one node."""
         if self.standard and images[0].device.type == "cpu":
             return _mix(cells, images, weights)  # a call costs more than what the deeper levels compute in it
-        # cuDNN has no fast grouped 3D convolution.
+        # Grouped 3D convolutions are known to be slow in cuDNN; we had no GPU to measure them on.
         mix = _mix_one if self.standard else Cell.__call__
         return sum(mix(*each) for each in zip(cells, images, weights, strict=True))
 
