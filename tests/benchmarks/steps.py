@@ -231,7 +231,8 @@ def measure(name: str, build: Callable[[], tuple[Call, Call]], args: argparse.Na
         if repeat >= 3 and time.monotonic() > deadline:
             break
     result["speedup"] = [theirs_took / ours_took for theirs_took, ours_took in zip(*result["seconds"], strict=True)]
-    result["operations"] = [count_operations(call, device) for call in (theirs, ours)]
+    compiled = args.compile == "on" and device.type == "cpu"  # a compiled graph cannot be counted there
+    result["operations"] = [count_operations(theirs, device), None if compiled else count_operations(ours, device)]
     if device.type == "cuda":
         result["syncs"] = [count_syncs(call) for call in (theirs, ours)]
     with FlopCounterMode(display=False) as counter:
@@ -367,7 +368,7 @@ def table(results: dict[str, dict], device: torch.device) -> str:
         low, middle, high = (of(result["speedup"]) for of in (min, statistics.median, max))
         speed = f"{result['flop'] / medians[1] / 1e12:.3g}" if result["flop"] else ""
         cells = [name, *map(duration, medians), f"{middle:.3g} ({low:.3g} to {high:.3g})"]
-        cells += ["{:,} / {:,}".format(*result["operations"]), speed]
+        cells += [" / ".join("-" if count is None else f"{count:,}" for count in result["operations"]), speed]
         cells += ["{} / {}".format(*result["syncs"])] if "syncs" in result else []
         cells += ["{:,.0f} / {:,.0f}".format(*result["memory_mib"])] if "memory_mib" in result else []
         lines.append(cells)
