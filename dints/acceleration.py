@@ -37,7 +37,7 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cp
 
 
 def accelerated(network: nn.Module) -> nn.Module:
-    """``network``, its plain 3D convolutions and InstanceNorms made ours; parameters and state dict stay the same."""
+    """``network``, its layers of the kinds above made ours; parameters and state dict stay the same."""
     for module in network.modules():
         if type(module) is nn.Conv3d and _is_plain(module):
             module.__class__ = Convolution
@@ -187,10 +187,7 @@ def _linear(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 def _taps(size, kernel, stride, padding) -> tuple[torch.Tensor, torch.Size]:
-    """Which input voxel lies under which part of the kernel, as ones in (kernel * output voxels, input voxels).
-
-    And the output's size.
-    """
+    """Ones in (kernel * output voxels, input voxels) where the input lies under the kernel; and the output's size."""
     voxels = math.prod(size)
     seen = torch.eye(voxels, dtype=torch.float32, device="cpu").view(voxels, *size)
     seen = F.pad(seen, [amount for pad in reversed(padding) for amount in (pad, pad)])

@@ -210,11 +210,14 @@ class SearchSpace(TopologySearch):
 
     def _mixed(self, cells: list[Cell], images: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
         """The sum of ``cell(image, weight)`` over all cells that lead to one node."""
-        if self.standard and images[0].device.type == "cpu":
-            return _mix(cells, images, weights)  # a call costs more than what the deeper levels compute in it
-        # Grouped 3D convolutions are known to be slow in cuDNN; we had no GPU to measure them on.
-        mix = _mix_one if self.standard else Cell.__call__
-        return sum(mix(*each) for each in zip(cells, images, weights, strict=True))
+        if not self.standard:
+            terms = [cell(image, weight) for cell, image, weight in zip(cells, images, weights, strict=True)]
+        elif images[0].device.type == "cpu":  # a call costs more than what the deeper levels compute in it
+            terms = [_mix(cells, images, weights)]
+        else:  # grouped 3D convolutions are known to be slow in cuDNN; we had no GPU to measure them on
+            parts = [slice(index, index + 1) for index in range(len(cells))]
+            terms = [_mix(cells[part], images[part], weights[part]) for part in parts]
+        return sum(terms[1:], terms[0])
 
 
 def _is_standard(cell: Cell) -> bool:
@@ -260,11 +263,6 @@ def _mix(cells: list[Cell], images: list[torch.Tensor], weights: torch.Tensor) -
     mixed = normalised.unflatten(1, (len(norms), -1)).sum(1, dtype=image.dtype)  # else autocast would make it fp32
     skipped = image.unflatten(1, (len(cells), -1)) * weights[:, 0].view(-1, 1, *[1] * (image.ndim - 2))
     return mixed + skipped.sum(1, dtype=image.dtype)
-
-
-def _mix_one(cell: Cell, image: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What ``cell(image, weights)`` computes."""
-    return _mix([cell], [image], weights[None])
 
 
 def _patterns(children: np.ndarray, path_depths: np.ndarray, num_depths: int) -> np.ndarray:

@@ -47,15 +47,15 @@ def pair(channels: int, outputs: int, kernel, stride: int, **options) -> tuple[n
     return plain, accelerated(copy.deepcopy(plain))
 
 
-def compare(plain, ours, image: torch.Tensor, *trained: nn.Parameter, tolerance: float = 1e-5) -> None:
-    """Results and gradients, those of the image included, are equal but for rounding."""
+def assert_same(plain, ours, image: torch.Tensor, parameters=((), ()), image_trained=True, tolerance=1e-5) -> None:
+    """Results and gradients, by ``parameters`` of both and by the image, are equal but for rounding."""
     results = []
-    for module, parameters in ((plain, trained[: len(trained) // 2]), (ours, trained[len(trained) // 2 :])):
-        own_image = image.clone().requires_grad_()
+    for module, trained in zip((plain, ours), parameters, strict=True):
+        own_image = image.clone().requires_grad_(image_trained)
         result = module(own_image)
         mix = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
-        gradients = torch.autograd.grad((result * mix).sum(), [own_image, *parameters])
-        results.append((result.detach(), *gradients))
+        wanted = [*([own_image] if image_trained else []), *trained]
+        results.append((result.detach(), *torch.autograd.grad((result * mix).sum(), wanted)))
     for expected, found in zip(*results, strict=True):
         assert expected.dtype == found.dtype and expected.shape == found.shape
         scale = expected.abs().max().item()
@@ -68,18 +68,9 @@ def test_convolution(shape, trained, has_avx512):
     torch.manual_seed(0)
     batch, channels, outputs, kernel, stride, size, _ = shape
     image = torch.randn(batch, channels, *size)
-    results = []
-    for convolution in pair(channels, outputs, kernel, stride):
-        convolution.weight.requires_grad_("weight" in trained)
-        own_image = image.clone().requires_grad_("image" in trained)
-        result = convolution(own_image)
-        mix = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
-        (result * mix).sum().backward()
-        results.append((result.detach(), own_image.grad, convolution.weight.grad))
-    for expected, found in zip(*results, strict=True):
-        assert (expected is None) == (found is None)
-        if expected is not None:
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    plain, ours = (each.requires_grad_("weight" in trained) for each in pair(channels, outputs, kernel, stride))
+    parameters = [list(each.parameters()) if "weight" in trained else [] for each in (plain, ours)]
+    assert_same(plain, ours, image, parameters, image_trained="image" in trained)
 
 
 class Operations(TorchDispatchMode):
@@ -157,11 +148,11 @@ def test_side_by_side(size, batch, kernel, has_avx512):
     plain = [pair(channels, channels, kernel, 1)[0] for _ in range(groups)]
     ours = accelerated(nn.ModuleList(copy.deepcopy(plain)))
     image = torch.randn(batch, groups * channels, *size)
-    compare(
+    assert_same(
         lambda whole: torch.cat([each(part) for each, part in zip(plain, whole.chunk(groups, 1), strict=True)], 1),
         lambda whole: convolve_side_by_side(ours, whole),
         image,
-        *(convolution.weight for convolution in [*plain, *ours]),
+        [[convolution.weight for convolution in convolutions] for convolutions in (plain, ours)],
     )
 
 
@@ -175,7 +166,8 @@ def test_instance_norm(size, batch, affine):
         nn.init.normal_(parameter)
     ours = accelerated(copy.deepcopy(plain))
     image = 3 * torch.randn(batch, 6, *size) + 5
-    compare(plain, ours, image, *plain.parameters(), *ours.parameters(), tolerance=1e-4 if size == (3, 1, 1) else 1e-5)
+    parameters = [list(norm.parameters()) for norm in (plain, ours)]
+    assert_same(plain, ours, image, parameters, tolerance=1e-4 if size == (3, 1, 1) else 1e-5)
     torch.testing.assert_close(ours(image[0]), plain(image[0]), rtol=1e-4, atol=1e-5)  # without a batch axis
 
 
@@ -194,7 +186,7 @@ def test_upsample(size, batch):
     plain = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True)
     ours = accelerated(copy.deepcopy(plain))
     image = torch.randn(batch, 3, *size)
-    compare(plain, ours, image)
+    assert_same(plain, ours, image)
     torch.testing.assert_close(ours(image.double()), plain(image.double()), rtol=0, atol=0)
     half = image.bfloat16()
     truth = plain(half.double())
