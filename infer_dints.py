@@ -42,18 +42,20 @@ import gzip
 import io
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
 import nibabel
+import numpy as np
 import torch
-from monai.data.meta_tensor import MetaTensor
-from monai.transforms import Compose, Invertd
 from torch import nn
 from tqdm import tqdm
 
-from dints import data, engine, runtime
+from dints import cases, engine, runtime
+from dints.cases import Leniency
+from dints.dataset import ENDING, Case, read_cases, split_fold
 from dints.network import load_model
 from dints.tasks import Task, read_json
+from dints.volumes import Resampling
 
 log = logging.getLogger("infer")
 
@@ -66,35 +68,37 @@ def main(args: argparse.Namespace) -> None:
 def infer(args: argparse.Namespace, processes: runtime.Processes, folder: Path) -> None:
     network, _, task, _ = load_model(args.checkpoint)
     network.to(processes.device).eval()
-    cases = processes.on_main(cases_to_segment, args)
-    outputs = processes.on_main(segmentation_paths, cases, folder)
+    leniency = Leniency.from_args(args)
+    selected = processes.on_main(cases_to_segment, args, task)
+    outputs = processes.on_main(segmentation_paths, selected, folder)
     precision = runtime.choose_precision(args.precision, processes)
     window = engine.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
-    log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision.name)
+    log.info("%d volumes, %s in %s", len(selected), processes.device.type, precision.name)
 
-    counts = torch.zeros(len(cases), task.num_classes - 1, 3, dtype=torch.float64, device=processes.device)
-    share = range(processes.rank, len(cases), processes.world_size)
+    counts = torch.zeros(len(selected), task.num_classes - 1, 3, dtype=torch.float64, device=processes.device)
+    share = range(processes.rank, len(selected), processes.world_size)
     for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
-        case = cases[number]
-        label = read_label(case, task) if "label" in case else None  # first, so that a bad one costs no segmentation
-        segmentation = segment(case["image"], network, task, window, precision)
-        save_segmentation(segmentation, case["image"], outputs[number])
+        headers = cases.checked_headers(selected[number], task, leniency)
+        # First, so that a bad one costs no segmentation.
+        label = None if headers.label is None else torch.from_numpy(cases.read_label(headers.label, task))
+        segmentation = segment(headers, network, task, leniency, window, precision)
+        save_segmentation(segmentation, headers.images[0].path, outputs[number])
         if label is not None:
             counts[number] = engine.count_overlap(segmentation, label, task.num_classes)
     processes.sum(counts)
     if processes.is_main and args.root is not None:
         scores = engine.scores_from_counts(counts.cpu())
-        write_scores(folder / "scores.csv", scores, cases, task)
+        write_scores(folder / "scores.csv", scores, selected, task)
         print(scores.describe(task.class_names))
     log.info("segmentations are in %s", folder)
 
 
-def cases_to_segment(args: argparse.Namespace) -> list[dict[str, str]]:
+def cases_to_segment(args: argparse.Namespace, task: Task) -> list[Case]:
     """The validation cases of the fold under ``--root`` (all of them for ``all``), or the images of ``--input``."""
     if args.root is not None:
         source = args.json or args.root / "dataset.json"
-        cases = data.read_cases(read_json(source), source, args.root, args.json_key)
-        training, validation = data.split_fold(cases, args.num_folds, args.fold)
+        labelled = read_cases(read_json(source), source, args.root, args.json_key, args.allow_outside_root)
+        training, validation = split_fold(labelled, args.num_folds, args.fold)
         return validation or training
     images = []
     for path in args.input:
@@ -103,13 +107,34 @@ def cases_to_segment(args: argparse.Namespace) -> list[dict[str, str]]:
         if not found:
             raise UserError(f"--input {path} is no NIfTI file, nor a folder that holds any: give .nii or .nii.gz files")
         images.extend(found)
-    return [{"image": str(path)} for path in images]
+    if task.channel_files:
+        return cases_of_channels(images, task.num_channels)
+    return [Case(ENDING.sub("", image.name), (str(image),)) for image in images]
 
 
-def segmentation_paths(cases: list[dict[str, str]], folder: Path) -> list[Path]:
-    """Where each case's segmentation goes: under its image's name; never onto another case's, nor onto an input."""
-    names = Counter(Path(case["image"]).name for case in cases)
-    inputs = {Path(path).resolve() for case in cases for path in case.values()}
+def cases_of_channels(images: list[Path], num_channels: int) -> list[Case]:
+    """The cases that ``<case>_0000``, ``<case>_0001``, ... make together, a file a channel."""
+    channels = defaultdict(dict)
+    for image in images:
+        parts = re.fullmatch(r"(.+)_(\d{4})\.nii(\.gz)?", image.name)
+        if parts is None:
+            raise UserError(
+                f"--input {image}: this model takes a file a channel, <case>_0000, <case>_0001, ...: rename"
+            )
+        channels[image.parent / parts[1]][int(parts[2])] = str(image)
+    for case, files in channels.items():
+        if sorted(files) != list(range(num_channels)):
+            raise UserError(
+                f"--input {case} has the channels {sorted(files)}; this model takes 0 to {num_channels - 1}: add or "
+                "remove files"
+            )
+    return [Case(case.name, tuple(files[channel] for channel in sorted(files))) for case, files in channels.items()]
+
+
+def segmentation_paths(selected: list[Case], folder: Path) -> list[Path]:
+    """Where each case's segmentation goes: under its name; never onto another case's, nor onto an input."""
+    names = Counter(file_name(case) for case in selected)
+    inputs = {Path(path).resolve() for case in selected for path in case.files}
     for name, count in names.items():
         if count > 1:
             raise UserError(f"{count} images are called {name}: give each a run with its own --output_root")
@@ -118,39 +143,43 @@ def segmentation_paths(cases: list[dict[str, str]], folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_label(case: dict[str, str], task: Task) -> torch.Tensor:
-    """The reference of each voxel, uint8, as its file holds it."""
-    with data.user_errors():
-        return Compose(data.reading(task, ["image", "label"]))(case)["label"][0].as_tensor().to(torch.uint8)
+def file_name(case: Case) -> str:
+    """Of a case's segmentation: the case's name, with the ending of its image."""
+    return case.name + ENDING.search(case.images[0])[0]
 
 
 @torch.no_grad()
 def segment(
-    image: str, network: nn.Module, task: Task, window: engine.SlidingWindow, precision: runtime.Precision
+    headers: cases.Headers,
+    network: nn.Module,
+    task: Task,
+    leniency: Leniency,
+    window: engine.SlidingWindow,
+    precision: runtime.Precision,
 ) -> torch.Tensor:
-    """The label of each voxel of an image file, uint8, on the file's own grid.
+    """The label of each voxel of an image, uint8, on its file's own grid.
 
     Class probabilities are resampled to that grid, not labels, so that borders stay smooth.
     """
-    preprocess = Compose(data.preprocessing(task, keys=["image"]))
-    with data.user_errors():
-        case = preprocess({"image": image})
+    voxels, replaced = cases.read_image(headers, leniency)
+    if replaced:
+        log.warning("%s: %d NaN or infinite voxels are replaced", headers.images[0].path, replaced)
+    resampling = headers.resampling(task)
+    image = torch.from_numpy(np.ascontiguousarray(cases.preprocess_image(voxels, resampling, task)))
     with precision.autocast():
-        scores = window(case["image"][None].as_tensor().to(precision.device), network)
-    return most_probable(scores[0].float().softmax(0).cpu(), case["image"], preprocess)
+        scores = window(image[None].to(precision.device), network)
+    return most_probable(scores[0].float().softmax(0).cpu().numpy(), resampling)
 
 
-def most_probable(probabilities: torch.Tensor, image: MetaTensor, preprocess: Compose) -> torch.Tensor:
-    """The most probable class of each voxel of the file that ``image`` was made from by ``preprocess``.
+def most_probable(probabilities: np.ndarray, resampling: Resampling) -> torch.Tensor:
+    """The most probable class of each voxel of the file that ``resampling`` starts from.
 
     Args:
-        probabilities: (classes, *spatial), on the grid of the preprocessed image.
+        probabilities: (classes, *spatial), on the grid that it leads to.
     """
-    # Probabilities take the image's place and history, and that history is undone.
-    undo = Invertd(["class"], preprocess, orig_keys=["image"], nearest_interp=False)
     labels = highest = None
-    for value, probability in enumerate(probabilities):  # one class at a time: on a large CT each takes a GB
-        probability = undo({"class": MetaTensor(probability[None]), "image": image})["class"][0].as_tensor()
+    for value in range(len(probabilities)):  # one class at a time: on a large CT each takes a GB
+        probability = torch.from_numpy(np.ascontiguousarray(resampling.undo(probabilities[value : value + 1])[0]))
         if highest is None:
             labels, highest = torch.zeros(probability.shape, dtype=torch.uint8), probability
         else:
@@ -172,13 +201,13 @@ def save_segmentation(segmentation: torch.Tensor, image: str, path: Path) -> Non
     runtime.write_atomically(path, content)
 
 
-def write_scores(path: Path, scores: engine.Scores, cases: list[dict[str, str]], task: Task) -> None:
+def write_scores(path: Path, scores: engine.Scores, selected: list[Case], task: Task) -> None:
     """A row per case: Dice of each class, empty where the case does not have the class."""
     text = io.StringIO(newline="")
     table = csv.writer(text)
     table.writerow(["case", *task.class_names[1:]])
-    for case, dice in zip(cases, scores.dice.tolist(), strict=True):
-        table.writerow([Path(case["image"]).name, *("" if value != value else f"{value:.6f}" for value in dice)])
+    for case, dice in zip(selected, scores.dice.tolist(), strict=True):
+        table.writerow([file_name(case), *("" if value != value else f"{value:.6f}" for value in dice)])
     runtime.write_atomically(path, text.getvalue())
 
 

@@ -91,11 +91,14 @@ from matplotlib.figure import Figure
 from monai.networks.nets.dints import DiNTS
 from torch import nn
 
-from dints import __version__, data, engine, runtime
+from dints import __version__, data, dataset, engine, runtime
 from dints.acceleration import accelerated
 from dints.architecture import Architecture, save_architecture
+from dints.cache import open_cache
 from dints.cost import Cost, cost
+from dints.dataset import Case
 from dints.drawing import draw_architecture
+from dints.fingerprint import write_task
 from dints.history import LOSSES, History, read_rows
 from dints.network import check_patch_size
 from dints.space import SearchSpace
@@ -105,26 +108,32 @@ log = logging.getLogger("search")
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.check:
+        return data.check(args)
     with runtime.started(args.device) as processes, runtime.run_folder(args.output_root, processes) as folder:
         search(args, processes, folder)
 
 
 def search(args: argparse.Namespace, processes: runtime.Processes, folder: Path) -> None:
-    task, weights_cases, arch_cases, validation = processes.on_main(prepare, args)
-    contents = {"task": task, "cases": data.names([*weights_cases, *arch_cases, *validation])}
+    opened, weights_cases, arch_cases, validation = processes.on_main(prepare, args)
+    task, used = opened.task, [*weights_cases, *arch_cases, *validation]
+    contents = {"task": task, "cases": dataset.names(used)}
     checkpoint = runtime.Checkpoint(folder, args.resume, runtime.configuration(args, processes, **contents), processes)
     precision = runtime.choose_precision(checkpoint.precision or args.precision, processes)
 
+    processes.on_main(write_task, folder, task, opened.measured)
+    cache = open_cache(used, task, args, processes)
     steps = data.steps_per_epoch(len(weights_cases), args.num_images_per_batch, processes)
-    weights_loader = data.training_loader(weights_cases, "weights", task, steps, args, processes)
-    arch_loader = data.training_loader(arch_cases, "architecture", task, steps, args, processes)
-    validation_loader = data.validation_loader(validation, task, args, processes)
+    weights_loader = data.training_loader(weights_cases, "weights", steps, cache, args, processes)
+    arch_loader = data.training_loader(arch_cases, "architecture", steps, cache, args, processes)
+    validation_loader = data.validation_loader(validation, cache, processes)
     window = engine.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
     supernet = Supernet(args, task, precision, processes)
     check_max_ram_ratio(args.max_ram_ratio, supernet.space)
     progress = checkpoint.restore(supernet.parts)
     decoded = supernet.space.architecture()
     history = History(folder, task.class_names, progress.iteration, processes.is_main)
+    waited = data.ShareOfWaiting(weights_loader, arch_loader)
     log.info("%s: cases %d + %d, validation %d", task.name, len(weights_cases), len(arch_cases), len(validation))
     log.info("%s", engine.describe(steps, processes, precision))
 
@@ -140,7 +149,8 @@ def search(args: argparse.Namespace, processes: runtime.Processes, folder: Path)
             losses = train_epoch(supernet, weights_loader.epoch(epoch), arch_batches, ramp, progress.iteration)
         before, decoded = decoded, supernet.space.architecture()
         state = {**supernet.describe(), **changes(before, decoded)}
-        history.add_epoch(progress, {"learning_rate": learning_rate, **losses, **state})
+        waiting = {"data_wait": waited.take(steps * progress.seconds_per_iteration)}
+        history.add_epoch(progress, {"learning_rate": learning_rate, **losses, **state, **waiting})
 
         validates = engine.is_validation_epoch(epoch, args)
         if validates:
@@ -160,15 +170,15 @@ def search(args: argparse.Namespace, processes: runtime.Processes, folder: Path)
     log.info("found: %s; train_dints.py --arch_ckpt retrains it", folder / f"search_code_{progress.iteration}.pth")
 
 
-def prepare(args: argparse.Namespace) -> tuple[Task, list[data.Case], list[data.Case], list[data.Case]]:
-    """The task, and its cases for weights, architecture and validation, with all checks that need no computing."""
-    task, cases = data.open_dataset(args)
-    check_patch_size(task.patch_size, args.num_depths)
-    training, validation = data.split_fold(cases, args.num_folds, args.fold)
-    return task, *halves(training), validation
+def prepare(args: argparse.Namespace) -> tuple[data.LabelledDataset, list[Case], list[Case], list[Case]]:
+    """The dataset, and its cases for weights, architecture and validation, with all checks that need no computing."""
+    opened = data.open_dataset(args)
+    check_patch_size(opened.task.patch_size, args.num_depths)
+    training, validation = dataset.split_fold(opened.cases, args.num_folds, args.fold)
+    return opened, *halves(training), validation
 
 
-def halves(cases: list[data.Case]) -> tuple[list[data.Case], list[data.Case]]:
+def halves(cases: list[Case]) -> tuple[list[Case], list[Case]]:
     """The cases that train the weights, and those that train the architecture: every other one each."""
     if len(cases) < 2:
         raise UserError(f"{len(cases)} training case cannot be halved into weights and architecture sets: 2 are needed")

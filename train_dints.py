@@ -55,33 +55,40 @@ if __name__ == "__main__":
 
 import logging
 
-from dints import __version__, data, engine, runtime
+from dints import __version__, data, dataset, engine, runtime
 from dints.architecture import Architecture, load_architecture
+from dints.cache import open_cache
+from dints.dataset import Case
+from dints.fingerprint import write_task
 from dints.history import History
 from dints.network import FoundNetwork, check_patch_size, count_parameters, load_weights, save_model
-from dints.tasks import Task
 
 log = logging.getLogger("train")
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.check:
+        return data.check(args)
     with runtime.started(args.device) as processes, runtime.run_folder(args.output_root, processes) as folder:
         train(args, processes, folder)
 
 
 def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) -> None:
-    architecture, task, training, validation = processes.on_main(prepare, args)
+    architecture, opened, training, validation = processes.on_main(prepare, args)
+    task, used = opened.task, [*training, *validation]
     runtime.seed_everything(args.seed, "initialisation")
     network = FoundNetwork(architecture, task.num_channels, task.num_classes, args.channel_mul)
     if args.checkpoint is not None:
         load_weights(network, runtime.load_safely(args.checkpoint), args.checkpoint)
-    contents = {"task": task, "cases": data.names([*training, *validation]), "architecture": architecture.codes()}
+    contents = {"task": task, "cases": dataset.names(used), "architecture": architecture.codes()}
     checkpoint = runtime.Checkpoint(folder, args.resume, runtime.configuration(args, processes, **contents), processes)
     precision = runtime.choose_precision(checkpoint.precision or args.precision, processes)
 
+    processes.on_main(write_task, folder, task, opened.measured)
+    cache = open_cache(used, task, args, processes)
     steps = data.steps_per_epoch(len(training), args.num_images_per_batch, processes)
-    loader = data.training_loader(training, "weights", task, steps, args, processes)
-    validation_loader = data.validation_loader(validation, task, args, processes)
+    loader = data.training_loader(training, "weights", steps, cache, args, processes)
+    validation_loader = data.validation_loader(validation, cache, processes)
     window = engine.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
 
     network.to(processes.device)
@@ -92,6 +99,7 @@ def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
     parts = {"network": network, "optimizer": optimizer, "scaler": scaler}
     progress = checkpoint.restore(parts)
     history = History(folder, task.class_names, progress.iteration, processes.is_main)
+    waited = data.ShareOfWaiting(loader)
     log.info("%s: %d training cases, %d validation cases", task.name, len(training), len(validation))
     log.info(
         "%.2f million parameters, %s", count_parameters(network) / 1e6, engine.describe(steps, processes, precision)
@@ -110,7 +118,8 @@ def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
                     engine.weights_step(model, batch, criterion, optimizer, scaler, precision, args.max_gradient_norm)
                 )
             losses = {"loss": loss.mean()}
-        history.add_epoch(progress, {**losses, "learning_rate": learning_rate})
+        waiting = {"data_wait": waited.take(steps * progress.seconds_per_iteration)}
+        history.add_epoch(progress, {**losses, "learning_rate": learning_rate, **waiting})
 
         validates = engine.is_validation_epoch(epoch, args)
         if validates:
@@ -129,12 +138,12 @@ def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
     log.info("the network is %s; infer_dints.py --checkpoint segments with it", progress.best_path)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Architecture, Task, list[data.Case], list[data.Case]]:
-    """Architecture, task, training and validation cases, with all checks that need no computing."""
+def prepare(args: argparse.Namespace) -> tuple[Architecture, data.LabelledDataset, list[Case], list[Case]]:
+    """Architecture, dataset, training and validation cases, with all checks that need no computing."""
     architecture = load_architecture(args.arch_ckpt, args.num_blocks, args.num_depths)
-    task, cases = data.open_dataset(args)
-    check_patch_size(task.patch_size, architecture.num_depths)
-    return architecture, task, *data.split_fold(cases, args.num_folds, args.fold)
+    opened = data.open_dataset(args, args.arch_ckpt.parent)
+    check_patch_size(opened.task.patch_size, architecture.num_depths)
+    return architecture, opened, *dataset.split_fold(opened.cases, args.num_folds, args.fold)
 
 
 if __name__ == "__main__":

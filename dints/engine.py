@@ -17,6 +17,8 @@ from dints.errors import UserError
 from dints.runtime import Precision, Processes
 from dints.tasks import Task
 
+SLAB = 16  # planes of a volume whose predictions are counted at once
+
 
 def segmentation_loss() -> nn.Module:
     """Soft Dice over the foreground classes of the whole batch, plus cross-entropy over all classes, both of softmax.
@@ -189,7 +191,10 @@ class Scores:
 
 
 def count_overlap(predicted: torch.Tensor, reference: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Voxels in common, predicted and in the reference, for each foreground class: (classes - 1, 3), float64."""
+    """Voxels in common, predicted and in the reference, for each foreground class: (classes - 1, 3), float64.
+
+    Counts of a volume's parts add up.
+    """
     size = num_classes * num_classes
     pairs = reference.flatten().long() * num_classes + predicted.flatten().long()
     confusion = torch.bincount(pairs, minlength=size).reshape(num_classes, num_classes).double()
@@ -239,7 +244,9 @@ def validate(
     for case in tqdm(loader, desc="validation", unit="case", leave=False, disable=silent):
         image, label = to_device(case, processes.device)
         with precision.autocast():
-            predicted = window(image, network).argmax(1)
-        counts[int(case["number"])] = count_overlap(predicted, label, task.num_classes)
+            scores = window(image, network)
+        # In parts: a large volume's predictions would be 8 bytes a voxel, and its pairs of classes as much again.
+        for part, reference in zip(scores.split(SLAB, 2), label.split(SLAB, 2), strict=True):
+            counts[case["number"]] += count_overlap(part.argmax(1), reference, task.num_classes)
     network.train(was_training)
     return scores_from_counts(processes.sum(counts).cpu())

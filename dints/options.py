@@ -56,6 +56,20 @@ def add_data(arguments: argparse.ArgumentParser, *, required: bool = True) -> No
     add("--json_key", default="training", help="list of labelled cases in that file")
     add("--fold", type=fold, default=0, help="fold to validate on; all: train on every case, validate on none")
     add("--num_folds", type=number(int, 2), default=5, help="folds that the cases are split into, in order")
+    add(
+        "--allow_outside_root",
+        action="store_true",
+        help="read files that lie outside ROOT, or that links lead to there",
+    )
+    add(
+        "--trust_shapes", action="store_true", help="where a label has its image's shape, believe that it has its place"
+    )
+    add(
+        "--replace_nonfinite",
+        type=float,
+        metavar="VALUE",
+        help="put this in place of NaN and infinite voxels of images (default: such a case is an error)",
+    )
 
 
 def add_preprocessing(arguments: argparse.ArgumentParser) -> None:
@@ -149,7 +163,14 @@ def add_run(arguments: argparse.ArgumentParser) -> None:
     add("--save_minutes", type=number(float, 0), default=10.0, help="longest time between two saves of latest.pth")
     add("--seed", type=number(int, 0), default=0, help="of every random draw")
     add("--num_workers", type=number(int, 0), help="processes that prepare batches (default: free cores, at most 6)")
-    add("--cache", choices=("ram", "none"), default="ram", help="keep preprocessed cases in memory, or read them anew")
+    add(
+        "--cache",
+        choices=("auto", "ram", "disk", "none"),
+        default="auto",
+        help="keep preprocessed cases in memory, in files, or read them anew; auto: ram if half of the free is enough",
+    )
+    add("--cache_dir", type=Path, help="folder of those files, for all runs (default: dints_cache beside OUTPUT_ROOT)")
+    add("--check", action="store_true", help="read every case, tell what is wrong with the dataset, and stop")
 
 
 def data_complaints(args: argparse.Namespace) -> list[str]:

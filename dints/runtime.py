@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import platform
+import re
 import sys
 import time
 import warnings
@@ -46,6 +47,11 @@ class Processes:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines that the ranks are spread over, evenly."""
+        return max(1, self.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place; every rank must call it with the same shape."""
@@ -138,6 +144,29 @@ def cores_per_process() -> int:
     """CPU cores that this process may use, when the processes of its node share them evenly."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def available_memory() -> int:
+    """Bytes of this node's memory that can be taken now, within the limit of its container."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = 1024 * int(fields["MemAvailable"].split()[0])
+    except FileNotFoundError:  # not Linux, where half of the memory is taken to be free
+        return os.sysconf("SC_PHYS_PAGES") * page // 2
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = int(Path(limit).read_text()) - int(Path(used).read_text())
+            cached = re.search(
+                r"^(?:total_)?inactive_file (\d+)", Path(used).with_name("memory.stat").read_text(), re.M
+            )
+        except (OSError, ValueError):  # there is no such limit: ValueError is "max"
+            continue
+        available = min(available, free + (int(cached[1]) if cached else 0))
+    return max(0, available)
 
 
 @dataclass(frozen=True)
@@ -438,8 +467,8 @@ def configuration(args: argparse.Namespace, processes: Processes, **contents: ob
     Left out are the flags that say where files are (what is in them counts: give it as ``contents``) and how the work
     is carried out.
     """
-    files = {"output_root", "root", "json", "arch_ckpt"}
-    manner = {"resume", "save_minutes", "num_workers", "cache", "local_rank", "device"}
+    files = {"output_root", "root", "json", "arch_ckpt", "allow_outside_root"}
+    manner = {"resume", "save_minutes", "num_workers", "cache", "cache_dir", "check", "local_rank", "device"}
     flags = {name: value for name, value in vars(args).items() if name not in files | manner}
     return {
         **{name: str(value) if isinstance(value, Path) else value for name, value in flags.items()},

@@ -1,7 +1,7 @@
 """What belongs to the data: channels, classes, spacing and intensity of a segmentation task.
 
 The ten tasks of the Medical Segmentation Decathlon (MSD; Antonelli et al., Nature Communications 2022) and the built-in
-phantom are a table; a task is also read from any ``dataset.json`` in MSD form.
+phantom are a table; a task is also read from any ``dataset.json`` in the form of MSD or of nnU-Net v2.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class Task:
         spacing: voxel size in mm that images are resampled to; None leaves them as they are.
         intensity: CT window in HU that is mapped to 0..1 and clipped; None: z-score of the non-zero voxels per channel.
         patch_size: voxels of a training patch.
+        channel_files: each channel is a file of its own, ``<case>_0000``, ``<case>_0001``, ..., as in nnU-Net; else one
+            file holds all.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Task:
     spacing: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
     intensity: tuple[float, float] | None = None
     patch_size: tuple[int, int, int] = (96, 96, 96)
+    channel_files: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -46,6 +49,7 @@ class Task:
 
     @staticmethod
     def from_dict(values: dict) -> Task:
+        """The task of a checkpoint; an attribute that an older one lacks has its default."""
         return Task(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
@@ -112,6 +116,14 @@ ARCHIVES = {
     "Task10_Colon": Archive(126, 64, "bad7a188931dc2f6acf72b08eb6202d0"),
 }
 
+NNUNET_KEYS = ("channel_names", "file_ending")  # of a dataset.json of nnU-Net v2, beside the cases' files
+FORMS = {
+    "modality": '{"0": "CT"}',
+    "channel_names": '{"0": "CT"}',
+    "labels": '{"0": "background", "1": "tumour"} or {"background": 0, "tumour": 1}',
+}
+MAX_CLASSES = 255  # label values 0 to 254: segmentations are uint8
+
 
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file; errors name the file, and the line and column where it is malformed."""
@@ -134,39 +146,90 @@ def read_json(path: str | Path) -> dict:
     return content
 
 
-def task_of_dataset(description: dict, source: str | Path, name: str) -> Task:
+def has_channel_files(description: dict, key: str = "training") -> bool:
+    """Whether a ``dataset.json`` is of nnU-Net v2, a file a channel, and has no case list of MSD form under ``key``."""
+    return key == "training" and key not in description and not description.keys().isdisjoint(NNUNET_KEYS)
+
+
+def task_of_dataset(description: dict, source: str | Path, name: str, key: str = "training") -> Task:
     """The task that a ``dataset.json`` describes.
 
-    Channels and classes are what the file says; spacing, intensity and patch size are the table's where ``name`` is a
-    task that it knows, otherwise 1 mm, the file's modality (CT: -1000..1000 HU; else z-score) and 96x96x96.
+    Channels and classes are what the file says. Spacing, intensity and patch size are the table's where ``name`` is a
+    task that it knows; otherwise they are None, None and 96x96x96, for the caller to measure, and the modality is CT
+    only if every channel is.
 
     Args:
-        description: content of the file, MSD form: ``modality`` and ``labels`` map "0", "1", ... to names.
+        description: content of the file: ``modality`` (MSD) or ``channel_names`` (nnU-Net v2) maps "0", "1", ... to
+            names; ``labels`` maps either so, or names to 0, 1, ...
         source: the file's path, for messages.
         name: the dataset's folder name.
+        key: where a case list of MSD form would be.
     """
-    channels = _numbered(description, "modality", source)
-    class_names = _numbered(description, "labels", source)
-    if len(set(class_names)) < len(class_names):
-        raise UserError(f"{source}: 'labels' gives two classes one name ({', '.join(class_names)}): rename one")
-    if len(class_names) < 2:
+    channels = channel_names(description, source)
+    modality = "CT" if all(channel.upper() == "CT" for channel in channels) else "MRI"
+    return replace(
+        TASKS.get(name) or Task(name, modality, 1, (), spacing=None),
+        num_channels=len(channels),
+        class_names=_class_names(description, source),
+        channel_files=has_channel_files(description, key),
+    )
+
+
+def channel_names(description: dict, source: str | Path) -> tuple[str, ...]:
+    """The image channels of a ``dataset.json``, from ``channel_names`` (nnU-Net v2) or else ``modality`` (MSD)."""
+    # nnU-Net lets people add keys of their own, so a "modality" beside "channel_names" may be anything.
+    return _numbered(description, "channel_names" if "channel_names" in description else "modality", source)
+
+
+def _class_names(description: dict, source: str | Path) -> tuple[str, ...]:
+    """The class of each label value 0, 1, 2, ..."""
+    labels = description.get("labels")
+    kinds = {type(value) for value in labels.values()} if isinstance(labels, dict) else set()
+    if list in kinds:
+        regions = [name for name, value in labels.items() if isinstance(value, list)]
         raise UserError(
-            f"{source}: 'labels' names only {class_names[0]!r}; background and at least one more are needed"
+            f"{source}: 'labels' has regions, lists of numbers ({', '.join(regions)}), which are not supported: "
+            f"give each class one number of its own, {FORMS['labels']}"
         )
-    if name in TASKS:
-        return replace(TASKS[name], num_channels=len(channels), class_names=class_names)
-    if channels[0].upper() == "CT":
-        return Task(name, "CT", len(channels), class_names, intensity=(-1000.0, 1000.0))
-    return Task(name, "MRI", len(channels), class_names)
+    classes = _by_number(labels, source) if kinds & {int, float, bool} else _numbered(description, "labels", source)
+    if len(set(classes)) < len(classes):
+        raise UserError(f"{source}: 'labels' gives two classes one name ({', '.join(classes)}): rename one")
+    if len(classes) < 2:
+        raise UserError(f"{source}: 'labels' names only {classes[0]!r}; background and at least one more are needed")
+    if len(classes) > MAX_CLASSES:
+        raise UserError(
+            f"{source}: 'labels' has {len(classes)} values; at most {MAX_CLASSES}, background included, are supported: "
+            "merge classes"
+        )
+    return classes
+
+
+def _by_number(labels: dict, source: str | Path) -> tuple[str, ...]:
+    """The names of ``{a: 0, b: 1, ...}`` in the order of their numbers, which must be 0, 1, 2, ..."""
+    if "ignore" in labels:
+        raise UserError(
+            f"{source}: 'labels' has nnU-Net's 'ignore' label, which is not supported: every voxel needs a class, so "
+            "label those voxels, or remove it and the cases that have them"
+        )
+    names = {number: name for name, number in labels.items() if type(number) is int}  # true and 1.0 equal 1
+    if sorted(names) != list(range(len(labels))):
+        raise UserError(
+            f"{source}: the numbers of 'labels' must be 0 to {len(labels) - 1}, each once, not "
+            f"{list(labels.values())}: write {FORMS['labels']}"
+        )
+    return tuple(names[number] for number in range(len(labels)))
 
 
 def _numbered(description: dict, key: str, source: str | Path) -> tuple[str, ...]:
     """The values of ``{"0": a, "1": b, ...}`` in the order of their numbers, which must be 0, 1, 2, ..."""
     if key not in description:
-        raise UserError(f'{source} has no \'{key}\': add an object such as {{"0": "..."}}')
+        raise UserError(f"{source} has no '{key}': add an object such as {FORMS[key]}")
     values = description[key]
     if not isinstance(values, dict) or not values:
-        raise UserError(f'{source}: \'{key}\' must be an object such as {{"0": "..."}}, not {values!r}')
-    if sorted(values) != sorted(str(number) for number in range(len(values))):
-        raise UserError(f'{source}: the keys of \'{key}\' must be "0" to "{len(values) - 1}", not {sorted(values)}')
+        raise UserError(f"{source}: '{key}' must be an object such as {FORMS[key]}, not {values!r}")
+    if values.keys() != {str(number) for number in range(len(values))}:
+        raise UserError(
+            f'{source}: the keys of \'{key}\' must be "0" to "{len(values) - 1}", not {sorted(values)}: '
+            f"write {FORMS[key]}"
+        )
     return tuple(str(values[str(number)]) for number in range(len(values)))

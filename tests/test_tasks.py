@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from dints.errors import UserError
-from dints.tasks import ARCHIVE_URL, ARCHIVES, TASKS, Task, read_json, task_of_dataset
+from dints.tasks import (
+    ARCHIVE_URL,
+    ARCHIVES,
+    TASKS,
+    Task,
+    channel_names,
+    has_channel_files,
+    read_json,
+    task_of_dataset,
+)
 
 # Section 6 of DESIGN, typed again. Z, the z-score, is None here, and so is the spacing where nothing is resampled.
 ISOTROPIC, CUBE = (1.0, 1.0, 1.0), (96, 96, 96)
@@ -52,8 +61,27 @@ def test_plain_values_and_back(name):
     assert Task.from_dict(values) == TASKS[name]
 
 
+def test_channel_files_are_kept_and_absent_from_older_model_files():
+    task = replace(TASKS["Task05_Prostate"], channel_files=True)
+    values = task.to_dict()
+    assert values["channel_files"] is True and Task.from_dict(values) == task
+    del values["channel_files"]
+    assert Task.from_dict(values) == TASKS["Task05_Prostate"]
+
+
 def description(modality: object, labels: object) -> dict:
     return {"modality": modality, "labels": labels, "training": []}
+
+
+def nnunet(channels: object, labels: object) -> dict:
+    return {"channel_names": channels, "labels": labels, "numTraining": 2, "file_ending": ".nii.gz"}
+
+
+def measured(
+    name: str, modality: str, num_channels: int, classes: tuple[str, ...], channel_files: bool = False
+) -> Task:
+    """A task whose spacing and window the table does not know."""
+    return Task(name, modality, num_channels, classes, None, None, (96, 96, 96), channel_files)
 
 
 CT_SPLEEN = description({"0": "CT"}, {"0": "background", "1": "spleen"})
@@ -75,26 +103,102 @@ ORGANS = ("background", *(f"organ {number}" for number in range(1, 13)))
             description({"1": "CT", "0": "CT"}, {"0": "background", "1": "pancreas"}),
             replace(TASKS["Task07_Pancreas"], num_channels=2, class_names=("background", "pancreas")),
         ),
-        ("Spleens", CT_SPLEEN, Task("Spleens", "CT", 1, ("background", "spleen"), intensity=(-1000.0, 1000.0))),
+        ("Spleens", CT_SPLEEN, measured("Spleens", "CT", 1, ("background", "spleen"))),
         (
             "Lowercase",
             description({"0": "ct"}, {"0": "background", "1": "bone"}),
-            Task("Lowercase", "CT", 1, ("background", "bone"), intensity=(-1000.0, 1000.0)),
+            measured("Lowercase", "CT", 1, ("background", "bone")),
         ),
         (
             "Brains",
             description({"0": "T1", "1": "FLAIR"}, {"1": "tumour", "0": "background"}),
-            Task("Brains", "MRI", 2, ("background", "tumour"), (1.0, 1.0, 1.0), None, (96, 96, 96)),
+            measured("Brains", "MRI", 2, ("background", "tumour")),
         ),
+        (
+            "PET-CT",
+            description({"0": "CT", "1": "PET"}, {"0": "b", "1": "x"}),
+            measured("PET-CT", "MRI", 2, ("b", "x")),
+        ),
+        ("Phases", description({"0": "CT", "1": "Ct"}, {"0": "b", "1": "x"}), measured("Phases", "CT", 2, ("b", "x"))),
         (
             "Organs",
             description({"0": "MRI"}, {str(number): name for number, name in enumerate(ORGANS)}),
-            Task("Organs", "MRI", 1, ORGANS),
+            measured("Organs", "MRI", 1, ORGANS),
+        ),
+        # nnU-Net v2: numbers of names, in any order; whatever has 0 is the background.
+        (
+            "Dataset009_Spleen",
+            nnunet({"0": "CT"}, {"spleen": 1, "air": 0}),
+            measured("Dataset009_Spleen", "CT", 1, ("air", "spleen"), True),
+        ),
+        (
+            "Dataset005_Prostate",
+            nnunet({"1": "ADC", "0": "T2"}, {"background": 0, "TZ": 2, "PZ": 1}),
+            measured("Dataset005_Prostate", "MRI", 2, ("background", "PZ", "TZ"), True),
+        ),
+        (
+            "Task05_Prostate",
+            nnunet({"0": "T2", "1": "ADC"}, {"background": 0, "PZ": 1, "TZ": 2}),
+            replace(TASKS["Task05_Prostate"], channel_files=True),
+        ),
+        # The forms mix: labels of either with channels of either; a list of cases means one file a case.
+        (
+            "Mixed",
+            nnunet({"0": "CT"}, {"0": "background", "1": "bone"}),
+            measured("Mixed", "CT", 1, ("background", "bone"), True),
+        ),
+        (
+            "Listed",
+            {**nnunet({"0": "CT"}, {"background": 0, "bone": 1}), "training": []},
+            measured("Listed", "CT", 1, ("background", "bone")),
+        ),
+        (
+            "Numbers",
+            description({"0": "MRI"}, {"background": 0, "0": 1}),
+            measured("Numbers", "MRI", 1, ("background", "0")),
+        ),
+        (
+            "Both",  # nnU-Net allows any further key
+            {**nnunet({"0": "CT"}, {"background": 0, "bone": 1}), "modality": "PET"},
+            measured("Both", "CT", 1, ("background", "bone"), True),
+        ),
+        (
+            "Many",
+            nnunet({"0": "CT"}, {f"part {number}": number for number in range(255)}),
+            measured("Many", "CT", 1, tuple(f"part {number}" for number in range(255)), True),
         ),
     ],
 )
 def test_task_of_dataset(name, content, expected):
     assert task_of_dataset(content, "dataset.json", name) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "expected"),
+    [
+        ({"channel_names": {}}, "training", True),
+        ({"file_ending": ".nii.gz"}, "training", True),
+        ({"channel_names": {}, "dataset": {}}, "training", True),
+        ({"channel_names": {}, "training": []}, "training", False),
+        ({"channel_names": {}, "mine": []}, "mine", False),
+        ({"channel_names": {}}, "mine", False),  # a key that was asked for is not replaced by the folders
+        ({"modality": {}}, "training", False),
+        ({"modality": {}, "training": []}, "training", False),
+    ],
+)
+def test_which_form_holds_a_file_a_channel(content, key, expected):
+    assert has_channel_files(content, key) is expected
+
+
+@pytest.mark.parametrize(("key", "expected"), [("training", True), ("mine", False)])
+def test_the_key_of_the_cases_tells_the_form(key, expected):
+    content = {**nnunet({"0": "CT"}, {"background": 0, "bone": 1}), "mine": []}
+    assert task_of_dataset(content, "dataset.json", "Bones", key).channel_files is expected
+
+
+def test_channel_names():
+    assert channel_names({"channel_names": {"1": "b", "0": "a"}, "modality": {"0": "c"}}, "dataset.json") == ("a", "b")
+    assert channel_names({"modality": {"0": "c"}}, "dataset.json") == ("c",)
 
 
 def test_task_of_the_real_dataset(task04):
@@ -116,7 +220,24 @@ def test_task_of_the_real_dataset(task04):
         ({"labels": {"0": "background", "2": "spleen"}}, r"keys of 'labels' .* \"0\" to \"1\", not \['0', '2'\]"),
         ({"labels": {"1": "spleen", "2": "liver"}}, r"keys of 'labels' .* \"0\" to \"1\", not \['1', '2'\]"),
         ({"labels": {"00": "background", "1": "spleen"}}, r"keys of 'labels' .*, not \['00', '1'\]"),
-        ({"labels": {"background": 0, "spleen": 1}}, r"keys of 'labels' .*, not \['background', 'spleen'\]"),
+        ({"channel_names": {"1": "CT"}}, r"keys of 'channel_names' .* \"0\" to \"0\", not \['1'\]"),
+        ({"channel_names": "CT"}, "'channel_names' must be an object .*, not 'CT'"),
+        ({"labels": {"background": "0", "spleen": "1"}}, r"keys of 'labels' .*'spleen'\]: write .*\"tumour\": 1}"),
+        ({"labels": {"background": 0, "spleen": 2}}, r"numbers of 'labels' must be 0 to 1, each once, not \[0, 2\]"),
+        ({"labels": {"liver": 1, "spleen": 2}}, r"numbers of 'labels' must be 0 to 1, each once, not \[1, 2\]"),
+        ({"labels": {"b": 0, "c": 1, "d": 1}}, r"numbers of 'labels' must be 0 to 2, each once, not \[0, 1, 1\]"),
+        ({"labels": {"background": 0, "spleen": -1}}, r"numbers of 'labels' .*, not \[0, -1\]"),
+        ({"labels": {"background": 0, "spleen": 1.0}}, r"numbers of 'labels' .*, not \[0, 1.0\]"),
+        ({"labels": {"background": False, "spleen": True}}, r"numbers of 'labels' .*, not \[False, True\]"),
+        ({"labels": {"background": 0, "spleen": "1"}}, r"numbers of 'labels' .*, not \[0, '1'\]: write"),
+        ({"labels": {"background": 0}}, "'labels' names only 'background'; .* at least one more"),
+        ({"labels": {"background": 0, "whole": [1, 2], "core": [2]}}, r"regions, .* \(whole, core\), .* one number"),
+        (
+            {"labels": {"background": 0, "spleen": 1, "ignore": 2}},
+            "'ignore' label, which is not supported: every voxel",
+        ),
+        ({"labels": {f"part {number}": number for number in range(256)}}, "256 values; at most 255, .*: merge classes"),
+        ({"labels": {str(number): f"part {number}" for number in range(300)}}, "300 values; at most 255"),
         ({"labels": {"0": "background"}}, "'labels' names only 'background'; .* at least one more"),
         ({"labels": {"0": "background", "1": "lung", "2": "lung"}}, "two classes one name .*lung, lung"),
     ],

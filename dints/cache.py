@@ -1,0 +1,273 @@
+"""Prepared cases between epochs and runs: in memory, in files that processes and later runs share, or made anew.
+
+A case takes 2 bytes a voxel and channel (float16), 1 for the label and at most 1/8 a class for the crop masks. Files
+are memory-mapped: only what is cut out of them is read, and the system keeps in memory what it has room for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dints import cases as preparing
+from dints import crops, runtime, volumes
+from dints.cases import Leniency, Prepared, check_headers, checked_headers, prepare, read_image, read_label
+from dints.crops import CropMasks
+from dints.dataset import Case
+from dints.errors import UserError
+from dints.runtime import Processes
+from dints.tasks import Task
+
+log = logging.getLogger(__name__)
+
+SHARE_OF_MEMORY = 0.5  # what ``auto`` gives to the cache of the memory that is free; the rest is for training
+WORKING_MEMORY = 1 << 30  # bytes that cases take which are prepared at the same time, but for a single larger one
+WORKING_BYTES = 16  # a voxel and channel, while a case is prepared: the file's, interpolated along two axes, float16
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where prepared cases are kept.
+
+    Attributes:
+        mode: ``ram``, ``disk`` or ``none``.
+        folder: of ``disk``.
+        num_threads: that prepare cases at the same time.
+    """
+
+    mode: str
+    folder: Path
+    task: Task
+    leniency: Leniency
+    num_threads: int
+
+    def hold(self, cases: Sequence[Case], what: str) -> Sequence[Prepared]:
+        """The cases, prepared: now (``ram``, ``disk``), or each time that one is asked for, and now checked (``none``).
+
+        Args:
+            what: the cases are, for messages.
+
+        Raises:
+            UserError: a case cannot be read or learned from, or the folder cannot be written.
+        """
+        if self.mode == "ram":
+            return CasesInMemory(self._for_each(self._prepare, cases, what))
+        if self.mode == "disk":
+            return CasesOnDisk(self._for_each(self._store, cases, what))
+        self._for_each(self._check, cases, what)
+        return CasesMadeAnew(cases, self._prepare)
+
+    def _for_each(self, function: Callable, cases: Sequence[Case], what: str) -> list:
+        if not cases:
+            return []
+        log.info("reading %d cases (%s)", len(cases), what)
+        silent = None if log.isEnabledFor(logging.INFO) else True
+        with ThreadPool(self.num_threads) as pool:
+            return list(tqdm(pool.imap(function, cases), what, len(cases), unit="case", leave=False, disable=silent))
+
+    def _prepare(self, case: Case) -> Prepared:
+        return prepare(case, self.task, self.leniency)
+
+    def _check(self, case: Case) -> None:
+        headers = checked_headers(case, self.task, self.leniency)
+        read_image(headers, self.leniency)
+        read_label(headers.label, self.task)
+
+    def _store(self, case: Case) -> Path:
+        """The entry of a case, written unless it is there; one process writes it, the others wait."""
+        try:
+            entry = self.folder / self._key(case)
+            with _locked(entry.with_suffix(".lock")):
+                if not _is_whole(entry):
+                    _write_entry(entry, self._prepare(case))
+            return entry
+        except OSError as error:
+            raise UserError(
+                f"--cache_dir {self.folder} cannot be used: {error.strerror or error}; free some space, or give "
+                "another folder"
+            ) from error
+
+    def _key(self, case: Case) -> str:
+        """What the entry depends on: the files' content, what is done to it, and the code that does it."""
+        facts = [self.task.spacing, self.task.intensity, self.task.num_channels, self.task.num_classes]
+        facts += [astuple(self.leniency), _code_digest(), [self._digest(path) for path in case.files]]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+    def _digest(self, path: str) -> str:
+        """Of a file's content; noted, so that only a file whose size or time of change differs is read again."""
+        status = os.stat(path)
+        state = [status.st_size, status.st_mtime_ns]
+        note = self.folder / "digests" / f"{hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]}.json"
+        with suppress(OSError, ValueError, TypeError):
+            *noted, digest = json.loads(note.read_text())
+            if noted == state:
+                return digest
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "blake2b").hexdigest()
+        runtime.write_atomically(note, json.dumps([*state, digest]))
+        return digest
+
+
+def open_cache(cases: Sequence[Case], task: Task, args: argparse.Namespace, processes: Processes) -> Cache:
+    """Choose where the cases of a run are kept, and say how much memory that takes and how much there is.
+
+    Args:
+        cases: of all ranks, for training and validation.
+        args: ``cache``, ``cache_dir``, ``output_root`` and `Leniency`'s of the command line.
+
+    Raises:
+        UserError: a case cannot be trained on by its headers, or what ``--cache`` asks for does not fit.
+    """
+    return processes.on_main(_open_cache, cases, task, args, processes)
+
+
+def _open_cache(cases: Sequence[Case], task: Task, args: argparse.Namespace, processes: Processes) -> Cache:
+    leniency = Leniency.from_args(args)
+    folder = (args.cache_dir or args.output_root.parent / "dints_cache").absolute()
+    voxels = []
+    for headers in check_headers(cases, task, leniency):
+        voxels.append(max(int(np.prod(headers.shape)), int(np.prod(headers.resampling(task).shape))))
+    needed = int(sum(voxels) * (2 * task.num_channels + 1 + task.num_classes / 8)) // processes.num_nodes
+    memory, disk = runtime.available_memory(), _free_bytes(folder)
+    mode = args.cache
+    if mode == "auto":
+        mode = "ram" if needed <= SHARE_OF_MEMORY * memory else "disk" if needed < disk else "none"
+    log.info(
+        "cache %s: %d cases take %s%s; free are %s of memory and %s in %s",
+        mode,
+        len(cases),
+        _gib(needed),
+        " on each node" if processes.num_nodes > 1 else "",
+        _gib(memory),
+        _gib(disk),
+        folder,
+    )
+    if mode == "ram" and needed > memory:
+        raise UserError(
+            f"--cache ram: {len(cases)} cases take {_gib(needed)} of memory, and {_gib(memory)} are free: use --cache "
+            "disk, a larger machine, or more nodes"
+        )
+    at_once = max(1, WORKING_MEMORY // (max(voxels, default=1) * task.num_channels * WORKING_BYTES))
+    return Cache(mode, folder, task, leniency, min(runtime.cores_per_process(), at_once))
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free on the disk that the folder is on, or will be."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB"
+
+
+class CasesInMemory(Sequence):
+    """Prepared cases as tensors, whose memory is shared with workers however these are started."""
+
+    def __init__(self, prepared: Sequence[Prepared]):
+        self.tensors = [tuple(map(torch.from_numpy, _arrays(case))) for case in prepared]
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, index: int) -> Prepared:
+        return _from_arrays(*(tensor.numpy() for tensor in self.tensors[index]))
+
+
+class CasesOnDisk(Sequence):
+    """Prepared cases in entries of the cache folder; each is mapped when it is asked for, and no longer than needed."""
+
+    def __init__(self, entries: Sequence[Path]):
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Prepared:
+        return _map_entry(self.entries[index])
+
+
+class CasesMadeAnew(Sequence):
+    """Cases that are prepared each time that they are asked for."""
+
+    def __init__(self, cases: Sequence[Case], prepare_case: Callable[[Case], Prepared]):
+        self.cases, self.prepare_case = cases, prepare_case
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> Prepared:
+        return self.prepare_case(self.cases[index])
+
+
+ARRAYS = ("image", "label", "boxes", "starts", "bits")
+
+
+def _arrays(prepared: Prepared) -> tuple[np.ndarray, ...]:
+    masks = prepared.masks
+    return prepared.image, prepared.label, masks.boxes, masks.starts, masks.bits
+
+
+def _from_arrays(
+    image: np.ndarray, label: np.ndarray, boxes: np.ndarray, starts: np.ndarray, bits: np.ndarray
+) -> Prepared:
+    return Prepared(image, label, CropMasks(boxes, starts, bits))
+
+
+def _map_entry(entry: Path) -> Prepared:
+    return _from_arrays(*(np.load(entry / f"{name}.npy", mmap_mode="r") for name in ARRAYS))
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether the entry is there and can be mapped; one that cannot is removed."""
+    if not entry.exists():
+        return False
+    try:
+        _map_entry(entry)
+        return True
+    except (OSError, ValueError, EOFError) as error:
+        log.warning("%s is damaged (%s) and is made again", entry, error)
+        shutil.rmtree(entry)
+        return False
+
+
+def _write_entry(entry: Path, prepared: Prepared) -> None:
+    """Write the entry's files into a folder beside it, then give that its name."""
+    partial = entry.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
+    partial.mkdir(parents=True)
+    for name, array in zip(ARRAYS, _arrays(prepared), strict=True):
+        with open(partial / f"{name}.npy", "wb") as file:
+            np.save(file, array)
+            file.flush()
+            os.fsync(file.fileno())
+    partial.rename(entry)
+
+
+@contextmanager
+def _locked(path: Path):
+    """Hold an exclusive lock on a file, which goes with the process that holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _code_digest() -> str:
+    """Of the modules that make a prepared case from its files, so that none outlives a change of them."""
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (crops, preparing, volumes))
+    return hashlib.sha256(sources).hexdigest()

@@ -1,0 +1,128 @@
+"""What a dataset that is not in the table of tasks has in common, measured: spacing, intensity window and patch size.
+
+It is kept in the run folder as ``task.json``, for people and for the runs that follow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dints import runtime
+from dints.cases import Headers, Leniency, check_headers, read_image, read_label
+from dints.dataset import Case
+from dints.errors import UserError
+from dints.tasks import Task
+
+log = logging.getLogger(__name__)
+
+FILE = "task.json"
+SAMPLES = 10_000  # foreground voxels of a case that the window is measured on, evenly spread
+PERCENTILES = (0.5, 99.5)
+PATCH_STEP, LARGEST_PATCH = 32, 96  # the network halves a patch up to five times
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The facts that a `Task` needs and a ``dataset.json`` lacks.
+
+    Attributes:
+        dataset: digest of the cases' files (names and sizes), whose fingerprint this is.
+        num_cases: that were measured.
+        spacing: median over the cases, mm, in RAS order.
+        shape: median voxels of the cases at that spacing.
+        intensity: 0.5 and 99.5 percentile of the foreground's voxels, for CT; None: z-score.
+    """
+
+    dataset: str
+    num_cases: int
+    spacing: tuple[float, float, float]
+    shape: tuple[int, int, int]
+    intensity: tuple[float, float] | None
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """As large as the cases, in steps that networks of up to five depths can halve, and 96 at most."""
+        return tuple(int(np.clip(size // PATCH_STEP * PATCH_STEP, PATCH_STEP, LARGEST_PATCH)) for size in self.shape)
+
+    def applied_to(self, task: Task) -> Task:
+        return replace(task, spacing=self.spacing, intensity=self.intensity, patch_size=self.patch_size)
+
+
+def fingerprint(
+    cases: Sequence[Case], task: Task, leniency: Leniency, folders: Sequence[Path], num_threads: int
+) -> Fingerprint:
+    """What one of ``folders`` holds of the same dataset, or else measured on all cases.
+
+    Args:
+        task: not yet measured: its spacing is None.
+
+    Raises:
+        UserError: a case cannot be read, or none has any foreground.
+    """
+    digest = _digest(cases)
+    for folder in folders:
+        known = _stored(folder / FILE)
+        if known is not None and known.dataset == digest:
+            log.info("spacing, window and patch size are those in %s", folder / FILE)
+            return known
+    headers = check_headers(cases, task, leniency)
+    spacing = np.median([_spacing(case.resampling(task).affine) for case in headers], axis=0)
+    spacing = tuple(round(float(size), 4) for size in spacing)
+    shapes = [case.resampling(replace(task, spacing=spacing)).shape for case in headers]
+    intensity = None
+    if task.modality == "CT":
+        intensity = _window(headers, task, leniency, num_threads)
+    shape = tuple(int(size) for size in np.median(shapes, axis=0))
+    return Fingerprint(digest, len(cases), spacing, shape, intensity)
+
+
+def write_task(folder: Path, task: Task, measured: Fingerprint | None) -> None:
+    """Keep what a run works with as ``task.json``, and what was measured for it."""
+    content = {"task": task.to_dict(), "fingerprint": None if measured is None else asdict(measured)}
+    runtime.write_atomically(folder / FILE, json.dumps(content, indent=2) + "\n")
+
+
+def _stored(path: Path) -> Fingerprint | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+        return Fingerprint(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except (OSError, ValueError, TypeError, KeyError):  # none there, or not ours: it is measured
+        return None
+
+
+def _digest(cases: Sequence[Case]) -> str:
+    files = [(Path(path).name, os.path.getsize(path)) for case in cases for path in case.files]
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
+
+def _spacing(affine: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(affine[:3, :3], axis=0)
+
+
+def _window(headers: Sequence[Headers], task: Task, leniency: Leniency, num_threads: int) -> tuple[float, float]:
+    """Percentiles of the foreground's intensities; every case counts alike."""
+
+    def sample(case: Headers) -> np.ndarray:
+        foreground = read_label(case.label, task).ravel() > 0
+        image, _ = read_image(case, leniency)
+        values = np.concatenate([channel.ravel()[foreground] for channel in image])
+        return values[:: max(1, len(values) // SAMPLES)].astype(np.float32)
+
+    silent = None if log.isEnabledFor(logging.INFO) else True
+    with ThreadPool(num_threads) as pool:
+        samples = list(tqdm(pool.imap(sample, headers), "intensities", len(headers), unit="case", disable=silent))
+    values = np.concatenate(samples)
+    if not len(values):
+        raise UserError("no case has any foreground: there is nothing to learn; --check lists what the labels hold")
+    low, high = (float(value) for value in np.percentile(values, PERCENTILES))
+    return low, max(high, low + 1)
