@@ -16,6 +16,7 @@ from dints.tasks import Task
 from dints.volumes import Header, Resampling, read_header, read_voxels
 
 AFFINE_TOLERANCE = 1e-3  # by which a label's affine may differ from its image's, an entry
+MAX_GRID = 1 << 31  # voxels of a case on the task's grid; a whole body at 1 mm has a quarter of them
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,13 @@ def header_faults(headers: Headers, task: Task, leniency: Leniency) -> Iterator[
             f"{first.path} has {headers.num_channels} channels of shape {first.shape}; {task.name} has "
             f"{task.num_channels}: mend or remove the case, or the channels in dataset.json"
         )
+    grid = headers.resampling(task).shape
+    if np.prod(grid, dtype=object) > MAX_GRID:
+        yield (
+            f"{first.path} would become {' x '.join(map(str, grid))} voxels at the spacing of {task.name}, so its own "
+            f"({' x '.join(f'{size:.4g}' for size in first.spacing)} mm) is likely wrong: mend its header, or remove "
+            "the case"
+        )
     others = [*headers.images[1:], *([] if headers.label is None else [headers.label])]
     for other in others:
         if other.shape != first.shape:
@@ -99,7 +107,8 @@ def header_faults(headers: Headers, task: Task, leniency: Leniency) -> Iterator[
             )
     if headers.label is not None and headers.label.num_channels != 1:
         yield (
-            f"{headers.label.path} has {headers.label.num_channels} channels, and a label has 1: mend or remove the case"
+            f"{headers.label.path} has {headers.label.num_channels} channels, and a label has 1: mend or remove "
+            "the case"
         )
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 
+import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from dints.cases import Headers, Leniency, header_faults, read_headers, read_image, read_label
+from dints.cases import Headers, Leniency, header_faults, read_image, read_label
 from dints.dataset import Case
 from dints.errors import UserError
-from dints.tasks import Task
+from dints.tasks import TASKS, Task
+from dints.volumes import Header, Resampling, read_header
 
-log = logging.getLogger(__name__)
+AT_ONCE = 4  # cases in memory, however many cores there are
+FAR = 5  # times the median, or a fifth of it, is unusual
+THIN = 8  # voxels along an axis of the task's grid, below which there is little to learn in 3D
 
 
 @dataclass
@@ -26,17 +30,25 @@ class Report:
 
     Attributes:
         errors, warnings: findings: what a training refuses or would do wrong with, and what is only unusual.
-        spacing: mm, in the file's order; None where the case could not be read, as all that follows.
-        volumes: cm^3 of each foreground class.
-        digest: of the image's voxels.
+        headers: None where one could not be read.
+        volumes: cm^3 of each foreground class; None where the label could not be read.
+        digest: of the images' voxels, the same in whatever orientation and type they are kept; None where they could
+            not be read.
     """
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    shape: tuple[int, int, int] | None = None
-    spacing: np.ndarray | None = None
+    headers: Headers | None = None
     volumes: np.ndarray | None = None
     digest: str | None = None
+
+    def attempt(self, function: Callable, *args):
+        """The function's result, or None where it is a `UserError`, which is noted."""
+        try:
+            return function(*args)
+        except UserError as error:
+            self.errors.append(str(error))
+            return None
 
 
 def check_dataset(
@@ -50,110 +62,190 @@ def check_dataset(
     Returns:
         the findings and the summary, for people; whether a training would go right.
     """
-    with ThreadPool(num_threads) as pool:
+    with ThreadPool(min(num_threads, AT_ONCE)) as pool:
         judged = pool.imap(lambda case: check_case(case, task, leniency), cases)
         reports = list(tqdm(judged, "checking", len(cases), unit="case", leave=False, disable=None))
-    _find_duplicates(cases, folds, reports)
-    return "\n".join([*_findings(cases, reports), *_summary(reports, task)]), not any(r.errors for r in reports)
+    _compare_voxels(cases, folds, reports)
+    _compare_grids(cases, reports, task, leniency)
+    whole = _judge_whole(reports, task)
+    text = "\n".join([*_findings(cases, reports, whole), *_summary(reports, task)])
+    return text, not (whole.errors or any(report.errors for report in reports))
 
 
 def check_case(case: Case, task: Task, leniency: Leniency) -> Report:
-    """All faults of one case that can be told from one another."""
+    """All faults of one case: a file is judged though another one of the case is damaged."""
     report = Report()
-
-    def attempt(function: Callable, *args):
-        try:
-            return function(*args)
-        except UserError as error:
-            report.errors.append(str(error))
-            return None
-
-    headers = attempt(read_headers, case)
-    if headers is None:
-        return report
-    report.errors += header_faults(headers, task, leniency)
-    report.shape, report.spacing = headers.shape, headers.images[0].spacing
-    image = attempt(read_image, headers, leniency)
-    if image is not None:
-        _judge_image(headers, *image, report)
-    if headers.label.num_channels == 1:
-        label = attempt(read_label, headers.label, task)
-        if label is not None:
-            _judge_label(headers, label, task, report)
+    images = [report.attempt(read_header, path) for path in case.images]
+    label = report.attempt(read_header, case.label)
+    if label is not None and None not in images:
+        _judge_headers(Headers(tuple(images), label), task, leniency, report)
+    digests = [_judge_image(image, leniency, report) for image in images if image is not None]
+    if label is not None and label.num_channels == 1:
+        _judge_label(label, task, report)
+    if len(digests) == len(images) and None not in digests:
+        report.digest = " ".join(digests)
     return report
 
 
-def _judge_image(headers: Headers, voxels: np.ndarray, replaced: int, report: Report) -> None:
-    report.digest = hashlib.blake2b(np.ascontiguousarray(voxels.T), digest_size=16).hexdigest()
+def _judge_headers(headers: Headers, task: Task, leniency: Leniency, report: Report) -> None:
+    report.headers = headers
+    report.errors += header_faults(headers, task, leniency)
+    strict = header_faults(headers, task, replace(leniency, trust_shapes=False))
+    report.warnings += [fault for fault in strict if fault not in report.errors]
+
+
+def _judge_image(header: Header, leniency: Leniency, report: Report) -> str | None:
+    """Read one file's voxels; returns their digest."""
+    image = report.attempt(read_image, Headers((header,), None), leniency)
+    if image is None:
+        return None
+    voxels, replaced = image
     if replaced:
-        report.warnings.append(f"{headers.images[0].path} has {replaced} NaN or infinite voxels, which are replaced")
+        report.warnings.append(f"{header.path} has {replaced} NaN or infinite voxels, which are replaced")
     for number, channel in enumerate(voxels):
         if channel.min() == channel.max():
-            report.warnings.append(f"{headers.images[0].path} has the same value everywhere in channel {number}")
+            place = f" in channel {number}" if len(voxels) > 1 else ""
+            report.warnings.append(
+                f"{header.path} has the value {channel.flat[0]:g} everywhere{place}: look at the image"
+            )
+    turned = Resampling(header.shape, header.affine, None).apply(voxels, nearest=True)
+    digest = hashlib.blake2b(repr(turned.shape).encode(), digest_size=16)
+    for plane in turned.T:  # one at a time: a copy of a large CT takes a GB
+        digest.update(np.ascontiguousarray(plane, np.float32))
+    return digest.hexdigest()
 
 
-def _judge_label(headers: Headers, label: np.ndarray, task: Task, report: Report) -> None:
+def _judge_label(header: Header, task: Task, report: Report) -> None:
+    label = report.attempt(read_label, header, task)
+    if label is None:
+        return
     counts = np.bincount(label.ravel(order="K"), minlength=task.num_classes)[1:]
-    report.volumes = counts * abs(np.linalg.det(headers.label.affine[:3, :3])) / 1000
+    report.volumes = counts * abs(np.linalg.det(header.affine[:3, :3])) / 1000
     if not counts.any():
-        report.warnings.append(f"{headers.label.path} has no foreground")
+        report.warnings.append(f"{header.path} has no foreground: look at the label")
 
 
-def _find_duplicates(cases: Sequence[Case], folds: Sequence[int], reports: Sequence[Report]) -> None:
-    """Add an error to each case whose image another fold has too: it would be validated on what it is trained on."""
-    same = defaultdict(list)
+def _compare_voxels(cases: Sequence[Case], folds: Sequence[int], reports: Sequence[Report]) -> None:
+    """Tell cases with the same voxels: an error across folds, where one is validated on what it is trained on."""
+    first: dict[str, int] = {}
     for number, report in enumerate(reports):
-        if report.digest is not None:
-            same[report.digest].append(number)
-    for numbers in same.values():
-        first = numbers[0]
-        for number in numbers[1:]:
-            finding = f"{cases[number].images[0]} holds the same voxels as {cases[first].images[0]}"
-            if folds[number] == folds[first]:
-                reports[number].warnings.append(f"{finding}: remove one of the cases")
-            else:
-                reports[number].errors.append(
-                    f"{finding}, which is validated in another fold ({folds[first]}, not {folds[number]}): remove one "
-                    "of the cases"
+        other = number if report.digest is None else first.setdefault(report.digest, number)
+        if other == number:
+            continue
+        finding = f"{cases[number].images[0]} holds the same voxels as {cases[other].images[0]}"
+        if folds[number] == folds[other]:
+            report.warnings.append(f"{finding}: remove one of the cases")
+        else:
+            report.errors.append(
+                f"{finding}, but they are in the folds {folds[number]} and {folds[other]}, so that one is trained on "
+                "where the other is validated: remove one of the cases"
+            )
+
+
+def _compare_grids(cases: Sequence[Case], reports: Sequence[Report], task: Task, leniency: Leniency) -> None:
+    """Judge what only the median tells: which cases are far from it, and are impossible at its spacing."""
+    read = [(case.images[0], report) for case, report in zip(cases, reports, strict=True) if report.headers is not None]
+    if not read:
+        return
+    shapes, spacings = (np.array(values, float) for values in _grids([report for _, report in read]))
+    if task.name not in TASKS and task.spacing is None:  # as a training would choose it
+        task = replace(task, spacing=tuple(np.median(spacings, axis=0)))
+    for what, values, form in (("spacing, mm", spacings, ".4g"), ("number of voxels", shapes, ".0f")):
+        median = np.median(values, axis=0)
+        for (path, report), value in zip(read, values, strict=True):
+            if (np.maximum(value / median, median / value) > FAR).any():
+                report.warnings.append(
+                    f"{path} is far from the others in {what}: {_times(value, form)}, where the median is "
+                    f"{_times(median, form)}: look at its header"
                 )
+    for path, report in read:
+        faults = header_faults(report.headers, task, leniency)
+        report.errors += [fault for fault in faults if fault not in report.errors]
+        grid = report.headers.resampling(task).shape
+        if min(grid) < THIN:
+            report.warnings.append(f"{path} has only {_times(grid)} voxels on the task's grid: look at its header")
 
 
-def _findings(cases: Sequence[Case], reports: Sequence[Report]) -> list[str]:
-    rows = [
-        (kind, case.name, finding)
-        for kind, attribute in (("error", "errors"), ("warning", "warnings"))
-        for case, report in zip(cases, reports, strict=True)
-        for finding in getattr(report, attribute)
-    ]
+def _grids(reports: Sequence[Report]) -> tuple[list[Sequence[int]], list[np.ndarray]]:
+    """Voxels, and mm between them, along x, y and z of the patient (RAS)."""
+    images = [report.headers.images[0] for report in reports]
+    turned = [Resampling(image.shape, image.affine, None) for image in images]
+    return [grid.shape for grid in turned], [np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in turned]
+
+
+def _judge_whole(reports: Sequence[Report], task: Task) -> Report:
+    """What is wrong with all cases together, if their labels could be read."""
+    whole = Report()
+    labelled = [report.volumes > 0 for report in reports if report.volumes is not None]
+    if len(labelled) < len(reports):
+        return whole
+    found = np.any(labelled, axis=0)
+    if not found.any():
+        whole.errors.append("no case has any foreground, so that there is nothing to learn: look at the labels")
+    elif not found.all():
+        absent = [name for name, is_found in zip(task.class_names[1:], found, strict=True) if not is_found]
+        whole.warnings.append(f"no case has the class {', '.join(absent)}: look at the labels in dataset.json")
+    return whole
+
+
+def _findings(cases: Sequence[Case], reports: Sequence[Report], whole: Report) -> Iterator[str]:
+    """A table, errors first; paths are told from the folder that all files are in."""
+    folder = os.path.commonpath([os.path.dirname(path) for case in cases for path in case.files])
+    named = [("all", whole), *((case.name, report) for case, report in zip(cases, reports, strict=True))]
+    rows = [("error", name, finding) for name, report in named for finding in report.errors]
+    rows += [("warning", name, finding) for name, report in named for finding in report.warnings]
     if not rows:
-        return []
-    width = max(len("case"), *(len(name) for _, name, _ in rows))
-    head = f"{'':<8} {'case':<{width}} finding"
-    return [head, *(f"{kind:<8} {name:<{width}} {finding}" for kind, name, finding in rows), ""]
+        return
+    width = max(len(name) for _, name, _ in [("", "case", ""), *rows])
+    yield f"{'kind':<8} {'case':<{width}}  finding; files are in {folder}"
+    for kind, name, finding in rows:
+        yield f"{kind:<8} {name:<{width}}  {' '.join(finding.replace(os.path.join(folder, ''), '').split())}"
+    yield ""
 
 
-def _summary(reports: Sequence[Report], task: Task) -> list[str]:
+def _summary(reports: Sequence[Report], task: Task) -> Iterator[str]:
     wrong, unusual = sum(bool(r.errors) for r in reports), sum(bool(r.warnings) for r in reports)
-    lines = [f"{task.name}: {len(reports)} cases, {wrong} with errors, {unusual} with warnings"]
-    channels = f"{task.num_channels} channel{'s' if task.num_channels > 1 else ''}"
-    lines.append(f"{task.modality}, {channels}; classes: {', '.join(task.class_names)}")
-    read = [report for report in reports if report.shape is not None]
+    yield f"{task.name}: {_count(len(reports), 'case')}, {wrong} with errors, {unusual} with warnings"
+    yield f"{task.modality}, {_count(task.num_channels, 'channel')}; classes: {', '.join(task.class_names)}"
+    read = [report for report in reports if report.headers is not None]
+    rows = [("", "cases", "smallest", "median", "largest")]
     if read:
-        lines.append(_range("voxels", [report.shape for report in read], "{:.0f}"))
-        lines.append(_range("spacing, mm", [report.spacing for report in read], "{:.4g}"))
+        images, labels = [r.headers.images[0] for r in read], [r.headers.label for r in read]
+        yield f"orientation: {_tally(''.join(nib.aff2axcodes(image.affine)) for image in images)}"
+        yield f"images: {_tally(map(_type, images))}; labels: {_tally(map(_type, labels))}"
+        shapes, spacings = _grids(read)
+        rows += [("voxels", *_range(shapes, ".0f")), ("spacing, mm", *_range(spacings, ".3g"))]
     labelled = [report.volumes for report in reports if report.volumes is not None]
-    for value, name in enumerate(task.class_names[1:]):
-        volumes = [volume[value] for volume in labelled if volume[value] > 0]
-        found = f"{name}: in {len(volumes)} of {len(labelled)} cases"
-        if volumes:
-            found += f", {min(volumes):.3g} to {max(volumes):.3g} cm3, median {np.median(volumes):.3g}"
-        lines.append(found)
-    return lines
+    for number, name in enumerate(task.class_names[1:]):
+        volumes = [volume[number:][:1] for volume in labelled if volume[number] > 0]
+        rows.append((f"{name}, cm3", *(_range(volumes, ".3g") if volumes else ("0", "", "", ""))))
+    yield from _aligned(rows)
 
 
-def _range(what: str, rows: Sequence[Sequence[float]], form: str) -> str:
-    """Smallest, median and largest along x, y and z."""
-    parts = []
-    for name, of in (("smallest", np.min), ("median", np.median), ("largest", np.max)):
-        parts.append(f"{name} {' x '.join(form.format(value) for value in of(np.array(rows, float), axis=0))}")
-    return f"{what}: {', '.join(parts)}"
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, count, *values in rows:
+        cells = (f"{value:<{width}}" for value, width in zip(values, widths[2:], strict=True))
+        yield "  ".join([f"{name:<{widths[0]}}", f"{count:>{widths[1]}}", *cells]).rstrip()
+
+
+def _type(header: Header) -> str:
+    return str(header.nifti.get_data_dtype().newbyteorder("="))
+
+
+def _range(rows: Sequence[Sequence[float]], form: str) -> tuple[str, str, str, str]:
+    """How many there are, and the smallest, median and largest along each axis."""
+    return str(len(rows)), *(_times(of(np.array(rows, float), axis=0), form) for of in (np.min, np.median, np.max))
+
+
+def _times(values: Sequence[float], form: str = "") -> str:
+    return " x ".join(format(value, form) for value in values)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _tally(values: Iterator[str]) -> str:
+    """Each value with its number, the most frequent first."""
+    return ", ".join(f"{value} {count}" for value, count in Counter(values).most_common())

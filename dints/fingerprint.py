@@ -95,8 +95,9 @@ def write_task(folder: Path, task: Task, measured: Fingerprint | None) -> None:
 def _stored(path: Path) -> Fingerprint | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
-        return Fingerprint(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-    except (OSError, ValueError, TypeError, KeyError):  # none there, or not ours: it is measured
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return Fingerprint(**values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none there, or not ours: it is measured
         return None
 
 

@@ -48,11 +48,17 @@ class History:
                 write_rows(table, [row for row in read_rows(table) if int(row["iteration"]) <= iteration])
 
     def add_epoch(self, progress: Progress, values: Mapping[str, float | None]) -> None:
-        """Note an epoch's values: a row of ``loss_history.csv``, scalars, a line for people."""
+        """Note an epoch's values: a row of ``loss_history.csv``, scalars, a line for people.
+
+        Args:
+            values: ``data_wait`` among them is the share of the epoch in which batches were waited for.
+        """
         if time.monotonic() - self.logged_at > SECONDS_BETWEEN_LINES:
-            shown = " ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
-            pace = progress.seconds_per_iteration
-            log.info("epoch %d iteration %d: %s (%.2f s/it)", progress.epoch, progress.iteration, shown, pace)
+            shown = [f"{key} {value:.4g}" for key, value in values.items() if value is not None and key != "data_wait"]
+            pace = f"{progress.seconds_per_iteration:.2f} s/it"
+            if "data_wait" in values:
+                pace += f", {values['data_wait']:.1%} of it waiting for data"
+            log.info("epoch %d iteration %d: %s (%s)", progress.epoch, progress.iteration, " ".join(shown), pace)
             self.logged_at = time.monotonic()
         self._add(LOSSES, "train", progress, {**values, "seconds_per_iteration": progress.seconds_per_iteration})
 

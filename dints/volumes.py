@@ -6,6 +6,7 @@ of the file, which is nearly always, each axis is interpolated by itself, in a f
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +16,17 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from monai.data.utils import AFFINE_TOL, compute_shape_offset, zoom_affine
+from monai.data.utils import AFFINE_TOL, affine_to_spacing, compute_shape_offset, zoom_affine
 from monai.networks.layers import AffineTransform
 from monai.networks.utils import to_norm_affine
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from dints.errors import UserError
 
 GZIP_RATIO = 1032  # deflate cannot pack more bytes than that into one
 MAX_HEADER = 1 << 20  # bytes that a header with its extensions is read from
+QUIET = logging.Logger("nibabel", logging.CRITICAL)  # what it mends in a header is not worth a line that names no file
 BLOCK = 64  # planes that are interpolated by one matrix product
 
 
@@ -81,7 +84,8 @@ def read_header(path: str) -> Header:
             raise _unreadable(path, f"its compression is damaged ({error})") from error
     header = _parse_header(path, start)
     if header.num_bytes > size:
-        raise _unreadable(path, f"its header promises {' x '.join(map(str, header.shape))} voxels; it holds far fewer")
+        dimensions = " x ".join(map(str, header.shape))
+        raise _unreadable(path, f"its header promises {dimensions} voxels, more than the file can hold")
     return header
 
 
@@ -105,7 +109,8 @@ def read_voxels(header: Header) -> np.ndarray:
         voxels = np.frombuffer(content, dtype, count, header.offset).reshape((*header.shape, -1), order="F")
         slope, intercept = nifti.get_slope_inter()
         if slope is not None and (slope, intercept) != (1, 0):
-            voxels = voxels * np.float32(slope) + np.float32(intercept or 0)
+            with np.errstate(over="ignore"):  # infinite voxels are told by who uses them
+                voxels = voxels * np.float32(slope) + np.float32(intercept or 0)
         return np.moveaxis(voxels.astype(voxels.dtype.newbyteorder("="), copy=False), -1, 0)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}; mend or replace the file") from error
@@ -130,11 +135,12 @@ def _parse_header(path: str, start: bytes) -> Header:
         raise _unreadable(path, "it is no NIfTI file (.nii or .nii.gz)")
     kind, order = kinds[start[:4]]
     try:
-        nifti = kind.from_fileobj(BytesIO(start), order, check=True)
+        nifti = kind.from_fileobj(BytesIO(start), order, check=False)
+        nifti.check_fix(logger=QUIET)
         shape = tuple(int(count) for count in nifti.get_data_shape())
         affine = np.asarray(nifti.get_best_affine(), np.float64)
-        nifti.get_data_dtype(), nifti.get_slope_inter()
-    except (HeaderDataError, ValueError, TypeError, OverflowError) as error:
+        nifti.get_data_dtype(), nifti.get_slope_inter(), nifti.get_data_offset()
+    except (HeaderDataError, WrapStructError, ValueError, TypeError, OverflowError) as error:
         raise _unreadable(path, f"its header is damaged ({error})") from error
     if nifti["magic"].item() not in (b"n+1", b"n+2"):
         raise _unreadable(path, f"its header says {nifti['magic'].item()!r}, where a single file has n+1 or n+2")
@@ -152,9 +158,20 @@ def _parse_header(path: str, start: bytes) -> Header:
         raise UserError(
             f"{path} holds {nifti.get_value_label('datatype')} values, not numbers: convert it, or remove the case"
         )
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise UserError(f"{path} has an affine that is not finite or flat ({np.diag(affine)[:3]}): mend its header")
+    if not _spans_space(affine):
+        raise UserError(
+            f"{path} has an affine whose axes span no volume ({affine[:3].tolist()}): mend its header, or remove the "
+            "case"
+        )
     return Header(path, shape[:3], shape[3] if len(shape) == 4 else 1, affine, nifti)
+
+
+def _spans_space(affine: np.ndarray) -> bool:
+    """Whether it is finite, with voxels of a nm to a km, and axes that do not lie in a plane."""
+    with np.errstate(over="ignore"):
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    is_sane = np.isfinite(affine).all() and sizes.min() > 1e-6 and sizes.max() < 1e6  # mm
+    return bool(is_sane and abs(np.linalg.det(affine[:3, :3] / sizes)) > 1e-3)
 
 
 def _gunzip(path: str, content: bytes, limit: int) -> bytes:
@@ -196,7 +213,9 @@ class Resampling:
         turned = affine @ nib.orientations.inv_ornt_aff(self.turn, self.file_shape)
         self.shape, self.affine = self.turned_shape, turned
         if spacing is not None:
-            self.affine = zoom_affine(turned, spacing, diagonal=False)
+            own, spacing = affine_to_spacing(turned), np.asarray(spacing, np.float64)
+            near = (spacing - AFFINE_TOL <= own) & (own <= spacing + AFFINE_TOL)  # such an axis keeps its own
+            self.affine = zoom_affine(turned, np.where(near, own, spacing), diagonal=False)
             shape, offset = compute_shape_offset(self.turned_shape, turned, self.affine)
             self.shape, self.affine[:3, 3] = tuple(int(count) for count in shape), offset
         self.matrix = np.linalg.solve(turned, self.affine)  # the grid's indices to those of the turned file
@@ -223,8 +242,9 @@ class Resampling:
         return turned.transpose([0, *(int(axis) + 1 for axis in self.turn[:, 0])])
 
     def _flipped(self, turned: np.ndarray) -> np.ndarray:
-        steps = [slice(None, None, int(self.turn[axis, 1])) for axis in self._axes_of_file]
-        return turned[(slice(None), *steps)]
+        # An axis of one voxel stays: its negative stride would count as contiguous, and torch takes none.
+        steps = [int(self.turn[axis, 1]) if self.file_shape[axis] > 1 else 1 for axis in self._axes_of_file]
+        return turned[(slice(None), *(slice(None, None, step) for step in steps))]
 
 
 def _resample(voxels: np.ndarray, matrix: np.ndarray | None, shape: tuple[int, ...], nearest: bool) -> np.ndarray:
@@ -236,11 +256,14 @@ def _resample(voxels: np.ndarray, matrix: np.ndarray | None, shape: tuple[int, .
         return _resample_sheared(voxels, matrix, shape, nearest)
     places = _places(matrix, voxels.shape[1:], shape)
     if nearest:
+        halfway = [np.abs(place - np.floor(place) - 0.5).min() for place in places]
+        if ((mixing > 0) & (halfway <= 2 * mixing + 1e-9)).any():  # the other axes decide to which side it is rounded
+            return _resample_sheared(voxels, matrix, shape, nearest)
         return voxels[(slice(None), *np.ix_(*(np.rint(place).astype(np.int64) for place in places)))]
     # In the order of the file's memory, so that nothing is moved; first the axes that lose most voxels.
     order = sorted(range(3), key=lambda axis: -abs(voxels.strides[axis + 1]))
     in_order = [0, *(axis + 1 for axis in order)]
-    result = torch.from_numpy(np.ascontiguousarray(voxels.transpose(in_order), np.float32))
+    result = torch.from_numpy(np.require(voxels.transpose(in_order), np.float32, ["C", "W"]))
     for place in sorted(range(3), key=lambda place: shape[order[place]] / result.shape[place + 1]):
         result = _interpolate(result, place + 1, places[order[place]])
     return result.numpy().transpose(np.argsort(in_order))

@@ -121,16 +121,18 @@ def test_validation_in_training_agrees_with_one_process(phantom, trained, tmp_pa
     """The Dice that two ranks found in training is what one process finds for the weights that were saved."""
     import train_dints
     from dints import data, engine, runtime
+    from dints.cache import open_cache
+    from dints.dataset import split_fold
     from dints.network import load_model
 
     network, _, task, content = load_model(trained / "best_metric_model.pth")
-    args = train_dints.parse_args(["--arch_ckpt", "x", "--root", str(phantom), "--output_root", "y", *TINY])
-    _, cases = data.open_dataset(args)
-    _, validation = data.split_fold(cases, 2, 0)
+    flags = ["--arch_ckpt", "x", "--root", str(phantom), "--output_root", str(tmp_path), *TINY]
+    args = train_dints.parse_args(flags)
+    _, validation = split_fold(data.open_dataset(args).cases, 2, 0)
     alone = runtime.Processes(0, 1, torch.device("cpu"))
     precision = runtime.Precision("fp32", alone.device)
     window = engine.SlidingWindow(task.patch_size, 0.0, 6)
-    loader = data.validation_loader(validation, task, args, alone)
+    loader = data.validation_loader(validation, open_cache(validation, task, args, alone), alone)
     scores = engine.validate(network, loader, len(validation), task, window, precision, alone)
     assert scores.mean == pytest.approx(content["dice"], abs=1e-4)
 

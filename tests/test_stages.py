@@ -206,7 +206,8 @@ def test_a_stopped_run_continues_to_the_same_end(
         tables = [rows(folder / name) for folder in (straight, tmp_path)]
         for table in tables:
             for row in table:
-                row.pop("seconds"), row.pop("seconds_per_iteration", None)
+                for measured in ("seconds", "seconds_per_iteration", "data_wait"):
+                    row.pop(measured, None)
         assert tables[0] == tables[1]
 
 
@@ -239,7 +240,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_bad_input_is_refused_before_training(name, phantom, code, trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dints.data.cached", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr("dints.cache.Cache.hold", lambda *_: pytest.fail("data was read"))
     (tmp_path / "text.pth").write_text("not a network")
     (tmp_path / "malformed.json").write_text('{"training": [}')
     torch.save({"module.weight": torch.zeros(2)}, tmp_path / "other.pth")

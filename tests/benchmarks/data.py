@@ -1,0 +1,295 @@
+"""Time the published data recipe in MONAI's calls against ours: the two alternate in one process, on the same files.
+
+    python tests/benchmarks/data.py
+    python tests/benchmarks/data.py --shapes 256x256x128 --repeats 9 --output data.json
+    python tests/benchmarks/data.py --loader --device cuda
+
+Cases are CT volumes of the phantom, 0.8 x 0.8 x 2.5 mm, which get the given shapes when they are resampled to 1 mm;
+labels are of 3 classes, patches 96 x 96 x 96. "ratio" is the median over the pairs of published/ours, with the smallest
+and the largest. Cases are cached with all threads, samples made with one, as by a loader's worker. The time of a sample
+is the mean of --samples of them, as they are drawn. Memory is what caching a case takes beyond what was held before
+it, in a process of its own.
+
+--loader trains a network instead, on cases cached on disk, and tells the share of the time that it waits for batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import published_data  # noqa: E402  (the repository is no package: its root must be on the path first)
+import steps  # noqa: E402
+
+from dints import augmentation, data, engine, runtime  # noqa: E402
+from dints.cache import Cache, CasesInMemory  # noqa: E402
+from dints.cases import Leniency, Prepared, checked_headers, prepare, read_image, read_label  # noqa: E402
+from dints.crops import crop_masks  # noqa: E402
+from dints.dataset import Case  # noqa: E402
+from dints.network import FoundNetwork  # noqa: E402
+from dints.phantom import make_case  # noqa: E402
+from dints.tasks import TASKS  # noqa: E402
+
+TASK = TASKS["Task07_Pancreas"]
+FILE_SPACING = (0.8, 0.8, 2.5)  # mm, nearly: such that the resampled shape is exactly the one asked for
+PARTS = {"LoadImaged": "read", "Orientationd": "resample", "Spacingd": "resample", "Lambdad": "masks"}
+CPU = torch.device("cpu")
+SIDES = ("published", "ours")
+
+Shape = tuple[int, int, int]
+
+
+def main(args: argparse.Namespace) -> None:
+    with runtime.started(args.device) as processes, tempfile.TemporaryDirectory(prefix="dints_data_") as folder:
+        if args.memory_of:
+            print(json.dumps(memory_of_caching(args)))
+            return
+        print(describe_machine(processes.device))
+        if args.loader:
+            print(share_of_waiting(args, Path(folder), processes))
+            return
+        rows = {}
+        for shape in args.shapes:
+            rows.update(measure(shape, args, Path(folder)))
+    print(table(rows))
+    if args.output:
+        args.output.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = ["128x128x128", "256x256x128", "320x320x321"]
+    parser.add_argument("--shapes", type=shape_of, nargs="+", default=list(map(shape_of, default)), metavar="XxYxZ")
+    parser.add_argument("--repeats", type=int, default=7, help="pairs per row, after one that is not counted")
+    parser.add_argument("--samples", type=int, default=20, help="in each pair of the rows of samples")
+    parser.add_argument("--masks_type", choices=("float", "uint8"), default="float", help="of the published masks")
+    parser.add_argument("--no_memory", action="store_true", help="leave the rows of peak memory out")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write all numbers as JSON")
+    parser.add_argument("--memory_of", nargs=3, metavar=("SIDE", "IMAGE", "LABEL"), help=argparse.SUPPRESS)
+    loader = parser.add_argument_group("with --loader")
+    loader.add_argument("--loader", action="store_true", help="train, and tell the share of waiting for batches")
+    loader.add_argument("--iterations", type=int, default=12)
+    loader.add_argument("--num_cases", type=int, default=4, help="of 256x256x128")
+    loader.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    loader.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    loader.add_argument("--compile", choices=("on", "off"), default="off")
+    loader.add_argument("--patch_size", type=int, default=96)
+    loader.add_argument("--channel_mul", type=float, default=1.0)
+    loader.add_argument("--num_workers", type=int, help="default: as the scripts choose it")
+    args = parser.parse_args()
+    args.seed, args.num_images_per_batch = 0, 2
+    return args
+
+
+def shape_of(text: str) -> Shape:
+    return tuple(map(int, text.split("x")))
+
+
+def write_case(shape: Shape, number: int, folder: Path) -> Case:
+    """A case's files, whose voxels on the task's grid are of ``shape``."""
+    files = [
+        round((size - 1) * new / old) + 1 for size, new, old in zip(shape, TASK.spacing, FILE_SPACING, strict=True)
+    ]
+    spacing = [new * (size - 1) / (file - 1) for size, new, file in zip(shape, TASK.spacing, files, strict=True)]
+    volumes = make_case(seed=0, case=number, shape=files, spacing=spacing)
+    paths = [str(folder / f"{kind}_{'x'.join(map(str, shape))}_{number}.nii.gz") for kind in ("image", "label")]
+    for volume, path in zip(volumes, paths, strict=True):
+        nib.save(volume, path)
+    return Case(Path(paths[0]).name, (paths[0],), paths[1])
+
+
+def measure(shape: Shape, args: argparse.Namespace, folder: Path) -> dict[str, dict]:
+    """All rows of one shape; for each its unit, and the values of published and ours, one a pair."""
+    case, name = write_case(shape, 1, folder), "x".join(map(str, shape))  # the phantom's case 1 has axes in RAS
+    rows, theirs, ours = measure_caching(case, name, args)
+    assert np.array_equal(theirs["label"][0], ours.label) and ours.label.shape == shape, "the two sides differ"
+    assert np.abs(np.asarray(theirs["image"], np.float32) - ours.image).max() < 2e-3, "the two sides differ"
+    sizes = sum(theirs[key].nbytes for key in (*published_data.KEYS, "label4crop")), num_bytes(ours)
+    rows["cache, bytes a voxel"] = row("", *([size / math.prod(shape)] for size in sizes))
+    rows["cache of a case"] = row("MiB", *([size / 2**20] for size in sizes))
+    if not args.no_memory:
+        rows["peak memory of caching"] = row("MiB", *([memory_in_own_process(side, case)] for side in SIDES))
+    rows.update(measure_samples(theirs, ours, case, name, args, folder))
+    return {f"{label}, {name}": values for label, values in rows.items()}
+
+
+def row(unit: str, theirs: list[float], ours: list[float]) -> dict:
+    return {"unit": unit, "published": theirs, "ours": ours}
+
+
+def measure_caching(case: Case, name: str, args: argparse.Namespace) -> tuple[dict[str, dict], dict, Prepared]:
+    """Rows of the time to cache a case and of its parts, and what is cached on either side."""
+    transforms = published_data.caching(TASK, np.dtype(args.masks_type))
+    rows = {label: row("s", [], []) for label in ("cache a case", *(f"- {part}" for part in parts_of_ours(case)))}
+    for repeat in range(args.repeats + 1):
+        theirs, seconds = published_data.files(case), dict.fromkeys(rows, 0.0)
+        for transform in transforms.transforms:
+            took, theirs = timed(lambda transform=transform, theirs=theirs: transform(theirs))
+            for label in ("cache a case", f"- {PARTS.get(type(transform).__name__)}"):
+                seconds[label] = seconds.get(label, 0.0) + took
+        took, ours = timed(lambda: prepare(case, TASK, Leniency()))
+        parts = {f"- {part}": timed(call)[0] for part, call in parts_of_ours(case).items()}
+        note(rows, seconds, {"cache a case": took, **parts}, name, repeat, args.repeats)
+    return rows, theirs, ours
+
+
+def parts_of_ours(case: Case) -> dict[str, Callable]:
+    """The calls of `prepare` that take its time, each with what the one before it gave."""
+    given = {}
+
+    def read() -> None:
+        headers = checked_headers(case, TASK, Leniency())
+        given.update(resampling=headers.resampling(TASK), image=read_image(headers, Leniency())[0])
+        given["label"] = read_label(headers.label, TASK)
+
+    def resample() -> None:
+        resampling, image = given["resampling"], given.pop("image")
+        resampling.apply(image)
+        given["label"] = np.ascontiguousarray(resampling.apply(given["label"][None], nearest=True)[0])
+
+    return {"read": read, "resample": resample, "masks": lambda: crop_masks(given["label"], TASK.num_classes)}
+
+
+def timed(call: Callable) -> tuple[float, object]:
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def note(rows: dict[str, dict], theirs: dict, ours: dict, name: str, repeat: int, repeats: int) -> None:
+    """Add a pair to its rows, but for the first, which warms up."""
+    for label, values in rows.items():
+        pair = theirs[label], ours[label]
+        if repeat > 0:
+            for side, seconds in zip(SIDES, pair, strict=True):
+                values[side].append(seconds)
+        print(f"{label}, {name}: pair {repeat} of {repeats}", *map(steps.duration, pair), file=sys.stderr, flush=True)
+
+
+def num_bytes(prepared: Prepared) -> int:
+    masks = prepared.masks
+    return sum(array.nbytes for array in (prepared.image, prepared.label, masks.boxes, masks.starts, masks.bits))
+
+
+def measure_samples(
+    theirs: dict, ours: Prepared, case: Case, name: str, args: argparse.Namespace, folder: Path
+) -> dict[str, dict]:
+    """Rows of the time of a training sample: from memory, and ours from the cache on disk."""
+    transforms = published_data.sampling(TASK).set_random_state(0)
+    held = {"training sample": CasesInMemory([ours])}
+    held["training sample from disk"] = Cache("disk", folder / "cache", TASK, Leniency(), 1).hold([case], name)
+    rows = {label: row("s", [], []) for label in held}
+    samples = {label: data.TrainingSamples(cases, [0], TASK.patch_size, 0, "bench") for label, cases in held.items()}
+    turns, threads = count(), torch.get_num_threads()
+
+    def ours_of(label: str, turn: int) -> None:
+        augmentation.augment(*samples[label][0, turn, 0])
+
+    torch.set_num_threads(1)
+    for repeat in range(args.repeats + 1):
+        drawn = [next(turns) for _ in range(args.samples)]
+        took = mean_seconds(lambda _: published_data.sample(theirs, transforms), drawn)
+        parts = {label: mean_seconds(lambda turn, label=label: ours_of(label, turn), drawn) for label in rows}
+        note(rows, dict.fromkeys(rows, took), parts, name, repeat, args.repeats)
+    torch.set_num_threads(threads)
+    return rows
+
+
+def mean_seconds(call: Callable[[int], object], turns: Iterable[int]) -> float:
+    return statistics.mean(timed(lambda turn=turn: call(turn))[0] for turn in turns)
+
+
+def memory_in_own_process(side: str, case: Case) -> float:
+    """MiB, of `memory_of_caching` in a fresh process with this one's options."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", side, *case.files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def memory_of_caching(args: argparse.Namespace) -> float:
+    """MiB at the peak of caching a case above what was held before, what is cached included."""
+    side, image, label = args.memory_of
+    case = Case("case", (image,), label)
+    if side == "ours":
+        return steps.memory_of_first_call(lambda: prepare(case, TASK, Leniency()), CPU)
+    transforms = published_data.caching(TASK, np.dtype(args.masks_type))
+    return steps.memory_of_first_call(lambda: transforms(published_data.files(case)), CPU)
+
+
+def share_of_waiting(args: argparse.Namespace, folder: Path, processes: runtime.Processes) -> str:
+    """Train a network on batches of our loader, and tell how long it waited for them."""
+    task = replace(TASK, patch_size=(args.patch_size,) * 3)
+    precision = runtime.choose_precision(args.precision, processes)
+    cases = [write_case((256, 256, 128), number, folder) for number in range(1, args.num_cases + 1)]
+    cache = Cache("disk", folder / "cache", task, Leniency(), runtime.cores_per_process())
+    loader = data.training_loader(cases, "bench", args.iterations, cache, args, processes)
+    network = FoundNetwork(steps.typical_architecture(), 1, task.num_classes, args.channel_mul).to(processes.device)
+    model, optimizer = engine.compiled(network, args.compile, processes.device), engine.sgd(network.parameters(), 0.025)
+    settings = engine.segmentation_loss(), optimizer, precision.scaler(), precision
+    ends, waits, start = [], [], time.perf_counter()  # at each iteration's end, since the first one's start
+    for batch in loader.epoch(0):
+        engine.weights_step(model, batch, *settings)
+        steps.synchronise(processes.device)
+        ends.append(time.perf_counter() - start)
+        waits.append(loader.seconds_waited)
+    steady, waited = ends[-1] - ends[0], waits[-1] - waits[0]
+    return (
+        f"{args.iterations} iterations of batches of 2, patch {args.patch_size}, channel_mul {args.channel_mul:g}, "
+        f"{precision.name}, compile {args.compile}, {data.num_workers(args)} workers, {len(cases)} cases of "
+        f"256x256x128 on disk: {steps.duration(steady / (len(ends) - 1))} an iteration after the first\n"
+        f"waiting: {waited / steady:.2%} without the first batch, {waits[-1] / ends[-1]:.2%} with it "
+        f"({steps.duration(waits[0])})"
+    )
+
+
+def describe_machine(device: torch.device) -> str:
+    """The CPU, which makes the data, and the GPU where there is one."""
+    text = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"model name\s*:\s*(.+)", text)
+    gpu = f", {torch.cuda.get_device_name()}" if device.type == "cuda" else ""
+    return (
+        f"{model[1] if model else 'CPU'}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        f"{gpu}, torch {torch.__version__}"
+    )
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Markdown, one line a row."""
+    lines = [["", *SIDES, "ratio"], ["---", *["---:"] * 3]]
+    for label, values in rows.items():
+        ratios = [theirs / ours for theirs, ours in zip(values["published"], values["ours"], strict=True)]
+        low, middle, high = (of(ratios) for of in (min, statistics.median, max))
+        spread = f" ({low:.3g} to {high:.3g})" if len(ratios) > 1 else ""
+        cells = [shown(statistics.median(values[side]), values["unit"]) for side in SIDES]
+        lines.append([label, *cells, f"{middle:.3g}{spread}"])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def shown(value: float, unit: str) -> str:
+    if unit == "s":
+        return steps.duration(value)
+    return f"{value:,.0f} MiB" if unit else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,421 @@
+"""Files read as nibabel reads them, and the task's grid and intensities as MONAI makes them."""
+
+from __future__ import annotations
+
+import gzip
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirstd,
+    Invertd,
+    LoadImaged,
+    NormalizeIntensity,
+    Orientationd,
+    ScaleIntensityRange,
+    Spacingd,
+)
+from scipy.ndimage import gaussian_filter
+from scipy.spatial.transform import Rotation
+
+from dints.cases import normalise
+from dints.phantom import make_case
+from dints.tasks import Task
+from dints.volumes import Resampling, read_header, read_voxels
+
+pytestmark = pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid")  # MONAI's, at axes of one voxel
+
+CT = Task("Toy", "CT", 1, ("background", "organ"), spacing=None, intensity=(-100.0, 300.0), patch_size=(16, 16, 16))
+MRI = replace(CT, modality="MRI", intensity=None)
+
+# Of the intensities' range. MONAI interpolates in float64, and we in float32, whose weights and sums are rounded to
+# 6e-8 along each axis. Where a header's float32 affine is oblique, its axes are askew by 1e-7 of a volume's length,
+# which is ignored: 5e-5 of a voxel in 512, and so of the step to the next voxel. The cache rounds to 5e-4.
+TOLERANCE = 1e-4
+
+
+def affine_of(axes: str, spacing: Sequence[float], degrees: float = 0.0) -> np.ndarray:
+    """As a header holds it, in float32: file axes towards ``axes``, the whole turned by ``degrees`` about all axes."""
+    affine = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(axes), (1, 1, 1)).T
+    affine[:3, :3] = Rotation.from_rotvec(np.deg2rad([degrees, -degrees / 2, degrees / 3])).as_matrix() @ affine[:3, :3]
+    affine[:3, :3] *= spacing
+    affine[:3, 3] = -91.3, 120.7, 33.1
+    return affine.astype(np.float32).astype(np.float64)
+
+
+def draw_voxels(shape: Sequence[int], num_channels: int = 1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Image, float32 and label, uint8: noise, the hardest to interpolate alike."""
+    rng = np.random.default_rng(seed)
+    image = rng.normal(0, 300, (num_channels, *shape)).astype(np.float32)
+    return image, rng.integers(0, 200, (1, *shape)).astype(np.uint8)
+
+
+def monai_grid(spacing: Sequence[float] | None, keys: Sequence[str] = ("image", "label")) -> list:
+    modes = ["bilinear" if key == "image" else "nearest" for key in keys]
+    turn = Orientationd(keys, axcodes="RAS", labels=None)
+    return [turn] if spacing is None else [turn, Spacingd(keys, spacing, mode=modes, align_corners=True)]
+
+
+def on_monais_grid(image: np.ndarray, label: np.ndarray, affine: np.ndarray, spacing: Sequence[float] | None) -> dict:
+    arrays = {"image": image.copy(order="C"), "label": label.copy(order="C")}
+    case = {key: MetaTensor(torch.from_numpy(array), torch.from_numpy(affine)) for key, array in arrays.items()}
+    return Compose(monai_grid(spacing))(case)
+
+
+def check_against_monai(
+    image: np.ndarray,
+    label: np.ndarray,
+    affine: np.ndarray,
+    spacing: Sequence[float] | None,
+    tolerance: float = TOLERANCE,
+) -> Resampling:
+    expected = on_monais_grid(image, label, affine, spacing)
+    resampling = Resampling(image.shape[1:], affine, spacing)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not writable")  # torch's, of arrays that lie in a file's bytes
+        ours, our_label = resampling.apply(image), resampling.apply(label, nearest=True)
+    assert ours.shape == expected["image"].shape == (len(image), *resampling.shape)
+    assert np.allclose(resampling.affine, expected["image"].affine, rtol=0, atol=1e-5)
+    assert ours.dtype == np.float32 and our_label.dtype == label.dtype
+    assert np.abs(ours - expected["image"].numpy()).max() <= tolerance * max(np.ptp(image), 1)
+    assert np.array_equal(our_label, expected["label"].numpy())
+    return resampling
+
+
+# Files
+
+
+def write(path: Path, voxels: np.ndarray, kind: type = nib.Nifti1Image, header=None, dtype=None) -> str:
+    image = kind(voxels, affine_of("LPS", (0.7, 0.8, 2.5), 3), header)
+    if dtype is not None:
+        image.set_data_dtype(dtype)
+    nib.save(image, path)
+    return str(path)
+
+
+def check_against_nibabel(path: str, exact: bool = True) -> np.ndarray:
+    expected = nib.load(path)
+    header, values = read_header(path), expected.get_fdata()
+    values = np.moveaxis(values.reshape((*values.shape[:3], -1), order="F"), -1, 0)
+    voxels = read_voxels(header)
+    assert (header.num_channels, *header.shape) == voxels.shape == values.shape
+    assert np.array_equal(header.affine, expected.affine)
+    assert np.allclose(header.spacing, expected.header.get_zooms()[:3], rtol=1e-6)
+    assert voxels.dtype.isnative
+    if exact:
+        assert voxels.dtype == expected.get_data_dtype().newbyteorder("=") and np.array_equal(voxels, values)
+    else:
+        assert np.abs(voxels - values).max() <= 1e-6 * np.abs(values).max()
+    return voxels
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "float32", "float64"])
+def test_voxels_are_read_in_their_own_type(tmp_path, dtype, suffix):
+    voxels = np.random.default_rng(0).uniform(0, 127, (7, 5, 6)).astype(dtype)
+    assert np.array_equal(check_against_nibabel(write(tmp_path / f"image{suffix}", voxels))[0], voxels)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16"])
+def test_scaled_voxels_become_float32(tmp_path, dtype):
+    voxels = np.random.default_rng(0).uniform(-1000, 2000, (7, 5, 6))
+    path = write(tmp_path / "image.nii.gz", voxels, dtype=dtype)
+    slope, intercept = nib.load(path).dataobj.slope, nib.load(path).dataobj.inter
+    assert slope not in (0, 1) and intercept != 0
+    assert check_against_nibabel(path, exact=False).dtype == np.float32
+
+
+def test_big_endian_files_are_read(tmp_path):
+    voxels = np.arange(-105, 105, dtype=">i2").reshape(7, 5, 6)
+    path = write(tmp_path / "image.nii", voxels, header=nib.Nifti1Header(endianness=">"))
+    assert Path(path).read_bytes()[:4] == b"\0\0\x01\x5c"
+    check_against_nibabel(path)
+
+
+def test_nifti_2_is_read(tmp_path):
+    path = write(tmp_path / "image.nii.gz", np.arange(210, dtype=np.int16).reshape(7, 5, 6), nib.Nifti2Image)
+    assert gzip.decompress(Path(path).read_bytes())[:2] == b"\x1c\x02"
+    check_against_nibabel(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"),
+    [((7, 5, 6, 4), 4), ((7, 5, 6, 1), 1), ((7, 5, 6, 1, 3), 3), ((7, 5, 1), 1), ((1, 1, 6, 2), 2)],
+)
+def test_channels_come_first_in_their_order(tmp_path, shape, channels):
+    voxels = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    read = check_against_nibabel(write(tmp_path / "image.nii.gz", voxels))
+    assert len(read) == channels
+    for channel, values in enumerate(read):
+        assert np.array_equal(values, voxels.reshape((*shape[:3], channels))[..., channel])
+
+
+def test_gzip_files_of_several_members_are_read(tmp_path):
+    """As bgzip and pigz write them, in blocks; some tools append zeros."""
+    path = write(tmp_path / "image.nii", np.random.default_rng(0).integers(-999, 999, (40, 30, 20)).astype(np.int16))
+    content, several = Path(path).read_bytes(), tmp_path / "several.nii.gz"
+    several.write_bytes(
+        b"".join(gzip.compress(content[start : start + 9000]) for start in range(0, len(content), 9000))
+    )
+    assert np.array_equal(check_against_nibabel(str(several)), check_against_nibabel(path))
+    several.write_bytes(several.read_bytes() + bytes(512))
+    assert np.array_equal(read_voxels(read_header(str(several))), check_against_nibabel(path))
+
+
+def test_extensions_before_the_voxels_are_passed_over(tmp_path):
+    header = nib.Nifti1Header()
+    header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"scanned on a Monday " * 100))
+    path = write(tmp_path / "image.nii.gz", np.arange(210, dtype=np.int16).reshape(7, 5, 6), header=header)
+    assert read_header(path).offset > 2000
+    check_against_nibabel(path)
+
+
+def test_what_was_read_is_not_changed(tmp_path):
+    """The voxels lie in the file's bytes; preprocessing makes its own."""
+    voxels = np.random.default_rng(0).normal(0, 300, (7, 5, 6)).astype(np.float32)
+    path = write(tmp_path / "image.nii", voxels)
+    read = read_voxels(read_header(path))
+    assert not read.flags.writeable
+    for spacing in (None, (1.0, 1.0, 1.0)):
+        for task in (CT, MRI):
+            normalise(
+                check_against_monai(read, read.astype(np.uint8), read_header(path).affine, spacing).apply(read), task
+            )
+    assert np.array_equal(read[0], voxels) and np.array_equal(nib.load(path).get_fdata(), voxels)
+
+
+# The grid
+
+
+GRIDS = {
+    # file axes, degrees, the file's spacing, the grid's (RAS), voxels
+    "finer": ("RAS", 0, (1.5, 2.0, 4.0), (1.0, 1.0, 1.0), (21, 16, 9)),
+    "coarser": ("RAS", 0, (0.7, 0.8, 1.0), (1.0, 1.3, 1.9), (40, 33, 30)),
+    "half": ("RAS", 0, (2.0, 2.0, 2.0), (1.0, 1.0, 1.0), (21, 16, 9)),
+    "half of a spacing that is not round": ("RAS", 0, (0.703125, 0.7, 1.4), (0.3515625, 0.35, 0.7), (21, 16, 9)),
+    "double, odd and even": ("RAS", 0, (1.0, 1.0, 1.0), (2.0, 2.0, 2.0), (21, 16, 9)),
+    "1.5 times": ("RAS", 0, (1.0, 0.8, 2.0), (1.5, 1.2, 3.0), (21, 16, 31)),
+    "a quarter and three quarters": ("RAS", 0, (2.0, 2.0, 1.0), (0.5, 1.5, 0.75), (9, 21, 16)),
+    "LPS": ("LPS", 0, (0.8, 0.8, 5.0), (1.0, 1.0, 1.0), (20, 24, 7)),
+    "LPS, half": ("LPS", 0, (1.0, 2.0, 4.0), (0.5, 1.0, 2.0), (20, 24, 7)),
+    "LAS, left-handed": ("LAS", 0, (0.9, 1.1, 3.0), (1.0, 1.0, 2.0), (20, 17, 8)),
+    "PIR": ("PIR", 0, (1.0, 2.0, 3.0), (1.5, 1.5, 1.5), (12, 13, 14)),
+    "SAL": ("SAL", 0, (3.0, 1.0, 2.0), (2.0, 1.5, 1.5), (12, 13, 14)),
+    "oblique": ("RAS", 20, (0.8, 0.9, 3.0), (1.0, 1.0, 1.0), (20, 21, 9)),
+    "oblique LPS": ("LPS", 12, (0.8, 0.9, 3.0), (1.0, 1.0, 1.0), (20, 21, 9)),
+    "oblique PIR": ("PIR", 8, (0.8, 0.9, 3.0), (1.0, 1.0, 1.0), (20, 21, 9)),
+    "oblique, half": ("LAS", 15, (2.0, 2.0, 2.0), (1.0, 1.0, 1.0), (15, 16, 9)),
+    "oblique, 1.5 times": ("SAL", 15, (2.0, 1.0, 0.7), (1.5, 1.05, 3.0), (15, 16, 9)),
+    "nothing changes": ("RAS", 0, (1.0, 2.0, 3.0), (1.0, 2.0, 3.0), (9, 10, 11)),
+    "only turned": ("PIR", 0, (1.0, 2.0, 3.0), (3.0, 1.0, 2.0), (9, 10, 11)),
+    "within MONAI's tolerance": ("LPS", 0, (0.9995, 1.0, 1.0008), (1.0, 1.0, 1.0), (9, 10, 400)),
+    "within it along one axis": ("RAS", 0, (0.9994, 1.0, 2.0), (1.0, 1.0, 1.0), (400, 9, 10)),
+    "just beyond it": ("RAS", 0, (1.002, 1.0, 1.0), (1.0, 1.0, 1.0), (400, 9, 10)),
+    "oblique, nothing changes": ("LPS", 20, (1.0, 2.0, 3.0), (1.0, 2.0, 3.0), (9, 10, 11)),
+    "no spacing": ("RAS", 0, (1.0, 2.0, 3.0), None, (9, 10, 11)),
+    "no spacing, turned": ("SAL", 10, (1.0, 2.0, 3.0), None, (9, 10, 11)),
+    "one slice": ("RAS", 0, (1.0, 1.0, 5.0), (0.7, 1.5, 1.0), (12, 13, 1)),
+    "one slice, flipped": ("LPI", 0, (1.0, 1.0, 5.0), (0.7, 1.5, 1.0), (12, 13, 1)),
+    "a needle": ("LPI", 0, (1.0, 2.0, 5.0), (1.5, 1.0, 2.0), (1, 13, 1)),
+    "one voxel": ("PIR", 0, (1.0, 2.0, 5.0), (1.5, 1.0, 2.0), (1, 1, 1)),
+    "becomes one slice": ("LAS", 0, (1.0, 1.0, 1.0), (1.0, 1.5, 9.0), (12, 13, 3)),
+    "thin": ("LPS", 0, (1.0, 1.0, 5.0), (2.0, 0.5, 3.0), (30, 2, 3)),
+    "longer than a block": ("RAS", 0, (1.0, 3.0, 1.0), (0.7, 1.0, 1.7), (150, 40, 140)),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_grid_is_monais(grid):
+    axes, degrees, own, spacing, shape = GRIDS[grid]
+    resampling = check_against_monai(*draw_voxels(shape), affine_of(axes, own, degrees), spacing)
+    assert nib.aff2axcodes(resampling.affine) == ("R", "A", "S")
+
+
+def test_random_grids_are_monais():
+    for number in range(300):
+        rng = np.random.default_rng([7, number])
+        shape = rng.choice([1, 2, 3, 5, 8, 13, 20, 21, 32, 33], 3)
+        own = rng.choice(
+            [0.3, 0.5, 0.6, 0.703125, 0.7871, 0.79296875, 0.9997, 1.0, 1.0005, 1.25, 1.5, 2.0, 2.5, 5.0], 3
+        )
+        axes = "".join(rng.choice(list(pair)) for pair in rng.permutation(["RL", "AP", "SI"]))
+        affine = affine_of(axes, own, rng.choice([0.0, 17.0]))
+        turned = own[np.argsort(nib.orientations.io_orientation(affine)[:, 0])]
+        changed = turned * rng.choice([0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4], 3)  # many a tie
+        spacing = (changed, rng.choice([0.8, 1.0, 1.5, 2.0], 3), turned + rng.choice([0, 5e-4, -9e-4, 2e-3], 3))[
+            number % 3
+        ]
+        try:
+            check_against_monai(*draw_voxels(shape, 2, number), affine, spacing)
+        except AssertionError as error:
+            raise AssertionError(f"{number}: {shape} {axes} {own} to {spacing}, {affine.tolist()}") from error
+
+
+@pytest.mark.parametrize("grid", ["coarser", "LPS, half", "SAL", "oblique PIR", "only turned"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int16", "uint16", "uint8", "int32"])
+def test_the_grid_is_monais_for_every_type_memory_order_and_several_channels(grid, dtype):
+    axes, degrees, own, spacing, shape = GRIDS[grid]
+    image, label = draw_voxels(shape, 3)
+    image = (np.abs(image) % 256).astype(dtype)
+    as_read = [np.moveaxis(np.asfortranarray(np.moveaxis(voxels, 0, -1)), -1, 0) for voxels in (image, label)]
+    for voxels in ([image, label], as_read):
+        for array in voxels:
+            array.flags.writeable = False
+        if dtype in ("float16", "uint16"):  # torch and MONAI have little use for these
+            resampling = Resampling(shape, affine_of(axes, own, degrees), spacing)
+            expected = resampling.apply(image.astype(np.float32))
+            assert np.allclose(resampling.apply(voxels[0]), expected, rtol=0, atol=1e-3)
+        else:
+            check_against_monai(*voxels, affine_of(axes, own, degrees), spacing)
+
+
+@pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 1.0), (0.75, 1.25, 2.5)])
+def test_the_grid_is_monais_for_an_affine_of_a_quaternion(spacing):
+    """A header without sform: its affine is orthogonal but for its own rounding."""
+    for axes in ("RAS", "LPS", "LAS"):
+        header = nib.Nifti1Header()
+        header.set_data_shape((17, 20, 9))
+        header.set_zooms((1.5, 1.25, 5.0))
+        header.set_qform(affine_of(axes, (1.5, 1.25, 5.0), 11), 1)
+        assert header["sform_code"] == 0
+        check_against_monai(*draw_voxels((17, 20, 9)), header.get_best_affine(), spacing)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "SAL"])
+def test_the_grid_is_monais_where_the_axes_are_askew(axes):
+    """The new axes are orthogonal, so that those of the old volume are no longer parallel to them."""
+    affine = affine_of(axes, (1.0, 1.5, 2.0), 10)
+    affine[:3, :3] = affine[:3, :3] @ np.array([[1, 0.2, 0.05], [0, 1, -0.1], [0, 0, 1]])
+    for spacing in ((1.0, 1.0, 1.0), (0.5, 0.75, 1.0)):
+        resampling = check_against_monai(*draw_voxels((12, 13, 14), 2), affine, spacing, tolerance=1e-6)
+        assert np.abs(resampling.matrix[:3, :3] * (1 - np.eye(3))).max() > 0.01
+
+
+@pytest.mark.parametrize("spacing", [(0.5, 0.75, 1.0), (1.5, 1.5, 3.0)])
+def test_labels_are_monais_where_the_axes_are_hardly_askew(spacing):
+    """Less than a thousandth of a voxel is ignored, but decides where to a label halfway between two voxels goes."""
+    affine = affine_of("LPS", (1.0, 1.5, 2.0), 10)
+    affine[:3, :3] = affine[:3, :3] @ np.array([[1, 1e-5, -5e-6], [0, 1, 1e-5], [0, 0, 1]])
+    check_against_monai(*draw_voxels((21, 16, 13)), affine, spacing, tolerance=5e-4)
+
+
+def test_a_file_becomes_what_monai_reads(tmp_path):
+    """From file to grid: the phantom's, of three orientations."""
+    orientations = set()
+    for case in (1, 2, 5):
+        image, label = make_case(0, case, shape=(26, 24, 22))
+        paths = {"image": str(tmp_path / f"image{case}.nii.gz"), "label": str(tmp_path / f"label{case}.nii")}
+        nib.save(image, paths["image"]), nib.save(label, paths["label"])
+        keys, spacing = list(paths), (2.5, 3.0, 6.0)
+        expected = Compose([LoadImaged(keys), EnsureChannelFirstd(keys), *monai_grid(spacing)])(paths)
+        header = read_header(paths["image"])
+        resampling = Resampling(header.shape, header.affine, spacing)
+        ours = resampling.apply(read_voxels(header))
+        assert np.abs(ours - expected["image"].numpy()).max() < 0.01  # HU
+        ours = resampling.apply(read_voxels(read_header(paths["label"])), nearest=True)
+        assert ours.any() and np.array_equal(ours, expected["label"].numpy())
+        orientations.add(nib.aff2axcodes(header.affine))
+    assert len(orientations) == 3
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_undoing_is_monais_inversion(grid):
+    axes, degrees, own, spacing, shape = GRIDS[grid]
+    image, affine = draw_voxels(shape)[0], affine_of(axes, own, degrees)
+    forward = Compose(monai_grid(spacing, ["image"]))
+    case = forward({"image": MetaTensor(torch.from_numpy(image), torch.from_numpy(affine))})
+    resampling = Resampling(shape, affine, spacing)
+    logits = np.random.default_rng(1).normal(0, 9, (3, *resampling.shape))
+    logits = torch.from_numpy(gaussian_filter(logits, (0, 1, 1, 1)))
+    probabilities = logits.softmax(0).float()
+    case["class"] = MetaTensor(probabilities, case["image"].affine)
+    expected = Invertd(["class"], forward, orig_keys=["image"], nearest_interp=False)(case)["class"]
+    ours = resampling.undo(probabilities.numpy())
+    assert ours.dtype == np.float32 and ours.shape == expected.shape == (3, *shape)
+    assert np.abs(ours - expected.numpy()).max() < TOLERANCE
+    assert np.allclose(ours.sum(0), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "PIR", "SAL", "IRA"])
+def test_turning_to_ras_and_back_loses_nothing(axes):
+    image, label = draw_voxels((5, 6, 7), 2)
+    resampling = Resampling((5, 6, 7), affine_of(axes, (1.0, 2.0, 3.0), 5), None)
+    assert np.array_equal(resampling.undo(resampling.apply(image)), image)
+    assert np.array_equal(resampling.undo(resampling.apply(label, nearest=True)), label)
+
+
+def test_a_finer_grid_and_back_loses_nothing():
+    """At half the spacing every old voxel is also a new one."""
+    image, _ = draw_voxels((5, 6, 7), 2)
+    resampling = Resampling((5, 6, 7), affine_of("PIR", (2.0, 4.0, 6.0)), (3.0, 1.0, 2.0))
+    assert resampling.shape == (13, 9, 11)
+    assert np.allclose(resampling.undo(resampling.apply(image)), image, rtol=0, atol=1e-3)  # HU
+
+
+@pytest.mark.parametrize(("axes", "degrees"), [("RAS", 0), ("LPS", 0), ("SAL", 0), ("LAS", 20)])
+def test_resampling_keeps_every_voxels_place(axes, degrees):
+    """An image that holds its own world coordinates still does, on the new grid."""
+    shape, affine = (30, 24, 20), affine_of(axes, (1.5, 2.0, 4.0), degrees)
+    world = np.moveaxis(nib.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1)), -1, 0)
+    resampling = Resampling(shape, affine, (2.0, 2.0, 3.0))
+    assert np.allclose(np.linalg.norm(resampling.affine[:3, :3], axis=0), (2, 2, 3))
+    indices = np.moveaxis(np.indices(resampling.shape), 0, -1)
+    expected = np.moveaxis(nib.affines.apply_affine(resampling.affine, indices), -1, 0)
+    # The outermost voxels may lie beyond the old ones, whose border is repeated.
+    inside = (slice(None), *(slice(1, count - 1) for count in resampling.shape))
+    assert np.allclose(resampling.apply(world)[inside], expected[inside], atol=1e-3)
+    nearest = resampling.apply(world, nearest=True)[inside]
+    offset = np.einsum("ij,jxyz->ixyz", np.linalg.inv(affine[:3, :3]), nearest - expected[inside])
+    assert np.abs(offset).max() <= 0.5 + 1e-5  # of a voxel
+
+
+@pytest.mark.parametrize("axes", ["LPS", "LAS", "PIR", "SAL"])
+def test_anatomy_is_the_same_however_it_is_stored(axes):
+    image, label = draw_voxels((9, 10, 11))
+    affine = np.array([[2.0, 0, 0, -7], [0, 3, 0, 4], [0, 0, 4, 11], [0, 0, 0, 1]])
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes))
+    for spacing in (None, (2.5, 2.5, 2.5)):
+        for voxels, nearest in ((image, False), (label, True)):
+            stored = nib.Nifti1Image(voxels[0], affine).as_reoriented(turn)
+            assert nib.aff2axcodes(stored.affine) == tuple(axes)
+            as_ras = Resampling(voxels.shape[1:], affine, spacing)
+            otherwise = Resampling(stored.shape, stored.affine, spacing)
+            assert np.allclose(as_ras.affine, otherwise.affine, atol=1e-9)
+            expected = as_ras.apply(voxels, nearest=nearest)
+            ours = otherwise.apply(np.asarray(stored.dataobj)[None], nearest=nearest)
+            assert ours.shape == expected.shape and np.allclose(ours, expected, rtol=0, atol=0 if nearest else 1e-3)
+
+
+# Intensities
+
+
+def test_a_ct_window_becomes_0_to_1():
+    image = np.linspace(-1000, 1000, 512, dtype=np.float32).reshape(1, 8, 8, 8)
+    expected = ScaleIntensityRange(-100, 300, 0, 1, clip=True)(image.copy())
+    result = normalise(image.copy(), CT)
+    assert result.dtype == np.float32 and np.allclose(result, expected, rtol=0, atol=1e-6)
+    assert np.allclose(result, np.clip((image + 100) / 400, 0, 1), rtol=0, atol=1e-6)
+    assert result.min() == 0 and result.max() == 1
+
+
+def test_mri_is_a_z_score_of_each_channels_nonzero_voxels():
+    rng = np.random.default_rng(1)
+    image = np.stack([rng.normal(mean, std, (9, 9, 9)) for mean, std in ((500, 20), (7, 3), (0, 1), (0, 1))])
+    image = image.astype(np.float32)
+    image[:, :3] = 0
+    image[2], image[3, 3:] = 0, 0.1  # all zero; and constant
+    expected = NormalizeIntensity(nonzero=True, channel_wise=True)(image.copy())
+    result = normalise(image.copy(), MRI)
+    assert result.dtype == np.float32 and np.allclose(result, expected, rtol=0, atol=1e-4)
+    assert (result[:, :3] == 0).all() and (result[2:] == 0).all()
+    for channel in range(2):
+        values = image[channel, 3:]
+        assert np.allclose(result[channel, 3:], (values - values.mean()) / values.std(), atol=1e-4)
