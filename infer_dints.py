@@ -167,8 +167,10 @@ def segment(
     resampling = headers.resampling(task)
     image = torch.from_numpy(np.ascontiguousarray(cases.preprocess_image(voxels, resampling, task)))
     with precision.autocast():
-        scores = window(image[None].to(precision.device), network)
-    return most_probable(scores[0].float().softmax(0).cpu().numpy(), resampling)
+        scores = window(image[None].to(precision.device), network)[0]
+    probabilities = scores.float().softmax(0).cpu().numpy()
+    del voxels, image, scores  # each as large as a class of a large volume, or larger
+    return most_probable(probabilities, resampling)
 
 
 def most_probable(probabilities: np.ndarray, resampling: Resampling) -> torch.Tensor:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
+import torch
 
 from dints.crops import CropMasks, crop_masks
 from dints.dataset import Case
 from dints.errors import UserError
 from dints.tasks import Task
-from dints.volumes import Header, Resampling, read_header, read_voxels
+from dints.volumes import Header, Resampling, in_c_order, read_header, read_voxels
 
 AFFINE_TOLERANCE = 1e-3  # by which a label's affine may differ from its image's, an entry
 MAX_GRID = 1 << 31  # voxels of a case on the task's grid; a whole body at 1 mm has a quarter of them
@@ -73,8 +74,8 @@ class Prepared:
 
 def read_headers(case: Case) -> Headers:
     """The headers of a case's files, each one readable by itself."""
-    label = None if case.label is None else read_header(case.label)
-    return Headers(tuple(read_header(path) for path in case.images), label)
+    images = tuple(read_header(path) for path in case.images)
+    return Headers(images, None if case.label is None else read_header(case.label))
 
 
 def header_faults(headers: Headers, task: Task, leniency: Leniency) -> Iterator[str]:
@@ -88,9 +89,10 @@ def header_faults(headers: Headers, task: Task, leniency: Leniency) -> Iterator[
     grid = headers.resampling(task).shape
     if np.prod(grid, dtype=object) > MAX_GRID:
         yield (
-            f"{first.path} would become {' x '.join(map(str, grid))} voxels at the spacing of {task.name}, so its own "
-            f"({' x '.join(f'{size:.4g}' for size in first.spacing)} mm) is likely wrong: mend its header, or remove "
-            "the case"
+            f"{first.path} would become {' x '.join(map(str, grid))} voxels at a spacing of "
+            f"{' x '.join(f'{size:.4g}' for size in task.spacing)} mm; its own is "
+            f"{' x '.join(f'{size:.4g}' for size in first.spacing)} mm: mend its header, give another --spacing, or "
+            "remove the case"
         )
     others = [*headers.images[1:], *([] if headers.label is None else [headers.label])]
     for other in others:
@@ -102,8 +104,8 @@ def header_faults(headers: Headers, task: Task, leniency: Leniency) -> Iterator[
         elif not leniency.trust_shapes and np.abs(other.affine - first.affine).max() > AFFINE_TOLERANCE:
             yield (
                 f"{other.path} lies elsewhere than its image {first.path} (their affines differ by up to "
-                f"{np.abs(other.affine - first.affine).max():.3g}): mend or remove the case; --trust_shapes takes the "
-                "image's place for both"
+                f"{np.abs(other.affine - first.affine).max():.3g}): mend or remove the case, or give --trust_shapes to "
+                "take the image's place for both"
             )
     if headers.label is not None and headers.label.num_channels != 1:
         yield (
@@ -185,7 +187,7 @@ def read_label(header: Header, task: Task) -> np.ndarray:
     wrong = (label != voxels) | (label >= task.num_classes)
     if wrong.any():
         values = np.unique(voxels[wrong])
-        others = f" and {len(values) - 1} other values" if len(values) > 1 else ""
+        others = f" and {len(values) - 1} more" if len(values) > 1 else ""
         raise UserError(
             f"{header.path} holds the label {values[0]:g}{others} in {int(wrong.sum())} voxels; {task.name} has the "
             f"labels 0 to {task.num_classes - 1}: mend or remove the case, or the labels in dataset.json"
@@ -222,8 +224,7 @@ def prepare(case: Case, task: Task, leniency: Leniency) -> Prepared:
     headers = checked_headers(case, task, leniency)
     resampling = headers.resampling(task)
     voxels, _ = read_image(headers, leniency)
-    image = preprocess_image(voxels, resampling, task).astype(np.float16, order="C")
+    image = in_c_order(preprocess_image(voxels, resampling, task), torch.float16)
     del voxels
-    label = resampling.apply(read_label(headers.label, task)[None], nearest=True)[0]
-    label = np.ascontiguousarray(label)
+    label = in_c_order(resampling.apply(read_label(headers.label, task)[None], nearest=True), torch.uint8)[0]
     return Prepared(image, label, crop_masks(label, task.num_classes))

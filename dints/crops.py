@@ -133,22 +133,19 @@ def cut_patch(
     Returns:
         image and label, (channels, *patch_size) and (1, *patch_size).
     """
-    region, before, after = [], [], []
+    region = []
     for place, size, count in zip(centre, patch_size, label.shape, strict=True):
         start = int(np.clip(place - size // 2, 0, max(count - size, 0)))
         region.append(slice(start, start + size))
-        lacking = max(size - count, 0)
-        before.append(lacking // 2)
-        after.append(lacking - lacking // 2)
-    image, label = image[(slice(None), *region)], label[tuple(region)]
-    if any(after):
-        image, label = _padded(image, patch_size), np.pad(label, list(zip(before, after, strict=True)))
+    image, label = _padded(image[(slice(None), *region)], label[tuple(region)], patch_size)
     return np.array(image, order="C"), np.array(label, order="C")[None]
 
 
-def _padded(image: np.ndarray, patch_size: Sequence[int]) -> np.ndarray:
+def _padded(image: np.ndarray, label: np.ndarray, patch_size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     # A third of the patch is reflected to both sides of itself; what is smaller has too few voxels for that.
     for sizes, mode in (([size // 3 + 1 for size in patch_size], "edge"), (patch_size, "reflect")):
-        lacking = [max(size - count, 0) for size, count in zip(sizes, image.shape[1:], strict=True)]
-        image = np.pad(image, [(0, 0), *((gap // 2, gap - gap // 2) for gap in lacking)], mode)
-    return image
+        lacking = [max(size - count, 0) for size, count in zip(sizes, label.shape, strict=True)]
+        if any(lacking):
+            padding = [(gap // 2, gap - gap // 2) for gap in lacking]  # the same for both, or they would drift apart
+            image, label = np.pad(image, [(0, 0), *padding], mode), np.pad(label, padding)
+    return image, label

@@ -54,9 +54,9 @@ def open_dataset(args: argparse.Namespace, *known: Path) -> LabelledDataset:
         leniency = Leniency.from_args(args)
         measured = fingerprint(cases, task, leniency, [args.output_root, *known], cores_per_process())
         task = measured.applied_to(task)
-        log.info("%s: %s", task.name, describe(task))
     given = {"spacing": args.spacing, "intensity": args.intensity_range, "patch_size": args.patch_size}
     task = replace(task, **{name: tuple(value) for name, value in given.items() if value is not None})
+    log.info("%s: %s", task.name, describe(task))
     return LabelledDataset(task, cases, measured)
 
 

@@ -7,10 +7,10 @@ of the file, which is nearly always, each axis is interpolated by itself, in a f
 from __future__ import annotations
 
 import logging
+import gzip
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import nibabel as nib
@@ -25,7 +25,9 @@ from nibabel.wrapstruct import WrapStructError
 from dints.errors import UserError
 
 GZIP_RATIO = 1032  # deflate cannot pack more bytes than that into one
-MAX_HEADER = 1 << 20  # bytes that a header with its extensions is read from
+GZIP = b"\x1f\x8b"  # what a file begins with
+HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
+CHUNK = 1 << 20  # bytes
 QUIET = logging.Logger("nibabel", logging.CRITICAL)  # what it mends in a header is not worth a line that names no file
 BLOCK = 64  # planes that are interpolated by one matrix product
 
@@ -72,16 +74,16 @@ def read_header(path: str) -> Header:
     """
     try:
         with open(path, "rb") as file:
-            start = file.read(MAX_HEADER)
+            start = file.read(HEADER_BYTES)
             size = file.seek(0, 2)
+            if start[:2] == GZIP:
+                file.seek(0)
+                start = gzip.GzipFile(fileobj=file).read(HEADER_BYTES)
+                size *= GZIP_RATIO
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise _unreadable(path, f"its compression is damaged ({error})") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}; mend or replace the file") from error
-    if start[:2] == b"\x1f\x8b":
-        size *= GZIP_RATIO
-        try:
-            start = zlib.decompressobj(31).decompress(start, MAX_HEADER)
-        except zlib.error as error:
-            raise _unreadable(path, f"its compression is damaged ({error})") from error
     header = _parse_header(path, start)
     if header.num_bytes > size:
         dimensions = " x ".join(map(str, header.shape))
@@ -100,7 +102,7 @@ def read_voxels(header: Header) -> np.ndarray:
     path, nifti = header.path, header.nifti
     try:
         content = Path(path).read_bytes()
-        if content[:2] == b"\x1f\x8b":
+        if content[:2] == GZIP:
             content = _gunzip(path, content, header.num_bytes)
         dtype = nifti.get_data_dtype()
         if len(content) < header.num_bytes:
@@ -110,7 +112,8 @@ def read_voxels(header: Header) -> np.ndarray:
         slope, intercept = nifti.get_slope_inter()
         if slope is not None and (slope, intercept) != (1, 0):
             with np.errstate(over="ignore"):  # infinite voxels are told by who uses them
-                voxels = voxels * np.float32(slope) + np.float32(intercept or 0)
+                voxels = np.multiply(voxels, slope, dtype=np.float32, casting="unsafe")
+                voxels += np.float32(intercept or 0)
         return np.moveaxis(voxels.astype(voxels.dtype.newbyteorder("="), copy=False), -1, 0)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}; mend or replace the file") from error
@@ -135,7 +138,7 @@ def _parse_header(path: str, start: bytes) -> Header:
         raise _unreadable(path, "it is no NIfTI file (.nii or .nii.gz)")
     kind, order = kinds[start[:4]]
     try:
-        nifti = kind.from_fileobj(BytesIO(start), order, check=False)
+        nifti = kind(start[: kind.template_dtype.itemsize], order, check=False)
         nifti.check_fix(logger=QUIET)
         shape = tuple(int(count) for count in nifti.get_data_shape())
         affine = np.asarray(nifti.get_best_affine(), np.float64)
@@ -177,11 +180,11 @@ def _spans_space(affine: np.ndarray) -> bool:
 def _gunzip(path: str, content: bytes, limit: int) -> bytes:
     """The first ``limit`` bytes; the rest is decompressed too, for its checksum, but not kept."""
     parts, kept = [], 0
-    while content[:2] == b"\x1f\x8b":  # one member after another
+    while content[:2] == GZIP:  # one member after another
         stream = zlib.decompressobj(31)
         try:
             while not stream.eof:
-                part = stream.decompress(content, max(limit - kept, MAX_HEADER))
+                part = stream.decompress(content, max(limit - kept, CHUNK))
                 content = stream.unconsumed_tail
                 if not part and not content and not stream.eof:
                     raise _unreadable(path, "its compressed data ends too early")
@@ -250,7 +253,7 @@ class Resampling:
 def _resample(voxels: np.ndarray, matrix: np.ndarray | None, shape: tuple[int, ...], nearest: bool) -> np.ndarray:
     """Voxels (channels, *spatial) at the places that ``matrix`` gives to the indices of a grid of ``shape``."""
     if matrix is None:
-        return voxels if nearest else voxels.astype(np.float32)
+        return voxels.astype(voxels.dtype if nearest else np.float32)  # a copy, so that no stride is negative
     mixing = np.abs(matrix[:3, :3] * (1 - np.eye(3))) @ shape
     if (mixing > 1e-3).any():  # voxels
         return _resample_sheared(voxels, matrix, shape, nearest)
@@ -259,14 +262,16 @@ def _resample(voxels: np.ndarray, matrix: np.ndarray | None, shape: tuple[int, .
         halfway = [np.abs(place - np.floor(place) - 0.5).min() for place in places]
         if ((mixing > 0) & (halfway <= 2 * mixing + 1e-9)).any():  # the other axes decide to which side it is rounded
             return _resample_sheared(voxels, matrix, shape, nearest)
-        return voxels[(slice(None), *np.ix_(*(np.rint(place).astype(np.int64) for place in places)))]
     # In the order of the file's memory, so that nothing is moved; first the axes that lose most voxels.
     order = sorted(range(3), key=lambda axis: -abs(voxels.strides[axis + 1]))
     in_order = [0, *(axis + 1 for axis in order)]
-    result = torch.from_numpy(np.require(voxels.transpose(in_order), np.float32, ["C", "W"]))
+    result = np.ascontiguousarray(voxels.transpose(in_order), voxels.dtype if nearest else np.float32)
     for place in sorted(range(3), key=lambda place: shape[order[place]] / result.shape[place + 1]):
-        result = _interpolate(result, place + 1, places[order[place]])
-    return result.numpy().transpose(np.argsort(in_order))
+        if nearest:
+            result = result.take(np.rint(places[order[place]]).astype(np.int64), place + 1)
+        else:
+            result = _interpolate(result, place + 1, places[order[place]])
+    return result.transpose(np.argsort(in_order))
 
 
 def _places(matrix: np.ndarray, shape: Sequence[int], new_shape: Sequence[int]) -> list[np.ndarray]:
@@ -283,12 +288,12 @@ def _places(matrix: np.ndarray, shape: Sequence[int], new_shape: Sequence[int]) 
     return places
 
 
-def _interpolate(voxels: torch.Tensor, axis: int, places: np.ndarray) -> torch.Tensor:
+def _interpolate(voxels: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
     """Linear interpolation along one axis of (channels, x, y, z): products with small matrices, two weights a row."""
     low = np.floor(places).astype(np.int64)
     high = np.minimum(low + 1, voxels.shape[axis] - 1)
     share = torch.from_numpy((places - low).astype(np.float32))
-    parts = []
+    tensor, parts = torch.from_numpy(voxels if voxels.flags.writeable else voxels.copy()), []
     for start in range(0, len(places), BLOCK):
         rows = slice(start, start + BLOCK)
         first, end = low[rows].min(), high[rows].max() + 1
@@ -296,12 +301,26 @@ def _interpolate(voxels: torch.Tensor, axis: int, places: np.ndarray) -> torch.T
         row = torch.arange(len(weights))
         weights[row, torch.from_numpy(low[rows] - first)] += 1 - share[rows]
         weights[row, torch.from_numpy(high[rows] - first)] += share[rows]
-        source = voxels.narrow(axis, int(first), int(end - first))
+        source = tensor.narrow(axis, int(first), int(end - first))
         if axis == 3:
             parts.append(source @ weights.T)
         else:
             parts.append((weights @ source.flatten(axis + 1)).unflatten(-1, voxels.shape[axis + 1 :]))
-    return torch.cat(parts, axis)
+    return torch.cat(parts, axis).numpy()
+
+
+def in_c_order(voxels: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Volumes (channels, x, y, z) as a new array of ``dtype`` in C order; quick where they have a file's order."""
+    source = torch.from_numpy(voxels.transpose(0, 3, 2, 1)).to(dtype)
+    result = torch.empty(voxels.shape, dtype=dtype)
+    if not source.is_contiguous():
+        return result.copy_(source.permute(0, 3, 2, 1)).numpy()
+    _, z, y, x = source.shape
+    for target, channel in zip(result, source, strict=True):
+        # As matrices, which PyTorch transposes block by block; a volume it would turn voxel by voxel.
+        planes = channel.view(z, y * x).t().contiguous().view(y, x, z)
+        target.copy_(planes.transpose(0, 1))
+    return result.numpy()
 
 
 def _resample_sheared(voxels: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...], nearest: bool) -> np.ndarray:

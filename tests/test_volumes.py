@@ -352,6 +352,19 @@ def test_turning_to_ras_and_back_loses_nothing(axes):
     assert np.array_equal(resampling.undo(resampling.apply(label, nearest=True)), label)
 
 
+@pytest.mark.parametrize("spacing", [None, (1.0, 2.0, 3.0), (2.0, 1.5, 2.0)])
+def test_resampled_voxels_are_arrays_that_torch_takes(spacing):
+    """New ones, never the file's bytes, and without the negative strides of a flipped view."""
+    for axes, shape in (("RAS", (5, 6, 7)), ("LPI", (5, 6, 7)), ("LPI", (1, 6, 1))):
+        resampling = Resampling(shape, affine_of(axes, (1.0, 2.0, 3.0)), spacing)
+        for voxels, nearest in zip(draw_voxels(shape), (False, True), strict=True):
+            stored = voxels.copy(order="F")
+            stored.flags.writeable = False
+            result = resampling.apply(stored, nearest=nearest)
+            assert result.flags.writeable and not np.shares_memory(result, stored)
+            assert np.array_equal(torch.from_numpy(result).numpy(), result)
+
+
 def test_a_finer_grid_and_back_loses_nothing():
     """At half the spacing every old voxel is also a new one."""
     image, _ = draw_voxels((5, 6, 7), 2)

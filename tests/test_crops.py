@@ -1,0 +1,382 @@
+"""Grown masks as 48 binary dilations make them, centres as MONAI draws them, patches as MONAI pads and cuts them."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.data import set_track_meta
+from monai.transforms import Compose, RandCropByLabelClasses, SpatialPadd
+from monai.transforms.utils import correct_crop_centers
+from scipy.ndimage import binary_dilation
+from scipy.stats import chi2
+
+from dints import crops
+from dints.crops import CROP_DILATION, CropMasks, bounding_box, crop_masks, cut_patch, grown_mask
+
+FALSE_ALARM = 1e-9  # the chance that a chi-square test refuses draws of the right distribution
+
+
+# Grown masks
+
+
+def stored_mask(masks: CropMasks, value: int, shape: tuple[int, ...]) -> np.ndarray:
+    """What box and bits say of every voxel."""
+    mask = np.zeros(shape, bool)
+    first, end = masks.boxes[value]
+    voxels = np.stack(np.meshgrid(*map(np.arange, first, end), indexing="ij"), -1).reshape(-1, 3)
+    mask[tuple(slice(*span) for span in zip(first, end, strict=True))] = masks.contains(value, voxels).reshape(
+        end - first
+    )
+    return mask
+
+
+def check_masks(label: np.ndarray, num_classes: int) -> CropMasks:
+    masks = crop_masks(label, num_classes)
+    for value in range(num_classes):
+        expected = binary_dilation(label == value, iterations=CROP_DILATION)
+        assert np.array_equal(stored_mask(masks, value, label.shape), expected), value
+        box = bounding_box(expected)
+        assert np.array_equal(masks.boxes[value], np.zeros((2, 3)) if box is None else box), value
+        full = box is None or expected[tuple(slice(*span) for span in box.T)].all()
+        assert (masks.starts[value] == -1) == full, value  # no bits where the box tells all
+    assert masks.present.tolist() == np.unique(label).tolist()
+    assert masks.bits.dtype == np.uint8
+    assert masks.bits.nbytes <= num_classes * (label.size // 8 + 1) + 1
+    return masks
+
+
+def test_class_masks_are_48_binary_dilations():
+    label = np.zeros((120, 70, 9), np.uint8)
+    label[0, 0, 0] = 1  # tiny, in a corner
+    label[60:75, 65:, 3:6] = 2  # touches the border
+    label[40, 30, 4] = label[110, 5, 8] = 4  # two parts; class 3 is absent
+    masks = check_masks(label, 5)
+    assert masks.present.tolist() == [0, 1, 2, 4]
+    assert 0 < stored_mask(masks, 1, label.shape).sum() < label.size
+
+
+@pytest.mark.parametrize("corner", list(product((0, -1), repeat=3)))
+def test_a_mask_grows_from_every_corner(corner):
+    label = np.zeros((60, 53, 57), np.uint8)
+    label[corner] = 1
+    masks = check_masks(label, 2)
+    assert masks.starts[0] == -1 and masks.starts[1] >= 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (130, 1, 1), (1, 120, 2), (3, 1, 125), (60, 61, 1), (2, 70, 64)], ids=str)
+def test_masks_of_thin_volumes(shape):
+    label = np.zeros(shape, np.uint8)
+    label[shape[0] // 3, shape[1] // 2, shape[2] // 5] = 1
+    check_masks(label, 3)
+
+
+def test_a_class_that_has_all_voxels_or_none_or_all_but_one_needs_no_bits():
+    label = np.ones((30, 40, 50), np.uint8)
+    assert check_masks(label, 3).bits.nbytes == 1
+    label[15, 20, 25] = 0
+    masks = check_masks(label, 3)
+    assert (masks.starts[[1, 2]] == -1).all()
+
+
+def test_a_gap_wider_than_the_growth_stays_one():
+    """A class around a hole, whose middle is too far away from it; and one that is nearly everywhere."""
+    label = np.ones((128, 126, 120), np.uint8)
+    label[5:125, 3:123, :118] = 0
+    masks = check_masks(label, 2)
+    assert (~stored_mask(masks, 1, label.shape)).any()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_masks_of_random_labels(seed):
+    """A few boxes of several classes, anywhere, up to 130 voxels along an axis; sparse ones too."""
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(1, [[131, 131, 40], [40, 131, 131], [131, 40, 131]][seed % 3]))
+    label = np.full(shape, rng.integers(0, 5), np.uint8)
+    for _ in range(rng.integers(1, 6)):
+        first = rng.integers(0, shape)
+        size = rng.integers(1, [2, 2, 2] if rng.random() < 0.5 else [60, 60, 60])
+        label[tuple(map(slice, first, first + size))] = rng.integers(0, 5)
+    check_masks(label, 5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 254 - 1])
+def test_masks_grow_by_any_number_of_steps(steps):
+    rng = np.random.default_rng(steps)
+    for count in (1, 3, 200):
+        present = np.zeros((17, 300, 6), bool)
+        present[tuple(rng.integers(0, present.shape, (count, 3)).T)] = True
+        box, mask = grown_mask(present, steps)
+        ours = np.zeros_like(present)
+        ours[tuple(slice(*span) for span in box.T)] = True if mask is None else mask
+        assert np.array_equal(ours, binary_dilation(present, iterations=steps))
+
+
+def test_masks_take_an_eighth_of_a_byte_a_voxel_at_most():
+    """Also where every class lies everywhere, but nowhere fills its box: far apart, on a diagonal."""
+    label = np.zeros((200, 100, 24), np.uint8)
+    for value in range(1, 12):
+        label[value, value, value] = label[-value, -value, -value] = value
+    masks = crop_masks(label, 12)
+    assert (masks.starts[1:] >= 0).all()
+    assert label.size < masks.bits.nbytes <= 11 * label.size / 8 + 12
+
+
+# Centres
+
+
+def dilated(label: np.ndarray, num_classes: int, steps: int) -> np.ndarray:
+    """The published masks (classes, x, y, z): one-hot, grown."""
+    masks = np.zeros((num_classes, *label.shape), np.uint8)
+    for value in np.unique(label):
+        masks[value] = binary_dilation(label == value, iterations=steps)
+    return masks
+
+
+def published_padding(keys: list[str], patch_size: tuple[int, ...]) -> Compose:
+    """The image by reflection, what is too small for that by its border first; label and masks by zeros."""
+    modes = [{"image": mode}.get for mode in ("edge", "reflect")]
+    sizes = [size // 3 + 1 for size in patch_size], patch_size
+    return Compose(
+        [
+            SpatialPadd(keys, size, mode=[mode(key, "constant") for key in keys])
+            for size, mode in zip(sizes, modes, strict=True)
+        ]
+    )
+
+
+def padding_before(shape: tuple[int, ...], patch_size: tuple[int, ...]) -> tuple[int, ...]:
+    """Voxels along each axis that `published_padding` puts before the volume's."""
+    padded = published_padding(["label"], patch_size)({"label": torch.ones(1, *shape)})["label"]
+    return tuple(np.argwhere(np.asarray(padded[0])).min(0).tolist())
+
+
+def distribution_of_starts(masks: np.ndarray, patch_size: tuple[int, ...]) -> np.ndarray:
+    """The probability of each patch's first voxel (x, y, z), by MONAI's definition, summed voxel after voxel.
+
+    Each present class is equally likely, then each voxel of its mask; the centre is then moved so that the patch fits
+    into the volume padded to its size.
+    """
+    shape = masks.shape[1:]
+    padded, before = tuple(np.maximum(shape, patch_size)), padding_before(shape, patch_size)
+    present = [mask / mask.sum() for mask in masks.astype(float) if mask.any()]
+    of_centres, of_starts = sum(present) / len(present), np.zeros(shape)
+    for voxel in np.ndindex(shape):
+        centre = correct_crop_centers(np.add(voxel, before).tolist(), patch_size, padded)
+        of_starts[tuple(np.array(centre) - np.array(patch_size) // 2)] += of_centres[voxel]
+    assert of_starts.sum() == pytest.approx(1)
+    return of_starts
+
+
+def check_starts(starts: np.ndarray, probability: np.ndarray) -> None:
+    """Chi-square of drawn starts (n, 3); what is expected fewer than five times is counted together."""
+    counts = np.zeros(probability.shape)
+    np.add.at(counts, tuple(starts.T), 1)
+    assert counts[probability == 0].sum() == 0
+    expected = probability * len(starts)
+    rare = expected < 5
+    pairs = list(zip(counts[~rare], expected[~rare], strict=True))
+    if expected[rare].sum() >= 5:
+        pairs.append((counts[rare].sum(), expected[rare].sum()))
+    statistic = sum((count - mean) ** 2 / mean for count, mean in pairs)
+    assert len(pairs) == 1 or chi2.sf(statistic, len(pairs) - 1) > FALSE_ALARM
+
+
+def first_voxels(patches: list[np.ndarray], shape: tuple[int, ...], patch_size: tuple[int, ...]) -> np.ndarray:
+    """Where patches (1, *patch_size) of an image that numbers its voxels start in the volume."""
+    before = padding_before(shape, patch_size)
+    return np.array(np.unravel_index([int(patch[0][before]) for patch in patches], shape)).T
+
+
+def monais_starts(masks: np.ndarray, patch_size: tuple[int, ...], count: int) -> np.ndarray:
+    """As the published chain draws them: pad, then crop."""
+    shape, num_classes = masks.shape[1:], len(masks)
+    case = {"image": torch.arange(float(np.prod(shape))).reshape(1, *shape), "mask": torch.from_numpy(masks)}
+    crop = RandCropByLabelClasses(patch_size, ratios=[1] * num_classes, num_samples=count, warn=False)
+    crop.set_random_state(0)
+    set_track_meta(False)  # a tenth of the time
+    try:
+        case = published_padding(["image", "mask"], patch_size)(case)
+        patches = crop(case["image"], label=case["mask"])
+    finally:
+        set_track_meta(True)
+    return first_voxels([np.asarray(patch) for patch in patches], shape, patch_size)
+
+
+def our_starts(masks: CropMasks, shape: tuple[int, ...], patch_size: tuple[int, ...], count: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    numbered, label = np.arange(float(np.prod(shape))).reshape(1, *shape), np.zeros(shape, np.uint8)
+    patches = [cut_patch(numbered, label, masks.draw_centre(rng), patch_size)[0] for _ in range(count)]
+    return first_voxels(patches, shape, patch_size)
+
+
+def blocks(shape: tuple[int, ...], *regions: tuple[slice, ...]) -> np.ndarray:
+    label = np.zeros(shape, np.uint8)
+    for value, region in enumerate(regions, 1):
+        label[region] = value
+    return label
+
+
+def scattered(shape: tuple[int, ...], values: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, values, shape).astype(np.uint8)
+
+
+DRAWS = {
+    # label, classes, patch size, steps of growth
+    "even patch": (blocks((9, 8, 7), np.s_[1:3, 2:5, 3:5], np.s_[6:, 6:, :2]), 3, (4, 4, 2), 2),
+    "odd patch": (blocks((9, 8, 7), np.s_[1:3, 2:5, 3:5], np.s_[6:, 6:, :2]), 3, (5, 3, 3), 2),
+    "a patch of one voxel": (blocks((9, 4, 5), np.s_[1:3, 2:4, 3:5], np.s_[6:, 3:, :2]), 3, (1, 1, 1), 1),
+    "absent classes": (blocks((9, 8, 7), np.s_[:0], np.s_[6:, 6:, :2]), 5, (4, 5, 3), 2),
+    "no background": (blocks((9, 8, 7), np.s_[:5], np.s_[5:]), 3, (4, 5, 3), 1),
+    "a tiny label": (blocks((12, 9, 5), np.s_[10, 1, 2]), 2, (3, 4, 3), 1),
+    "it fills the volume": (np.full((8, 7, 6), 2, np.uint8), 4, (3, 4, 5), 2),
+    "as large as the patch": (blocks((4, 5, 9), np.s_[1, 1, 1]), 2, (4, 5, 4), 1),
+    "smaller along one axis": (blocks((9, 8, 3), np.s_[1:3, 2:5, 1], np.s_[6:, 6:, :2]), 3, (4, 3, 9), 2),
+    "smaller along two axes": (blocks((3, 12, 4), np.s_[2, 2:5, 1], np.s_[:, 9:, :2]), 3, (9, 5, 7), 2),
+    "smaller than the patch": (blocks((3, 4, 5), np.s_[1, 1, 1]), 2, (9, 7, 6), 1),
+    "twelve classes": (scattered((9, 7, 6), 14) % 12, 12, (4, 3, 3), 1),
+    "255 classes": (scattered((9, 8, 7), 254), 255, (4, 5, 5), 1),
+    "48 steps": (
+        blocks((130, 3, 4), np.s_[0, 0, 0], np.s_[70, 1, 1], np.s_[126:, 2:, 2:]),
+        5,
+        (30, 2, 3),
+        CROP_DILATION,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DRAWS)
+def test_patches_start_where_monais_do(monkeypatch, case):
+    label, num_classes, patch_size, steps = DRAWS[case]
+    monkeypatch.setattr(crops, "grown_mask", partial(grown_mask, steps=steps))
+    published = dilated(label, num_classes, steps)
+    probability = distribution_of_starts(published, patch_size)
+    check_starts(monais_starts(published, patch_size, 3000), probability)
+    starts = our_starts(crop_masks(label, num_classes), label.shape, patch_size, 12000)
+    check_starts(starts, probability)
+    if np.count_nonzero(probability) > 1:
+        uniform = np.where(probability > 0, 1 / np.count_nonzero(probability), 0)
+        if not np.allclose(uniform, probability):
+            with pytest.raises(AssertionError):  # so many draws do tell distributions apart
+                check_starts(starts, uniform)
+
+
+def test_each_present_class_is_drawn_equally_often():
+    """However small its mask is; along an axis of 200 voxels."""
+    label = blocks((200, 1, 1), np.s_[100:120], np.s_[:0], np.s_[-1])
+    label[:10] = label[20:100] = label[120:-1] = 7
+    masks = crop_masks(label, 9)
+    rng = np.random.default_rng(0)
+    centres = np.array([masks.draw_centre(rng)[0] for _ in range(4000)])
+    assert masks.present.tolist() == [0, 1, 3, 7]
+    only_first, only_last = (centres < 52).mean(), (centres >= 168).mean()
+    # Classes 0 (0 to 67) and 7 (all) reach below 52; classes 3 (151 to 199) and 7 above 167: 5 standard deviations.
+    assert only_first == pytest.approx((52 / 68 + 52 / 200) / 4, abs=0.035)
+    assert only_last == pytest.approx((32 / 49 + 32 / 200) / 4, abs=0.035)
+
+
+def test_centres_lie_in_masks_that_are_rare_in_their_box(monkeypatch):
+    monkeypatch.setattr(crops, "grown_mask", partial(grown_mask, steps=1))
+    label = blocks((40, 41, 42), np.s_[:], np.s_[1, 1, 1])
+    label[-2, -2, -2] = 2
+    masks = crop_masks(label, 3)
+    rng, expected = np.random.default_rng(0), dilated(label, 3, 1)[2]
+    counts = np.zeros(label.shape)
+    only = CropMasks(masks.boxes * [[[0]], [[0]], [[1]]], masks.starts, masks.bits)  # the other class is absent
+    for _ in range(300):
+        counts[tuple(only.draw_centre(rng))] += 1
+    assert expected.sum() == 14 and ((counts > 0) == expected).all()
+
+
+def test_centres_depend_on_the_generator_alone():
+    masks = crop_masks(blocks((60, 50, 40), np.s_[1:3, 2:5, 3:5], np.s_[50:, 40:, :2]), 3)
+    first, again, other = (
+        [masks.draw_centre(rng).tolist() for _ in range(20)] for rng in map(np.random.default_rng, (0, 0, 1))
+    )
+    assert first == again != other
+
+
+# Patches
+
+
+def volume(shape: tuple[int, ...], num_channels: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(num_channels, *shape)).astype(np.float16), rng.integers(1, 5, shape).astype(np.uint8)
+
+
+@pytest.mark.parametrize("patch_size", [(4, 6, 2), (5, 3, 7), (12, 11, 10), (1, 1, 1)], ids=str)
+def test_a_patch_is_a_slice_around_its_centre_moved_inside(patch_size):
+    shape = (12, 11, 10)
+    image, label = volume(shape)
+    centres = [(0, 0, 0), (11, 10, 9), (6, 5, 5), (2, 10, 0), (3, 4, 8)]
+    for centre in centres:
+        start = np.clip(np.array(centre) - np.array(patch_size) // 2, 0, np.array(shape) - patch_size)
+        region = tuple(map(slice, start, start + patch_size))
+        patch, its_label = cut_patch(image, label, np.array(centre), patch_size)
+        assert np.array_equal(patch, image[:, *region]) and np.array_equal(its_label, label[None, *region])
+        inside = np.all(start == np.array(centre) - np.array(patch_size) // 2)
+        if inside:
+            assert np.array_equal(patch[(slice(None), *(size // 2 for size in patch_size))], image[:, *centre])
+
+
+def test_small_volumes_are_padded_by_reflection_or_by_their_border():
+    image, label = volume((20, 11, 4))
+    patch, its_label = cut_patch(image, label, (10, 5, 2), (16, 16, 16))
+    image, label = image[:, 2:18], label[2:18]
+    expected = np.pad(image, ((0, 0), (0, 0), (0, 0), (1, 1)), mode="edge")  # 4 voxels reflect to 10
+    expected = np.pad(expected, ((0, 0), (0, 0), (2, 3), (5, 5)), mode="reflect")
+    assert np.array_equal(patch, expected)
+    assert np.array_equal(its_label[0], np.pad(label, ((0, 0), (2, 3), (6, 6))))
+
+
+def test_image_and_label_are_padded_alike():
+    """Whatever the two steps of the image's padding make of odd gaps; torch would not reflect 8 out of 3."""
+    for size in range(1, 34):
+        for count in range(1, size + 2):
+            label = np.arange(1, count + 1, dtype=np.uint8).reshape(count, 1, 1)
+            patch, its_label = cut_patch(label[None].astype(np.float16), label, (count // 2, 0, 0), (size, 1, 1))
+            labelled = its_label > 0
+            assert labelled.sum() == min(size, count) and np.array_equal(patch[labelled], its_label[labelled])
+            assert np.isin(patch, label).all()
+
+
+@pytest.mark.parametrize("patch_size", [(16, 16, 16), (9, 12, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(20, 20, 20), (40, 9, 17), (5, 20, 4), (3, 4, 2), (20, 20, 1), (1, 1, 1)], ids=str)
+def test_patches_are_monais_of_the_padded_volume(shape, patch_size):
+    image, label = volume(shape)
+    case = {"image": torch.from_numpy(image.astype(np.float32)), "label": torch.from_numpy(label[None])}
+    padded = published_padding(["image", "label"], patch_size)(case)
+    before = padding_before(shape, patch_size)
+    for centre in np.random.default_rng(1).integers(0, shape, (8, 3)):
+        moved = correct_crop_centers(np.add(centre, before).tolist(), patch_size, tuple(padded["label"].shape[1:]))
+        region = tuple(
+            slice(place - size // 2, place - size // 2 + size) for place, size in zip(moved, patch_size, strict=True)
+        )
+        patch, its_label = cut_patch(image, label, centre, patch_size)
+        assert patch.shape == (2, *patch_size) and its_label.shape == (1, *patch_size)
+        assert np.array_equal(patch, padded["image"].numpy()[:, *region])
+        assert np.array_equal(its_label, padded["label"].numpy()[:, *region])
+
+
+@pytest.mark.parametrize("patch_size", [(4, 5, 6), (12, 11, 10), (16, 16, 16), (4, 20, 6)], ids=str)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_patches_are_copies_of_the_same_type(tmp_path: Path, patch_size, mapped):
+    """Contiguous, writable, nobody else's, of arrays in any order, also of a file's that is mapped read-only."""
+    image, label = volume((12, 11, 10))
+    image, label = np.asfortranarray(image), np.asfortranarray(label)
+    kept = image.copy(), label.copy()
+    if mapped:
+        for name, array in (("image", image), ("label", label)):
+            np.save(tmp_path / f"{name}.npy", array)
+        image, label = (np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("image", "label"))
+    patch, its_label = cut_patch(image, label, (5, 5, 5), patch_size)
+    for array, dtype in ((patch, np.float16), (its_label, np.uint8)):
+        assert type(array) is np.ndarray and array.dtype == dtype
+        assert array.flags.c_contiguous and array.flags.writeable
+        assert not np.shares_memory(array, image) and not np.shares_memory(array, label)
+    patch[:], its_label[:] = 7, 7
+    assert np.array_equal(image, kept[0]) and np.array_equal(label, kept[1])
