@@ -55,7 +55,7 @@ from dints.cases import Leniency
 from dints.dataset import ENDING, Case, read_cases, split_fold
 from dints.network import load_model
 from dints.tasks import Task, read_json
-from dints.volumes import Resampling
+from dints.volumes import Header, Resampling
 
 log = logging.getLogger("infer")
 
@@ -82,7 +82,7 @@ def infer(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
         # First, so that a bad one costs no segmentation.
         label = None if headers.label is None else torch.from_numpy(cases.read_label(headers.label, task))
         segmentation = segment(headers, network, task, leniency, window, precision)
-        save_segmentation(segmentation, headers.images[0].path, outputs[number])
+        save_segmentation(segmentation, headers.images[0], outputs[number])
         if label is not None:
             counts[number] = engine.count_overlap(segmentation, label, task.num_classes)
     processes.sum(counts)
@@ -190,13 +190,12 @@ def most_probable(probabilities: np.ndarray, resampling: Resampling) -> torch.Te
     return labels
 
 
-def save_segmentation(segmentation: torch.Tensor, image: str, path: Path) -> None:
+def save_segmentation(segmentation: torch.Tensor, image: Header, path: Path) -> None:
     """Write labels as NIfTI, with the image's place in space as its header tells it."""
-    source = nibabel.load(image)
-    file = nibabel.Nifti1Image(segmentation.numpy(), source.affine)
-    file.set_qform(*source.get_qform(coded=True))
-    file.set_sform(*source.get_sform(coded=True))
-    file.header.set_xyzt_units(xyz=source.header.get_xyzt_units()[0])
+    file = nibabel.Nifti1Image(segmentation.numpy(), image.affine)
+    file.set_qform(*image.nifti.get_qform(coded=True))
+    file.set_sform(*image.nifti.get_sform(coded=True))
+    file.header.set_xyzt_units(xyz=image.nifti.get_xyzt_units()[0])
     content = file.to_bytes()
     if path.suffix == ".gz":
         content = gzip.compress(content, mtime=0)

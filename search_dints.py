@@ -109,7 +109,7 @@ log = logging.getLogger("search")
 
 def main(args: argparse.Namespace) -> None:
     if args.check:
-        return data.check(args)
+        return data.check(args, prepare)
     with runtime.started(args.device) as processes, runtime.run_folder(args.output_root, processes) as folder:
         search(args, processes, folder)
 

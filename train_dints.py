@@ -68,7 +68,7 @@ log = logging.getLogger("train")
 
 def main(args: argparse.Namespace) -> None:
     if args.check:
-        return data.check(args)
+        return data.check(args, prepare)
     with runtime.started(args.device) as processes, runtime.run_folder(args.output_root, processes) as folder:
         train(args, processes, folder)
 

@@ -89,8 +89,9 @@ class Cache:
 
     def _store(self, case: Case) -> Path:
         """The entry of a case, written unless it is there; one process writes it, the others wait."""
+        digests = [self._digest(path) for path in case.files]
+        entry = self.folder / self._key(digests)
         try:
-            entry = self.folder / self._key(case)
             with _locked(entry.with_suffix(".lock")):
                 if not _is_whole(entry):
                     _write_entry(entry, self._prepare(case))
@@ -101,15 +102,18 @@ class Cache:
                 "another folder"
             ) from error
 
-    def _key(self, case: Case) -> str:
-        """What the entry depends on: the files' content, what is done to it, and the code that does it."""
+    def _key(self, digests: Sequence[str]) -> str:
+        """What an entry depends on: the files' content, what is done to it, and the code that does it."""
         facts = [self.task.spacing, self.task.intensity, self.task.num_channels, self.task.num_classes]
-        facts += [astuple(self.leniency), _code_digest(), [self._digest(path) for path in case.files]]
+        facts += [astuple(self.leniency), _code_digest(), digests]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
     def _digest(self, path: str) -> str:
         """Of a file's content; noted, so that only a file whose size or time of change differs is read again."""
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}; it was there before: put it back") from error
         state = [status.st_size, status.st_mtime_ns]
         note = self.folder / "digests" / f"{hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]}.json"
         with suppress(OSError, ValueError, TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -15,6 +16,8 @@ from dints.dataset import Case
 from dints.errors import UserError
 from dints.tasks import Task
 from dints.volumes import Header, Resampling, in_c_order, read_header, read_voxels
+
+log = logging.getLogger(__name__)
 
 AFFINE_TOLERANCE = 1e-3  # by which a label's affine may differ from its image's, an entry
 MAX_GRID = 1 << 31  # voxels of a case on the task's grid; a whole body at 1 mm has a quarter of them
@@ -223,7 +226,9 @@ def prepare(case: Case, task: Task, leniency: Leniency) -> Prepared:
     """
     headers = checked_headers(case, task, leniency)
     resampling = headers.resampling(task)
-    voxels, _ = read_image(headers, leniency)
+    voxels, replaced = read_image(headers, leniency)
+    if replaced:
+        log.warning("%s: %d NaN or infinite voxels become %g", case.name, replaced, leniency.replace_nonfinite)
     image = in_c_order(preprocess_image(voxels, resampling, task), torch.float16)
     del voxels
     label = in_c_order(resampling.apply(read_label(headers.label, task)[None], nearest=True), torch.uint8)[0]

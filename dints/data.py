@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dints import augmentation
+from dints import augmentation, runtime
 from dints.cache import Cache
 from dints.cases import Leniency, Prepared
 from dints.checks import check_dataset
@@ -54,10 +54,14 @@ def open_dataset(args: argparse.Namespace, *known: Path) -> LabelledDataset:
         leniency = Leniency.from_args(args)
         measured = fingerprint(cases, task, leniency, [args.output_root, *known], cores_per_process())
         task = measured.applied_to(task)
-    given = {"spacing": args.spacing, "intensity": args.intensity_range, "patch_size": args.patch_size}
-    task = replace(task, **{name: tuple(value) for name, value in given.items() if value is not None})
+    task = _overridden(task, args)
     log.info("%s: %s", task.name, describe(task))
     return LabelledDataset(task, cases, measured)
+
+
+def _overridden(task: Task, args: argparse.Namespace) -> Task:
+    given = {"spacing": args.spacing, "intensity": args.intensity_range, "patch_size": args.patch_size}
+    return replace(task, **{name: tuple(value) for name, value in given.items() if value is not None})
 
 
 def describe(task: Task) -> str:
@@ -67,19 +71,25 @@ def describe(task: Task) -> str:
     return f"spacing {spacing}, intensity {intensity}, patch {' x '.join(map(str, task.patch_size))}"
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, prepare: Callable[[argparse.Namespace], object]) -> None:
     """``--check``: print what is in the dataset of ``--root`` and what is wrong with it.
+
+    Args:
+        prepare: what the stage does before it trains, with all checks that need no voxels.
 
     Raises:
         UserError: a training on it would be refused or wrong.
     """
+    runtime.start_logging()
     task, cases = _described(args)
-    num_folds = min(args.num_folds, len(cases))
-    folds = [fold for fold in range(num_folds) for _ in split_fold(cases, num_folds, fold)[1]]
+    task = _overridden(task, args)
+    num_folds = min(args.num_folds, len(cases)) if args.fold != "all" else 1
+    folds = [fold for fold in range(num_folds) for _ in split_fold(cases, num_folds, fold)[1]] or [0] * len(cases)
     text, is_good = check_dataset(cases, folds, task, Leniency.from_args(args), cores_per_process())
     print(text, flush=True)
     if not is_good:
         raise UserError(f"{args.root} is not fit for training: mend what is listed above")
+    prepare(args)
 
 
 def _described(args: argparse.Namespace) -> tuple[Task, list[Case]]:

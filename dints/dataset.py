@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -171,7 +172,9 @@ def _paths(entry: object, key: str, source: str | Path, place: str) -> tuple[lis
     images = [images] if isinstance(images, str) else images
     is_list = isinstance(images, list) and images and all(isinstance(image, str) for image in images)
     if not is_list or not isinstance(label, str):
-        raise UserError(f"{source}: {place} needs the paths '{key}' and 'label', and is {entry!r}")
+        raise UserError(
+            f"{source}: {place} needs the paths '{key}' and 'label', and is {reprlib.repr(entry)}: add them"
+        )
     return images, label
 
 

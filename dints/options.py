@@ -40,6 +40,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
 
 
 positive = number(float, 0, above=True)
+finite = number(float, -1e30, 1e30)
 XYZ = ("X", "Y", "Z")
 
 
@@ -66,7 +67,7 @@ def add_data(arguments: argparse.ArgumentParser, *, required: bool = True) -> No
     )
     add(
         "--replace_nonfinite",
-        type=float,
+        type=finite,
         metavar="VALUE",
         help="put this in place of NaN and infinite voxels of images (default: such a case is an error)",
     )
@@ -76,7 +77,9 @@ def add_preprocessing(arguments: argparse.ArgumentParser) -> None:
     """What overrides the task's own facts; model files remember it."""
     add = arguments.add_argument_group("preprocessing").add_argument
     add("--spacing", type=positive, nargs=3, metavar=XYZ, help="voxel size in mm to resample to (default: the task's)")
-    add("--intensity_range", type=float, nargs=2, metavar=("A", "B"), help="what becomes 0 and 1 (default: the task's)")
+    add(
+        "--intensity_range", type=finite, nargs=2, metavar=("A", "B"), help="what becomes 0 and 1 (default: the task's)"
+    )
     add("--patch_size", type=number(int, 1), nargs=3, metavar=XYZ, help="of training and window (default: the task's)")
 
 

@@ -66,20 +66,16 @@ class Processes:
         return values
 
     def on_main(self, function: Callable, *args):
-        """Call ``function`` on rank 0 and return its result on every rank; at its `UserError` every rank leaves."""
+        """Call ``function`` on rank 0 and return its result on every rank; where it raises, every rank leaves."""
         if self.world_size == 1:
             return function(*args)
-        result, error = None, None
-        if self.is_main:
-            try:
-                result = function(*args)
-            except UserError as raised:
-                error = raised
-        outcome = [result, error is not None]
-        dist.broadcast_object_list(outcome, src=0, device=self.device if self.device.type == "cuda" else None)
+        outcome = [None, True]
+        try:
+            if self.is_main:
+                outcome = [function(*args), False]
+        finally:
+            dist.broadcast_object_list(outcome, src=0, device=self.device if self.device.type == "cuda" else None)
         result, failed = outcome
-        if error is not None:
-            raise error
         if failed:
             sys.exit(1)  # rank 0 says why
         return result
@@ -94,12 +90,7 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
         timeout_minutes: how long a collective waits for a rank that does not answer.
     """
     _keep_freed_memory()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format="%(asctime)s %(message)s" if world_size == 1 else f"%(asctime)s [rank {rank}] %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    rank, world_size = start_logging()
     processes = Processes(rank, world_size, _device(device, int(os.environ.get("LOCAL_RANK", 0))))
     if world_size > 1:
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
@@ -113,6 +104,17 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def start_logging() -> tuple[int, int]:
+    """Log to stderr, on ranks above 0 only what is wrong; returns rank and number of ranks."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(asctime)s %(message)s" if world_size == 1 else f"%(asctime)s [rank {rank}] %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    return rank, world_size
 
 
 def _keep_freed_memory() -> None:

@@ -7,6 +7,7 @@ phantom are a table; a task is also read from any ``dataset.json`` in the form o
 from __future__ import annotations
 
 import json
+import reprlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def read_json(path: str | Path) -> dict:
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+            f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; correct it there"
         ) from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an endless number
         raise UserError(f"{path} cannot be read as a dataset description: {error}") from error
@@ -226,7 +227,7 @@ def _numbered(description: dict, key: str, source: str | Path) -> tuple[str, ...
         raise UserError(f"{source} has no '{key}': add an object such as {FORMS[key]}")
     values = description[key]
     if not isinstance(values, dict) or not values:
-        raise UserError(f"{source}: '{key}' must be an object such as {FORMS[key]}, not {values!r}")
+        raise UserError(f"{source}: '{key}' must be an object such as {FORMS[key]}, not {reprlib.repr(values)}")
     if values.keys() != {str(number) for number in range(len(values))}:
         raise UserError(
             f'{source}: the keys of \'{key}\' must be "0" to "{len(values) - 1}", not {sorted(values)}: '

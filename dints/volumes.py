@@ -6,8 +6,8 @@ of the file, which is nearly always, each axis is interpolated by itself, in a f
 
 from __future__ import annotations
 
-import logging
 import gzip
+import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from dints.cases import Prepared
 from dints.errors import UserError
 from dints.runtime import Processes
 from dints.tasks import Task
+from dints.volumes import Resampling, read_header, read_voxels
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -364,11 +365,11 @@ def options(root: Path, *flags: str):
     return search_dints.parse_args([*always, "--patch_size", "32", "32", "32", *flags])
 
 
-def held(root: Path, cache: str, *flags: str) -> list[Prepared]:
-    """What the stages do before they train, to all cases."""
+def held(root: Path, cache: str, *flags: str) -> Sequence[Prepared]:
+    """What the stages do before they train, to all cases; without a cache none is prepared yet."""
     args = options(root, "--cache", cache, *flags)
     opened = data.open_dataset(args)
-    return list(open_cache(opened.cases, opened.task, args, ALONE).hold(opened.cases, "training"))
+    return open_cache(opened.cases, opened.task, args, ALONE).hold(opened.cases, "training")
 
 
 def refusal(function: Callable, *args: object) -> str:
@@ -469,7 +470,7 @@ ACCEPTED = {
 
 @pytest.fixture(scope="session")
 def sound(dataset) -> list[Prepared]:
-    return held(dataset, "none")
+    return list(held(dataset, "none"))
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
@@ -523,8 +524,6 @@ def test_all_bad_cases_are_counted(dataset, tmp_path):
 
 def test_a_header_with_any_byte_changed_is_read_or_refused(dataset, tmp_path):
     """Never anything but a `UserError`: of each byte, the lowest and highest values."""
-    from dints.volumes import Resampling, read_header, read_voxels
-
     path, raw = tmp_path / "image.nii", content(dataset / IMAGE)
     refused = 0
     for place in range(352):

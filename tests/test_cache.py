@@ -344,3 +344,9 @@ def test_notes_are_plain(cases, tmp_path):
     for note in (tmp_path / "cache" / "digests").iterdir():
         size, changed, digest = json.loads(note.read_text())
         assert isinstance(size, int) and isinstance(changed, int) and re.fullmatch("[0-9a-f]{128}", digest)
+
+
+def test_a_file_that_vanished_is_not_taken_for_a_full_disk(cases, tmp_path):
+    Path(cases[0].label).unlink()
+    with pytest.raises(UserError, match=f"{cases[0].label} cannot be read: No such file or directory"):
+        cache_in(tmp_path / "cache").hold(cases, "test")

@@ -138,8 +138,7 @@ class TestDuplicates:
             Path(case.images[1]).write_bytes(b"")
         assert ["cannot be read" in finding for _, _, finding in checked(pair, two)[0]] == [True] * 2
         shapes = [SHAPE, (10, 12, 8)]
-        images = [noise(0).reshape(shape, order="F") for shape in shapes]
-        one = [write(tmp_path, f"{shape}", image, labelled(5, 5, shape)) for shape, image in zip(shapes, images)]
+        one = [write(tmp_path, str(s), noise(0).reshape(s, order="F"), labelled(5, 5, s)) for s in shapes]
         assert checked(one)[0] == []
 
 
