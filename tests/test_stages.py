@@ -260,6 +260,33 @@ def test_a_search_needs_two_training_cases_and_a_warm_up_shorter_than_itself(pha
         search_dints.halves([{}])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", None),
+        ("--patch_size 20 16 16", "--patch_size 20 16 16 does not fit 3 depths"),
+        ("--num_folds 9", "--num_folds 9, but there are only 6 cases"),
+        ("--spacing 0.001 0.001 0.001", "is not fit for training"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["search", "train"])
+def test_check_judges_the_whole_command_and_writes_nothing(stage, flags, message, phantom, code, tmp_path, capsys):
+    def check():
+        flags_and_check = [*flags.split(), "--check"]
+        if stage == "search":
+            search(phantom, tmp_path / "run", *flags_and_check)
+        else:
+            train(phantom, tmp_path / "run", code, *flags_and_check)
+
+    if message is None:
+        check()
+    else:
+        with pytest.raises(UserError, match=message):
+            check()
+    assert "Task00_Phantom: 6 cases" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_run_is_not_overwritten(phantom, trained, code):
     with pytest.raises(UserError, match="num_epochs was 3 and is 5"):
         train(phantom, trained, code, "--num_epochs", 5)
