@@ -71,6 +71,7 @@ def infer(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
     leniency = Leniency.from_args(args)
     selected = processes.on_main(cases_to_segment, args, task)
     outputs = processes.on_main(segmentation_paths, selected, folder)
+    headers_of_all = processes.on_main(cases.check_headers, selected, task, leniency)
     precision = runtime.choose_precision(args.precision, processes)
     window = engine.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
     log.info("%d volumes, %s in %s", len(selected), processes.device.type, precision.name)
@@ -78,7 +79,7 @@ def infer(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
     counts = torch.zeros(len(selected), task.num_classes - 1, 3, dtype=torch.float64, device=processes.device)
     share = range(processes.rank, len(selected), processes.world_size)
     for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
-        headers = cases.checked_headers(selected[number], task, leniency)
+        headers = headers_of_all[number]
         # First, so that a bad one costs no segmentation.
         label = None if headers.label is None else torch.from_numpy(cases.read_label(headers.label, task))
         segmentation = segment(headers, network, task, leniency, window, precision)

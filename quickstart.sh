@@ -67,7 +67,7 @@ OUTPUT_ROOT="$results/train" bash train_dints.sh \
 
 step "6 of 6: segmentation and scores"
 "$PYTHON" infer_dints.py --checkpoint "$results/train/best_metric_model.pth" \
-  --root "$DATA_ROOT" --fold "$FOLD" --num_folds "$NUM_FOLDS" --output_root "$results/segmentations"
+  --root "$DATA_ROOT" --fold "$FOLD" --num_folds "$NUM_FOLDS" --overlap_ratio 0.25 --output_root "$results/segmentations"
 
 step "done: what was made"
 printf '%-24s %s\n' \

@@ -146,7 +146,10 @@ def check_headers(cases: Sequence[Case], task: Task, leniency: Leniency) -> list
         results = pool.map(check, cases)
     faults = [result for result in results if isinstance(result, UserError)]
     if len(faults) > 1:
-        raise UserError(f"{len(faults)} of {len(cases)} cases cannot be used (--check lists them): {faults[0]}")
+        raise UserError(
+            f"{len(faults)} of {len(cases)} cases cannot be used (search_dints.py --check lists them), for example "
+            f"{faults[0]}"
+        )
     for fault in faults:
         raise fault
     return results
