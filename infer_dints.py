@@ -61,7 +61,10 @@ log = logging.getLogger("infer")
 
 
 def main(args: argparse.Namespace) -> None:
-    with runtime.started(args.device) as processes, runtime.run_folder(args.output_root, processes) as folder:
+    with (
+        runtime.started(args.device, args.timeout_minutes) as processes,
+        runtime.run_folder(args.output_root, processes) as folder,
+    ):
         infer(args, processes, folder)
 
 

@@ -78,12 +78,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     ARGS = parse_args()  # before the imports of torch and MONAI, which take seconds, so that -h answers at once
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -95,6 +97,7 @@ from dints import __version__, data, dataset, engine, runtime
 from dints.acceleration import accelerated
 from dints.architecture import Architecture, save_architecture
 from dints.cache import open_cache
+from dints.checkpoint import Checkpoint, Progress, configuration
 from dints.cost import Cost, cost
 from dints.dataset import Case
 from dints.drawing import draw_architecture
@@ -110,7 +113,10 @@ log = logging.getLogger("search")
 def main(args: argparse.Namespace) -> None:
     if args.check:
         return data.check(args, prepare)
-    with runtime.started(args.device) as processes, runtime.run_folder(args.output_root, processes) as folder:
+    with (
+        runtime.started(args.device, args.timeout_minutes) as processes,
+        runtime.run_folder(args.output_root, processes) as folder,
+    ):
         search(args, processes, folder)
 
 
@@ -118,21 +124,22 @@ def search(args: argparse.Namespace, processes: runtime.Processes, folder: Path)
     opened, weights_cases, arch_cases, validation = processes.on_main(prepare, args)
     task, used = opened.task, [*weights_cases, *arch_cases, *validation]
     contents = {"task": task, "cases": dataset.names(used)}
-    checkpoint = runtime.Checkpoint(folder, args.resume, runtime.configuration(args, processes, **contents), processes)
+    checkpoint = Checkpoint(folder, args, configuration(args, processes, **contents), processes)
     precision = runtime.choose_precision(checkpoint.precision or args.precision, processes)
 
     processes.on_main(write_task, folder, task, opened.measured)
     cache = open_cache(used, task, args, processes)
     steps = data.steps_per_epoch(len(weights_cases), args.num_images_per_batch, processes)
+    args = options.scaled_to_iterations(args, steps)
     weights_loader = data.training_loader(weights_cases, "weights", steps, cache, args, processes)
     arch_loader = data.training_loader(arch_cases, "architecture", steps, cache, args, processes)
     validation_loader = data.validation_loader(validation, cache, processes)
     window = engine.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
     supernet = Supernet(args, task, precision, processes)
     check_max_ram_ratio(args.max_ram_ratio, supernet.space)
-    progress = checkpoint.restore(supernet.parts)
-    decoded = supernet.space.architecture()
-    history = History(folder, task.class_names, progress.iteration, processes.is_main)
+    losses = EpochLosses(processes)
+    progress = checkpoint.restore({**supernet.parts, **losses.parts}, precision)
+    history = History(folder, task.class_names, progress.recorded_iteration, processes.is_main)
     waited = data.ShareOfWaiting(weights_loader, arch_loader)
     log.info("%s: cases %d + %d, validation %d", task.name, len(weights_cases), len(arch_cases), len(validation))
     log.info("%s", engine.describe(steps, processes, precision))
@@ -141,31 +148,38 @@ def search(args: argparse.Namespace, processes: runtime.Processes, folder: Path)
         runtime.seed_everything(args.seed, epoch, processes.rank)
         warmed_up = epoch >= args.num_epochs_warmup
         ramp = max(0.0, (epoch - args.num_epochs_warmup) / (args.num_epochs - args.num_epochs_warmup))
-        learning_rate = processes.world_size * engine.stepped(args.learning_rate, ramp, args.learning_rate_milestones)
+        learning_rate = engine.learning_rate(args, ramp, processes)
         engine.set_learning_rate(supernet.optimizer, learning_rate)
+        if progress.step == 0:
+            losses.start(supernet.space.architecture())
 
-        with progress.timed(steps):
-            arch_batches = arch_loader.epoch(epoch) if warmed_up else None
-            losses = train_epoch(supernet, weights_loader.epoch(epoch), arch_batches, ramp, progress.iteration)
-        before, decoded = decoded, supernet.space.architecture()
-        state = {**supernet.describe(), **changes(before, decoded)}
-        waiting = {"data_wait": waited.take(steps * progress.seconds_per_iteration)}
-        history.add_epoch(progress, {"learning_rate": learning_rate, **losses, **state, **waiting})
-
-        validates = engine.is_validation_epoch(epoch, args)
-        if validates:
+        with checkpoint.saved_when_stopped():
             with progress.timed():
-                scores = engine.validate(
-                    supernet.network, validation_loader, len(validation), task, window, precision, processes
-                )
+                arch_batches = arch_loader.epoch(epoch, progress.step) if warmed_up else itertools.repeat(None)
+                batches = zip(weights_loader.epoch(epoch, progress.step), arch_batches, strict=False)
+                train_epoch(supernet, checkpoint.steps(batches), ramp, losses, progress)
+            state = {**losses.means(warmed_up), **supernet.describe(), **losses.changes(supernet.space.architecture())}
+            waiting = {"data_wait": waited.take(progress.seconds_in_epoch)}
+            history.add_epoch(progress, {"learning_rate": learning_rate, **state, **waiting})
+
+            validates = engine.is_validation_epoch(epoch, args)
+            if validates:
+                with progress.timed():
+                    volumes = checkpoint.unless_stopped(validation_loader)
+                    scores = engine.validate(
+                        supernet.network, volumes, len(validation), task, window, precision, processes
+                    )
+                checkpoint.stop_if_asked()
+        if validates:
             progress.note_validation(scores and scores.mean, folder / f"search_code_{progress.iteration}.pth")
             if processes.is_main:
                 write_architecture(supernet.space, progress, args, task, folder, processes.device)
             history.add_validation(progress, scores)
             if processes.is_main:
                 draw_search(folder, f"{task.name}, RAM factor {args.factor_ram_cost:g}")
-        if validates or checkpoint.is_due(args.save_minutes):
-            checkpoint.save(supernet.parts, progress, precision)
+        progress.epoch_done()
+        if validates:
+            checkpoint.save()
     history.close()
     log.info("found: %s; train_dints.py --arch_ckpt retrains it", folder / f"search_code_{progress.iteration}.pth")
 
@@ -229,25 +243,62 @@ class Supernet:
         return {**{name: float(value) for name, value in terms.items()}, "ram_target": self.factor_ram_cost}
 
 
+class EpochLosses:
+    """What an epoch's line of the history is made of: the losses of both steps, and the decoded architecture before."""
+
+    def __init__(self, processes: runtime.Processes):
+        self.weights = engine.EpochLoss("loss", processes)
+        self.arch = engine.EpochLoss("architecture_loss", processes)
+        self.before = DecodedCodes()
+
+    @property
+    def parts(self) -> dict[str, object]:
+        """All that has state, for a checkpoint in the middle of an epoch."""
+        return {"loss": self.weights, "architecture_loss": self.arch, "decoded_before": self.before}
+
+    def start(self, decoded: Architecture) -> None:
+        self.weights.start()
+        self.arch.start()
+        self.before.codes = torch.from_numpy(np.stack([decoded.arch_code_a, decoded.arch_code_c]))
+
+    def means(self, warmed_up: bool) -> dict[str, float | None]:
+        return {"loss": self.weights.mean(), "architecture_loss": self.arch.mean() if warmed_up else None}
+
+    def changes(self, decoded: Architecture) -> dict[str, int]:
+        """Paths of the decoded architecture that were switched; operations exchanged on paths active in both."""
+        before_a, before_c = self.before.codes.numpy()
+        in_both = (before_a == 1) & (decoded.arch_code_a == 1)
+        return {
+            "changed_paths": int((before_a != decoded.arch_code_a).sum()),
+            "changed_operations": int((before_c != decoded.arch_code_c)[in_both].sum()),
+        }
+
+
+class DecodedCodes:
+    """``arch_code_a`` and ``arch_code_c`` of an architecture: (2, blocks, paths)."""
+
+    codes = torch.zeros(0)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"codes": self.codes}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.codes = state["codes"]
+
+
 def train_epoch(
     supernet: Supernet,
-    weights_batches: Iterable[dict],
-    arch_batches: Iterator[dict] | None,
+    batches: Iterable[tuple[dict, dict | None]],
     ramp: float,
-    first_iteration: int,
-) -> dict[str, float | None]:
-    """A step of the weights and, if there are ``arch_batches``, one of the architecture, in turn.
-
-    Returns:
-        the mean segmentation losses of both over the epoch and all ranks.
-    """
-    loss = engine.EpochLoss("loss", first_iteration, supernet.processes)
-    arch_loss = engine.EpochLoss("architecture_loss", first_iteration, supernet.processes)
-    for batch in weights_batches:
-        loss.add(weights_step(supernet, batch))
-        if arch_batches is not None:
-            arch_loss.add(architecture_step(supernet, next(arch_batches), ramp))
-    return {"loss": loss.mean(), "architecture_loss": None if arch_batches is None else arch_loss.mean()}
+    losses: EpochLosses,
+    progress: Progress,
+) -> None:
+    """For each pair of batches a step of the weights and, if there is a second batch, one of the architecture."""
+    for weights_batch, arch_batch in batches:
+        iteration = progress.iteration + 1
+        losses.weights.add(weights_step(supernet, weights_batch), iteration, weights_batch["cases"])
+        if arch_batch is not None:
+            losses.arch.add(architecture_step(supernet, arch_batch, ramp), iteration, arch_batch["cases"])
 
 
 def weights_step(supernet: Supernet, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -280,8 +331,8 @@ def architecture_step(supernet: Supernet, batch: dict[str, torch.Tensor], ramp: 
         loss = segmentation + ramp * architecture_loss(terms, supernet.factor_ram_cost)
         supernet.arch_scaler.scale(loss).backward()
     average_gradients(supernet.arch, supernet.processes)
-    for optimizer in supernet.arch_optimizers:
-        supernet.arch_scaler.step(optimizer)
+    for optimizer, alpha in zip(supernet.arch_optimizers, supernet.arch, strict=True):
+        engine.step_if_finite(optimizer, supernet.arch_scaler, alpha.grad)
     supernet.arch_scaler.update()
     return segmentation.detach()
 
@@ -333,18 +384,9 @@ def check_max_ram_ratio(max_ram_ratio: float | None, space: SearchSpace) -> None
         )
 
 
-def changes(before: Architecture, after: Architecture) -> dict[str, int]:
-    """How many paths of the decoded architecture were switched, and operations exchanged on paths active in both."""
-    in_both = (before.arch_code_a == 1) & (after.arch_code_a == 1)
-    return {
-        "changed_paths": int((before.arch_code_a != after.arch_code_a).sum()),
-        "changed_operations": int((before.arch_code_c != after.arch_code_c)[in_both].sum()),
-    }
-
-
 def write_architecture(
     space: SearchSpace,
-    progress: runtime.Progress,
+    progress: Progress,
     args: argparse.Namespace,
     task: Task,
     folder: Path,
@@ -354,7 +396,7 @@ def write_architecture(
     found = space.architecture(
         args.max_ram_ratio,
         iter_num=progress.iteration,
-        epochs=progress.epoch,
+        epochs=progress.current_epoch,
         best_dsc=progress.best_dice,
         best_path=progress.best_path,
         factor_ram_cost=args.factor_ram_cost,

@@ -58,6 +58,7 @@ import logging
 from dints import __version__, data, dataset, engine, runtime
 from dints.architecture import Architecture, load_architecture
 from dints.cache import open_cache
+from dints.checkpoint import Checkpoint, configuration
 from dints.dataset import Case
 from dints.fingerprint import write_task
 from dints.history import History
@@ -69,7 +70,10 @@ log = logging.getLogger("train")
 def main(args: argparse.Namespace) -> None:
     if args.check:
         return data.check(args, prepare)
-    with runtime.started(args.device) as processes, runtime.run_folder(args.output_root, processes) as folder:
+    with (
+        runtime.started(args.device, args.timeout_minutes) as processes,
+        runtime.run_folder(args.output_root, processes) as folder,
+    ):
         train(args, processes, folder)
 
 
@@ -81,12 +85,13 @@ def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
     if args.checkpoint is not None:
         load_weights(network, runtime.load_safely(args.checkpoint), args.checkpoint)
     contents = {"task": task, "cases": dataset.names(used), "architecture": architecture.codes()}
-    checkpoint = runtime.Checkpoint(folder, args.resume, runtime.configuration(args, processes, **contents), processes)
+    checkpoint = Checkpoint(folder, args, configuration(args, processes, **contents), processes)
     precision = runtime.choose_precision(checkpoint.precision or args.precision, processes)
 
     processes.on_main(write_task, folder, task, opened.measured)
     cache = open_cache(used, task, args, processes)
     steps = data.steps_per_epoch(len(training), args.num_images_per_batch, processes)
+    args = options.scaled_to_iterations(args, steps)
     loader = data.training_loader(training, "weights", steps, cache, args, processes)
     validation_loader = data.validation_loader(validation, cache, processes)
     window = engine.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
@@ -96,9 +101,10 @@ def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
     optimizer = engine.sgd(network.parameters(), args.learning_rate)
     scaler = precision.scaler()
     criterion = engine.segmentation_loss()
-    parts = {"network": network, "optimizer": optimizer, "scaler": scaler}
-    progress = checkpoint.restore(parts)
-    history = History(folder, task.class_names, progress.iteration, processes.is_main)
+    loss = engine.EpochLoss("loss", processes)
+    parts = {"network": network, "optimizer": optimizer, "scaler": scaler, "loss": loss}
+    progress = checkpoint.restore(parts, precision)
+    history = History(folder, task.class_names, progress.recorded_iteration, processes.is_main)
     waited = data.ShareOfWaiting(loader)
     log.info("%s: %d training cases, %d validation cases", task.name, len(training), len(validation))
     log.info(
@@ -107,33 +113,36 @@ def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
 
     for epoch in range(progress.epoch, args.num_epochs):
         runtime.seed_everything(args.seed, epoch, processes.rank)
-        share = epoch / args.num_epochs
-        learning_rate = processes.world_size * engine.stepped(args.learning_rate, share, args.learning_rate_milestones)
+        learning_rate = engine.learning_rate(args, epoch / args.num_epochs, processes)
         engine.set_learning_rate(optimizer, learning_rate)
+        if progress.step == 0:
+            loss.start()
 
-        with progress.timed(steps):
-            loss = engine.EpochLoss("loss", progress.iteration, processes)
-            for batch in loader.epoch(epoch):
-                loss.add(
-                    engine.weights_step(model, batch, criterion, optimizer, scaler, precision, args.max_gradient_norm)
-                )
-            losses = {"loss": loss.mean()}
-        waiting = {"data_wait": waited.take(steps * progress.seconds_per_iteration)}
-        history.add_epoch(progress, {**losses, "learning_rate": learning_rate, **waiting})
-
-        validates = engine.is_validation_epoch(epoch, args)
-        if validates:
+        with checkpoint.saved_when_stopped():
             with progress.timed():
-                scores = engine.validate(
-                    network, validation_loader, len(validation), task, window, precision, processes
-                )
+                for batch in checkpoint.steps(loader.epoch(epoch, progress.step)):
+                    step = engine.weights_step(
+                        model, batch, criterion, optimizer, scaler, precision, args.max_gradient_norm
+                    )
+                    loss.add(step, progress.iteration + 1, batch["cases"])
+            waiting = {"data_wait": waited.take(progress.seconds_in_epoch)}
+            history.add_epoch(progress, {"loss": loss.mean(), "learning_rate": learning_rate, **waiting})
+
+            validates = engine.is_validation_epoch(epoch, args)
+            if validates:
+                with progress.timed():
+                    volumes = checkpoint.unless_stopped(validation_loader)
+                    scores = engine.validate(network, volumes, len(validation), task, window, precision, processes)
+                checkpoint.stop_if_asked()
+        if validates:
             path = folder / "best_metric_model.pth"
             if progress.note_validation(scores and scores.mean, path) and processes.is_main:
                 facts = {"dice": progress.best_dice, "iteration": progress.iteration, "version": __version__}
                 save_model(path, network, architecture, args.channel_mul, task, **facts)
             history.add_validation(progress, scores)
-        if validates or checkpoint.is_due(args.save_minutes):
-            checkpoint.save(parts, progress, precision)
+        progress.epoch_done()
+        if validates:
+            checkpoint.save()
     history.close()
     log.info("the network is %s; infer_dints.py --checkpoint segments with it", progress.best_path)
 

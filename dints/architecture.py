@@ -25,6 +25,9 @@ from dints.errors import UserError
 OPERATIONS = ("skip", "3x3x3", "3x3x1 + 1x1x3", "3x1x3 + 1x3x1", "1x3x3 + 3x1x1")
 
 _ARRAYS = ("node_a", "arch_code_a", "arch_code_c")
+# Far above any network that fits a machine, and low enough that checking a file costs nothing.
+_MAX_BLOCKS, _MAX_DEPTHS = 1000, 16
+
 _LEGACY_KEYS = {"arch_code_a": "code_a", "arch_code_c": "code_c", "arch_code_a_max": "code_a_max"}
 
 
@@ -137,15 +140,19 @@ def _plain(value: object) -> object:
 
 
 def _whole_numbers(value: object, key: str, source: str) -> np.ndarray:
+    if (
+        isinstance(value, torch.Tensor) and value.numel() > _MAX_BLOCKS * 3 * _MAX_DEPTHS
+    ):  # in the file, perhaps 1 number
+        raise _unusable(source, f"'{key}' has shape {tuple(value.shape)}, too large for an architecture")
     try:
         array = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # RuntimeError: a tensor without values
         raise _unusable(source, f"'{key}' is not an array of numbers") from error
     if array.dtype.kind not in "biuf":  # booleans, integers and floats
         raise _unusable(source, f"'{key}' is not an array of numbers")
-    fractional = array[~(np.isfinite(array) & (array == np.round(array)))]
-    if fractional.size:
-        raise _unusable(source, f"'{key}' holds {fractional[0]:g} where only whole numbers make sense")
+    exact = np.isfinite(array) & (array == np.round(array)) & (array < 2**53)
+    if not exact.all():
+        raise _unusable(source, f"'{key}' holds {array[~exact].flat[0]:g} where only whole numbers make sense")
     return array.astype(np.int64)
 
 
@@ -156,6 +163,12 @@ def _check_shapes(architecture: Architecture) -> None:
             source, f"'arch_code_a' has shape {shape}, not (blocks, 3 * depths - 2) with 1 block and 2 depths or more"
         )
     num_blocks, num_depths = shape[0], (shape[1] + 2) // 3
+    if num_blocks > _MAX_BLOCKS or num_depths > _MAX_DEPTHS:
+        raise _unusable(
+            source,
+            f"it has {num_blocks} blocks and {num_depths} depths, more than the {_MAX_BLOCKS} and {_MAX_DEPTHS} that "
+            "are supported",
+        )
     for key, expected in (
         ("node_a", (num_blocks + 1, num_depths)),
         ("arch_code_c", shape),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -100,6 +101,9 @@ def _described(args: argparse.Namespace) -> tuple[Task, list[Case]]:
     return replace(task, channel_files=task.channel_files or len(cases[0].images) > 1), cases
 
 
+Sample = tuple[torch.Tensor, torch.Tensor, augmentation.Draw, str]
+
+
 class TrainingSamples(Dataset):
     """One patch per (epoch, turn, case), the same whichever worker or restart asks for it.
 
@@ -108,32 +112,35 @@ class TrainingSamples(Dataset):
         numbers: each case's number among the cases of all ranks, from which its random stream is seeded.
         stream: tells apart the draws of loaders that share a seed.
 
-    A sample is the patch as it is cached, image and label, and the `augmentation.Draw` that is to be applied to it.
+    A sample is the patch as it is cached, image and label, the `augmentation.Draw` that is to be applied to it, and the
+    case's name.
     """
 
     def __init__(
         self,
         cases: Sequence[Prepared],
+        names: Sequence[str],
         numbers: Sequence[int],
         patch_size: tuple[int, int, int],
         seed: int,
         stream: str,
     ):
-        self.cases, self.numbers, self.patch_size, self.seed, self.stream = cases, numbers, patch_size, seed, stream
+        self.cases, self.names, self.numbers = cases, names, numbers
+        self.patch_size, self.seed, self.stream = patch_size, seed, stream
 
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getitem__(self, place: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, augmentation.Draw]:
+    def __getitem__(self, place: tuple[int, int, int]) -> Sample:
         epoch, turn, index = place
         rng = np.random.default_rng(seed_from(self.seed, self.stream, epoch, turn, self.numbers[index]))
         case = self.cases[index]
         image, label = cut_patch(case.image, case.label, case.masks.draw_centre(rng), self.patch_size)
-        return torch.from_numpy(image), torch.from_numpy(label), augmentation.draw(rng)
+        return torch.from_numpy(image), torch.from_numpy(label), augmentation.draw(rng), self.names[index]
 
 
 class EpochSampler(Sampler):
-    """(epoch, turn, index), from an epoch on without end, in an order that depends on seed, stream and epoch only.
+    """(epoch, turn, index), from a place on without end, in an order that depends on seed, stream and epoch only.
 
     A turn is a pass over the cases; there are as many as an epoch's ``length`` takes, the last one cut short. The epoch
     travels with the index, so workers that live on from epoch to epoch hold no state that a restart loses.
@@ -141,18 +148,19 @@ class EpochSampler(Sampler):
 
     def __init__(self, num_cases: int, length: int, seed: int, stream: str):
         self.num_cases, self.length, self.seed, self.stream = num_cases, length, seed, stream
-        self.first_epoch = 0
+        self.start = 0, 0  # epoch, and position in it
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        epoch = self.first_epoch
+        epoch, first = self.start
         while True:
-            for position in range(self.length):
+            order = None
+            for position in range(first, self.length):
                 turn, place = divmod(position, self.num_cases)
-                if place == 0:
+                if place == 0 or order is None:
                     rng = np.random.default_rng(seed_from(self.seed, self.stream, epoch, turn))
                     order = rng.permutation(self.num_cases)
                 yield epoch, turn, int(order[place])
-            epoch += 1
+            epoch, first = epoch + 1, 0
 
 
 class TrainingLoader:
@@ -175,6 +183,7 @@ class TrainingLoader:
             batch_size=batch_size,
             sampler=sampler,
             num_workers=num_workers,
+            worker_init_fn=_ignore_signals,
             collate_fn=_patches if self.on_gpu else _augmented_patches,
             pin_memory=device.type == "cuda",
         )
@@ -184,12 +193,16 @@ class TrainingLoader:
     def __len__(self) -> int:
         return self.steps
 
-    def epoch(self, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of ``image`` (batch, channels, *patch), float32, and ``label`` (batch, 1, *patch), uint8."""
-        if self._place != (epoch, 0):
-            self.sampler.first_epoch = epoch
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, torch.Tensor | list[str]]]:
+        """Batches of an epoch, from its step number ``first_step`` on.
+
+        They have ``image`` (batch, channels, *patch), float32, ``label`` (batch, 1, *patch), uint8, and the names of
+        their ``cases``.
+        """
+        if self._place != (epoch, first_step):
+            self.sampler.start = epoch, first_step * self.loader.batch_size
             self._batches = iter(self.loader)
-        for step in range(self.steps):
+        for step in range(first_step, self.steps):
             start = time.perf_counter()
             batch = next(self._batches)
             self._place = (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0)
@@ -199,39 +212,46 @@ class TrainingLoader:
             yield batch
 
 
-Patches = tuple[list[torch.Tensor], list[torch.Tensor], list[augmentation.Draw]]
+def _ignore_signals(_worker: int) -> None:
+    """Leave it to the main process to stop when the whole group is asked to; it needs its workers until then."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _patches(samples: list[tuple[torch.Tensor, torch.Tensor, augmentation.Draw]]) -> Patches:
-    images, labels, draws = zip(*samples, strict=True)
-    return list(images), list(labels), list(draws)
+Patches = tuple[list[torch.Tensor], list[torch.Tensor], list[augmentation.Draw], list[str]]
 
 
-def _augmented_patches(samples: list[tuple[torch.Tensor, torch.Tensor, augmentation.Draw]]) -> dict[str, torch.Tensor]:
+def _patches(samples: list[Sample]) -> Patches:
+    images, labels, draws, names = zip(*samples, strict=True)
+    return list(images), list(labels), list(draws), list(names)
+
+
+def _augmented_patches(samples: list[Sample]) -> dict[str, torch.Tensor | list[str]]:
     return augmented(_patches(samples), torch.device("cpu"))
 
 
-def augmented(patches: Patches, device: torch.device) -> dict[str, torch.Tensor]:
+def augmented(patches: Patches, device: torch.device) -> dict[str, torch.Tensor | list[str]]:
     """A batch of patches, each changed as was drawn for it, on ``device``."""
+    *patches, names = patches
     samples = [
         augmentation.augment(image.to(device, non_blocking=True), label.to(device, non_blocking=True), draw)
         for image, label, draw in zip(*patches, strict=True)
     ]
-    return {
-        key: torch.stack(tensors) for key, tensors in zip(("image", "label"), zip(*samples, strict=True), strict=True)
-    }
+    images, labels = zip(*samples, strict=True)
+    return {"image": torch.stack(images), "label": torch.stack(labels), "cases": names}
 
 
 class ShareOfWaiting:
-    """The share of the time since the last call of `take` in which batches were waited for."""
+    """The share of an epoch's time in which batches were waited for."""
 
     def __init__(self, *loaders: TrainingLoader):
         self.loaders = loaders
         self.seconds = 0.0
 
     def take(self, seconds: float) -> float:
+        """Since the last call, in an epoch whose steps took so many ``seconds``; 0 if there were none."""
         before, self.seconds = self.seconds, sum(loader.seconds_waited for loader in self.loaders)
-        return (self.seconds - before) / seconds
+        return (self.seconds - before) / seconds if seconds else 0.0
 
 
 def steps_per_epoch(num_cases: int, batch_size: int, processes: Processes) -> int:
@@ -252,9 +272,10 @@ def training_loader(
         args: ``seed``, ``num_images_per_batch`` and ``num_workers`` of the command line.
     """
     numbers = list(range(processes.rank, len(cases), processes.world_size)) or [processes.rank % len(cases)]
-    held = cache.hold([cases[number] for number in numbers], stream)
+    own = [cases[number] for number in numbers]
+    held = cache.hold(own, stream)
     stream = f"{stream}/{processes.rank}"
-    samples = TrainingSamples(held, numbers, cache.task.patch_size, args.seed, stream)
+    samples = TrainingSamples(held, [case.name for case in own], numbers, cache.task.patch_size, args.seed, stream)
     sampler = EpochSampler(len(numbers), steps * args.num_images_per_batch, args.seed, stream)
     return TrainingLoader(samples, sampler, args.num_images_per_batch, num_workers(args), processes.device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +17,9 @@ from dints.errors import UserError
 from dints.runtime import Precision, Processes
 from dints.tasks import Task
 
+LOSS_VALUES = ("sum of the finite losses", "their number", "steps in a row, until now, that are not finite")
+CHECK_EVERY = 20  # steps, after which those in a row are looked at; on a GPU a look waits for it
+MAX_IN_A_ROW = 5
 SLAB = 16  # planes of a volume whose predictions are counted at once
 
 
@@ -53,6 +56,12 @@ def stepped(base: float, progress: float, milestones: Sequence[float]) -> float:
     return base * 0.5 ** sum(progress > milestone for milestone in milestones)
 
 
+def learning_rate(args: argparse.Namespace, progress: float, processes: Processes) -> float:
+    """Of the weights, at ``progress`` (0 to 1) of the milestones' span."""
+    scale = processes.world_size if args.learning_rate_scaling == "processes" else 1
+    return scale * stepped(args.learning_rate, progress, args.learning_rate_milestones)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -60,7 +69,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 def sgd(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
     """The published optimizer of the weights, which updates all of them in one operation."""
-    return torch.optim.SGD(parameters, learning_rate, momentum=0.9, weight_decay=4e-5, fused=True)
+    optimizer = torch.optim.SGD(parameters, learning_rate, momentum=0.9, weight_decay=4e-5, fused=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # Else a first step that is skipped leaves the momentum as memory that nobody has written.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, gradient: torch.Tensor) -> None:
+    """Step an optimizer, unless it is a fused one and ``gradient``, which a bad loss reaches first, is not finite.
+
+    In fp16 the scaler looks at all gradients instead. Gradients are averaged over the ranks, so that all skip the step.
+    """
+    if optimizer.defaults["fused"] and not scaler.is_enabled():
+        optimizer.found_inf = (~gradient.isfinite().all()).float()  # as a scaler tells a fused optimizer: no host waits
+    scaler.step(optimizer)
 
 
 def weights_step(
@@ -87,40 +111,92 @@ def weights_step(
         scaler.unscale_(optimizer)
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
-    scaler.step(optimizer)
+    step_if_finite(optimizer, scaler, optimizer.param_groups[0]["params"][-1].grad)
     scaler.update()
     return loss.detach()
 
 
 class EpochLoss:
-    """The losses of an epoch's steps. They stay on the device until `mean`, so that no step waits for another."""
+    """The losses of an epoch's steps. They stay on the device, so that no step waits for another.
 
-    def __init__(self, name: str, first_iteration: int, processes: Processes):
-        self.name, self.first_iteration, self.processes = name, first_iteration, processes
+    A step whose loss is not finite changes no weight (see `step_if_finite`), and does not count. Many in a row are a
+    training that diverged.
+
+    Args:
+        name: for messages.
+    """
+
+    def __init__(self, name: str, processes: Processes):
+        self.name, self.processes = name, processes
+        self.values = torch.zeros(len(LOSS_VALUES), device=processes.device)
         self.steps = 0
-        self.total = torch.zeros((), device=processes.device)
-        self.finite_steps = torch.zeros((), device=processes.device)  # before the first that is not
+        self.recent: deque[tuple[int, Sequence[str]]] = deque(maxlen=2 * CHECK_EVERY)
 
-    def add(self, loss: torch.Tensor) -> None:
-        self.total += loss
-        self.finite_steps += self.total.isfinite()
+    def start(self) -> None:
+        """Forget the last epoch, but for the steps in a row that were not finite at its end."""
+        self.values[:2] = 0
+
+    def add(self, loss: torch.Tensor, iteration: int, cases: Sequence[str]) -> None:
+        """Count a step.
+
+        Args:
+            iteration: its number in the run, from 1.
+            cases: what it was computed from.
+
+        Raises:
+            UserError: too many in a row were not finite; on every rank.
+        """
+        finite = loss.isfinite()
+        total, count, in_a_row = self.values.unbind()
+        total += torch.where(finite, loss, 0.0)
+        count += finite
+        in_a_row.copy_(torch.where(finite, 0.0, in_a_row + 1))
+        self.recent.append((iteration, cases))
         self.steps += 1
+        if self.steps % CHECK_EVERY == 0:
+            self._check()
 
     def mean(self) -> float:
         """Over the steps and all ranks.
 
         Raises:
-            UserError: a loss was NaN or infinite; steps that an fp16 scaler skipped for their gradients are no error.
+            UserError: no step's loss was finite, or too many at the end were not.
         """
-        total = self.processes.sum(self.total.clone()).item()
-        if not math.isfinite(total):
-            finite_steps = int(self.processes.min(self.finite_steps).item())
-            raise UserError(
-                f"the {self.name} is not finite at iteration {self.first_iteration + finite_steps + 1}: the training "
-                "diverged; lower --learning_rate, set --max_gradient_norm, or try --precision fp32. "
-                "latest.pth is from before"
-            )
-        return total / self.processes.world_size / self.steps
+        self._check()
+        total, count = self.processes.sum(self.values[:2].clone()).tolist()
+        if count == 0:
+            raise self._diverged(1)
+        return total / count
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Every rank's values; every rank must call it."""
+        ranks = torch.zeros(self.processes.world_size, len(LOSS_VALUES), device=self.values.device)
+        ranks[self.processes.rank] = self.values
+        return {"ranks": self.processes.sum(ranks).cpu()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        if len(state["ranks"]) == self.processes.world_size:  # else the epoch begins anew
+            self.values.copy_(state["ranks"][self.processes.rank])
+
+    def _check(self) -> None:
+        longest = self.values[2:].clone()
+        if self.processes.world_size > 1:
+            longest = self.processes.agree(longest.cpu())
+        if longest.item() >= MAX_IN_A_ROW:
+            raise self._diverged(int(longest.item()))
+
+    def _diverged(self, steps: int) -> UserError:
+        """The error, with the iteration at which it began and the cases of the ranks that it began on."""
+        own = int(self.values[2].item())
+        began = list(self.recent)[-own] if 0 < own <= len(self.recent) else None
+        found = [place for place in self.processes.gather(began) if place is not None]
+        first = min((iteration for iteration, _ in found), default=None)
+        names = [name for iteration, cases in found if iteration == first for name in cases]
+        return UserError(
+            f"the {self.name} is not finite at iteration {first} (cases {', '.join(names)}), and in {steps} steps in a "
+            "row: the training diverged; lower --learning_rate, set --max_gradient_norm, or try --precision fp32. "
+            "latest.pth is from before"
+        )
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

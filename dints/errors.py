@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Bad input: the message names the file or flag, the value that it has, and the remedy."""
+    """Bad input: the message names the file or flag, the value that it has, and the remedy.
+
+    Attributes:
+        where: goes before the messages of this process: its rank, where there are several.
+    """
+
+    where = ""
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal.
+
+    Attributes:
+        signal: its number.
+        saved: where the run stood, for people; empty if there was nothing to save.
+    """
+
+    def __init__(self, signal: int):
+        super().__init__(signal)
+        self.signal, self.saved = signal, ""
 
 
 def exit_on_user_error(main: Callable[..., None], *args) -> None:
-    """Run ``main(*args)``; a `UserError` ends the process with one line on stderr and exit code 1."""
+    """Run ``main(*args)``; what a person can mend or asked for ends the process with one line on stderr.
+
+    The exit code is 1 for a `UserError`, and 128 and the signal's number for a run that was asked to stop.
+    """
     try:
         main(*args)
     except UserError as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        _leave(f"error: {UserError.where}{error}", 1)
+    except Stopped as stopped:
+        _leave(f"stopped {stopped.saved}: the same command continues it: {shlex.join(sys.argv)}", 128 + stopped.signal)
+    except KeyboardInterrupt:
+        _leave("interrupted: the same command starts again from the last save", 130)
+
+
+def _leave(message: str, code: int) -> None:
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure  # not pyplot, which would choose a window 
 from torch.utils.tensorboard import SummaryWriter
 
 from dints import runtime
+from dints.checkpoint import Progress
 from dints.engine import Scores
-from dints.runtime import Progress
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class History:
     Args:
         folder: the run folder.
         class_names: of the task, background first.
-        iteration: where the run continues; what a stopped run wrote after it is cut. 0: afresh.
+        iteration: the last one that a stopped run need not do again; what it wrote after it is cut. 0: afresh.
         enabled: False on ranks that do not write.
     """
 
@@ -58,7 +58,9 @@ class History:
             pace = f"{progress.seconds_per_iteration:.2f} s/it"
             if "data_wait" in values:
                 pace += f", {values['data_wait']:.1%} of it waiting for data"
-            log.info("epoch %d iteration %d: %s (%s)", progress.epoch, progress.iteration, " ".join(shown), pace)
+            log.info(
+                "epoch %d iteration %d: %s (%s)", progress.current_epoch, progress.iteration, " ".join(shown), pace
+            )
             self.logged_at = time.monotonic()
         self._add(LOSSES, "train", progress, {**values, "seconds_per_iteration": progress.seconds_per_iteration})
 
@@ -67,7 +69,12 @@ class History:
         if scores is None:
             log.info("no validation cases: the newest network counts as the best")
         else:
-            log.info("epoch %d iteration %d: %s", progress.epoch, progress.iteration, scores.describe(self.class_names))
+            log.info(
+                "epoch %d iteration %d: %s",
+                progress.current_epoch,
+                progress.iteration,
+                scores.describe(self.class_names),
+            )
             columns = [f"dice_{name.replace(' ', '_')}" for name in self.class_names[1:]]
             row = {"dice": scores.mean, **dict(zip(columns, scores.per_class, strict=True))}
             self._add(ACCURACY, "validation", progress, row)
@@ -84,7 +91,7 @@ class History:
         if not self.enabled:
             return
         row = {
-            "epoch": progress.epoch,
+            "epoch": progress.current_epoch,
             "iteration": progress.iteration,
             "seconds": round(progress.seconds, 3),
             **values,
@@ -100,7 +107,7 @@ class History:
 
     def _write_progress(self, progress: Progress) -> None:
         content = {
-            "epoch": progress.epoch,
+            "epoch": progress.current_epoch,
             "iteration": progress.iteration,
             "minutes": round(progress.seconds / 60, 2),
             "best_avg_dice_score": progress.best_dice,

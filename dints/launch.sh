@@ -1,11 +1,14 @@
-# Sourced by search_dints.sh and train_dints.sh: starts a stage with torchrun on the devices of one node or of several.
+# Sourced by search_dints.sh and train_dints.sh: starts a stage with torchrun (as dints/agent.py) on the devices of one node or of several.
 #
-# Environment (all optional):
+# Signals reach the stage, and its exit code comes back: see dints/agent.py.
+#
+# Environment (all optional; what else is set, as GLOO_SOCKET_IFNAME or NCCL_DEBUG, reaches the processes unchanged):
 #   NUM_GPUS_PER_NODE  processes on this node: its GPUs, or 1 where it has none
 #   NUM_NODES          nodes of the run (1); the others are for more than one:
 #   NODE_RANK          number of this node, from 0 (0)
 #   MASTER_ADDR        address of node 0 (127.0.0.1)
 #   MASTER_PORT        a free port there (29500)
+#   MAX_RESTARTS       how often the processes are started again, from the last save, after one of them died (3)
 #   PYTHON             interpreter: the active environment's, else that of .venv beside the scripts, else python3
 # shellcheck shell=bash
 
@@ -47,19 +50,25 @@ launch() {
   shift
   gpus="$(count_gpus)"
   processes="${NUM_GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
-  local command=("$(choose_python)" -m torch.distributed.run "--nproc_per_node=$processes")
+  # -P: what is in dints/ shadows no other module.
+  local command=("$(choose_python)" -P "$here/dints/agent.py" "--nproc_per_node=$processes")
+  command+=("--max_restarts=${MAX_RESTARTS:-3}")
   if ((nodes == 1)); then
-    command+=(--standalone)
+    command+=(--standalone --local_addr=127.0.0.1)
   else
+    local address="${MASTER_ADDR:-127.0.0.1}"
     command+=(
-      "--nnodes=$nodes" --rdzv_backend=c10d "--rdzv_endpoint=${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}"
-      "--rdzv_id=${SLURM_JOB_ID:-dints}" "--rdzv_conf=is_host=$((${NODE_RANK:-0} == 0 ? 1 : 0))"
+      "--nnodes=$nodes" --rdzv_backend=c10d "--rdzv_endpoint=$address:${MASTER_PORT:-29500}"
+      "--rdzv_id=${SLURM_JOB_ID:-dints}" "--rdzv_conf=is_host=$((${NODE_RANK:-0} == 0 ? 1 : 0)),join_timeout=300"
     )
+    if [[ "$address" == 127.* ]]; then command+=("--local_addr=$address"); fi
   fi
   local cores
-  cores="$(getconf _NPROCESSORS_ONLN)"
+  cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
   # torchrun would give each process one core.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
+  # With the store of the first start, every second restart of gloo fails.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
   command+=("$here/$script" "$@")
   printf '%q ' "${command[@]}"
   echo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from dints import runtime
 from dints.acceleration import accelerated
 from dints.architecture import Architecture, architecture_from_dict, paths
 from dints.errors import UserError
-from dints.tasks import Task
+from dints.tasks import MAX_CLASSES, Task
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FoundNetwork(DiNTS):
@@ -93,11 +96,15 @@ def load_weights(network: FoundNetwork, content: object, source: str | Path) -> 
     nothing may be missing.
 
     Raises:
-        UserError: the content is no state dict, or does not fit the network.
+        UserError: the content is no state dict, does not fit the network, or holds NaN or infinite numbers.
     """
+    network.load_state_dict(_fitting_state(network, content, source))
+
+
+def _fitting_state(network: FoundNetwork, content: object, source: str | Path) -> dict[str, torch.Tensor]:
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not _is_state_dict(state):
-        raise UserError(f"{source} does not hold network weights (a state dict, or a model file of train_dints.py)")
+        raise UserError(f"{source} does not hold network weights: give a state dict, or a model file of train_dints.py")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     own = network.state_dict()
     missing = [key for key in own if key not in state]
@@ -114,13 +121,26 @@ def load_weights(network: FoundNetwork, content: object, source: str | Path) -> 
                 f"the weights in {source} do not fit this network: the file {fault.format(f'{len(keys)} tensors')}, "
                 f"for example {keys[0]}{shapes}; give the architecture, channel_mul and data of its training"
             )
-    network.load_state_dict({key: state[key] for key in own})
+    state = {key: state[key] for key in own}
+    nonfinite = [key for key, value in state.items() if not value.isfinite().all()]
+    if nonfinite:
+        raise UserError(
+            f"the weights in {source} are NaN or infinite in {len(nonfinite)} tensors, for example {nonfinite[0]}: "
+            "give weights saved before that training failed"
+        )
+    return state
 
 
 def _is_state_dict(content: object) -> bool:
     if not isinstance(content, dict) or not content:
         return False
-    return all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items())
+    return all(isinstance(key, str) and _is_dense(value) for key, value in content.items())
+
+
+def _is_dense(value: object) -> bool:
+    """Whether it is a tensor of floats that are all there; a file may hold meta, sparse, nested and quantized ones."""
+    is_tensor = isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_nested
+    return is_tensor and value.layout is torch.strided and value.dtype in _FLOATS
 
 
 def save_model(
@@ -141,15 +161,49 @@ def load_model(path: str | Path) -> tuple[FoundNetwork, Architecture, Task, dict
     """The network in a model file with its weights, its architecture, its task, and all that the file holds."""
     content = runtime.load_safely(path)
     if not isinstance(content, dict) or not {"state_dict", "architecture", "channel_mul", "task"} <= content.keys():
-        raise UserError(f"{path} is not a model file: train_dints.py writes best_metric_model.pth")
+        raise UserError(f"{path} is not a model file: give best_metric_model.pth, which train_dints.py writes")
     architecture = architecture_from_dict(content["architecture"], f"the architecture in {path}")
     try:
         task = Task.from_dict(content["task"])
-        network = FoundNetwork(architecture, task.num_channels, task.num_classes, content["channel_mul"])
-    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        _check_task(task, architecture)
+        settings = architecture, task.num_channels, task.num_classes, content["channel_mul"]
+        with torch.device("meta"):  # first without memory, which a damaged channel_mul would ask too much of
+            outline = FoundNetwork(*settings)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
+        reason = str(error).partition("\n")[0]  # PyTorch adds its C++ stack
         raise UserError(
-            f"{path} is damaged: its task and channel_mul {content['channel_mul']!r} describe no network ({error}); "
+            f"{path} is damaged: its task and channel_mul {content['channel_mul']!r} describe no network ({reason}); "
             "give another model file of train_dints.py"
         ) from error
-    load_weights(network, content, path)
+    state = _fitting_state(outline, content, path)
+    network = FoundNetwork(*settings)
+    network.load_state_dict(state)
     return network, architecture, task, content
+
+
+def _check_task(task: Task, architecture: Architecture) -> None:
+    """Raise unless the attributes are what `Task` says of them, and its patches fit the architecture."""
+    numbers = (int, float)
+    for key, is_sound in (
+        ("name", isinstance(task.name, str)),
+        ("modality", task.modality in ("CT", "MRI")),
+        ("num_channels", type(task.num_channels) is int and task.num_channels > 0),
+        ("class_names", _are(task.class_names, str) and 2 <= len(task.class_names) <= MAX_CLASSES),
+        ("spacing", task.spacing is None or (_are(task.spacing, numbers, 3) and min(task.spacing) > 0)),
+        (
+            "intensity",
+            task.intensity is None or (_are(task.intensity, numbers, 2) and task.intensity[0] < task.intensity[1]),
+        ),
+        ("patch_size", _are(task.patch_size, int, 3)),
+        ("channel_files", isinstance(task.channel_files, bool)),
+    ):
+        if not is_sound:
+            raise ValueError(f"{key} {getattr(task, key)!r}")
+    check_patch_size(task.patch_size, architecture.num_depths, "patch_size")
+
+
+def _are(values: object, kinds: type | tuple[type, ...], count: int | None = None) -> bool:
+    """Whether they are a tuple of so many, all of the kinds and, if numbers, finite."""
+    if not isinstance(values, tuple) or (count is not None and len(values) != count):
+        return False
+    return all(isinstance(value, kinds) and (isinstance(value, str) or math.isfinite(value)) for value in values)

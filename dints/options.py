@@ -106,7 +106,7 @@ def add_training(
         "--learning_rate",
         type=positive,
         default=0.025,
-        help="of the weights at the start; times the number of processes",
+        help="of the weights at the start, for one process",
     )
     add(
         "--learning_rate_milestones",
@@ -115,6 +115,17 @@ def add_training(
         metavar="SHARE",
         default=list(learning_rate_milestones),
         help="shares of the training after which the learning rate halves",
+    )
+    add(
+        "--learning_rate_scaling",
+        choices=("processes", "none"),
+        default="processes",
+        help="what the learning rate is multiplied by: the number of processes, as published, or nothing",
+    )
+    add(
+        "--num_iterations",
+        type=count,
+        help="length of the run in iterations, however many processes share it: all numbers of epochs are scaled to it",
     )
     add(
         "--max_gradient_norm",
@@ -148,6 +159,7 @@ def add_machine(arguments: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         default="auto",
         help="torch.compile the network, which takes minutes at the start; auto: off",
     )
+    add("--timeout_minutes", type=positive, default=30.0, help="longest that a process waits for another one")
     # What torchrun's predecessor passed to each process; the environment says the same.
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return group
@@ -164,6 +176,13 @@ def add_run(arguments: argparse.ArgumentParser) -> None:
         help="auto: continue the run in OUTPUT_ROOT if there is one; never: start afresh there",
     )
     add("--save_minutes", type=number(float, 0), default=10.0, help="longest time between two saves of latest.pth")
+    add(
+        "--warning_signal",
+        choices=("USR1", "USR2", "HUP", "TERM"),
+        default="USR1",
+        help="signal that, as TERM and INT do, stops the run after saving; schedulers send it ahead of a time limit",
+    )
+    add("--allow_other_num_processes", action="store_true", help="continue a run that had another number of processes")
     add("--seed", type=number(int, 0), default=0, help="of every random draw")
     add("--num_workers", type=number(int, 0), help="processes that prepare batches (default: free cores, at most 6)")
     add(
@@ -193,3 +212,17 @@ def training_complaints(args: argparse.Namespace) -> list[str]:
     if args.learning_rate_milestones != sorted(args.learning_rate_milestones):
         found.append("--learning_rate_milestones must rise")
     return found
+
+
+def scaled_to_iterations(args: argparse.Namespace, steps_per_epoch: int) -> argparse.Namespace:
+    """The options with all numbers of epochs scaled, so that the run has ``--num_iterations``, if that is given."""
+    if args.num_iterations is None:
+        return args
+    scale = args.num_iterations / (args.num_epochs * steps_per_epoch)
+    numbers = {"num_epochs": 1, "num_epochs_per_validation": 1, "num_epochs_warmup": 0}
+    scaled = {
+        name: max(least, round(getattr(args, name) * scale)) for name, least in numbers.items() if hasattr(args, name)
+    }
+    if "num_epochs_warmup" in scaled:  # the architecture learns in one epoch at least
+        scaled["num_epochs_warmup"] = min(scaled["num_epochs_warmup"], scaled["num_epochs"] - 1)
+    return argparse.Namespace(**{**vars(args), **scaled})

@@ -5,7 +5,6 @@ Nothing else in the project asks for the rank or reads a launcher's environment 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import fcntl
 import hashlib
@@ -20,8 +19,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,19 @@ class Processes:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def gather(self, value: object) -> list:
+        """Every rank's value, a plain one, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=_cpu_group())
+        return values
+
+    def agree(self, values: torch.Tensor) -> torch.Tensor:
+        """Largest over the ranks of a few numbers on the CPU, in place; no GPU is waited for."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=_cpu_group())
+        return values
 
     @property
     def num_nodes(self) -> int:
@@ -81,6 +94,12 @@ class Processes:
         return result
 
 
+@cache
+def _cpu_group() -> dist.ProcessGroup | None:
+    """Ranks that exchange numbers on the CPU; None where the group of all does so."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
 @contextmanager
 def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Processes]:
     """Join the processes that the launcher started (torchrun's RANK, WORLD_SIZE, LOCAL_RANK).
@@ -91,6 +110,7 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
     """
     _keep_freed_memory()
     rank, world_size = start_logging()
+    UserError.where = f"[rank {rank}] " if world_size > 1 else ""
     processes = Processes(rank, world_size, _device(device, int(os.environ.get("LOCAL_RANK", 0))))
     if world_size > 1:
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
@@ -101,9 +121,22 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
         )
     try:
         yield processes
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        raise UserError(
+            f"memory is exhausted ({str(error).splitlines()[0] if str(error) else 'of this machine'}): lower "
+            "--patch_size, --num_images_per_batch, --channel_mul, or in validation --num_sw_batch_size; for the "
+            "machine's memory also --num_workers, or use --cache disk"
+        ) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    signs = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
 
 
 def start_logging() -> tuple[int, int]:
@@ -253,8 +286,12 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[io.BufferedWriter]:
-    """A file to write into, which takes the place of ``path`` once it is whole and on the disk."""
+def replacing(path: str | Path, keep: Path | None = None) -> Iterator[io.BufferedWriter]:
+    """A file to write into, which takes the place of ``path`` once it is whole and on the disk.
+
+    Args:
+        keep: what the file that was there is called from then on.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -263,6 +300,8 @@ def replacing(path: str | Path) -> Iterator[io.BufferedWriter]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(partial, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -343,6 +382,8 @@ def run_folder(path: str | Path, processes: Processes) -> Iterator[Path]:
             Path(path).mkdir(parents=True, exist_ok=True)
             lock = os.open(Path(path) / ".lock", os.O_RDWR | os.O_CREAT)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for partial in Path(path).glob(".*.partial"):  # of a run that was killed while it wrote: the lock is ours
+                partial.unlink()
         except BlockingIOError as error:
             raise UserError(
                 f"another run is writing into {path}: wait for it, or give another --output_root"
@@ -356,127 +397,6 @@ def run_folder(path: str | Path, processes: Processes) -> Iterator[Path]:
     finally:
         if lock is not None:
             os.close(lock)
-
-
-@dataclass
-class Progress:
-    """How far a run has come, and its best validation so far (``best_*`` are None before the first)."""
-
-    epoch: int = 0
-    iteration: int = 0
-    seconds: float = 0.0
-    seconds_per_iteration: float = 0.0
-    best_dice: float | None = None
-    best_epoch: int | None = None
-    best_iteration: int | None = None
-    best_path: str | None = None
-
-    @contextmanager
-    def timed(self, steps: int = 0) -> Iterator[None]:
-        """Count the time of what is done inside; with ``steps``, it is an epoch of so many iterations."""
-        start = time.monotonic()
-        yield
-        seconds = time.monotonic() - start
-        self.seconds += seconds
-        if steps:
-            self.epoch, self.iteration, self.seconds_per_iteration = (
-                self.epoch + 1,
-                self.iteration + steps,
-                seconds / steps,
-            )
-
-    def note_validation(self, dice: float | None, path: Path) -> bool:
-        """Take over a validation's result if it is the best; without any (no cases), the newest network is the best."""
-        if dice is not None and self.best_dice is not None and dice <= self.best_dice:
-            return False
-        self.best_dice, self.best_epoch, self.best_iteration, self.best_path = (
-            dice,
-            self.epoch,
-            self.iteration,
-            str(path),
-        )
-        return True
-
-
-class Checkpoint:
-    """``latest.pth``: all that continuing a run needs.
-
-    Args:
-        folder: the run folder.
-        resume: ``auto`` (continue if there is something to continue), ``must`` or ``never``.
-        configuration: what decides the run's course; a stored run with another one is not continued.
-
-    Raises:
-        UserError: there is nothing to continue, or it belongs to another run; every setting that differs is named.
-    """
-
-    def __init__(self, folder: Path, resume: str, configuration: dict, processes: Processes):
-        self.path, self.configuration, self.processes = folder / "latest.pth", configuration, processes
-        # What ``--precision auto`` chose when the run began; None for a new run.
-        self.precision = processes.on_main(self._precision_of_stored, resume)
-        self.saved_at = time.monotonic()
-
-    def _precision_of_stored(self, resume: str) -> str | None:
-        if resume == "never" or (resume == "auto" and not self.path.exists()):
-            return None
-        if not self.path.exists():
-            raise UserError(f"--resume must, but there is no {self.path}")
-        state = load_safely(self.path)
-        stored = state.get("configuration") if isinstance(state, dict) else None
-        if not isinstance(stored, dict):
-            raise UserError(f"{self.path} is not a run's checkpoint: move it away, or give another --output_root")
-        keys = sorted({*stored, *self.configuration})
-        differing = [key for key in keys if stored.get(key) != self.configuration.get(key)]
-        if differing:
-            changes = [f"{key} was {stored.get(key)!r} and is {self.configuration.get(key)!r}" for key in differing]
-            raise UserError(
-                f"{self.path} belongs to a run with other settings ({', '.join(changes)}): use those again to "
-                "continue it, --resume never to start afresh in this folder, or another --output_root"
-            )
-        return state["precision"]
-
-    def restore(self, parts: dict[str, object]) -> Progress:
-        """Load the stored state into ``parts`` (networks, optimizers, ... by name); a new run's stay as they are."""
-        if self.precision is None:
-            return Progress()
-        state = load_safely(self.path)
-        for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
-        progress = Progress(**state["progress"])
-        log.info("continuing after epoch %d, iteration %d", progress.epoch, progress.iteration)
-        return progress
-
-    def save(self, parts: dict[str, object], progress: Progress, precision: Precision) -> None:
-        """Write the state on rank 0; all ranks hold the same."""
-        if self.processes.is_main:
-            content = {
-                "configuration": self.configuration,
-                "precision": precision.name,
-                "progress": asdict(progress),
-                "parts": {name: part.state_dict() for name, part in parts.items()},
-            }
-            save_atomically(content, self.path)
-        self.saved_at = time.monotonic()
-
-    def is_due(self, minutes: float) -> bool:
-        """Whether the last save is ``minutes`` ago."""
-        return time.monotonic() - self.saved_at >= 60 * minutes
-
-
-def configuration(args: argparse.Namespace, processes: Processes, **contents: object) -> dict:
-    """What decides a run's course, as plain values: flags, number of processes, and digests of ``contents``.
-
-    Left out are the flags that say where files are (what is in them counts: give it as ``contents``) and how the work
-    is carried out.
-    """
-    files = {"output_root", "root", "json", "arch_ckpt", "allow_outside_root"}
-    manner = {"resume", "save_minutes", "num_workers", "cache", "cache_dir", "check", "local_rank", "device"}
-    flags = {name: value for name, value in vars(args).items() if name not in files | manner}
-    return {
-        **{name: str(value) if isinstance(value, Path) else value for name, value in flags.items()},
-        "processes": processes.world_size,
-        **{name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in contents.items()},
-    }
 
 
 def distributed(network: torch.nn.Module, processes: Processes) -> torch.nn.Module:

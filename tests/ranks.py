@@ -12,23 +12,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402  the checkout comes first on the path
 
-from dints import runtime  # noqa: E402
+from dints import checkpoint  # noqa: E402
 
 
 def main(stage_name: str, arguments: list[str]) -> None:
     stage = importlib.import_module(stage_name)
-    save = runtime.Checkpoint.save
+    save = checkpoint.Checkpoint.save
 
-    def save_on_every_rank(self, parts, progress, precision):
-        states = {name: part.state_dict() for name, part in parts.items()}
-        seconds = {"seconds": 0.0, "seconds_per_iteration": 0.0}
+    def save_on_every_rank(self):
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        seconds = {name: 0.0 for name in ("seconds", "seconds_per_iteration", "seconds_in_epoch")}
         torch.save(
-            {"parts": states, "progress": {**asdict(progress), **seconds}},
-            self.path.with_name(f"rank{self.processes.rank}.pth"),
+            {"parts": states, "progress": {**asdict(self.progress), **seconds}},
+            self.latest.with_name(f"rank{self.processes.rank}.pth"),
         )
-        save(self, parts, progress, precision)
+        save(self)
 
-    runtime.Checkpoint.save = save_on_every_rank
+    checkpoint.Checkpoint.save = save_on_every_rank
     stage.main(stage.parse_args(arguments))
 
 

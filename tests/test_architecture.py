@@ -188,8 +188,12 @@ def test_truncated_file(tmp_path, keep, zipped):
         (lambda path: torch.save([1, 2], path), "holds a list where a dictionary is expected"),
         (lambda path: torch.save(torch.ones(3), path), "holds a Tensor where a dictionary is expected"),
         (lambda path: torch.save(torch.nn.Linear(1, 1).state_dict(), path), "has no 'node_a'"),
+        (lambda path: torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)).save(path), "not a PyTorch file"),
+        (lambda path: np.savez(path.open("wb"), **{key: GOOD[key] for key in ARRAYS}), "not a PyTorch file"),
+        (lambda path: np.save(path.open("wb"), GOOD["node_a"]), "not a PyTorch file"),
     ],
-    ids=["missing", "folder", "empty", "text", "picture", "empty zip", "list", "tensor", "state dict"],
+    ids=["missing", "folder", "empty", "text", "picture", "empty zip", "list", "tensor", "state dict", "script"]
+    + ["npz", "npy"],
 )
 def test_foreign_file(tmp_path, make, fault):
     make(tmp_path / "code.pth")
@@ -220,6 +224,9 @@ LEVEL_1, UP_1 = 3, 1  # the paths of depth 1 to itself, and to depth 0
         (entry("node_a", (0, 0), 3), "'node_a' holds 3; values are 0 to 1"),
         *((entry(key, (0, 0), np.nan), f"'{key}' holds nan where only whole numbers") for key in ARRAYS),
         (entry("node_a", (3, 2), -np.inf), "'node_a' holds -inf where only whole numbers"),
+        (entry("arch_code_c", (1, 3), 1e300), "'arch_code_c' holds 1e+300 where only whole numbers"),
+        ({**GOOD, "arch_code_c": torch.full((3, 7), 2**64 - 1, dtype=torch.uint64)}, "holds 1.84467e+19 where only"),
+        ({**GOOD, "arch_code_c": torch.full((3, 7), -(2**63))}, "holds -9223372036854775808; values are 0 to 4"),
         (entry("arch_code_a", (1, LEVEL_1), 0), "block 1 has no active path"),
         (entry("arch_code_a", (2, 0), 1), "block 1 ends at depths [1], but block 2 starts from [0, 1]"),
         (entry("arch_code_a", (1, UP_1), 1), "block 1 ends at depths [0, 1], but block 2 starts from [1]"),
@@ -235,9 +242,21 @@ LEVEL_1, UP_1 = 3, 1  # the paths of depth 1 to itself, and to depth 0
             ({**GOOD, "arch_code_a": torch.ones(shape)}, f"'arch_code_a' has shape {shape}, not (blocks, 3 * depths")
             for shape in ((), (7,), (0, 7), (3, 0), (3, 1), (3, 8), (3, 7, 1))
         ),
+        # One number in the file, and 8 GB in memory were it taken as it is
+        ({**GOOD, "arch_code_a": torch.zeros(1).expand(10**9, 7)}, "has shape (1000000000, 7), too large for an"),
+        (
+            {**GOOD, "arch_code_a": torch.ones(1, 3 * 17 - 2)},
+            "it has 1 blocks and 17 depths, more than the 1000 and 16",
+        ),
+        ({**GOOD, "arch_code_a": torch.ones(1001, 4)}, "it has 1001 blocks and 2 depths, more than the 1000 and 16"),
         *(
             ({**GOOD, "node_a": value}, "'node_a' is not an array of numbers")
-            for value in ("four", [[1], [1, 0]], [["1", "0"]], {}, torch.ones(4, 3) * 1j, torch.ones(4, 3).to_sparse())
+            for value in (
+                *("four", [[1], [1, 0]], [["1", "0"]], {}, torch.ones(4, 3) * 1j, torch.ones(4, 3).to_sparse()),
+                torch.ones(4, 3, device="meta"),
+                torch.ones(4, 3, dtype=torch.bfloat16),
+                torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+            )
         ),
     ],
 )
@@ -248,6 +267,29 @@ def test_faulty_content(tmp_path, content, fault):
     for part in fault.split(" .* "):
         position = message.index(part, position)
     assert "give an arch file as search_dints.py writes it" in message
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("numpy", [False, True], ids=["tensors", "NumPy"])
+def test_a_file_with_any_bytes_changed_loads_or_is_refused(tmp_path, numpy, zipped):
+    """Never anything but a `UserError` of one line."""
+    file, rng = tmp_path / "code.pth", np.random.default_rng(0)
+    drawn = random_architecture(0, 3, 3)
+    architecture = Architecture(drawn.node_a, drawn.arch_code_a, drawn.arch_code_c, 1 - drawn.arch_code_a)
+    content = published(architecture) if numpy else architecture.to_dict()
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    whole, refused = file.read_bytes(), 0
+    for _ in range(1000):
+        damaged = bytearray(whole)
+        for place in rng.integers(len(whole), size=rng.integers(1, 4)):
+            damaged[place] = rng.choice([0, 255, rng.integers(256)])
+        file.write_bytes(damaged)
+        try:
+            load_architecture(file)
+        except UserError as error:
+            refused += 1
+            assert str(file) in str(error) and "\n" not in str(error)
+    assert 300 < refused < 1000
 
 
 def test_size_that_the_caller_does_not_have(tmp_path):

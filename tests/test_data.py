@@ -189,7 +189,7 @@ def test_patches_have_the_networks_shape_and_type(tmp_path, shape, num_channels)
             assert batch["label"].shape == (3, 1, 16, 16, 16) and batch["label"].dtype == torch.uint8
             assert type(batch["image"]) is torch.Tensor and type(batch["label"]) is torch.Tensor
             assert torch.isfinite(batch["image"]).all() and batch["label"].max() < 3
-            assert set(batch) == {"image", "label"}
+            assert batch["cases"] == ["case"] * 3 and set(batch) == {"image", "label", "cases"}
 
 
 def patches(loader: data.TrainingLoader, epoch: int) -> list[torch.Tensor]:
@@ -229,6 +229,14 @@ def test_patches_do_not_depend_on_how_far_an_earlier_epoch_was_followed(cases):
     assert same([tensor for batch in taken for tensor in (batch["image"], batch["label"])], expected[1])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_goes_on_in_its_middle(cases, workers):
+    expected = patches(weights_loader(cases, num_workers=workers, steps=7), 3)  # two turns of five cases, and more
+    for step in (0, 1, 4, 7):
+        rest = [b[key] for b in weights_loader(cases, steps=7).epoch(3, step) for key in ("image", "label")]
+        assert len(rest) == 2 * (7 - step) and all(map(torch.equal, rest, expected[2 * step :]))
+
+
 def test_an_epoch_goes_on_where_the_last_one_ended(cases, monkeypatch):
     """Workers are not started anew: what they prepared meanwhile is used."""
     loader = weights_loader(cases, num_workers=1)
@@ -266,7 +274,7 @@ def test_patches_do_not_depend_on_the_order_of_asking(cases):
     places = [(epoch, turn, index) for epoch in (0, 4) for turn in (0, 1) for index in range(len(cases))]
     first = {place: samples[place] for place in places}
     for place in reversed(places):
-        image, label, draw = samples[place]
+        image, label, draw, _ = samples[place]
         assert torch.equal(first[place][0], image) and torch.equal(first[place][1], label) and first[place][2] == draw
 
 
@@ -275,13 +283,13 @@ def test_patches_differ_between_epochs_turns_streams_seeds_and_cases(cases):
     seeded, streamed = weights_loader(cases[:1], seed=1), weights_loader(cases[:1], "architecture")
     samples = [one[0, 0, 0], one[1, 0, 0], one[0, 1, 0], one[0, 0, 1]]
     samples += [loader.loader.dataset[0, 0, 0] for loader in (seeded, streamed)]
-    images = [augmentation.augment(*sample)[0] for sample in samples]
+    images = [augmentation.augment(*sample[:3])[0] for sample in samples]
     for number, image in enumerate(images):
         assert not any(torch.equal(image, other) for other in images[number + 1 :]), number
 
 
 def places_of(sampler: data.EpochSampler, epoch: int) -> list[tuple[int, int, int]]:
-    sampler.first_epoch = epoch
+    sampler.start = epoch, 0
     return [place for place, _ in zip(sampler, range(sampler.length), strict=False)]
 
 
@@ -302,7 +310,7 @@ def test_epoch_sampler_passes_over_all_cases_and_wraps(num_cases, length):
 def test_epoch_sampler_goes_on_into_the_next_epoch():
     sampler = data.EpochSampler(5, 7, 0, "weights/0")
     expected = [*places_of(sampler, 2), *places_of(sampler, 3)]
-    sampler.first_epoch = 2
+    sampler.start = 2, 0
     assert [place for place, _ in zip(sampler, range(14), strict=False)] == expected
 
 

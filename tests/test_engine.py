@@ -108,20 +108,76 @@ def test_weights_step_starts_from_no_gradient():
     assert torch.equal(*gradients)
 
 
+def epoch_loss(*values: float, iteration: int = 121) -> engine.EpochLoss:
+    """Of steps that were computed from the cases "case 121", "case 122", ..."""
+    loss = engine.EpochLoss("loss", ALONE)
+    for number, value in enumerate(values, iteration):
+        loss.add(torch.tensor(value), number, [f"case {number}"])
+    return loss
+
+
 def test_epoch_loss_is_the_mean_of_its_steps():
-    loss = engine.EpochLoss("loss", 120, ALONE)
-    for value in (1.0, 2.0, 6.0):
-        loss.add(torch.tensor(value))
-    assert loss.mean() == 3.0
+    assert epoch_loss(1.0, 2.0, 6.0).mean() == 3.0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_epoch_loss_names_the_iteration_at_which_a_loss_is_not_finite(value):
-    loss = engine.EpochLoss("architecture_loss", 120, ALONE)
-    for step in (0.5, 0.25, value, 0.5, -value):
-        loss.add(torch.tensor(step))
-    with pytest.raises(UserError, match="the architecture_loss is not finite at iteration 123: .*--learning_rate"):
+def test_steps_whose_loss_is_not_finite_do_not_count(value):
+    assert epoch_loss(0.5, value, 0.25, value, value, 0.75).mean() == 0.5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_many_in_a_row_are_an_error_with_the_first_ones_iteration_and_cases(value):
+    steps = [0.5, value, 0.5, *[value] * engine.MAX_IN_A_ROW]
+    message = (
+        rf"the loss is not finite at iteration 124 \(cases case 124\), and in {engine.MAX_IN_A_ROW} steps in a row"
+    )
+    with pytest.raises(UserError, match=message + ".*--learning_rate"):
+        epoch_loss(*steps).mean()
+    loss = epoch_loss(*steps[:-1])
+    assert loss.mean() == 0.5
+    loss.start()  # the next epoch
+    loss.add(torch.tensor(value), 128, ["case 128"])
+    with pytest.raises(UserError, match=message):
         loss.mean()
+
+
+def test_many_in_a_row_are_noticed_within_an_epoch():
+    with pytest.raises(UserError, match="at iteration 121 "):
+        epoch_loss(*[math.nan] * (engine.CHECK_EVERY + 1))
+
+
+def test_an_epoch_without_any_finite_loss_is_an_error():
+    with pytest.raises(UserError, match=r"at iteration 121 \(cases case 121\)"):
+        epoch_loss(math.nan, math.nan).mean()
+
+
+def test_epoch_loss_goes_on_in_the_middle_of_an_epoch():
+    values = [0.1, math.nan, 0.3, 0.7, 1e-9]
+    first, second = epoch_loss(*values[:3]), engine.EpochLoss("loss", ALONE)
+    second.load_state_dict(first.state_dict())
+    for number, value in enumerate(values[3:], 124):
+        second.add(torch.tensor(value), number, [])
+    assert second.mean() == epoch_loss(*values).mean()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_step_whose_loss_is_not_finite_changes_nothing(precision, step):
+    """Nor does it spoil the momentum, though it be the first one."""
+
+    def trained(steps: list[float]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        network = nn.Conv3d(1, 2, 1)
+        optimizer, kind = engine.sgd(network.parameters(), 0.1), Precision(precision, CPU)
+        for value in steps:
+            image = torch.full((1, 1, 4, 4, 4), value)
+            batch = {"image": image, "label": torch.ones(1, 1, 4, 4, 4, dtype=torch.uint8)}
+            engine.weights_step(network, batch, engine.segmentation_loss(), optimizer, kind.scaler(), kind)
+        return [*network.parameters(), *(state["momentum_buffer"] for state in optimizer.state.values())]
+
+    sound = [1.0, 2.0, 3.0]
+    spoilt = [*sound[:step], math.nan, *sound[step:]]
+    assert all(map(torch.equal, trained(sound), trained(spoilt)))
 
 
 def test_gradients_that_the_fp16_scaler_refuses_are_no_error():
@@ -131,9 +187,9 @@ def test_gradients_that_the_fp16_scaler_refuses_are_no_error():
     before = network.weight.detach().clone()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     batch = {"image": torch.randn(1, 1, 4, 4, 4), "label": label}
-    loss = engine.EpochLoss("loss", 0, ALONE)
+    loss = engine.EpochLoss("loss", ALONE)
     optimizer = engine.sgd(network.parameters(), 0.1)
-    loss.add(engine.weights_step(network, batch, engine.segmentation_loss(), optimizer, scaler, FP32))
+    loss.add(engine.weights_step(network, batch, engine.segmentation_loss(), optimizer, scaler, FP32), 1, [])
     assert math.isfinite(loss.mean()) and torch.equal(network.weight, before) and scaler.get_scale() == 512
 
 

@@ -13,9 +13,9 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dints.checkpoint import Progress
 from dints.engine import Scores
 from dints.history import ACCURACY, LOSSES, History, curves, draw_curves, read_rows
-from dints.runtime import Progress
 
 CLASSES = ("background", "left atrium", "lesion")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -29,7 +29,7 @@ def run(folder: Path, epochs: range, values=lambda epoch: {"loss": 1 / (epoch + 
     """Epochs of 10 iterations and 30 seconds with a validation each, from where ``epochs`` begins."""
     history = History(folder, CLASSES, iteration=10 * epochs.start, enabled=True)
     for epoch in epochs:
-        progress = Progress(epoch + 1, 10 * (epoch + 1), 30.0 * (epoch + 1), 2.5, 0.5, 1, 10, "best.pth")
+        progress = Progress(epoch, 10, 10 * (epoch + 1), 30.0 * (epoch + 1), 2.5, 25.0, 0.5, 1, 10, "best.pth")
         history.add_epoch(progress, values(epoch))
         history.add_validation(progress, scores(0.5 + epoch / 100, 0.25))
     history.close()
@@ -75,8 +75,8 @@ def test_tensorboard_has_the_same_values(tmp_path):
 
 def test_an_absent_class_leaves_an_empty_cell(tmp_path):
     history = History(tmp_path, CLASSES, 0, True)
-    history.add_validation(Progress(1, 10), scores(float("nan"), 0.5))
-    history.add_validation(Progress(2, 20), scores(float("nan"), float("nan")))
+    history.add_validation(Progress(0, 10, 10), scores(float("nan"), 0.5))
+    history.add_validation(Progress(1, 10, 20), scores(float("nan"), float("nan")))
     history.close()
     assert [row[3:] for row in table(tmp_path / ACCURACY)[1:]] == [["0.5", "", "0.5"], ["", "", ""]]
     assert scalars(tmp_path) == {"validation/dice": [(10, 0.5)], "validation/dice_lesion": [(10, 0.5)]}
@@ -84,9 +84,9 @@ def test_an_absent_class_leaves_an_empty_cell(tmp_path):
 
 def test_progress_file_tells_the_best_validation(tmp_path):
     history = History(tmp_path, CLASSES, 0, True)
-    progress = Progress(7, 70, 90.5, 1.0)
+    progress = Progress(6, 10, 70, 90.5)
     progress.note_validation(0.75, Path("run/best.pth"))
-    progress.epoch, progress.iteration = 8, 80
+    progress.epoch, progress.iteration = 7, 80
     progress.note_validation(0.5, Path("run/worse.pth"))
     history.add_validation(progress, scores(0.5, 0.5))
     history.close()
@@ -103,8 +103,8 @@ def test_progress_file_tells_the_best_validation(tmp_path):
 
 def test_without_validation_cases_progress_is_still_written(tmp_path):
     history = History(tmp_path, CLASSES, 0, True)
-    history.add_epoch(Progress(1, 10, 30.0, 3.0), {"loss": 0.5})
-    history.add_validation(Progress(1, 10, 30.0, 3.0), None)
+    history.add_epoch(Progress(0, 10, 10, 30.0, 3.0), {"loss": 0.5})
+    history.add_validation(Progress(0, 10, 10, 30.0, 3.0), None)
     history.close()
     assert yaml.safe_load((tmp_path / "progress.yaml").read_text())["best_avg_dice_score"] is None
     assert not (tmp_path / ACCURACY).exists() and (tmp_path / "training_loss.png").exists()
@@ -147,8 +147,8 @@ def test_a_fresh_start_replaces_tables_and_events(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path):
     history = History(tmp_path, CLASSES, 0, enabled=False)
-    history.add_epoch(Progress(1, 10), {"loss": 0.5})
-    history.add_validation(Progress(1, 10), scores(0.5, 0.5))
+    history.add_epoch(Progress(0, 10, 10), {"loss": 0.5})
+    history.add_validation(Progress(0, 10, 10), scores(0.5, 0.5))
     history.close()
     assert list(tmp_path.iterdir()) == []
 

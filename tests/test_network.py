@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +235,21 @@ UP = ARCHITECTURES["up"]
             (lambda fit, content=content: content, "does not hold network weights")
             for content in (None, [1], {}, torch.ones(2), {"state_dict": 5}, {"state_dict": {}}, {"state_dict": [1]})
         ),
+        *(
+            (lambda fit, value=value: {**fit, "stem_finals.1.bias": value}, fault)
+            for value, fault in (
+                (torch.zeros(3, dtype=torch.int64), "does not hold network weights"),
+                (torch.zeros(3, dtype=torch.complex64), "does not hold network weights"),
+                (torch.zeros(3, device="meta"), "does not hold network weights"),
+                (torch.zeros(3).to_sparse(), "does not hold network weights"),
+                (torch.zeros(3).to(torch.float8_e4m3fn), "does not hold network weights"),
+                (
+                    torch.tensor([0, math.nan, 0]),
+                    "are NaN or infinite in 1 tensors, for example stem_finals.1.bias: give",
+                ),
+                (torch.tensor([0, 0, -math.inf]), "are NaN or infinite in 1 tensors"),
+            )
+        ),
         (lambda fit: {**fit, "epoch": 5}, "does not hold network weights"),
         (lambda fit: {**fit, 5: torch.ones(2)}, "does not hold network weights"),
         (lambda fit: {"parts": {"network": fit}}, "does not hold network weights"),
@@ -281,14 +298,35 @@ def model_content(tmp_path: Path) -> dict:
         (lambda c: c.update(state_dict=3), "does not hold network weights"),
         (lambda c: c["task"].pop("class_names"), "is damaged: its task and channel_mul 0.0625 .*class_names"),
         (lambda c: c["task"].update(colour="red"), "is damaged: .*colour"),
-        (lambda c: c["task"].update(num_channels="two"), "is damaged: .*two"),
-        (lambda c: c["task"].update(num_channels=-1), "is damaged: .*-1"),
-        (lambda c: c["task"].update(class_names=None), "is damaged: .*NoneType"),
+        *(
+            (lambda c, key=key, value=value: c["task"].update({key: value}), rf"is damaged: .*\({key} .*; give another")
+            for key, value in (
+                *(("name", value) for value in (None, 5)),
+                *(("modality", value) for value in ("US", None)),
+                *(("num_channels", value) for value in ("two", -1, 0, 1.5, True)),
+                *(("class_names", value) for value in (None, [], ["background"], ["a", 5], "abc", ["a"] * 256)),
+                *(("spacing", value) for value in (1, [1.0, 1.0], [1.0, 0.0, 1.0], [1.0, -1.0, 1.0], "111")),
+                *(("spacing", value) for value in ([1.0, math.nan, 1.0], [1.0, math.inf, 1.0], [1.0, "1", 1.0])),
+                *(("intensity", value) for value in (0, [1.0], [1.0, 1.0], [2.0, 1.0], [0.0, math.inf], [None, 1.0])),
+                *(("patch_size", value) for value in (None, 96, [32, 32], [32.0, 32.0, 32.0], ["a", "b", "c"])),
+                ("channel_files", "no"),
+            )
+        ),
+        (
+            lambda c: c["task"].update(patch_size=[30, 32, 32]),
+            "is damaged: .*patch_size 30 32 32 does not fit 4 depths",
+        ),
+        (lambda c: c["task"].update(patch_size=[-32, 0, 32]), "is damaged: .*patch_size -32 0 32 does not fit 4"),
         (lambda c: c.update(task=[]), "is damaged: .*list"),
         (lambda c: c.update(task=None), "is damaged: .*NoneType"),
         *(
-            (lambda c, value=value: c.update(channel_mul=value), f"is damaged: its task and channel_mul {value!r}")
-            for value in ("x", None, 0.0, -1.0, float("nan"), float("inf"))
+            (lambda c, value=value: c.update(channel_mul=value), rf"is damaged: its .*{re.escape(repr(value))}")
+            for value in ("x", None, [1], 0.0, -1.0, math.nan, math.inf, 1e300)
+        ),
+        # Before memory for such a network is asked for
+        *(
+            (lambda c, value=value: c.update(channel_mul=value), "has [0-9]+ tensors of another shape")
+            for value in (1.0, 100.0)
         ),
     ],
 )

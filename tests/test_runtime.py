@@ -1,6 +1,5 @@
 """Safe files, the run folder, checkpoints, seeds and precision."""
 
-import argparse
 import os
 import pickle
 import signal
@@ -94,85 +93,12 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
         pass
 
 
-class TestCheckpoint:
-    configuration = {"num_epochs": 3, "seed": 0}
-
-    def save(self, folder: Path) -> torch.nn.Linear:
-        checkpoint = runtime.Checkpoint(folder, "auto", self.configuration, ALONE)
-        layer = torch.nn.Linear(2, 2)
-        progress = runtime.Progress(epoch=1, iteration=7, best_dice=0.5)
-        checkpoint.save({"network": layer}, progress, runtime.Precision("fp32", ALONE.device))
-        return layer
-
-    def test_restores_what_was_saved(self, tmp_path):
-        saved = self.save(tmp_path)
-        checkpoint = runtime.Checkpoint(tmp_path, "must", self.configuration, ALONE)
-        layer = torch.nn.Linear(2, 2)
-        progress = checkpoint.restore({"network": layer})
-        assert torch.equal(layer.weight, saved.weight)
-        assert (progress.epoch, progress.iteration, progress.best_dice) == (1, 7, 0.5)
-        assert checkpoint.precision == "fp32"
-
-    def test_names_every_setting_that_differs(self, tmp_path):
-        self.save(tmp_path)
-        with pytest.raises(UserError, match="num_epochs was 3 and is 4, seed was 0 and is 1"):
-            runtime.Checkpoint(tmp_path, "auto", {"num_epochs": 4, "seed": 1}, ALONE)
-
-    def test_never_starts_afresh(self, tmp_path):
-        self.save(tmp_path)
-        checkpoint = runtime.Checkpoint(tmp_path, "never", {"num_epochs": 4}, ALONE)
-        assert checkpoint.restore({}) == runtime.Progress()
-
-    def test_must_needs_something_to_continue(self, tmp_path):
-        with pytest.raises(UserError, match="--resume must, but there is no .*latest.pth"):
-            runtime.Checkpoint(tmp_path, "must", {}, ALONE)
-
-    @pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
-    def test_refuses_what_is_no_checkpoint(self, tmp_path, content):
-        if content is None:
-            torch.save([1, 2], tmp_path / "latest.pth")
-        else:
-            (tmp_path / "latest.pth").write_bytes(content)
-        with pytest.raises(UserError, match="latest.pth"):
-            runtime.Checkpoint(tmp_path, "auto", {}, ALONE)
-
-
-def test_the_configuration_knows_contents_but_not_places():
-    def configured(root: str, seed: int, cases: list[str]) -> dict:
-        args = argparse.Namespace(root=Path(root), output_root=Path("out"), seed=seed, num_workers=3)
-        return runtime.configuration(args, ALONE, cases=cases)
-
-    first = configured("here", 0, ["a", "b"])
-    assert first == configured("there", 0, ["a", "b"])
-    assert first != configured("here", 1, ["a", "b"])
-    assert first != configured("here", 0, ["a", "c"])
-
-
 def test_seeds_depend_on_every_part_and_on_no_process():
     seeds = [runtime.seed_from(*parts) for parts in ((0, "weights", 1, 2), (0, "weights", 2, 1), (1, "weights", 1, 2))]
     assert len(set(seeds)) == 3
     program = "from dints import runtime; print(runtime.seed_from(0, 'weights', 1, 2))"
     other = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert int(other.stdout) == seeds[0]
-
-
-def test_progress_keeps_the_best_validation():
-    progress = runtime.Progress(epoch=1, iteration=10)
-    assert progress.note_validation(0.5, Path("a"))
-    progress.epoch, progress.iteration = 2, 20
-    assert not progress.note_validation(0.4, Path("b"))
-    assert (progress.best_dice, progress.best_iteration, progress.best_path) == (0.5, 10, "a")
-    progress.epoch, progress.iteration = 3, 30
-    assert progress.note_validation(0.6, Path("c"))
-    assert (progress.best_dice, progress.best_epoch, progress.best_path) == (0.6, 3, "c")
-
-
-def test_without_validation_cases_the_newest_is_the_best():
-    progress = runtime.Progress()
-    for iteration in (10, 20):
-        progress.iteration = iteration
-        assert progress.note_validation(None, Path(f"{iteration}"))
-    assert progress.best_path == "20" and progress.best_dice is None
 
 
 @pytest.mark.parametrize(("wanted", "message"), [("fp16", "--precision fp16 needs a GPU")])
