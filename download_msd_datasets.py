@@ -38,6 +38,8 @@ CHUNK = 1 << 16  # bytes; what a cut connection loses at most
 MAX_REDIRECTS = 5
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before another attempt
 MAX_MEMBERS, MAX_UNPACKED = 20_000, 100 * 10**9  # the largest task has under 3,000 members and 30 GB
+MAX_NAME, MAX_PARTS = 200, 10  # characters of a name in an archive, and folders around it
+NUMBER = "[0-9]{1,18}"  # of bytes, in a server's answer
 MARKER = ".complete"
 
 
@@ -235,17 +237,20 @@ def whole_cases(folder: Path) -> tuple[int, int]:
             "'training' of dataset.json must list objects with 'image' and 'label', 'test' paths"
         ) from error
     names = images | labels | tests
-    if not names or any(leaves_folder(name) for name in names):
+    if not images or any(leaves_folder(name) for name in names):
         raise UserError("dataset.json names no training case, or files outside its folder")
     missing = sorted(name for name in names if not is_filled(folder / name))
     if missing:
-        example = f"for example {missing[0]}"
+        example = f"for example {missing[0] if missing[0].isprintable() else ascii(missing[0]):.200}"
         raise UserError(f"{len(missing)} of the {len(names)} files in dataset.json are missing or empty, {example}")
     return len(images), len(tests)
 
 
 def is_filled(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
+    try:
+        return path.is_file() and path.stat().st_size > 0
+    except OSError:  # a name longer than any file's
+        return False
 
 
 def leaves_folder(name: str) -> bool:
@@ -399,14 +404,22 @@ def open_url(session: requests.Session, download: Download, headers: dict[str, s
     """GET without reading the body; redirects are followed by hand, because none may leave https (or a given http)."""
     url, schemes = download.url, {"https", urlsplit(download.url).scheme}
     for _ in range(MAX_REDIRECTS + 1):
-        response = session.get(url, headers=headers, timeout=download.timeout, stream=True, allow_redirects=False)
+        try:
+            response = session.get(url, headers=headers, timeout=download.timeout, stream=True, allow_redirects=False)
+        except ValueError as error:  # no host has such a name, or no such port
+            raise UserError(f"{url!a} cannot be fetched ({error}): check --url") from error
         if not response.is_redirect:
             return response
         response.close()
-        url = urljoin(url, response.headers["Location"])
-        if urlsplit(url).scheme not in schemes:
+        target = response.headers["Location"]
+        try:
+            url = urljoin(url, target)
+            leaves = urlsplit(url).scheme not in schemes
+        except ValueError:  # half an IPv6 address
+            leaves = True
+        if leaves:
             raise UserError(
-                f"{download.url} redirects to {url}, which is not {' or '.join(sorted(schemes))}: check --url"
+                f"{download.url} redirects to {target!a}, which is not {' or '.join(sorted(schemes))}: check --url"
             )
     raise UserError(f"{download.url} redirects more than {MAX_REDIRECTS} times: check --url")
 
@@ -415,8 +428,8 @@ def body_range(response: requests.Response) -> tuple[int | None, int | None]:
     """First byte of a response's body within the file, and the size of the whole file; None where it is not said."""
     if response.status_code == 200:
         length = response.headers.get("Content-Length", "")
-        return 0, int(length) if length.isdecimal() else None
-    stated = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
+        return 0, int(length) if re.fullmatch(NUMBER, length) else None
+    stated = re.fullmatch(rf"bytes (?:({NUMBER})-{NUMBER}|\*)/({NUMBER}|\*)", response.headers.get("Content-Range", ""))
     first, total = stated.groups() if stated else (None, None)
     return int(first) if first else None, int(total) if total and total != "*" else None
 
@@ -438,13 +451,16 @@ def validator_of(response: requests.Response) -> str | None:
 
 def check_answer(response: requests.Response, have: int) -> None:
     """Let only (the missing part of) an archive pass; 5xx and 429 may be retried, everything else is final."""
-    answer = f"{response.url} answers {response.status_code} {response.reason}"
+    answer = f"{response.url} answers {response.status_code} {response.reason!a}"
     if response.status_code >= 500 or response.status_code == 429:
         raise TransferError(answer)
     if response.status_code != 200 and not (have and response.status_code == 206):
         raise UserError(f"{answer}: check --url, or try later")
     if response.headers.get("Content-Type", "").startswith("text/html"):
         raise UserError(f"{response.url} answers with a web page, not with an archive: check --url")
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":  # lengths would not be those of the file, and a little could become very much
+        raise UserError(f"{response.url} answers with the Content-Encoding {encoding!a}, not asked for: check --url")
 
 
 def receive(response: requests.Response, download: Download, first: int, total: int | None) -> None:
@@ -467,6 +483,9 @@ def receive(response: requests.Response, download: Download, first: int, total: 
         for chunk in response.iter_content(CHUNK):
             file.write(chunk)
             bar.update(len(chunk))
+            if file.tell() > MAX_UNPACKED:
+                discard_partial(download)
+                raise UserError(f"{download.url} sends more than {readable(MAX_UNPACKED)}; it was deleted: check --url")
     if version["total"] not in (None, size_of(download.partial)):
         raise TransferError(f"{download.url} was cut at {size_of(download.partial)} of {version['total']} bytes")
 
@@ -496,6 +515,8 @@ def unpack_archive(download: Download, digest: str) -> None:
             lacks cases.
     """
     shutil.rmtree(download.unpacked, ignore_errors=True)
+    if os.path.lexists(download.unpacked):  # a link, or another's: whatever is written there would be elsewhere
+        raise UserError(f"{download.unpacked} is in the way and cannot be removed: move it away")
     try:
         with tarfile.open(download.archive, "r:") as tar:
             members = checked_members(tar, download.task)
@@ -504,9 +525,10 @@ def unpack_archive(download: Download, digest: str) -> None:
         check_cases(download)
         write_text(download.unpacked / download.task / MARKER, f"{digest}\n")
         put_in_place(download)
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        reason = ascii(str(error) or type(error).__name__)
         raise UserError(
-            f"{download.archive} is damaged or not an uncompressed tar archive ({error}): delete it and run again"
+            f"{download.archive} is damaged or not an uncompressed tar archive ({reason}): delete it and run again"
         ) from error
     except UserError as error:
         raise UserError(f"{download.archive}: {error}") from error
@@ -516,7 +538,7 @@ def unpack_archive(download: Download, digest: str) -> None:
 
 def checked_members(tar: tarfile.TarFile, task: str) -> list[tarfile.TarInfo]:
     """The members to unpack, after a look at every one; ``._*`` (macOS AppleDouble) files are left out."""
-    members, names, size = [], set(), 0
+    members, files, folders, size = [], set(), set(), 0
     for number, member in enumerate(tar, start=1):
         size += max(member.size, 0)
         if number > MAX_MEMBERS or size > MAX_UNPACKED:
@@ -524,20 +546,29 @@ def checked_members(tar: tarfile.TarFile, task: str) -> list[tarfile.TarInfo]:
         parts = PurePosixPath(member.name).parts
         plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse() and member.size >= 0
         if leaves_folder(member.name):
-            raise UserError(f"member {member.name!r} points out of the folder: nothing was unpacked, do not trust it")
+            raise untrusted(member, "points out of the folder")
         if not plain and not member.isdir():
-            raise UserError(f"member {member.name!r} is no plain file or folder: nothing was unpacked, do not trust it")
+            raise untrusted(member, "is no plain file or folder")
+        if not member.name.isprintable() or len(parts) > MAX_PARTS or any(len(part) > MAX_NAME for part in parts):
+            raise untrusted(member, "is no name of a file of MSD")
         if not parts or parts[-1].startswith("._"):
             continue
         if parts[0] != task:
             raise UserError(
-                f"member {member.name!r} is not in {task}/: nothing was unpacked, check --msd_task and --url"
+                f"member {member.name!a:.200} is not in {task}/: nothing was unpacked, check --msd_task and --url"
             )
-        if plain and parts in names:
-            raise UserError(f"member {member.name!r} is there twice: nothing was unpacked, do not trust it")
-        names.add(parts)
+        if parts[1:] == (MARKER,):
+            raise untrusted(member, "is no name of a file of MSD")
+        folders.update(parts[:depth] for depth in range(1, len(parts)))
+        if parts in files or (plain and parts in folders) or not files.isdisjoint(parts[:n] for n in range(len(parts))):
+            raise untrusted(member, "is there twice")
+        (files if plain else folders).add(parts)
         members.append(member)
     return members
+
+
+def untrusted(member: tarfile.TarInfo, fault: str) -> UserError:
+    return UserError(f"member {member.name!a:.200} {fault}: nothing was unpacked, do not trust it")
 
 
 def write_members(tar: tarfile.TarFile, members: list[tarfile.TarInfo], download: Download) -> None:

@@ -7,9 +7,10 @@ SIGTERM it exits with 1 whatever they do, and waits for them longer than a preem
 since it was stopped elsewhere, or since its input is bad, it starts again. Here
 
 - SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 go to the workers of this node, SIGHUP as SIGTERM; SIGQUIT ends all at once;
-- what has not ended ``SECONDS_TO_SAVE`` after the first of them is killed;
+- what has not ended SECONDS_TO_SAVE (20, or that variable) after the first of them is killed;
 - the exit code is the workers': 128 + signal for a run that was stopped, on every node, also where no signal came;
-- a worker is not restarted that left with such a code, with 2 (bad arguments), or with a message in torchrun's error file.
+- a worker is not restarted that left with such a code, with 2 (bad arguments), or with a message for torchrun (an error
+  file).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import api as launcher
 
-SECONDS_TO_SAVE, SECONDS_TO_END = 20, 2
+SECONDS_TO_SAVE, SECONDS_TO_END = float(os.environ.get("SECONDS_TO_SAVE", 20)), 2
 PASSED_ON = {number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
 PASSED_ON[signal.SIGHUP] = signal.SIGTERM
 
@@ -45,10 +46,9 @@ class Agent(LocalElasticAgent):
         super().__init__(*args, **kwargs)
         Agent.received = 0
         self._starting = threading.Lock()
-        self._signals, written = socket.socketpair()
-        written.setblocking(False)
-        self._written = written  # keeps it open
-        signal.set_wakeup_fd(written.fileno())
+        self._signals, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno())
         for number in PASSED_ON:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 signal.signal(number, lambda *_: None)
@@ -78,7 +78,7 @@ class Agent(LocalElasticAgent):
     def _end(self) -> None:
         """What is left is killed; whatever the main thread waits for."""
         for pid in self._running():
-            print(f"process {pid} has not ended in {SECONDS_TO_SAVE} s: killed", file=sys.stderr, flush=True)
+            print(f"process {pid} has not ended in {SECONDS_TO_SAVE:g} s: killed", file=sys.stderr, flush=True)
             os.killpg(pid, signal.SIGKILL)
         time.sleep(SECONDS_TO_END)
         os._exit(128 + Agent.received)
@@ -92,6 +92,10 @@ class Agent(LocalElasticAgent):
             if Agent.received:
                 sys.exit(128 + Agent.received)
             return super()._start_workers(worker_group)
+
+    def _restart_workers(self, worker_group) -> None:
+        print("starting the processes of this node again", file=sys.stderr, flush=True)
+        super()._restart_workers(worker_group)
 
     def _monitor_workers(self, worker_group) -> RunResult:
         result = super()._monitor_workers(worker_group)

@@ -214,7 +214,7 @@ class TrainingLoader:
 
 def _ignore_signals(_worker: int) -> None:
     """Leave it to the main process to stop when the whole group is asked to; it needs its workers until then."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in runtime.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

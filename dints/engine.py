@@ -83,7 +83,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
     In fp16 the scaler looks at all gradients instead. Gradients are averaged over the ranks, so that all skip the step.
     """
     if optimizer.defaults["fused"] and not scaler.is_enabled():
-        optimizer.found_inf = (~gradient.isfinite().all()).float()  # as a scaler tells a fused optimizer: no host waits
+        # As a scaler tells a fused optimizer, so that no host waits for the answer.
+        optimizer.found_inf = (~gradient.isfinite().all()).to(gradient.dtype)
     scaler.step(optimizer)
 
 
@@ -165,7 +166,7 @@ class EpochLoss:
         self._check()
         total, count = self.processes.sum(self.values[:2].clone()).tolist()
         if count == 0:
-            raise self._diverged(1)
+            raise self._diverged()
         return total / count
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -183,19 +184,19 @@ class EpochLoss:
         if self.processes.world_size > 1:
             longest = self.processes.agree(longest.cpu())
         if longest.item() >= MAX_IN_A_ROW:
-            raise self._diverged(int(longest.item()))
+            raise self._diverged()
 
-    def _diverged(self, steps: int) -> UserError:
+    def _diverged(self) -> UserError:
         """The error, with the iteration at which it began and the cases of the ranks that it began on."""
         own = int(self.values[2].item())
-        began = list(self.recent)[-own] if 0 < own <= len(self.recent) else None
-        found = [place for place in self.processes.gather(began) if place is not None]
-        first = min((iteration for iteration, _ in found), default=None)
-        names = [name for iteration, cases in found if iteration == first for name in cases]
+        began = list(self.recent)[-min(own, len(self.recent))] if own else None
+        found = [(steps, *place) for steps, place in self.processes.gather((own, began)) if place is not None]
+        first = min(iteration for _, iteration, _ in found)
+        names = [name for _, iteration, cases in found if iteration == first for name in cases]
         return UserError(
-            f"the {self.name} is not finite at iteration {first} (cases {', '.join(names)}), and in {steps} steps in a "
-            "row: the training diverged; lower --learning_rate, set --max_gradient_norm, or try --precision fp32. "
-            "latest.pth is from before"
+            f"the {self.name} is not finite at iteration {first} (cases {', '.join(names)}), and in "
+            f"{max(steps for steps, *_ in found)} steps in a row: the training diverged; lower --learning_rate, set "
+            "--max_gradient_norm, or try --precision fp32. latest.pth is from before"
         )
 
 

@@ -1,6 +1,5 @@
-# Sourced by search_dints.sh and train_dints.sh: starts a stage with torchrun (as dints/agent.py) on the devices of one node or of several.
-#
-# Signals reach the stage, and its exit code comes back: see dints/agent.py.
+# Sourced by search_dints.sh and train_dints.sh: starts a stage on the devices of one node or of several, with
+# dints/agent.py, which is torchrun but for signals and exit codes.
 #
 # Environment (all optional; what else is set, as GLOO_SOCKET_IFNAME or NCCL_DEBUG, reaches the processes unchanged):
 #   NUM_GPUS_PER_NODE  processes on this node: its GPUs, or 1 where it has none
@@ -9,6 +8,7 @@
 #   MASTER_ADDR        address of node 0 (127.0.0.1)
 #   MASTER_PORT        a free port there (29500)
 #   MAX_RESTARTS       how often the processes are started again, from the last save, after one of them died (3)
+#   SECONDS_TO_SAVE    how long a run may take to end after a signal, before it is killed (20)
 #   PYTHON             interpreter: the active environment's, else that of .venv beside the scripts, else python3
 # shellcheck shell=bash
 

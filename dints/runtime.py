@@ -14,6 +14,7 @@ import os
 import pickle
 import platform
 import re
+import signal
 import sys
 import time
 import warnings
@@ -33,6 +34,7 @@ from dints.errors import UserError
 
 log = logging.getLogger(__name__)
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # may stop a run
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -119,6 +121,7 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
             timeout=timedelta(minutes=timeout_minutes),
             device_id=processes.device if backend == "nccl" else None,
         )
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         yield processes
     except (MemoryError, RuntimeError) as error:
@@ -130,6 +133,8 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
             "machine's memory also --num_workers, or use --cache disk"
         ) from error
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -156,7 +161,8 @@ def _keep_freed_memory() -> None:
     Each step frees and needs the same memory again; by default the system takes it back and clears 30,000 pages anew.
     """
     if platform.libc_ver()[0] == "glibc":
-        for option, size in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+        for option, size in ((_M_MMAP_THRESHOLD, 32 << 20), (STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # may stop a run
+_M_TRIM_THRESHOLD, 2**31 - 1)):
             ctypes.CDLL(None).mallopt(option, size)
 
 

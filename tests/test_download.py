@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -66,6 +67,13 @@ def tar_of(members: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:
         for info, content in members:
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def header(kind: bytes, content: bytes, size: int | None = None) -> bytes:
+    """An extended header as it lies in an archive, before the member that it belongs to."""
+    info = tarfile.TarInfo("header")
+    info.type, info.size = kind, len(content) if size is None else size
+    return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
 
 ARCHIVE = tar_of(heart_members())
@@ -147,17 +155,21 @@ def serve(status=None, cut=None, part=None, ranges=True, if_range=True, length=T
     return answer
 
 
-def plain(status: int, body: bytes = b"", **headers):
+def plain(status: int, body: bytes = b"", reason: str | None = None, **headers):
     """An answer that is not the archive."""
 
     def answer(_: Mirror, handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+        handler.send_response(status, reason)
+        for name, value in ({"Content_Length": str(len(body))} | headers).items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
         handler.wfile.write(body)
 
     return answer
+
+
+def hang(mirror: Mirror, handler: BaseHTTPRequestHandler) -> None:
+    mirror.released.wait(20)
 
 
 @pytest.fixture(autouse=True)
@@ -271,20 +283,34 @@ def test_partial_that_is_whole_is_not_downloaded_again(mirror, tmp_path, total, 
 @pytest.mark.parametrize(
     ("script", "message", "num_requests", "kept"),
     [
-        pytest.param([plain(404)], "404 Not Found: check --url", 1, False, id="404"),
-        pytest.param([plain(403)], "403 Forbidden", 1, False, id="403"),
+        pytest.param([plain(404)], "404 'Not Found': check --url", 1, False, id="404"),
+        pytest.param([plain(403)], "403 'Forbidden'", 1, False, id="403"),
         pytest.param([plain(500)] * 9, "failed in attempt 3 of 3: .*500", 3, False, id="500 for ever"),
         pytest.param([serve(stall=True, cut=0)] * 9, "failed in attempt 3 of 3: .*timed out", 3, False, id="stalled"),
+        pytest.param([hang] * 9, "failed in attempt 3 of 3: .*timed out", 3, False, id="no answer at all"),
         pytest.param([serve(cut=HALF)] + [serve(cut=0)] * 9, "kB are kept", 3, True, id="cut for ever"),
         pytest.param([plain(200, ARCHIVE[::-1])], f"md5 .*, not {md5(ARCHIVE)}; it was deleted", 1, False, id="bytes"),
         pytest.param([serve(length=False, cut=HALF)], "md5 .* it was deleted", 1, False, id="cut without a length"),
         pytest.param([plain(200, b"<html>", Content_Type="text/html")], "answers with a web page", 1, False, id="HTML"),
         pytest.param([plain(200, b"<html>")], "it was deleted", 1, False, id="HTML that does not say so"),
         pytest.param(
-            [plain(302, Location="ftp://x/y.tar")], "redirects to ftp://x/y.tar", 1, False, id="redirect to ftp"
+            [plain(302, Location="ftp://x/y.tar")], "redirects to 'ftp://x/y.tar'", 1, False, id="redirect to ftp"
         ),
         pytest.param([plain(302, Location="/again")] * 9, "redirects more than 5 times", 6, False, id="redirect loop"),
         pytest.param([serve(status=206)], "answers 206", 1, False, id="206 unasked"),
+        pytest.param([plain(302, Location="http://[/x.tar")], "cannot be fetched", 1, False, id="redirect to ["),
+        pytest.param([plain(302, Location="http://x:99999/")], "cannot be fetched", 1, False, id="redirect to no port"),
+        pytest.param([plain(302, Location=f"http://{'x' * 99}/")], "cannot be fetched", 1, False, id="to no name"),
+        pytest.param(
+            [plain(302, Location="file:///etc/passwd")], "redirects to 'file:///etc", 1, False, id="to a file"
+        ),
+        pytest.param([plain(302)], "answers 302", 1, False, id="redirect to nothing"),
+        pytest.param(
+            [plain(200, gzip.compress(ARCHIVE), Content_Encoding="gzip")], "Content-Encoding", 1, False, id="gzip"
+        ),
+        pytest.param([plain(200, b"x", Content_Length="9" * 5000)], "it was deleted", 1, False, id="absurd length"),
+        pytest.param([plain(200, b"x", Content_Length="9" * 18)], "are needed", 1, False, id="length of no disk"),
+        pytest.param([plain(404, reason="\x1b[2J")], r"answers 404 '\\x1b\[2J'", 1, False, id="terminal codes"),
     ],
 )
 def test_gives_up(mirror, tmp_path, script, message, num_requests, kept):
@@ -295,6 +321,24 @@ def test_gives_up(mirror, tmp_path, script, message, num_requests, kept):
     assert len(mirror.requests) == num_requests
     assert any(path.stat().st_size for path in tmp_path.glob("*.partial")) == kept
     assert not (tmp_path / TASK).exists() and not (tmp_path / f"{TASK}.tar").exists()
+
+
+def test_pauses_grow_up_to_a_limit_and_are_short_again_after_progress(mirror, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(downloader, "FIRST_WAIT", 1)
+    monkeypatch.setattr(downloader, "LONGEST_WAIT", 5)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    mirror.script = [plain(503)] * 4 + [serve(cut=HALF)] + [plain(503)] * 2
+    download(tmp_path, "--url", mirror.url, "--retries", 4)
+    assert waits == [1, 2, 4, 5, 1, 2, 4]
+
+
+def test_a_body_without_end_stops_before_the_disk_is_full(mirror, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloader, "MAX_UNPACKED", 100_000)
+    mirror.script = [serve(length=False)]
+    with pytest.raises(UserError, match=f"{TASK}.tar sends more than 100.0 kB"):
+        download(tmp_path, "--url", mirror.url)
+    assert os.listdir(tmp_path) == []
 
 
 def test_wrong_bytes_in_the_resumed_part_are_noticed(mirror, tmp_path):
@@ -331,7 +375,7 @@ def test_https_is_not_left(mirror, tmp_path, monkeypatch):
     url = secure.url.replace("http://127.0.0.1", "https://localhost")
     try:
         secure.script = [plain(302, Location=mirror.url)]
-        with pytest.raises(UserError, match="redirects to http://127.0.0.1.*which is not https"):
+        with pytest.raises(UserError, match="redirects to 'http://127.0.0.1.*which is not https"):
             download(tmp_path / "data", "--url", url)
         assert mirror.requests == []
         download(tmp_path / "data", "--url", url)
@@ -420,17 +464,70 @@ def test_failure_of_the_final_move_is_an_error_and_loses_nothing(tmp_path, monke
         (member("Task09_Spleen/file", b"x"), f"is not in {TASK}/"),
         (member("file", b"x"), f"is not in {TASK}/"),
         (member(f"{TASK}/dataset.json", b"{}"), "is there twice"),
+        (member(f"{TASK}/dataset.json/x", b"{}"), "is there twice"),
+        (member(f"{TASK}/dataset.json", type=tarfile.DIRTYPE), "is there twice"),
+        (member(f"{TASK}/imagesTr", b"x"), "is there twice"),
+        (member(TASK, b"x"), "is there twice"),
+        (member(f"{TASK}/" + "x/" * 2000, type=tarfile.DIRTYPE), "is no name of a file"),
+        (member(f"{TASK}/" + "x" * 256, b"x"), "is no name of a file"),
+        (member(f"{TASK}/x\x00y", b"x", pax_headers={"path": f"{TASK}/x\x00y"}), "is no name of a file"),
+        (member(f"{TASK}/\x1b[2J\n", b"x"), "is no name of a file"),
+        (member(f"{TASK}/\udcff", b"x"), "is no name of a file"),
+        (member(f"{TASK}/{downloader.MARKER}", b"x"), "is no name of a file"),
     ],
-    ids=lambda value: value if isinstance(value, str) else f"{value[0].name}-{value[0].type.decode()}",
+    ids=lambda value: value if isinstance(value, str) else f"{value[0].name!a:.60}-{value[0].type.decode()}",
 )
 def test_nothing_of_a_bad_archive_is_written(tmp_path, bad, message):
     """The bad member comes last: those before it must not have been written either."""
     root = tmp_path / "root"
     content = tar_of([*heart_members(), bad])
     put_archive(root, content)
-    with pytest.raises(UserError, match=f"{re.escape(repr(bad[0].name))} .*{message}"):
+    with pytest.raises(UserError, match=f"member {re.escape(ascii(bad[0].name)[:60])}.* {message}"):
         download(root, md5_of=content)
     assert os.listdir(tmp_path) == ["root"] and os.listdir(root) == [f"{TASK}.tar"]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(b"".join(header(tarfile.XHDTYPE, b"9 x=1234\n") for _ in range(2000)), id="2000 headers for one"),
+        pytest.param(header(tarfile.XHDTYPE, b"11 size=-9\n") + header(tarfile.REGTYPE, b""), id="negative size"),
+        pytest.param(header(tarfile.GNUTYPE_LONGNAME, b"x", 2**40), id="a name of 1 TB"),
+        pytest.param(header(tarfile.XHDTYPE, b"x", 2**60), id="a header of 1 EB"),
+    ],
+)
+def test_headers_that_exhaust_or_mislead_the_reader(tmp_path, start):
+    content = start + ARCHIVE
+    put_archive(tmp_path, content)
+    with pytest.raises(UserError, match=f"{TASK}.tar"):
+        download(tmp_path, md5_of=content)
+    assert os.listdir(tmp_path) == [f"{TASK}.tar"]
+
+
+def test_modes_and_owners_of_an_archive_do_not_count(tmp_path):
+    """No file that runs, runs as its owner, or that others may write to."""
+    members = heart_members()
+    for info, _ in members:
+        info.mode, info.uid, info.gid = 0o7777, 12345, 12345
+    put_archive(tmp_path, tar_of(members))
+    umask = os.umask(0o022)
+    try:
+        download(tmp_path, md5_of=tar_of(members))
+    finally:
+        os.umask(umask)
+    for path in (tmp_path / TASK).rglob("*"):
+        status = path.stat()
+        assert status.st_mode & 0o7777 == (0o755 if path.is_dir() else 0o644)
+        assert (status.st_uid, status.st_gid) == (os.getuid(), os.getgid())
+
+
+def test_a_link_in_the_place_of_the_unpacked_folder_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    put_archive(tmp_path / "root", ARCHIVE)
+    (tmp_path / "root" / f"{TASK}.partial_extract").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{TASK}.partial_extract"):
+        download(tmp_path / "root")
+    assert os.listdir(tmp_path / "elsewhere") == []
 
 
 def test_caps_on_an_archive(tmp_path, monkeypatch):
@@ -474,13 +571,27 @@ def test_apple_double_files_and_leading_dots_are_dropped(tmp_path):
         pytest.param(b"<html>not a tar</html>", "damaged", id="not a tar"),
         pytest.param(b"", "damaged", id="empty"),
         pytest.param(tar_of(heart_members(training=[{"image": "x"}])), "must list objects", id="without label"),
-        pytest.param(tar_of(heart_members(test=["../../x"])), "files outside its folder", id="names a file outside"),
+        *(
+            pytest.param(tar_of(heart_members(test=[name])), "files outside its folder", id=f"names {name!r}")
+            for name in ("../../x", "/etc/passwd", "imagesTs/../../../x", "..\\x")
+        ),
+        *(
+            pytest.param(tar_of(heart_members(test=[name])), "missing or empty", id=f"names {name[:9]!r}")
+            for name in ("x\x00y", "\ud800", "x" * 5000, "", ".", "\x1b[2J")
+        ),
+        *(
+            pytest.param(tar_of(heart_members(**{key: value})), "must list objects", id=f"{key} {value!r}")
+            for key, values in (("training", (None, 5, ["x"], {"x": 1}, [[]])), ("test", (None, 5)))
+            for value in values
+        ),
+        pytest.param(tar_of(heart_members(training=[])), "names no training case", id="no training case"),
     ],
 )
 def test_archive_that_is_not_whole(tmp_path, content, message, digest):
     put_archive(tmp_path, content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as raised:
         download(tmp_path, "--md5", "none" if digest == "none" else md5(content))
+    assert "\x1b" not in str(raised.value)
     assert os.listdir(tmp_path) == [f"{TASK}.tar"]
 
 

@@ -145,9 +145,13 @@ class TestSearch:
             search(phantom, tmp_path / "other", "--max_ram_ratio", 0.0001)
 
     def test_a_loss_that_is_not_finite_stops_it(self, phantom, tmp_path):
-        with pytest.raises(UserError, match="the loss is not finite at iteration [12]: the training diverged"):
+        message = (
+            r"the loss is not finite at iteration 2 \(cases phantom_00.\), and in 3 steps in a row: the training div"
+        )
+        with pytest.raises(UserError, match=message):
             search(phantom, tmp_path, "--learning_rate", 1e30)
-        assert not (tmp_path / "latest.pth").exists()
+        state = torch.load(tmp_path / "latest.pth", weights_only=True)  # the one that every run begins with
+        assert state["progress"]["iteration"] == 0
 
 
 class TestTrain:
@@ -193,7 +197,7 @@ def test_a_stopped_run_continues_to_the_same_end(
 
     def interrupt(self, progress, values, add_epoch=History.add_epoch):
         add_epoch(self, progress, values)
-        if progress.epoch == 3:
+        if progress.current_epoch == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -325,30 +329,3 @@ def test_an_error_is_one_line_and_no_traceback(script, arguments, tmp_path):
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(errors) == 1 and "none" in errors[0]
     assert "Traceback" not in done.stderr
-
-
-def test_launchers_name_the_command_that_fetches_the_data(tmp_path):
-    for script, task in (("search_dints.sh", "Task07_Pancreas"), ("train_dints.sh", "Task09_Spleen")):
-        done = subprocess.run(
-            ["bash", str(CHECKOUT / script)], cwd=tmp_path, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 1
-        assert f"download_msd_datasets.py --msd_task {task} --root ./data_msd" in done.stderr
-
-
-def test_launchers_pass_everything_on(phantom, tmp_path):
-    """With a stand-in for Python that prints what it is called with."""
-    python = tmp_path / "python"
-    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
-    python.chmod(0o755)
-    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "TASK": "Task00_Phantom", "DATA_ROOT": str(phantom)}
-    environment |= {"NUM_GPUS_PER_NODE": "3", "NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "FOLD": "2"}
-    command = ["bash", str(CHECKOUT / "search_dints.sh"), "--num_epochs", "7"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True
-    )
-    said = done.stdout.splitlines()[1:]
-    for expected in ("--nproc_per_node=3", "--nnodes=2", "--rdzv_endpoint=node0:29500", "--rdzv_conf=is_host=0"):
-        assert expected in said
-    assert said[said.index("--fold") + 1] == "2" and said[said.index("--factor_ram_cost") + 1] == "0.8"
-    assert said[-2:] == ["--num_epochs", "7"]

@@ -1,7 +1,7 @@
 """Stands in for a stage under the launchers: all-reduces in a loop, counts in FOLDER/saved, and continues from there.
 
-Told to by a signal it stops as a stage does, on all ranks after the same step, with exit code 128 + signal; with --deaf it
-does not. --fail CODE: rank 0 leaves with it, once (again and again with --always) after ten steps.
+Told to by a signal it stops as a stage does, on all ranks after the same step, with exit code 128 + signal; with --deaf
+it does not. --fail CODE: rank 0 leaves with it, once (again and again with --always) after ten steps.
 """
 
 import argparse
