@@ -406,20 +406,15 @@ def open_url(session: requests.Session, download: Download, headers: dict[str, s
     for _ in range(MAX_REDIRECTS + 1):
         try:
             response = session.get(url, headers=headers, timeout=download.timeout, stream=True, allow_redirects=False)
-        except ValueError as error:  # no host has such a name, or no such port
+        except ValueError as error:  # no host has such a name or port; here or in what this redirects to
             raise UserError(f"{url!a} cannot be fetched ({error}): check --url") from error
         if not response.is_redirect:
             return response
         response.close()
-        target = response.headers["Location"]
-        try:
-            url = urljoin(url, target)
-            leaves = urlsplit(url).scheme not in schemes
-        except ValueError:  # half an IPv6 address
-            leaves = True
-        if leaves:
+        url = urljoin(url, response.headers["Location"])
+        if urlsplit(url).scheme not in schemes:
             raise UserError(
-                f"{download.url} redirects to {target!a}, which is not {' or '.join(sorted(schemes))}: check --url"
+                f"{download.url} redirects to {url!a}, which is not {' or '.join(sorted(schemes))}: check --url"
             )
     raise UserError(f"{download.url} redirects more than {MAX_REDIRECTS} times: check --url")
 

@@ -282,7 +282,8 @@ class Checkpoint:
             yield
         except Stopped as stopped:
             self.save()
-            stopped.saved = f"after iteration {self.progress.iteration}, with its state in {self.latest}"
+            if self.processes.is_main:
+                stopped.saved = f"after iteration {self.progress.iteration}, with its state in {self.latest}"
             raise
 
 

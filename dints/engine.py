@@ -84,7 +84,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
     """
     if optimizer.defaults["fused"] and not scaler.is_enabled():
         # As a scaler tells a fused optimizer, so that no host waits for the answer.
-        optimizer.found_inf = (~gradient.isfinite().all()).to(gradient.dtype)
+        optimizer.found_inf = (~gradient.isfinite().all()).float()
     scaler.step(optimizer)
 
 

@@ -22,7 +22,7 @@ class Stopped(Exception):
 
     Attributes:
         signal: its number.
-        saved: where the run stood, for people; empty if there was nothing to save.
+        saved: where the run stood, for people; empty on ranks that do not tell them.
     """
 
     def __init__(self, signal: int):
@@ -40,11 +40,15 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
     except UserError as error:
         _leave(f"error: {UserError.where}{error}", 1)
     except Stopped as stopped:
-        _leave(f"stopped {stopped.saved}: the same command continues it: {shlex.join(sys.argv)}", 128 + stopped.signal)
+        said = (
+            f"stopped {stopped.saved}: the same command continues it: {shlex.join(sys.argv)}" if stopped.saved else ""
+        )
+        _leave(said, 128 + stopped.signal)
     except KeyboardInterrupt:
         _leave("interrupted: the same command starts again from the last save", 130)
 
 
 def _leave(message: str, code: int) -> None:
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    if message:
+        print(" ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(code)

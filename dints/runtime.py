@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import hashlib
 import io
 import logging
@@ -136,6 +137,7 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if dist.is_initialized():
+            gc.collect()  # DDP refers to itself: what it holds of the group would outlive Python, which aborts at times
             dist.destroy_process_group()
 
 
@@ -161,8 +163,7 @@ def _keep_freed_memory() -> None:
     Each step frees and needs the same memory again; by default the system takes it back and clears 30,000 pages anew.
     """
     if platform.libc_ver()[0] == "glibc":
-        for option, size in ((_M_MMAP_THRESHOLD, 32 << 20), (STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # may stop a run
-_M_TRIM_THRESHOLD, 2**31 - 1)):
+        for option, size in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 2**31 - 1)):
             ctypes.CDLL(None).mallopt(option, size)
 
 

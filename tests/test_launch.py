@@ -95,6 +95,20 @@ def test_the_command_on_several_nodes(phantom, tmp_path):
 # Signals, exit codes, restarts
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """Also where a test fails."""
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(LIMIT + 5)
+    STARTED.clear()
+
+
 class Launch:
     """tests/worker.py under dints/launch.sh, as a stage is."""
 
@@ -112,13 +126,15 @@ class Launch:
     def start(self, *command: object, **environment: str) -> subprocess.Popen:
         command = [*(command or ("bash", self.launcher)), *self.arguments]
         with self.output.open("a") as output:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 list(map(str, command)),
                 env=self.environment | environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
             )
+        STARTED.append(process)
+        return process
 
     def run(self) -> int:
         return self.start().wait(100)
@@ -322,5 +338,34 @@ def test_no_other_job_is_queued_again(ending, tmp_path):
         wait_for(lambda: run.steps >= 5)
         batch.terminate()
     code = batch.wait(100)
-    assert code == {"finished": 0, "cancelled": 143, "failed": code or 1}[ending], run.output.read_text()
+    assert code == {"finished": 0, "cancelled": 143, "failed": 2}[ending], run.output.read_text()
     assert slurm.requeued() == []
+
+
+def test_a_search_goes_on_where_its_job_was_interrupted(phantom, tmp_path):
+    slurm = Slurm(tmp_path)
+    environment = {"PYTHON": sys.executable, "TASK": "Task00_Phantom", "DATA_ROOT": str(phantom), "FOLD": "0"}
+    environment |= {"OUTPUT_ROOT": str(tmp_path / "run"), "OMP_NUM_THREADS": "1", **slurm.environment}
+    command = ["bash", CHECKOUT / "slurm/dints.sbatch", CHECKOUT / "search_dints.sh", *TINY]
+    command += ["--num_epochs", "20", "--num_epochs_warmup", "5", "--num_epochs_per_validation", "20"]
+
+    def submit() -> subprocess.Popen:
+        return subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tmp_path,
+        )
+
+    batch = submit()
+    wait_for(lambda: (tmp_path / "run" / "loss_history.csv").exists())
+    batch.send_signal(signal.SIGUSR1)
+    said, _ = batch.communicate(timeout=LIMIT)
+    assert batch.returncode == 128 + signal.SIGUSR1 and slurm.requeued() == ["requeue 42"], said
+    batch = submit()
+    said, _ = batch.communicate(timeout=200)
+    assert batch.returncode == 0 and slurm.requeued() == ["requeue 42"], said
+    assert "on 2 x cpu" in said and "continuing after" in said
+    assert len(list((tmp_path / "run").glob("search_code_*.pth"))) == 1

@@ -70,6 +70,8 @@ def test_the_published_search_and_ours_take_the_same_course(dtype, iterations, t
     data = [{**batch, "image": batch["image"].to(dtype)} for batch in batches(32)]
     for search in (theirs, ours):
         search.network.to(dtype)
+    for state in ours.optimizer.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
     losses = np.zeros((iterations, 4))
     for iteration in range(iterations):
         sample, other = data[iteration % 32], data[(7 * iteration + 3) % 32]

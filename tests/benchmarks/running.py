@@ -1,0 +1,135 @@
+"""What it costs to be able to go on: saving, agreeing between steps, and what two processes tell each other.
+
+    python tests/benchmarks/running.py
+    python tests/benchmarks/running.py --size small
+
+Of the supernet at its published size (12 blocks, 4 depths, channel multiplier 0.5: 150 million weights): the time of a
+save and its share of a run that saves every ten minutes; the time that `Checkpoint.steps` adds to a step; and with two
+gloo processes on this machine, the bytes that each hands to the collectives in a weights step and in an architecture
+step, and the time of an iteration of one and of two processes, a search's and a retraining's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks")]
+
+import steps  # noqa: E402  (the repository is no package: its root must be on the path first)
+
+import search_dints  # noqa: E402
+from dints import engine, runtime  # noqa: E402
+from dints.checkpoint import Checkpoint, configuration  # noqa: E402
+from dints.network import FoundNetwork  # noqa: E402
+
+CHANNEL_MUL = {"published": 0.5, "small": 0.125}
+SAVE_MINUTES = 10
+
+
+def main(args: argparse.Namespace) -> None:
+    with runtime.started("cpu") as processes:
+        options = stage_options(args)
+        supernet = search_dints.Supernet(options, steps.TASK, runtime.Precision("fp32", processes.device), processes)
+        if processes.world_size == 1:
+            measure_saving(supernet, options, processes)
+            print_scaling(args)
+        if processes.is_main:
+            weights = sum(p.numel() for p in supernet.weights)
+            print(f"{processes.world_size} x {torch.get_num_threads()} threads, {weights / 1e6:.1f} million weights")
+        measure_steps(supernet, options, processes)
+
+
+def stage_options(args: argparse.Namespace) -> argparse.Namespace:
+    flags = ["--root", ".", "--output_root", ".", "--channel_mul", str(CHANNEL_MUL[args.size])]
+    return search_dints.parse_args([*flags, "--patch_size", "32", "32", "32"])
+
+
+def measure_saving(supernet: search_dints.Supernet, options: argparse.Namespace, processes) -> None:
+    """The median of some saves with the momentum that a training has; and of the agreement between two steps."""
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        checkpoint = Checkpoint(Path(folder), options, configuration(options, processes), processes)
+        checkpoint.restore(supernet.parts, supernet.precision)
+        seconds = [timed(checkpoint.save) for _ in range(5)]
+        size = checkpoint.latest.stat().st_size
+        load = timed(lambda: Checkpoint(Path(folder), options, configuration(options, processes), processes))
+    save = statistics.median(seconds)
+    share = save / (60 * SAVE_MINUTES + save)
+    print(f"save: {save:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), {size / 2**20:,.0f} MiB", end="; ")
+    print(f"{share:.2%} of a run that saves every {SAVE_MINUTES} minutes; found whole again in {load:.2f} s")
+    count = 10_000
+    added = timed(lambda: [None for _ in checkpoint.steps(iter(range(count)))]) / count
+    print(f"between two steps of one process: {1e6 * added:.1f} us")
+
+
+def print_scaling(args: argparse.Namespace) -> None:
+    """This script again, as two processes with half of the threads each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    threads = max(1, torch.get_num_threads() // 2)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([*command, "--size", args.size], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    print(done.stdout.rstrip())
+
+
+def measure_steps(supernet: search_dints.Supernet, options: argparse.Namespace, processes) -> None:
+    """Time and bytes of each kind of step, from random data that differ between the ranks."""
+    torch.manual_seed(processes.rank)
+    patch = options.patch_size
+    batch = {
+        "image": torch.rand(1, 1, *patch),
+        "label": torch.randint(0, steps.TASK.num_classes, (1, 1, *patch), dtype=torch.uint8),
+    }
+    torch.manual_seed(0)
+    network = FoundNetwork(steps.typical_architecture(), 1, steps.TASK.num_classes, 0.5)
+    model, optimizer = runtime.distributed(network, processes), engine.sgd(network.parameters(), 0.025)
+    settings = engine.segmentation_loss(), optimizer, supernet.precision.scaler(), supernet.precision
+    for name, step in (
+        ("weights step", lambda: search_dints.weights_step(supernet, batch)),
+        ("architecture step", lambda: search_dints.architecture_step(supernet, batch, 0.5)),
+        ("retraining step", lambda: engine.weights_step(model, batch, *settings)),
+    ):
+        step()
+        seconds = statistics.median(timed(step) for _ in range(5))
+        line = f"  {name}: {1e3 * seconds:.0f} ms"
+        if processes.world_size > 1:
+            line += f", {bytes_of(step):,} bytes to the collectives"
+        if processes.is_main:
+            print(line)
+
+
+def bytes_of(step) -> int:
+    """What this process hands to collectives in a step: those called from Python and DDP's own."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        step()
+    sizes = 0
+    for event in profile.events():
+        if event.name in ("gloo:all_reduce", "gloo:broadcast", "gloo:all_gather"):
+            for shape in event.input_shapes:
+                sizes += 4 * int(torch.Size(shape).numel()) if shape else 0
+    return sizes
+
+
+def timed(call) -> float:
+    if dist.is_initialized():
+        dist.barrier()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=CHANNEL_MUL, default="published")
+    main(parser.parse_args())
