@@ -119,12 +119,18 @@ def _cases_of_object(description: dict, source: str | Path, root: Path) -> Liste
     listed = []
     for name, entry in entries.items():
         place = f"case {name!r} of 'dataset'"
-        if not name or name.startswith(".") or Path(name).name != name:  # it will name a file
+        if not _is_file_name(name):
             raise UserError(f"{source}: {place} has a name that no file can have: rename it")
         images, label = _paths(entry, "images", source, place)
         _check_count(images, description, source, place)
         listed.append((place, _case(name, images, label, root)))
     return listed
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a segmentation's file can have it, with an ending, and people can read it."""
+    is_plain = Path(name).name == name and not name.startswith(".")
+    return bool(name) and is_plain and name.isprintable() and len(name.encode(errors="replace")) <= 200
 
 
 def _cases_of_folders(description: dict, source: str | Path, root: Path) -> Listed:

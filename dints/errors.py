@@ -50,5 +50,6 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
 
 def _leave(message: str, code: int) -> None:
     if message:
-        print(" ".join(message.split()), file=sys.stderr, flush=True)
+        line = " ".join(message.split())
+    print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr, flush=True)
     sys.exit(code)

@@ -95,9 +95,15 @@ def write_task(folder: Path, task: Task, measured: Fingerprint | None) -> None:
 def _stored(path: Path) -> Fingerprint | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        return Fingerprint(**values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none there, or not ours: it is measured
+        spacing, shape, intensity = (values[key] for key in ("spacing", "shape", "intensity"))
+        return Fingerprint(
+            str(values["dataset"]),
+            int(values["num_cases"]),
+            tuple(float(spacing[axis]) for axis in range(3)),
+            tuple(int(shape[axis]) for axis in range(3)),
+            None if intensity is None else (float(intensity[0]), float(intensity[1])),
+        )
+    except (OSError, ValueError, TypeError, LookupError):  # none there, or not ours: it is measured
         return None
 
 

@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -316,8 +316,22 @@ def replacing(path: str | Path, keep: Path | None = None) -> Iterator[io.Buffere
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        if partial.exists():
-            partial.unlink()
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+# What PyTorch raises for damaged files, beside pickle's own errors.
+_DAMAGE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+)
 
 
 def load_safely(path: str | Path) -> object:
@@ -341,7 +355,7 @@ def load_safely(path: str | Path) -> object:
                 f"{path} asks for {wanted} while loading; only tensors and NumPy arrays are accepted: do not trust it"
             ) from error
         raise UserError(f"{path} is damaged or not a PyTorch file: give another") from error
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path} is damaged or not a PyTorch file ({type(error).__name__}): give another") from error
 
 
@@ -359,15 +373,7 @@ def _numpy_globals() -> list:
         np.ndarray,
         np.dtype,
         *{type(np.dtype(kind)) for kind in kinds},
-        (_encode_latin1, "_codecs.encode"),
     ]
-
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    """Stands in for ``codecs.encode``, with which old pickle protocols write an array's bytes as latin-1 text."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"unexpected encoding {encoding!r}")
-    return text.encode("latin1")
 
 
 def _refused_global(message: str) -> str | None:

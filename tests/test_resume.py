@@ -285,7 +285,7 @@ for what, damage in DAMAGES.items():
         assert_same_end(theatre, "train", folder, processes)
 
 
-@play("with another number of processes it continues only where that is allowed, and says that the result is another")
+@play("another number of processes is refused, or allowed and said to change the result")
 def other_number_of_processes(theatre: Theatre, folder: Path) -> None:
     stop(theatre, "search", folder, 2, at=fault("step", EPOCH[2] + 1, "TERM", to=0))
     done = theatre.run("search", folder, 1)

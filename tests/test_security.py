@@ -242,11 +242,11 @@ def test_the_program_checks_nothing_by_assert():
 
 # The packages.
 
-# At or above the first versions without an advisory that we know of: torch 2.6 for CVE-2025-32434 (weights_only ran code)
-# and 2.10 for CVE-2026-24747 (it wrote out of bounds); MONAI 1.5.1 for CVE-2025-58755 to -58757 (unpickling, zip members
-# out of the folder) and 1.5.2 for CVE-2026-21851; requests 2.32.4 for CVE-2024-47081 (credentials to another host) and
-# 2.33 for CVE-2026-25645; tqdm 4.66.3 for CVE-2024-34062; PyYAML 5.4 for CVE-2020-14343; NumPy 1.22 for CVE-2021-41496;
-# SciPy 1.10 for CVE-2023-25399.
+# At or above the first versions without an advisory that we know of: torch 2.6 for CVE-2025-32434 (weights_only ran
+# code) and 2.10 for CVE-2026-24747 (it wrote out of bounds); MONAI 1.5.1 for CVE-2025-58755 to -58757 (unpickling, zip
+# members out of the folder) and 1.5.2 for CVE-2026-21851; requests 2.32.4 for CVE-2024-47081 (credentials to another
+# host) and 2.33 for CVE-2026-25645; tqdm 4.66.3 for CVE-2024-34062; PyYAML 5.4 for CVE-2020-14343; NumPy 1.22 for
+# CVE-2021-41496; SciPy 1.10 for CVE-2023-25399.
 FLOORS = {
     "torch": "2.10",
     "monai": "1.6.1",
