@@ -113,7 +113,8 @@ class Checkpoint:
         self.latest, self.previous = folder / "latest.pth", folder / "previous.pth"
         self.configuration, self.processes, self.save_minutes = configuration, processes, args.save_minutes
         self.signals = (signal.SIGTERM, signal.SIGINT, getattr(signal, f"SIG{args.warning_signal}"))
-        self.received: int | None = None
+        self.received: int | None = None  # signal, and when
+        self.received_at = 0.0
         # The file to continue from, and the precision that the run has; None for a new run.
         self.source, self.precision = processes.on_main(self._find, args)
         self.progress, self.parts, self.saved_at = Progress(), {}, time.monotonic()
@@ -224,9 +225,12 @@ class Checkpoint:
     # Stopping
 
     def _note_signal(self, number: int, _frame: object) -> None:
-        if self.received == number == signal.SIGINT:  # asked a second time
+        now = time.monotonic()
+        # A second Ctrl-C does not wait; but a launcher may pass on what the scheduler has sent to all.
+        if self.received == number == signal.SIGINT and now - self.received_at > 1:
             raise KeyboardInterrupt
-        self.received = self.received or number
+        if self.received is None:
+            self.received, self.received_at = number, now
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield an epoch's batches; before each, count the step before it, save if it is time, stop if asked to.

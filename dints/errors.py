@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -40,16 +42,22 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
     except UserError as error:
         _leave(f"error: {UserError.where}{error}", 1)
     except Stopped as stopped:
-        said = (
-            f"stopped {stopped.saved}: the same command continues it: {shlex.join(sys.argv)}" if stopped.saved else ""
-        )
-        _leave(said, 128 + stopped.signal)
+        if UserError.where in ("", "[rank 0] "):  # all stopped at the same step: one tells
+            _tell(f"stopped {stopped.saved}: the same command continues it: {shlex.join(sys.argv)}")
+        sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         _leave("interrupted: the same command starts again from the last save", 130)
 
 
 def _leave(message: str, code: int) -> None:
-    if message:
-        line = " ".join(message.split())
-    print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr, flush=True)
+    _tell(message)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # dints/agent.py does not start again what left a message
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
+            json.dump({"message": message}, file)
     sys.exit(code)
+
+
+def _tell(message: str) -> None:
+    """One line on stderr, without what a file's name might do to a terminal."""
+    line = " ".join(message.split())
+    print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr, flush=True)

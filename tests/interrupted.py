@@ -1,11 +1,12 @@
 """Runs commands of the two stages with a fault at a chosen place; test_resume.py talks to it by lines of JSON.
 
 Ranks are forked off this process, which has imported everything: each is a process as torchrun starts it, with its own
-exit code and stderr, all in a process group of their own, but ready at once. As
-ranks.py does, each writes its state beside latest.pth. Pictures are not drawn.
+exit code and stderr, all in a process group of their own, but ready at once. As ranks.py does, each writes its state
+beside latest.pth. Pictures are not drawn, and costs of networks not measured.
 
-A line: {"stage": "search_dints", "flags": [...], "world_size": 2, "fault": {...}}; the answer: codes, said, seconds,
-survivors. A fault: the place (see `faults`), the iteration, the signal, and to whom: "all" or a rank.
+A line: {"stage": "search_dints", "flags": [...], "world_size": 2, "fault": {...}}. A fault: the place (see `faults`),
+the iteration, the signal, and to whom: "all" or a rank. The answer: each rank's exit code and what it said, the seconds
+from the signal to the end, and whether a worker outlived the run.
 """
 
 import functools
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
@@ -40,19 +42,22 @@ def run(stage: str, flags: list[str], world_size: int, fault: dict | None) -> di
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    reading, struck = os.pipe()
     start, pids, said = time.monotonic(), [], [tempfile.TemporaryFile() for _ in range(world_size)]  # noqa: SIM115
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
             become_rank(rank, world_size, port, pids, said[rank].fileno())
-            install(fault, rank)
+            install(fault, rank, struck)
             sys.argv = [f"{stage}.py", *flags]
             errors.exit_on_user_error(ranks.main, stage, flags)
             sys.exit(0)  # through all of the interpreter's end, as a script
         pids.append(pid)
         os.setpgid(pid, pids[0])
     codes = [wait(pid, pids[0], start + LIMIT) for pid in pids]
-    seconds = time.monotonic() - start
+    os.close(struck)
+    with os.fdopen(reading) as times:
+        seconds = time.monotonic() - float(times.read() or start)
     return {"codes": codes, "said": [read(file) for file in said], "seconds": seconds, "survivors": survivors(pids[0])}
 
 
@@ -67,7 +72,9 @@ def become_rank(rank: int, world_size: int, port: int, pids: list[int], said: in
     os.dup2(said, 2)
     sys.stdin = open(os.devnull)  # noqa: SIM115  the requests that were read ahead are the server's
     history.draw_curves = lambda *_: None
-    STAGES["search_dints"].draw_search = STAGES["search_dints"].draw_architecture = lambda *_, **__: None
+    search = STAGES["search_dints"]
+    search.draw_search = search.draw_architecture = lambda *_, **__: None
+    search.cost_of = lambda *_: SimpleNamespace(to_dict=dict, lines=list)
 
 
 def read(file: io.BufferedRandom) -> str:
@@ -99,12 +106,14 @@ def survivors(group: int, patience: float = 6.0) -> bool:
         return False
 
 
-def install(fault: dict | None, rank: int) -> None:
+def install(fault: dict | None, rank: int, struck: int) -> None:
     if fault is None:
         return
 
     def strike() -> None:
         number = getattr(signal, f"SIG{fault['signal']}")
+        if fault["to"] == rank or (fault["to"] == "all" and rank == 0):
+            os.write(struck, str(time.monotonic()).encode())
         if fault["to"] == "all" and rank == 0:
             os.killpg(0, number)  # workers too
         elif fault["to"] == rank:

@@ -109,7 +109,7 @@ def save_for_ever(folder: Path, writing: int) -> None:
 
 
 def judge(folder: Path, known: int) -> tuple[str | None, int | None]:
-    """What is wrong with the state that a new start finds, and its iteration; ``known``: of the last save that ended."""
+    """What is wrong with the state that a new start finds, and its iteration; ``known``: of the last save."""
     state = State()
     try:
         with runtime.run_folder(folder, ALONE):
@@ -146,7 +146,7 @@ def kill_searches(folder: Path, kills: int, rng: random.Random, tell) -> str | N
     while True:
         process = subprocess.Popen([*command, str(killed)], **streams, start_new_session=True)
         try:
-            _, said = process.communicate(timeout=rng.uniform(0, 1.2 * seconds) if done < kills else None)
+            _, said = process.communicate(timeout=rng.uniform(0, 0.5 * seconds) if done < kills else None)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()

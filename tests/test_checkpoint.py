@@ -325,11 +325,14 @@ def test_a_validation_ends_early_and_the_epoch_is_not_done(tmp_path):
     assert (progress.epoch, progress.step, progress.iteration) == (0, 3, 3)
 
 
-def test_a_second_interrupt_does_not_wait(tmp_path):
+def test_a_second_interrupt_does_not_wait_unless_it_is_the_same_one(tmp_path):
     checkpoint = running(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         for _ in checkpoint.steps(iter(range(5))):
             os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert checkpoint.received == signal.SIGINT
+            checkpoint.received_at -= 2  # seconds later
             os.kill(os.getpid(), signal.SIGINT)
 
 
