@@ -44,7 +44,7 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
     except Stopped as stopped:
         if UserError.where in ("", "[rank 0] "):  # all stopped at the same step: one tells
             _tell(f"stopped {stopped.saved}: the same command continues it: {shlex.join(sys.argv)}")
-        sys.exit(128 + stopped.signal)
+        _end(128 + stopped.signal)
     except KeyboardInterrupt:
         _leave("interrupted: the same command starts again from the last save", 130)
 
@@ -54,6 +54,13 @@ def _leave(message: str, code: int) -> None:
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # dints/agent.py does not start again what left a message
         with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
             json.dump({"message": message}, file)
+    _end(code)
+
+
+def _end(code: int) -> None:
+    if UserError.where:  # the error holds the group of processes, whose threads abort Python's orderly end at times
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -63,6 +63,8 @@ class History:
             )
             self.logged_at = time.monotonic()
         self._add(LOSSES, "train", progress, {**values, "seconds_per_iteration": progress.seconds_per_iteration})
+        if self.enabled:
+            self.writer.flush()  # a run that is killed is continued after this epoch
 
     def add_validation(self, progress: Progress, scores: Scores | None) -> None:
         """Note a validation (None: no cases) likewise, draw the pictures anew and replace ``progress.yaml``."""

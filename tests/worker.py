@@ -35,6 +35,7 @@ def main(args: argparse.Namespace) -> int:
             return 128 + int(stop)
         if rank == 0 and args.fail and step >= 10 and (args.always or not failed.exists()):
             failed.touch()
+            dist.destroy_process_group()  # its threads would abort Python's end at times, and the code with it
             return args.fail
         time.sleep(0.02)
         if rank == 0:
