@@ -7,6 +7,7 @@
 #   NODE_RANK          number of this node, from 0 (0)
 #   MASTER_ADDR        address of node 0 (127.0.0.1)
 #   MASTER_PORT        a free port there (29500)
+#   NODE_ADDR          this node's own address, where the others cannot find it by its name
 #   MAX_RESTARTS       how often the processes are started again, from the last save, after one of them died (3)
 #   SECONDS_TO_SAVE    how long a run may take to end after a signal, before it is killed (20)
 #   PYTHON             interpreter: the active environment's, else that of .venv beside the scripts, else python3
@@ -61,7 +62,9 @@ launch() {
       "--nnodes=$nodes" --rdzv_backend=c10d "--rdzv_endpoint=$address:${MASTER_PORT:-29500}"
       "--rdzv_id=${SLURM_JOB_ID:-dints}" "--rdzv_conf=is_host=$((${NODE_RANK:-0} == 0 ? 1 : 0)),join_timeout=300"
     )
-    if [[ "$address" == 127.* ]]; then command+=("--local_addr=$address"); fi
+    local own="${NODE_ADDR:-}"
+    if [[ "$address" == 127.* ]]; then own="$address"; fi
+    if [[ -n "$own" ]]; then command+=("--local_addr=$own"); fi
   fi
   local cores
   cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"

@@ -83,11 +83,12 @@ def test_the_command_on_one_node(phantom, tmp_path):
 
 def test_the_command_on_several_nodes(phantom, tmp_path):
     environment = {"NUM_GPUS_PER_NODE": "3", "NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "FOLD": "2"}
-    environment |= {"MAX_RESTARTS": "5", "OMP_NUM_THREADS": "7"}
+    environment |= {"MAX_RESTARTS": "5", "OMP_NUM_THREADS": "7", "NODE_ADDR": "10.0.0.2"}
     said = launched("search_dints.sh", phantom, tmp_path, "--num_epochs", "7", **environment)
     for expected in ("--nproc_per_node=3", "--nnodes=2", "--rdzv_endpoint=node0:29500", "--max_restarts=5"):
         assert expected in said
     assert "--rdzv_conf=is_host=0,join_timeout=300" in said and "--standalone" not in said
+    assert "--local_addr=10.0.0.2" in said
     assert said[said.index("--fold") + 1] == "2" and said[said.index("--factor_ram_cost") + 1] == "0.8"
     assert said[-2:] == ["--num_epochs", "7"]
 
