@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 
@@ -60,6 +62,9 @@ def _leave(message: str, code: int) -> None:
 def _end(code: int) -> None:
     if UserError.where:  # the error holds the group of processes, whose threads abort Python's orderly end at times
         sys.stdout.flush()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises for a worker that is killed
+        for worker in multiprocessing.active_children():  # they ignore the signals that stop a run
+            worker.kill()
         os._exit(code)
     sys.exit(code)
 

@@ -151,7 +151,7 @@ def test_whatever_is_decoded_is_a_network(space, spread):
             np.testing.assert_array_equal(architecture.arch_code_a_max, best)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-4), (torch.float64, 1e-9)], ids=str)
 @pytest.mark.parametrize("size", [(3, 2), (2, 3), (2, 4)], ids=str)
 def test_forward_and_backward(size, dtype, tolerance):
     networks = []
