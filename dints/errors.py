@@ -34,10 +34,15 @@ class Stopped(Exception):
         self.signal, self.saved = signal, ""
 
 
+class PeerLost(Exception):
+    """Another process of the run died or does not answer; starting all of them again may mend it."""
+
+
 def exit_on_user_error(main: Callable[..., None], *args) -> None:
     """Run ``main(*args)``; what a person can mend or asked for ends the process with one line on stderr.
 
-    The exit code is 1 for a `UserError`, and 128 and the signal's number for a run that was asked to stop.
+    The exit code is 1 for a `UserError`, and 128 and the signal's number for a run that was asked to stop. What nobody
+    expected keeps its traceback.
     """
     try:
         main(*args)
@@ -49,6 +54,12 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
         _end(128 + stopped.signal)
     except KeyboardInterrupt:
         _leave("interrupted: the same command starts again from the last save", 130)
+    except PeerLost as error:
+        _tell(f"error: {UserError.where}{error}")
+        _end(1)
+    except Exception:  # noqa: BLE001  reported as Python does, and then ended as all else
+        sys.excepthook(*sys.exc_info())
+        _end(1)
 
 
 def _leave(message: str, code: int) -> None:
@@ -60,11 +71,12 @@ def _leave(message: str, code: int) -> None:
 
 
 def _end(code: int) -> None:
+    # Workers ignore the signals that stop a run, and Python's end would wait for those that an error still holds.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for a worker that is killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
     if UserError.where:  # the error holds the group of processes, whose threads abort Python's orderly end at times
         sys.stdout.flush()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises for a worker that is killed
-        for worker in multiprocessing.active_children():  # they ignore the signals that stop a run
-            worker.kill()
         os._exit(code)
     sys.exit(code)
 

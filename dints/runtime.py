@@ -31,11 +31,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from dints.errors import UserError
+from dints.errors import PeerLost, UserError
 
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # may stop a run
+SECONDS_TO_MEET = 5  # in which ranks find out that one is missing, after each other
+AGAIN = "died or hangs, and its own messages may say why; start the same command again"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -115,30 +117,61 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
     rank, world_size = start_logging()
     UserError.where = f"[rank {rank}] " if world_size > 1 else ""
     processes = Processes(rank, world_size, _device(device, int(os.environ.get("LOCAL_RANK", 0))))
+    store = None
     if world_size > 1:
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
+        timeout = timedelta(minutes=timeout_minutes)
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         dist.init_process_group(
             backend,
-            timeout=timedelta(minutes=timeout_minutes),
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
             device_id=processes.device if backend == "nccl" else None,
         )
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         yield processes
     except (MemoryError, RuntimeError) as error:
-        if not _is_lack_of_memory(error):
-            raise
-        raise UserError(
-            f"memory is exhausted ({str(error).splitlines()[0] if str(error) else 'of this machine'}): lower "
-            "--patch_size, --num_images_per_batch, --channel_mul, or in validation --num_sw_batch_size; for the "
-            "machine's memory also --num_workers, or use --cache disk"
-        ) from error
+        if _is_lack_of_memory(error):
+            raise UserError(
+                f"memory is exhausted ({str(error).splitlines()[0] if str(error) else 'of this machine'}): lower "
+                "--patch_size, --num_images_per_batch, --channel_mul, or in validation --num_sw_batch_size; for the "
+                "machine's memory also --num_workers, or use --cache disk"
+            ) from error
+        if store is not None and _is_of_the_group(error):
+            raise _peer_lost(error, processes, store, timeout_minutes) from error
+        raise
+    else:
+        if store is not None:
+            gc.collect()  # DDP refers to itself: what it holds of the group would outlive Python, which aborts at times
+            dist.destroy_process_group()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if dist.is_initialized():
-            gc.collect()  # DDP refers to itself: what it holds of the group would outlive Python, which aborts at times
-            dist.destroy_process_group()
+
+
+def _is_of_the_group(error: Exception) -> bool:
+    """Whether a collective failed, and not what this process computes: by gloo's source file, or PyTorch's type."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def _peer_lost(error: Exception, processes: Processes, store: dist.Store, timeout_minutes: float) -> PeerLost:
+    """What is known of the rank because of which a collective failed."""
+    what = re.sub(r"\[\S*/gloo/\S*\] ", "", str(error).split(". This is")[0])
+    if not re.search("time[d ]*out", what, re.IGNORECASE):
+        return PeerLost(f"the connection to another process broke ({what}): it {AGAIN}")
+    try:  # those that wait for it meet at the store; the store may be what does not answer
+        store.set_timeout(timedelta(seconds=SECONDS_TO_MEET))
+        store.set(f"waits/{processes.rank}", "")
+        time.sleep(SECONDS_TO_MEET)
+        absent = [rank for rank in range(processes.world_size) if not store.check([f"waits/{rank}"])]
+    except dist.DistError:
+        absent = [0]
+    return PeerLost(
+        f"rank {', '.join(map(str, absent))} did not answer for --timeout_minutes {timeout_minutes:g}: it {AGAIN}"
+    )
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

@@ -5,7 +5,8 @@ exit code and stderr, all in a process group of their own, but ready at once. As
 beside latest.pth. Pictures are not drawn, and costs of networks not measured.
 
 A line: {"stage": "search_dints", "flags": [...], "world_size": 2, "fault": {...}}. A fault: the place (see `faults`),
-the iteration, the signal, and to whom: "all" or a rank. The answer: each rank's exit code and what it said, the seconds
+the iteration, the signal, and to whom: "all" or a rank. Instead of a signal, NAN makes a rank's batches unusable from
+that iteration up to "until". The answer: each rank's exit code and what it said, the seconds
 from the signal to the end, and whether a worker outlived the run.
 """
 
@@ -25,6 +26,7 @@ from types import SimpleNamespace
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import ranks  # noqa: E402  the checkout comes first on the path
+import torch  # noqa: E402
 import torch._dynamo  # noqa: E402  which the first optimizer imports, for half of a run's time
 
 from dints import cache, checkpoint, errors, history  # noqa: E402
@@ -54,7 +56,12 @@ def run(stage: str, flags: list[str], world_size: int, fault: dict | None) -> di
             sys.exit(0)  # through all of the interpreter's end, as a script
         pids.append(pid)
         os.setpgid(pid, pids[0])
-    codes = [wait(pid, pids[0], start + LIMIT) for pid in pids]
+    ends = {}
+    for rank in sorted(range(world_size), key=lambda rank: fault is not None and fault["to"] == rank):
+        if fault is not None and fault["signal"] == "STOP" and fault["to"] == rank:
+            os.kill(pids[rank], signal.SIGKILL)  # the others have ended: it has done what it was to
+        ends[rank] = wait(pids[rank], pids[0], start + LIMIT)
+    codes = [ends[rank] for rank in range(world_size)]
     os.close(struck)
     with os.fdopen(reading) as times:
         seconds = time.monotonic() - float(times.read() or start)
@@ -110,6 +117,11 @@ def install(fault: dict | None, rank: int, struck: int) -> None:
     if fault is None:
         return
 
+    if fault["signal"] == "NAN":
+        if fault["to"] == rank:
+            spoil_batches(fault["iteration"], fault["until"])
+        return
+
     def strike() -> None:
         number = getattr(signal, f"SIG{fault['signal']}")
         if fault["to"] == rank or (fault["to"] == "all" and rank == 0):
@@ -120,6 +132,18 @@ def install(fault: dict | None, rank: int, struck: int) -> None:
             os.kill(os.getpid(), number)
 
     faults(fault["place"], fault["iteration"], strike)
+
+
+def spoil_batches(first: int, last: int) -> None:
+    original = checkpoint.Checkpoint.steps
+
+    def steps(self, batches):
+        for batch in original(self, batches):
+            if first <= self.progress.iteration + 1 <= last:
+                batch["image"].fill_(torch.nan)
+            yield batch
+
+    checkpoint.Checkpoint.steps = steps
 
 
 def faults(place: str, iteration: int, strike) -> None:

@@ -146,7 +146,7 @@ def kill_searches(folder: Path, kills: int, rng: random.Random, tell) -> str | N
     while True:
         process = subprocess.Popen([*command, str(killed)], **streams, start_new_session=True)
         try:
-            _, said = process.communicate(timeout=rng.uniform(0, 0.5 * seconds) if done < kills else None)
+            _, said = process.communicate(timeout=rng.uniform(0, 0.8 * seconds) if done < kills else None)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()

@@ -308,6 +308,50 @@ def other_number_of_processes(theatre: Theatre, folder: Path) -> None:
     assert [step for step, _ in scalars(folder)["train/loss"]] == [int(step) for step in expected]
 
 
+def one_error(said: str) -> str:
+    """The line that is the error, of a rank that says nothing else that is unusual."""
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in said, said
+    return lines[0]
+
+
+@play("where a rank dies, the others say in one line that it is gone, and the run goes on")
+def rank_dies(theatre: Theatre, folder: Path) -> None:
+    at = fault("step", EPOCH[2] + 2, to=1)
+    done = theatre.run("train", folder, 2, "--num_workers", 1, "--save_minutes", 0, fault=at)
+    assert done["codes"] == [1, -signal.SIGKILL] and done["seconds"] < WITHIN and not done["survivors"]
+    assert "[rank 0] the connection to another process broke" in one_error(done["said"][0])
+    theatre.finish("train", folder, 2)
+    assert_same_end(theatre, "train", folder, 2)
+
+
+@play("where a rank hangs, the others wait for --timeout_minutes and name it")
+def rank_hangs(theatre: Theatre, folder: Path) -> None:
+    at = fault("step", EPOCH[2] + 2, "STOP", to=1)
+    done = theatre.run("search", folder, 2, "--num_workers", 1, "--timeout_minutes", 0.1, fault=at)
+    assert done["codes"] == [1, -signal.SIGKILL] and 6 < done["seconds"] < WITHIN and not done["survivors"]
+    assert "[rank 0] rank 1 did not answer for --timeout_minutes 0.1" in one_error(done["said"][0])
+
+
+@play("a loss of one rank that is not finite changes no rank's weights, and many in a row stop all")
+def not_finite_on_one_rank(theatre: Theatre, folder: Path) -> None:
+    at = fault("step", 4, "NAN", to=1) | {"until": 5}
+    assert theatre.run("train", folder / "two", 2, fault=at)["codes"] == [0, 0]
+    states = [torch.load(folder / "two" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
+    assert assert_equal(*states) > 5
+    assert progress_of(folder / "two")["iteration"] == EPOCHS * EPOCH[2]
+    done = theatre.run("train", folder / "many", 2, fault=at | {"until": 99})
+    assert done["codes"] == [1, 1]
+    errors = {one_error(said).split("] ", 1)[1] for said in done["said"]}
+    assert len(errors) == 1 and re.match(r"the loss is not finite at iteration 4 \(cases phantom_\d+\)", *errors), (
+        errors
+    )
+    assert all(
+        bool(t.isfinite().all())
+        for t in torch.load(folder / "many/latest.pth", weights_only=True)["parts"]["network"].values()
+    )
+
+
 @play("a number of iterations holds for any number of processes, up to an epoch")
 def number_of_iterations(theatre: Theatre, folder: Path) -> None:
     ends = []

@@ -6,12 +6,14 @@
 Of the supernet at its published size (12 blocks, 4 depths, channel multiplier 0.5: 150 million weights): the time of a
 save and its share of a run that saves every ten minutes; the time that `Checkpoint.steps` adds to a step; and with two
 gloo processes on this machine, the bytes that each hands to the collectives in a weights step and in an architecture
-step, and the time of an iteration of one and of two processes, a search's and a retraining's.
+step, and what one and two processes compute in a second, in a search and in a retraining. Of a retraining step of a
+small network, the shortest that there is: all that guards it, against the bare step in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import subprocess
@@ -35,6 +37,7 @@ from dints.network import FoundNetwork  # noqa: E402
 
 CHANNEL_MUL = {"published": 0.5, "small": 0.125}
 SAVE_MINUTES = 10
+print = functools.partial(print, flush=True)  # minutes lie between the lines
 
 
 def main(args: argparse.Namespace) -> None:
@@ -47,9 +50,11 @@ def main(args: argparse.Namespace) -> None:
         if processes.is_main:
             weights = sum(p.numel() for p in supernet.weights)
             print(f"{processes.world_size} x {torch.get_num_threads()} threads, {weights / 1e6:.1f} million weights")
-        else:
+        if processes.world_size > 1:
             measure_agreement(options, processes)
         measure_steps(supernet, options, processes)
+        if processes.world_size == 1:
+            measure_guards(options, processes)
 
 
 def measure_agreement(options: argparse.Namespace, processes: runtime.Processes) -> None:
@@ -61,7 +66,7 @@ def measure_agreement(options: argparse.Namespace, processes: runtime.Processes)
         added = timed(lambda: [None for _ in checkpoint.steps(iter(range(count)))]) / count
         dist.barrier()
     if processes.is_main:
-        print(f"between two steps of {processes.world_size} processes: {1e6 * added:.1f} us")
+        print(f"  between two steps of {processes.world_size} processes: {1e6 * added:.1f} us")
 
 
 def stage_options(args: argparse.Namespace) -> argparse.Namespace:
@@ -100,15 +105,8 @@ def print_scaling(args: argparse.Namespace) -> None:
 def measure_steps(supernet: search_dints.Supernet, options: argparse.Namespace, processes) -> None:
     """Time and bytes of each kind of step, from random data that differ between the ranks."""
     torch.manual_seed(processes.rank)
-    patch = options.patch_size
-    batch = {
-        "image": torch.rand(1, 1, *patch),
-        "label": torch.randint(0, steps.TASK.num_classes, (1, 1, *patch), dtype=torch.uint8),
-    }
-    torch.manual_seed(0)
-    network = FoundNetwork(steps.typical_architecture(), 1, steps.TASK.num_classes, 0.5)
-    model, optimizer = runtime.distributed(network, processes), engine.sgd(network.parameters(), 0.025)
-    settings = engine.segmentation_loss(), optimizer, supernet.precision.scaler(), supernet.precision
+    batch = random_batch(options)
+    model, settings = retraining(processes)
     for name, step in (
         ("weights step", lambda: search_dints.weights_step(supernet, batch)),
         ("architecture step", lambda: search_dints.architecture_step(supernet, batch, 0.5)),
@@ -116,11 +114,56 @@ def measure_steps(supernet: search_dints.Supernet, options: argparse.Namespace, 
     ):
         step()
         seconds = statistics.median(timed(step) for _ in range(5))
-        line = f"  {name}: {1e3 * seconds:.0f} ms"
+        line = f"  {name}: {1e3 * seconds:.0f} ms, {processes.world_size / seconds:.2f} patches a second"
         if processes.world_size > 1:
             line += f", {bytes_of(step):,} bytes to the collectives"
         if processes.is_main:
             print(line)
+
+
+def measure_guards(options: argparse.Namespace, processes: runtime.Processes) -> None:
+    """All there is around a step: the agreement before it, the check that its loss is finite, and the sum of losses."""
+    batch = {**random_batch(options), "cases": ["a case"]}
+    model, settings = retraining(processes)
+    criterion, optimizer, _, precision = settings
+    losses = engine.EpochLoss("loss", processes)
+    count = 20  # steps, of which one looks at the losses of all
+
+    def bare() -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            with precision.autocast():
+                scores = model(batch["image"])
+            criterion(scores.float(), batch["label"]).backward()
+            optimizer.step()
+
+    def guarded(checkpoint: Checkpoint) -> None:
+        for one in checkpoint.steps([batch] * count):
+            loss = engine.weights_step(model, one, *settings)
+            losses.add(loss, checkpoint.progress.iteration, one["cases"])
+
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        checkpoint = Checkpoint(Path(folder), options, configuration(options, processes), processes)
+        checkpoint.restore({}, precision)
+        bare(), guarded(checkpoint)
+        pairs = [(timed(bare), timed(lambda: guarded(checkpoint))) for _ in range(10)]
+    ratios = sorted(after / before - 1 for before, after in pairs)
+    print(f"guards of a retraining step: {statistics.median(ratios):+.1%} ({ratios[0]:+.1%} to {ratios[-1]:+.1%})")
+
+
+def random_batch(options: argparse.Namespace) -> dict[str, torch.Tensor]:
+    shape = (1, 1, *options.patch_size)
+    label = torch.randint(0, steps.TASK.num_classes, shape, dtype=torch.uint8)
+    return {"image": torch.rand(shape), "label": label}
+
+
+def retraining(processes: runtime.Processes) -> tuple[torch.nn.Module, tuple]:
+    """A found network, and what `engine.weights_step` needs beside it."""
+    torch.manual_seed(0)
+    network = FoundNetwork(steps.typical_architecture(), 1, steps.TASK.num_classes, 0.5)
+    precision = runtime.Precision("fp32", processes.device)
+    settings = engine.segmentation_loss(), engine.sgd(network.parameters(), 0.025), precision.scaler(), precision
+    return runtime.distributed(network, processes), settings
 
 
 def bytes_of(step) -> int:
