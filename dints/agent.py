@@ -27,6 +27,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api as launcher
 
 SECONDS_TO_SAVE, SECONDS_TO_END = float(os.environ.get("SECONDS_TO_SAVE", 20)), 2
@@ -136,6 +137,14 @@ def main() -> int:
             ends = (f"rank {rank} with {failure.exitcode}" for rank, failure in sorted(error.failures.items()))
             print(f"processes of this node ended: {', '.join(ends)}", file=sys.stderr, flush=True)
         return code
+    except RendezvousError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        print(
+            f"error: the nodes do not meet at {args.rdzv_endpoint} ({reason}): MASTER_ADDR must be the address of node 0, "
+            f"with a free MASTER_PORT, and {args.nnodes} nodes must start within minutes of each other",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What several test files use."""
+"""What several test files use, and the marker of the tests that provoke a fault."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from faults import TESTS
 
 TASK04 = Path(__file__).resolve().parents[2] / "shared" / "data" / "Task04_Hippocampus"
 
@@ -17,3 +18,23 @@ def task04() -> Path:
     if not (folder / "dataset.json").is_file():
         pytest.skip(f"no real cases: DINTS_TASK04 is to name a Task04_Hippocampus folder, and {folder} is none")
     return folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fault: provokes a fault of tests/faults.py")
+    config.collected = pytest.StashKey()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what tests/faults.py names, and keep which files were collected whole and what is in them."""
+    parts = {argument.split("::")[0] for argument in config.args if "::" in argument}
+    found = set()
+    for item in items:
+        function = f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
+        names = {function, f"{item.path.name}::{item.name}"}
+        found |= names
+        if names & TESTS:
+            item.add_marker("fault")
+    whole_files = {item.path.name for item in items if not any(item.path.match(part) for part in parts)}
+    config.stash[config.collected] = whole_files, found

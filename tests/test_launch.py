@@ -260,6 +260,26 @@ def test_the_run_goes_on_after_a_rank_was_killed(rank, tmp_path):
     assert run.steps == 40 and len(run.starts()) == 4 and int(run.starts()[1].split()[1]) >= 5
 
 
+def test_a_port_in_use_is_no_matter_on_one_node(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert Launch(tmp_path, "--steps", "3", MASTER_PORT=port, MASTER_ADDR="127.0.0.1").run() == 0
+
+
+def test_a_port_in_use_is_told_on_several(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        run = Launch(tmp_path, "--steps", "3", NUM_NODES="2", NODE_RANK="0", MASTER_PORT=port)
+        assert run.run() == 1
+    said = run.output.read_text()
+    assert f"error: the nodes do not meet at 127.0.0.1:{port}" in said and "address already in use" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("signalled", [0, 1])
 def test_two_nodes_of_which_one_gets_the_signal(signalled, tmp_path):
     run = Launch(tmp_path, "--steps", "9999", processes=1, NUM_NODES="2", MASTER_PORT=free_port())

@@ -84,12 +84,15 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path):
         assert folder.is_dir()
 
 
-def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "run").write_text("")
-    with (
-        pytest.raises(UserError, match="--output_root .*run cannot be written"),
-        runtime.run_folder(tmp_path / "run", ALONE),
-    ):
+@pytest.mark.parametrize("place", ["a file", "below a file", "denied"])
+def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    root = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "run", "denied": Path("/sys/kernel")}[
+        place
+    ]
+    if place == "denied" and not root.is_dir():
+        pytest.skip("needs a folder that is closed even to root, such as Linux' /sys")
+    with pytest.raises(UserError, match=f"--output_root {root} cannot be written"), runtime.run_folder(root, ALONE):
         pass
 
 

@@ -41,41 +41,29 @@ print = functools.partial(print, flush=True)  # minutes lie between the lines
 
 
 def main(args: argparse.Namespace) -> None:
+    options = stage_options(args)
     with runtime.started("cpu") as processes:
-        options = stage_options(args)
-        supernet = search_dints.Supernet(options, steps.TASK, runtime.Precision("fp32", processes.device), processes)
-        if processes.world_size == 1:
-            measure_saving(supernet, options, processes)
-            print_scaling(args)
-        if processes.is_main:
-            weights = sum(p.numel() for p in supernet.weights)
-            print(f"{processes.world_size} x {torch.get_num_threads()} threads, {weights / 1e6:.1f} million weights")
-        if processes.world_size > 1:
-            measure_agreement(options, processes)
-        measure_steps(supernet, options, processes)
-        if processes.world_size == 1:
-            measure_guards(options, processes)
-
-
-def measure_agreement(options: argparse.Namespace, processes: runtime.Processes) -> None:
-    """What `Checkpoint.steps` adds to a step: the processes tell each other whether to stop and to save."""
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        checkpoint = Checkpoint(Path(folder), options, configuration(options, processes), processes)
-        checkpoint.restore({}, runtime.Precision("fp32", processes.device))
-        count = 1000
-        added = timed(lambda: [None for _ in checkpoint.steps(iter(range(count)))]) / count
-        dist.barrier()
-    if processes.is_main:
-        print(f"  between two steps of {processes.world_size} processes: {1e6 * added:.1f} us")
+        if "RANK" in os.environ:  # started by `measure_scaling`
+            return measure_steps(options, processes)
+        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+        measure_saving(options, processes)
+        measure_guards(options, processes)
+    measure_scaling()
 
 
 def stage_options(args: argparse.Namespace) -> argparse.Namespace:
     flags = ["--root", ".", "--output_root", ".", "--channel_mul", str(CHANNEL_MUL[args.size])]
-    return search_dints.parse_args([*flags, "--patch_size", "32", "32", "32"])
+    return search_dints.parse_args([*flags, "--patch_size", *[str(args.patch)] * 3])
 
 
-def measure_saving(supernet: search_dints.Supernet, options: argparse.Namespace, processes) -> None:
-    """The median of some saves with the momentum that a training has; and of the agreement between two steps."""
+def build_supernet(options: argparse.Namespace, processes: runtime.Processes) -> search_dints.Supernet:
+    return search_dints.Supernet(options, steps.TASK, runtime.Precision("fp32", processes.device), processes)
+
+
+def measure_saving(options: argparse.Namespace, processes: runtime.Processes) -> None:
+    """The median of some saves with the momentum that a training has."""
+    supernet = build_supernet(options, processes)
+    print(f"supernet of {sum(p.numel() for p in supernet.weights) / 1e6:.1f} million weights")
     with tempfile.TemporaryDirectory(dir=".") as folder:
         checkpoint = Checkpoint(Path(folder), options, configuration(options, processes), processes)
         checkpoint.restore(supernet.parts, supernet.precision)
@@ -86,24 +74,41 @@ def measure_saving(supernet: search_dints.Supernet, options: argparse.Namespace,
     share = save / (60 * SAVE_MINUTES + save)
     print(f"save: {save:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), {size / 2**20:,.0f} MiB", end="; ")
     print(f"{share:.2%} of a run that saves every {SAVE_MINUTES} minutes; found whole again in {load:.2f} s")
-    count = 10_000
-    added = timed(lambda: [None for _ in checkpoint.steps(iter(range(count)))]) / count
-    print(f"between two steps of one process: {1e6 * added:.1f} us")
 
 
-def print_scaling(args: argparse.Namespace) -> None:
-    """This script again, as two processes with half of the threads each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    threads = max(1, torch.get_num_threads() // 2)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([*command, "--size", args.size], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    print(done.stdout.rstrip())
+def measure_scaling() -> None:
+    """This script again, as one and as two processes of one thread each."""
+    for count in (1, 2):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={count}",
+            *sys.argv,
+        ]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        print(done.stdout.rstrip())
 
 
-def measure_steps(supernet: search_dints.Supernet, options: argparse.Namespace, processes) -> None:
+def measure_agreement(options: argparse.Namespace, processes: runtime.Processes) -> None:
+    """What `Checkpoint.steps` adds to a step: the processes tell each other whether to stop and to save."""
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        checkpoint = Checkpoint(Path(folder), options, configuration(options, processes), processes)
+        checkpoint.restore({}, runtime.Precision("fp32", processes.device))
+        count = 1000
+        added = timed(lambda: [None for _ in checkpoint.steps(iter(range(count)))]) / count
+        processes.gather(None)  # none removes the folder while another saves into it
+    if processes.is_main:
+        print(f"{processes.world_size} processes of one thread; between two steps: {1e6 * added:.1f} us")
+
+
+def measure_steps(options: argparse.Namespace, processes: runtime.Processes) -> None:
     """Time and bytes of each kind of step, from random data that differ between the ranks."""
+    supernet = build_supernet(options, processes)
+    measure_agreement(options, processes)
     torch.manual_seed(processes.rank)
     batch = random_batch(options)
     model, settings = retraining(processes)
@@ -130,6 +135,7 @@ def measure_guards(options: argparse.Namespace, processes: runtime.Processes) ->
     count = 20  # steps, of which one looks at the losses of all
 
     def bare() -> None:
+        optimizer.found_inf = None  # as it is without `engine.step_if_finite`
         for _ in range(count):
             optimizer.zero_grad()
             with precision.autocast():
@@ -146,9 +152,12 @@ def measure_guards(options: argparse.Namespace, processes: runtime.Processes) ->
         checkpoint = Checkpoint(Path(folder), options, configuration(options, processes), processes)
         checkpoint.restore({}, precision)
         bare(), guarded(checkpoint)
-        pairs = [(timed(bare), timed(lambda: guarded(checkpoint))) for _ in range(10)]
+        pairs, deadline = [], time.monotonic() + 60
+        while len(pairs) < 3 or time.monotonic() < deadline:
+            pairs.append((timed(bare), timed(lambda: guarded(checkpoint))))
     ratios = sorted(after / before - 1 for before, after in pairs)
-    print(f"guards of a retraining step: {statistics.median(ratios):+.1%} ({ratios[0]:+.1%} to {ratios[-1]:+.1%})")
+    low, middle, high = ratios[0], statistics.median(ratios), ratios[-1]
+    print(f"guards of a retraining step: {middle:+.1%} ({low:+.1%} to {high:+.1%} in {len(ratios)} pairs)")
 
 
 def random_batch(options: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -189,4 +198,5 @@ def timed(call) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=CHANNEL_MUL, default="published")
+    parser.add_argument("--patch", type=int, default=32, help="edge of the patch of every step")
     main(parser.parse_args())
