@@ -140,7 +140,7 @@ def main() -> int:
     except RendezvousError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         print(
-            f"error: the nodes do not meet at {args.rdzv_endpoint} ({reason}): MASTER_ADDR must be the address of node 0, "
+            f"error: nodes do not meet at {args.rdzv_endpoint} ({reason}): MASTER_ADDR must be the address of node 0, "
             f"with a free MASTER_PORT, and {args.nnodes} nodes must start within minutes of each other",
             file=sys.stderr,
         )

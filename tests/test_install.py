@@ -84,16 +84,6 @@ def with_torch(packages: Path, version: str) -> None:
     (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
 
 
-@pytest.mark.parametrize("script", sorted(PROJECT.glob("*.sh")), ids=lambda path: path.name)
-def test_shellcheck_is_content(script):
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
-    # -x follows what a launcher sources.
-    command = ["shellcheck", "-x", "--source-path=SCRIPTDIR", script]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
-    assert result.returncode == 0, result.stdout
-
-
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_names_every_option_and_does_nothing(machine, flag):
     result = machine.install(flag)
