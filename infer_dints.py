@@ -53,6 +53,7 @@ from tqdm import tqdm
 from dints import cases, engine, runtime
 from dints.cases import Leniency
 from dints.dataset import ENDING, Case, read_cases, split_fold
+from dints.files import write_atomically
 from dints.network import load_model
 from dints.tasks import Task, read_json
 from dints.volumes import Header, Resampling
@@ -203,7 +204,7 @@ def save_segmentation(segmentation: torch.Tensor, image: Header, path: Path) -> 
     content = file.to_bytes()
     if path.suffix == ".gz":
         content = gzip.compress(content, mtime=0)
-    runtime.write_atomically(path, content)
+    write_atomically(path, content)
 
 
 def write_scores(path: Path, scores: engine.Scores, selected: list[Case], task: Task) -> None:
@@ -213,7 +214,7 @@ def write_scores(path: Path, scores: engine.Scores, selected: list[Case], task: 
     table.writerow(["case", *task.class_names[1:]])
     for case, dice in zip(selected, scores.dice.tolist(), strict=True):
         table.writerow([file_name(case), *("" if value != value else f"{value:.6f}" for value in dice)])
-    runtime.write_atomically(path, text.getvalue())
+    write_atomically(path, text.getvalue())
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ from matplotlib.figure import Figure
 from monai.networks.nets.dints import DiNTS
 from torch import nn
 
-from dints import __version__, data, dataset, engine, runtime
+from dints import __version__, data, dataset, engine, files, runtime
 from dints.acceleration import accelerated
 from dints.architecture import Architecture, save_architecture
 from dints.cache import open_cache
@@ -453,7 +453,7 @@ def draw_search(folder: Path, title: str) -> None:
         axes.set_xlabel("iterations")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    with runtime.replacing(folder / "search.png") as file:
+    with files.replacing(folder / "search.png") as file:
         figure.savefig(file, format="png", dpi=120)
 
 

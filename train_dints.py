@@ -55,7 +55,7 @@ if __name__ == "__main__":
 
 import logging
 
-from dints import __version__, data, dataset, engine, runtime
+from dints import __version__, data, dataset, engine, files, runtime
 from dints.architecture import Architecture, load_architecture
 from dints.cache import open_cache
 from dints.checkpoint import Checkpoint, configuration
@@ -83,7 +83,7 @@ def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) 
     runtime.seed_everything(args.seed, "initialisation")
     network = FoundNetwork(architecture, task.num_channels, task.num_classes, args.channel_mul)
     if args.checkpoint is not None:
-        load_weights(network, runtime.load_safely(args.checkpoint), args.checkpoint)
+        load_weights(network, files.load_safely(args.checkpoint), args.checkpoint)
     contents = {"task": task, "cases": dataset.names(used), "architecture": architecture.codes()}
     checkpoint = Checkpoint(folder, args, configuration(args, processes, **contents), processes)
     precision = runtime.choose_precision(checkpoint.precision or args.precision, processes)

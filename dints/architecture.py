@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dints import runtime
+from dints import files
 from dints.errors import UserError
 
 # In the order of MONAI's Cell.OPS3D, which arch_code_c indexes.
@@ -101,7 +101,7 @@ def load_architecture(path: str | Path, num_blocks: int | None = None, num_depth
     Raises:
         UserError: the file is missing, damaged, not an architecture, or wants more than NumPy arrays unpickled.
     """
-    architecture = architecture_from_dict(runtime.load_safely(path), str(path))
+    architecture = architecture_from_dict(files.load_safely(path), str(path))
     for what, wanted, found in (
         ("blocks", num_blocks, architecture.num_blocks),
         ("depths", num_depths, architecture.num_depths),
@@ -127,7 +127,7 @@ def architecture_from_dict(content: object, source: str) -> Architecture:
 
 def save_architecture(path: str | Path, architecture: Architecture) -> None:
     """Write an arch file atomically, readable with ``torch.load(path, weights_only=True)``."""
-    runtime.save_atomically(architecture.to_dict(), path)
+    files.save_atomically(architecture.to_dict(), path)
 
 
 def _unusable(source: str, fault: str) -> UserError:

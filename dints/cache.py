@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from dints import cases as preparing
-from dints import crops, runtime, volumes
+from dints import crops, files, runtime, volumes
 from dints.cases import Leniency, Prepared, check_headers, checked_headers, prepare, read_image, read_label
 from dints.crops import CropMasks
 from dints.dataset import Case
@@ -122,7 +122,7 @@ class Cache:
                 return digest
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "blake2b").hexdigest()
-        runtime.write_atomically(note, json.dumps([*state, digest]))
+        files.write_atomically(note, json.dumps([*state, digest]))
         return digest
 
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from dints import runtime
+from dints import files
 from dints.errors import Stopped, UserError
 from dints.runtime import Precision, Processes
 
@@ -181,7 +181,7 @@ class Checkpoint:
         """
         self.parts, self.precision = parts, precision.name
         if self.source is not None:
-            state = runtime.load_safely(self.source)
+            state = files.load_safely(self.source)
             for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
             self.progress = Progress(**state["progress"])
@@ -218,7 +218,7 @@ class Checkpoint:
                     f"{self.latest} needs {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} are free on its disk: free "
                     "some space, then the same command continues from the last save"
                 )
-            with runtime.replacing(self.latest, keep=self.previous) as file:
+            with files.replacing(self.latest, keep=self.previous) as file:
                 torch.save(content, file)
         self.saved_at = time.monotonic()
 
@@ -297,10 +297,10 @@ def configuration(args: argparse.Namespace, processes: Processes, **contents: ob
     Left out are the flags that say where files are (what is in them counts: give it as ``contents``) and how the work
     is carried out.
     """
-    files = {"output_root", "root", "json", "arch_ckpt", "allow_outside_root"}
+    places = {"output_root", "root", "json", "arch_ckpt", "allow_outside_root"}
     manner = {"resume", "save_minutes", "num_workers", "cache", "cache_dir", "check", "local_rank", "device"}
     manner |= {"warning_signal", "timeout_minutes", "allow_other_num_processes"}
-    flags = {name: value for name, value in vars(args).items() if name not in files | manner}
+    flags = {name: value for name, value in vars(args).items() if name not in places | manner}
     return {
         **{name: str(value) if isinstance(value, Path) else value for name, value in flags.items()},
         "processes": processes.world_size,
@@ -314,7 +314,7 @@ def _load(path: Path) -> dict:
     Raises:
         UserError: it is damaged, foreign, or of another version.
     """
-    state = runtime.load_safely(path)
+    state = files.load_safely(path)
     keys = {"configuration", "precision", "progress", "parts"}
     if not isinstance(state, dict) or not keys <= state.keys():
         raise UserError(f"{path} is not a run's checkpoint: move it away, or give another --output_root")

@@ -15,7 +15,7 @@ import numpy as np
 
 from dints.architecture import OPERATIONS, Architecture, paths
 from dints.errors import UserError
-from dints.runtime import replacing
+from dints.files import replacing
 
 FORMATS = ("png", "svg", "pdf")
 

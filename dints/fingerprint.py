@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dints import runtime
+from dints import files
 from dints.cases import Headers, Leniency, check_headers, read_image, read_label
 from dints.dataset import Case
 from dints.errors import UserError
@@ -89,7 +89,7 @@ def fingerprint(
 def write_task(folder: Path, task: Task, measured: Fingerprint | None) -> None:
     """Keep what a run works with as ``task.json``, and what was measured for it."""
     content = {"task": task.to_dict(), "fingerprint": None if measured is None else asdict(measured)}
-    runtime.write_atomically(folder / FILE, json.dumps(content, indent=2) + "\n")
+    files.write_atomically(folder / FILE, json.dumps(content, indent=2) + "\n")
 
 
 def _stored(path: Path) -> Fingerprint | None:
@@ -108,8 +108,8 @@ def _stored(path: Path) -> Fingerprint | None:
 
 
 def _digest(cases: Sequence[Case]) -> str:
-    files = [(Path(path).name, os.path.getsize(path)) for case in cases for path in case.files]
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+    listed = [(Path(path).name, os.path.getsize(path)) for case in cases for path in case.files]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
 
 def _spacing(affine: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which would choose a window system and keep every figure
 from torch.utils.tensorboard import SummaryWriter
 
-from dints import runtime
+from dints import files
 from dints.checkpoint import Progress
 from dints.engine import Scores
 
@@ -117,7 +117,7 @@ class History:
             "best_avg_dice_score_iteration": progress.best_iteration,
             "best_path": progress.best_path,
         }
-        runtime.write_atomically(self.folder / "progress.yaml", yaml.safe_dump(content, sort_keys=False))
+        files.write_atomically(self.folder / "progress.yaml", yaml.safe_dump(content, sort_keys=False))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -137,7 +137,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    runtime.write_atomically(path, text.getvalue())
+    files.write_atomically(path, text.getvalue())
 
 
 def draw_curves(folder: Path) -> None:
@@ -157,7 +157,7 @@ def draw_curves(folder: Path) -> None:
         present = {column: name for column, name in names.items() if any(row.get(column) for row in rows)}
         if present:
             figure = curves(rows, present, label, legend)
-            with runtime.replacing(folder / picture) as file:
+            with files.replacing(folder / picture) as file:
                 figure.savefig(file, format="png", dpi=120)
 
 

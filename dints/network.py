@@ -11,7 +11,7 @@ import torch
 from monai.networks.nets.dints import DiNTS, TopologyInstance
 from torch import nn
 
-from dints import runtime
+from dints import files
 from dints.acceleration import accelerated
 from dints.architecture import Architecture, architecture_from_dict, paths
 from dints.errors import UserError
@@ -154,12 +154,12 @@ def save_model(
         "task": task.to_dict(),
         **info,
     }
-    runtime.save_atomically(content, path)
+    files.save_atomically(content, path)
 
 
 def load_model(path: str | Path) -> tuple[FoundNetwork, Architecture, Task, dict]:
     """The network in a model file with its weights, its architecture, its task, and all that the file holds."""
-    content = runtime.load_safely(path)
+    content = files.load_safely(path)
     if not isinstance(content, dict) or not {"state_dict", "architecture", "channel_mul", "task"} <= content.keys():
         raise UserError(f"{path} is not a model file: give best_metric_model.pth, which train_dints.py writes")
     architecture = architecture_from_dict(content["architecture"], f"the architecture in {path}")

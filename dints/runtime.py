@@ -1,4 +1,4 @@
-"""The process and its machine: ranks, device, precision, seeds, safe files and the run folder.
+"""The process and its machine: ranks, device, memory, precision, seeds and the run folder.
 
 Nothing else in the project asks for the rank or reads a launcher's environment variables.
 """
@@ -9,18 +9,15 @@ import ctypes
 import fcntl
 import gc
 import hashlib
-import io
 import logging
 import os
-import pickle
 import platform
 import re
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -118,20 +115,10 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
     UserError.where = f"[rank {rank}] " if world_size > 1 else ""
     processes = Processes(rank, world_size, _device(device, int(os.environ.get("LOCAL_RANK", 0))))
     store = None
-    if world_size > 1:
-        backend = "nccl" if processes.device.type == "cuda" else "gloo"
-        timeout = timedelta(minutes=timeout_minutes)
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-            device_id=processes.device if backend == "nccl" else None,
-        )
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
+        if world_size > 1:
+            store = _join(processes, timeout_minutes)
         yield processes
     except (MemoryError, RuntimeError) as error:
         if _is_lack_of_memory(error):
@@ -140,7 +127,7 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
                 "--patch_size, --num_images_per_batch, --channel_mul, or in validation --num_sw_batch_size; for the "
                 "machine's memory also --num_workers, or use --cache disk"
             ) from error
-        if store is not None and _is_of_the_group(error):
+        if world_size > 1 and _is_of_the_group(error):
             raise _peer_lost(error, processes, store, timeout_minutes) from error
         raise
     else:
@@ -152,14 +139,31 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
             signal.signal(number, handler)
 
 
+def _join(processes: Processes, timeout_minutes: float) -> dist.Store:
+    """Make the group of all processes; returns the store at which they met."""
+    backend, timeout = "nccl" if processes.device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        timeout=timeout,
+        device_id=processes.device if backend == "nccl" else None,
+    )
+    return store
+
+
 def _is_of_the_group(error: Exception) -> bool:
     """Whether a collective failed, and not what this process computes: by gloo's source file, or PyTorch's type."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
-def _peer_lost(error: Exception, processes: Processes, store: dist.Store, timeout_minutes: float) -> PeerLost:
+def _peer_lost(error: Exception, processes: Processes, store: dist.Store | None, timeout_minutes: float) -> PeerLost:
     """What is known of the rank because of which a collective failed."""
-    what = re.sub(r"\[\S*/gloo/\S*\] ", "", str(error).split(". This is")[0])
+    what = re.sub(r"\[\S*/gloo/\S*\] ", "", str(error).split(". This is")[0]).splitlines()[0]
+    if store is None:
+        return PeerLost(f"the {processes.world_size} processes of the run do not meet ({what}): one {AGAIN}")
     if not re.search("time[d ]*out", what, re.IGNORECASE):
         return PeerLost(f"the connection to another process broke ({what}): it {AGAIN}")
     try:  # those that wait for it meet at the store; the store may be what does not answer
@@ -169,9 +173,8 @@ def _peer_lost(error: Exception, processes: Processes, store: dist.Store, timeou
         absent = [rank for rank in range(processes.world_size) if not store.check([f"waits/{rank}"])]
     except dist.DistError:
         absent = [0]
-    return PeerLost(
-        f"rank {', '.join(map(str, absent))} did not answer for --timeout_minutes {timeout_minutes:g}: it {AGAIN}"
-    )
+    names = ", ".join(map(str, absent)) or "one of the others"
+    return PeerLost(f"rank {names} did not answer for --timeout_minutes {timeout_minutes:g}: it {AGAIN}")
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
@@ -311,110 +314,6 @@ def seed_everything(*parts: int | str) -> None:
     seed = seed_from(*parts)
     torch.manual_seed(seed)
     np.random.seed(seed)
-
-
-def save_atomically(content: object, path: str | Path) -> None:
-    """``torch.save`` that leaves either the old or the new file, whatever interrupts it."""
-    with replacing(path) as file:
-        torch.save(content, file)
-
-
-def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Replace the file at ``path`` by ``content``."""
-    with replacing(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
-@contextmanager
-def replacing(path: str | Path, keep: Path | None = None) -> Iterator[io.BufferedWriter]:
-    """A file to write into, which takes the place of ``path`` once it is whole and on the disk.
-
-    Args:
-        keep: what the file that was there is called from then on.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-# What PyTorch raises for damaged files, beside pickle's own errors.
-_DAMAGE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-)
-
-
-def load_safely(path: str | Path) -> object:
-    """``torch.load`` of plain values, tensors and NumPy arrays, onto the CPU; nothing else in the file is ever called.
-
-    Raises:
-        UserError: the file is missing, empty, truncated, foreign, or names a type beyond those.
-    """
-    try:
-        with torch.serialization.safe_globals(_numpy_globals()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual pickles: what is wrong with one is said below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder, not a file") from error
-    except pickle.UnpicklingError as error:
-        wanted = _refused_global(str(error))
-        if wanted:
-            raise UserError(
-                f"{path} asks for {wanted} while loading; only tensors and NumPy arrays are accepted: do not trust it"
-            ) from error
-        raise UserError(f"{path} is damaged or not a PyTorch file: give another") from error
-    except _DAMAGE as error:
-        raise UserError(f"{path} is damaged or not a PyTorch file ({type(error).__name__}): give another") from error
-
-
-def _numpy_globals() -> list:
-    """What a pickled NumPy array or scalar needs, under the module names of NumPy 1 and 2."""
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    rebuild = [
-        (getattr(multiarray, name), f"numpy.{module}.multiarray.{name}")
-        for module in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    ]
-    kinds = "?bhilBHILefd"  # NumPy's characters for booleans, integers and floats
-    return [
-        *rebuild,
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(kind)) for kind in kinds},
-    ]
-
-
-def _refused_global(message: str) -> str | None:
-    """The name of the refused type or function in torch's message, if it is about one."""
-    for opening in ("Unsupported global: GLOBAL ", "Trying to load unsupported GLOBAL "):
-        if opening in message:
-            return message.split(opening, 1)[1].split()[0]
-    return None
 
 
 @contextmanager

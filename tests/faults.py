@@ -33,7 +33,7 @@ FAULTS = {
             f"{CHECKPOINT}a_damaged_newest_falls_back_to_the_one_before",
             f"{CHECKPOINT}two_damaged_ones_are_refused",
             f"{CHECKPOINT}partial_files_of_a_killed_run_are_swept",
-            "test_runtime.py::test_a_kill_while_saving_keeps_the_old_file",
+            "test_files.py::test_a_kill_while_saving_keeps_the_old_file",
         ],
         "disk full while saving": [f"{CHECKPOINT}a_full_disk_keeps_what_is_there"],
         "SIGTERM, SIGINT, preemption": [
@@ -53,6 +53,7 @@ FAULTS = {
             f"{RESUME}[where a rank dies, the others say in one line that it is gone, and the run goes on]",
             f"{RESUME}[where a rank hangs, the others wait for --timeout_minutes and name it]",
             f"{RESUME}[a case that one rank cannot read ends all]",
+            "test_runtime.py::test_processes_that_do_not_meet_are_told",
         ],
         "torchrun --max-restarts": [
             f"{LAUNCH}the_run_goes_on_after_a_rank_was_killed",

@@ -1,14 +1,12 @@
-"""Safe files, the run folder, checkpoints, seeds and precision."""
+"""The run folder, seeds and precision."""
 
 import os
-import pickle
-import signal
+import socket
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,63 +15,6 @@ from dints.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ALONE = runtime.Processes(rank=0, world_size=1, device=torch.device("cpu"))
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "state.pth"
-    runtime.save_atomically({"value": torch.arange(3)}, path)
-    with pytest.raises(ZeroDivisionError), runtime.replacing(path) as file:
-        file.write(b"half")
-        raise ZeroDivisionError
-    assert runtime.load_safely(path)["value"].tolist() == [0, 1, 2]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["state.pth"]
-
-
-def test_a_kill_while_saving_keeps_the_old_file(tmp_path):
-    path = tmp_path / "state.pth"
-    runtime.save_atomically({"value": 1}, path)
-    program = f"""
-        import os, signal
-        from dints import runtime
-        with runtime.replacing({str(path)!r}) as file:
-            file.write(b"half")
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=CHECKOUT)
-    assert done.returncode == -signal.SIGKILL
-    assert runtime.load_safely(path) == {"value": 1}
-
-
-def test_a_file_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="file/state.pth cannot be written"):
-        runtime.save_atomically({}, tmp_path / "file" / "state.pth")
-
-
-class Payload:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_loading_runs_nothing_from_the_file(tmp_path):
-    torch.save({"node_a": Payload(tmp_path / "ran")}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match=r"evil.pth asks for .*mkdir"):
-        runtime.load_safely(tmp_path / "evil.pth")
-    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    with pytest.raises(UserError, match="plain.pkl"):
-        runtime.load_safely(tmp_path / "plain.pkl")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_numpy_arrays_and_scalars_load(tmp_path):
-    content = {"array": np.arange(6).reshape(2, 3), "float": np.float64(0.5), "bool": np.array([True])}
-    torch.save(content, tmp_path / "arrays.pth")
-    loaded = runtime.load_safely(tmp_path / "arrays.pth")
-    assert (loaded["array"] == content["array"]).all() and loaded["float"] == 0.5 and loaded["bool"][0]
 
 
 def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path):
@@ -130,3 +71,29 @@ def test_measuring_the_precision_draws_no_random_number():
 def test_cuda_without_a_gpu_is_refused():
     with pytest.raises(UserError, match="--device cuda, but PyTorch sees no GPU"), runtime.started("cuda"):
         pass
+
+
+def test_processes_that_do_not_meet_are_told():
+    program = """
+        from dints import errors, runtime
+
+        def main():
+            with runtime.started("cpu", timeout_minutes=0.02):
+                print("they met")
+
+        errors.exit_on_user_error(main)
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=CHECKOUT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert "error: [rank 0] the 2 processes of the run do not meet" in done.stderr and "Traceback" not in done.stderr

@@ -26,9 +26,9 @@ import infer_dints
 import train_dints
 from dints.architecture import save_architecture
 from dints.errors import UserError, exit_on_user_error
+from dints.files import load_safely
 from dints.network import FoundNetwork, save_model
 from dints.phantom import write_phantom
-from dints.runtime import load_safely
 from dints.tasks import TASKS
 
 CHECKOUT = Path(__file__).resolve().parents[1]
