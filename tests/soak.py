@@ -239,8 +239,11 @@ class Search:
         return wrong
 
     def kill_one(self, agents: list[subprocess.Popen], seconds: float, output: Path) -> str:
-        """Kill one process of a run at a random moment; returns where that was."""
-        time.sleep(self.rng.uniform(0, 0.9 * seconds))
+        """Kill one process of a run at a random moment, mostly after its first save; returns where that was."""
+        early = self.rng.random() < 0.2
+        while not early and not (output / "latest.pth").exists() and all(agent.poll() is None for agent in agents):
+            time.sleep(0.05)
+        time.sleep(self.rng.uniform(0, 0.5 * seconds))
         while not (workers := [pid for agent in agents for pid in children(agent.pid)]):
             if any(agent.poll() is not None for agent in agents):
                 return "it had ended"
