@@ -34,8 +34,8 @@ class Stopped(Exception):
         self.signal, self.saved = signal, ""
 
 
-class PeerLost(Exception):
-    """Another process of the run died or does not answer; starting all of them again may mend it."""
+class ProcessLost(Exception):
+    """A process that this one needs died or does not answer; starting all of them again may mend it."""
 
 
 def exit_on_user_error(main: Callable[..., None], *args) -> None:
@@ -54,7 +54,7 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
         _end(128 + stopped.signal)
     except KeyboardInterrupt:
         _leave("interrupted: the same command starts again from the last save", 130)
-    except PeerLost as error:
+    except ProcessLost as error:
         _tell(f"error: {UserError.where}{error}")
         _end(1)
     except Exception:  # noqa: BLE001  reported as Python does, and then ended as all else

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from dints.errors import PeerLost, UserError
+from dints.errors import ProcessLost, UserError
 
 log = logging.getLogger(__name__)
 
@@ -121,15 +121,10 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
             store = _join(processes, timeout_minutes)
         yield processes
     except (MemoryError, RuntimeError) as error:
-        if _is_lack_of_memory(error):
-            raise UserError(
-                f"memory is exhausted ({str(error).splitlines()[0] if str(error) else 'of this machine'}): lower "
-                "--patch_size, --num_images_per_batch, --channel_mul, or in validation --num_sw_batch_size; for the "
-                "machine's memory also --num_workers, or use --cache disk"
-            ) from error
-        if world_size > 1 and _is_of_the_group(error):
-            raise _peer_lost(error, processes, store, timeout_minutes) from error
-        raise
+        explained = _explain(error, processes, store, timeout_minutes)
+        if explained is None:
+            raise
+        raise explained from error
     else:
         if store is not None:
             gc.collect()  # DDP refers to itself: what it holds of the group would outlive Python, which aborts at times
@@ -154,18 +149,33 @@ def _join(processes: Processes, timeout_minutes: float) -> dist.Store:
     return store
 
 
-def _is_of_the_group(error: Exception) -> bool:
-    """Whether a collective failed, and not what this process computes: by gloo's source file, or PyTorch's type."""
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+def _explain(
+    error: Exception, processes: Processes, store: dist.Store | None, timeout_minutes: float
+) -> UserError | ProcessLost | None:
+    """What a person can do about an error of PyTorch's; None for any other."""
+    what = str(error).splitlines()[0].strip() if str(error) else "of this machine"
+    if _is_lack_of_memory(error):
+        return UserError(
+            f"memory is exhausted ({what}): lower --patch_size, --num_images_per_batch, --channel_mul, or in "
+            "validation --num_sw_batch_size; for the machine's memory also --num_workers, or use --cache disk"
+        )
+    if "DataLoader worker (pid" in what:
+        return ProcessLost(
+            f"a process that prepares batches died ({what}): if for want of memory, lower --num_workers, use --cache "
+            "disk, or give a container more shared memory (docker run --ipc=host); then start the same command again"
+        )
+    if processes.world_size > 1 and (isinstance(error, dist.DistError) or "/gloo/" in what):
+        return _lost_rank(what, processes, store, timeout_minutes)
+    return None
 
 
-def _peer_lost(error: Exception, processes: Processes, store: dist.Store | None, timeout_minutes: float) -> PeerLost:
-    """What is known of the rank because of which a collective failed."""
-    what = re.sub(r"\[\S*/gloo/\S*\] ", "", str(error).split(". This is")[0]).splitlines()[0]
+def _lost_rank(what: str, processes: Processes, store: dist.Store | None, timeout_minutes: float) -> ProcessLost:
+    """What is known of the rank because of which a collective failed, as ``what`` says."""
+    what = re.sub(r"\[\S*/gloo/\S*\] ", "", what.split(". This is")[0])
     if store is None:
-        return PeerLost(f"the {processes.world_size} processes of the run do not meet ({what}): one {AGAIN}")
+        return ProcessLost(f"the {processes.world_size} processes of the run do not meet ({what}): one {AGAIN}")
     if not re.search("time[d ]*out", what, re.IGNORECASE):
-        return PeerLost(f"the connection to another process broke ({what}): it {AGAIN}")
+        return ProcessLost(f"the connection to another process broke ({what}): it {AGAIN}")
     try:  # those that wait for it meet at the store; the store may be what does not answer
         store.set_timeout(timedelta(seconds=SECONDS_TO_MEET))
         store.set(f"waits/{processes.rank}", "")
@@ -174,7 +184,7 @@ def _peer_lost(error: Exception, processes: Processes, store: dist.Store | None,
     except dist.DistError:
         absent = [0]
     names = ", ".join(map(str, absent)) or "one of the others"
-    return PeerLost(f"rank {names} did not answer for --timeout_minutes {timeout_minutes:g}: it {AGAIN}")
+    return ProcessLost(f"rank {names} did not answer for --timeout_minutes {timeout_minutes:g}: it {AGAIN}")
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

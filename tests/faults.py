@@ -87,6 +87,7 @@ FAULTS = {
         "GPU or host memory exhausted": [
             f"{CHECKPOINT}exhausted_memory_names_the_flags_that_lower_it",
             f"{CHECKPOINT}memory_that_is_really_exhausted_is_told",
+            f"{RESUME}[where a process that prepares batches is killed, one line says so, and the run goes on]",
         ],
     },
     "Data": {

@@ -5,15 +5,16 @@ exit code and stderr, all in a process group of their own, but ready at once. As
 beside latest.pth. Pictures are not drawn, and costs of networks not measured.
 
 A line: {"stage": "search_dints", "flags": [...], "world_size": 2, "fault": {...}}. A fault: the place (see `faults`),
-the iteration, the signal, and to whom: "all" or a rank. Instead of a signal, NAN makes a rank's batches unusable from
-that iteration up to "until". The answer: each rank's exit code and what it said, the seconds
-from the signal to the end, and whether a worker outlived the run.
+the iteration, the signal, and to whom: "all", a rank, or "worker", which is rank 0's first. Instead of a signal, NAN
+makes a rank's batches unusable from that iteration up to "until". The answer: each rank's exit code and what it said,
+the seconds from the signal to the end, and whether a worker outlived the run.
 """
 
 import functools
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -130,6 +131,8 @@ def install(fault: dict | None, rank: int, struck: int) -> None:
             os.killpg(0, number)  # workers too
         elif fault["to"] == rank:
             os.kill(os.getpid(), number)
+        elif fault["to"] == "worker" and rank == 0:
+            os.kill(multiprocessing.active_children()[0].pid, number)
 
     faults(fault["place"], fault["iteration"], strike)
 

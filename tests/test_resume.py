@@ -326,6 +326,16 @@ def rank_dies(theatre: Theatre, folder: Path) -> None:
     assert_same_end(theatre, "train", folder, 2)
 
 
+@play("where a process that prepares batches is killed, one line says so, and the run goes on")
+def worker_dies(theatre: Theatre, folder: Path) -> None:
+    more = ("--num_workers", 1, "--save_minutes", 0)
+    done = theatre.run("train", folder, 1, *more, fault=fault("step", EPOCH[1] + 2, to="worker"))
+    assert done["codes"] == [1]
+    assert "a process that prepares batches died" in one_error(done["said"][0])
+    theatre.finish("train", folder, 1)
+    assert_same_end(theatre, "train", folder, 1)
+
+
 @play("a case that one rank cannot read ends all")
 def rank_raises(theatre: Theatre, folder: Path) -> None:
     root = shutil.copytree(theatre.root, folder / "data" / theatre.root.name)
