@@ -15,7 +15,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 export TASK="${TASK:-Task00_Phantom}" FOLD=0 NUM_FOLDS=4
 export DATA_ROOT="${DATA_ROOT:-./data_msd/$TASK}"
 results="${OUTPUT_ROOT:-./runs/quickstart_$TASK}"
-search_batch=2 train_batch=4
 
 step() { printf '\n== %s\n' "$*"; }
 
@@ -34,23 +33,12 @@ if [[ "$TASK" == Task00_Phantom ]]; then "$PYTHON" -m dints.phantom --root "$DAT
 source dints/launch.sh
 require_data "$TASK" "$DATA_ROOT"
 
-# epochs ITERATIONS BATCH PARTS: how many passes over one of PARTS equal parts of the training cases that makes.
-epochs() {
-  "$PYTHON" - "$DATA_ROOT/dataset.json" "$NUM_FOLDS" "$@" <<'PYTHON'
-import json, sys
-path, folds, iterations, batch, parts = sys.argv[1], *map(int, sys.argv[2:])
-cases = len(json.load(open(path))["training"])
-steps = -(-(cases - cases // folds) // (batch * parts))
-print(max(2, round(iterations / steps)))
-PYTHON
-}
-
 step "3 of 6: search"
-search_epochs="$(epochs "${SEARCH_ITERATIONS:-180}" "$search_batch" 2)"
+# Epochs are scaled to the iterations: a third of them is warm-up.
 OUTPUT_ROOT="$results/search" bash search_dints.sh \
-  --num_blocks 4 --num_depths 3 --channel_mul 0.25 --num_images_per_batch "$search_batch" --learning_rate_arch 0.02 \
-  --num_epochs "$search_epochs" --num_epochs_warmup $((search_epochs / 3)) \
-  --num_epochs_per_validation $(((search_epochs + 2) / 3)) --overlap_ratio 0.25
+  --num_blocks 4 --num_depths 3 --channel_mul 0.25 --num_images_per_batch 2 --learning_rate_arch 0.02 \
+  --num_iterations "${SEARCH_ITERATIONS:-180}" --num_epochs 100 --num_epochs_warmup 33 --num_epochs_per_validation 34 \
+  --overlap_ratio 0.25
 # shellcheck disable=SC2012  # the names are ours: no newline, no glob character
 ARCH_CKPT="$(ls -t "$results"/search/search_code_*.pth | head -n 1)"
 export ARCH_CKPT
@@ -60,10 +48,9 @@ step "4 of 6: drawing"
   echo "the drawing's source is $results/architecture.gv"
 
 step "5 of 6: retraining"
-train_epochs="$(epochs "${TRAIN_ITERATIONS:-360}" "$train_batch" 1)"
 OUTPUT_ROOT="$results/train" bash train_dints.sh \
-  --channel_mul 0.5 --num_images_per_batch "$train_batch" --learning_rate 0.05 --num_epochs "$train_epochs" \
-  --num_epochs_per_validation $(((train_epochs + 4) / 5)) --overlap_ratio 0.25
+  --channel_mul 0.5 --num_images_per_batch 4 --learning_rate 0.05 \
+  --num_iterations "${TRAIN_ITERATIONS:-360}" --num_epochs 100 --num_epochs_per_validation 21 --overlap_ratio 0.25
 
 step "6 of 6: segmentation and scores"
 "$PYTHON" infer_dints.py --checkpoint "$results/train/best_metric_model.pth" \
