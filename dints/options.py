@@ -173,7 +173,7 @@ def add_run(arguments: argparse.ArgumentParser) -> None:
         "--resume",
         choices=("auto", "must", "never"),
         default="auto",
-        help="auto: continue the run in OUTPUT_ROOT if there is one; must: refuse if there is none; never: start afresh",
+        help="auto: continue the run in OUTPUT_ROOT if there is one; must: only that; never: start afresh there",
     )
     add("--save_minutes", type=number(float, 0), default=10.0, help="longest time between two saves of latest.pth")
     add(

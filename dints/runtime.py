@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -329,13 +329,13 @@ def seed_everything(*parts: int | str) -> None:
 @contextmanager
 def run_folder(path: str | Path, processes: Processes) -> Iterator[Path]:
     """Make, probe and lock ``--output_root``; a second run in the same folder is refused until this one ends."""
-    lock = None
 
     def open_folder() -> None:
-        nonlocal lock
         try:
             Path(path).mkdir(parents=True, exist_ok=True)
             lock = os.open(Path(path) / ".lock", os.O_RDWR | os.O_CREAT)
+            locks.callback(_unlock, lock)
+            _locks.add(lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for partial in Path(path).glob(".*.partial"):  # of a run that was killed while it wrote: the lock is ours
                 partial.unlink()
@@ -346,12 +346,21 @@ def run_folder(path: str | Path, processes: Processes) -> Iterator[Path]:
         except OSError as error:
             raise UserError(f"--output_root {path} cannot be written: {error.strerror}") from error
 
-    processes.on_main(open_folder)
-    try:
+    with ExitStack() as locks:
+        processes.on_main(open_folder)
         yield Path(path)
-    finally:
-        if lock is not None:
-            os.close(lock)
+
+
+_locks: set[int] = set()  # file descriptors of this process
+
+
+def _unlock(lock: int) -> None:
+    _locks.discard(lock)
+    os.close(lock)
+
+
+# A worker shares its parent's lock, and would hold it for some seconds after the parent was killed.
+os.register_at_fork(after_in_child=lambda: [_unlock(lock) for lock in list(_locks)])
 
 
 def distributed(network: torch.nn.Module, processes: Processes) -> torch.nn.Module:

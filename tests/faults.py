@@ -76,7 +76,8 @@ FAULTS = {
             f"{CHECKPOINT}the_configuration_knows_contents_but_not_places",
         ],
         "two runs in one output folder": [
-            "test_runtime.py::test_a_second_run_in_the_folder_is_refused_until_the_first_ends"
+            "test_runtime.py::test_a_second_run_in_the_folder_is_refused_until_the_first_ends",
+            "test_runtime.py::test_a_kill_frees_the_folder_though_a_worker_lives_on",
         ],
         "non-empty output folder of another run": [
             "test_stages.py::test_another_run_is_not_overwritten",

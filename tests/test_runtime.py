@@ -1,10 +1,12 @@
 """The run folder, seeds and precision."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,28 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path):
         second.__enter__()
     with runtime.run_folder(tmp_path / "run", ALONE) as folder:
         assert folder.is_dir()
+
+
+def test_a_kill_frees_the_folder_though_a_worker_lives_on(tmp_path):
+    """As the workers of a killed process do, for some seconds, while the launcher starts it again."""
+    reading, ready = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with runtime.run_folder(tmp_path / "run", ALONE):
+            worker = os.fork()
+            if worker:
+                os.write(ready, b"%d" % worker)
+            time.sleep(60)
+    worker = int(os.read(reading, 9))
+    try:
+        with pytest.raises(UserError, match="another run"), runtime.run_folder(tmp_path / "run", ALONE):
+            pass
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        with runtime.run_folder(tmp_path / "run", ALONE):
+            os.kill(worker, 0)  # it is there
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file", "denied"])
