@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_distributed import assert_equal
 
 import search_dints
 import train_dints
 from dints.architecture import load_architecture
 from dints.cost import Cost, cost
 from dints.errors import UserError
-from dints.history import History
 from dints.network import load_model
 from dints.phantom import write_phantom
 
@@ -179,40 +177,6 @@ class TestTrain:
         train(phantom, tmp_path, code, "--fold", "all", "--num_epochs", 1)
         assert load_model(tmp_path / "best_metric_model.pth")[3]["dice"] is None
         assert not (tmp_path / "accuracy_history.csv").exists()
-
-
-@pytest.mark.parametrize("stage", ["search", "train"])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_stopped_run_continues_to_the_same_end(
-    stage, workers, phantom, searched, trained, code, tmp_path, monkeypatch
-):
-    """Bit for bit: weights, alphas, optimizers, tables; whatever happened after the last checkpoint is done again."""
-    straight = searched if stage == "search" else trained
-    run = (
-        (lambda *flags: search(phantom, tmp_path, *flags))
-        if stage == "search"
-        else (lambda *flags: train(phantom, tmp_path, code, *flags))
-    )
-    flags = ["--num_workers", workers, "--save_minutes", 0]
-
-    def interrupt(self, progress, values, add_epoch=History.add_epoch):
-        add_epoch(self, progress, values)
-        if progress.current_epoch == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(History, "add_epoch", interrupt)
-        run(*flags)
-    run(*flags)
-    first, second = (torch.load(folder / "latest.pth", weights_only=True)["parts"] for folder in (straight, tmp_path))
-    assert assert_equal(first, second) > 20
-    for name in ("loss_history.csv", "accuracy_history.csv"):
-        tables = [rows(folder / name) for folder in (straight, tmp_path)]
-        for table in tables:
-            for row in table:
-                for measured in ("seconds", "seconds_per_iteration", "data_wait"):
-                    row.pop(measured, None)
-        assert tables[0] == tables[1]
 
 
 # Flags after a valid command line of train_dints.py, and what the refusal must name.
