@@ -15,6 +15,7 @@ since it was stopped elsewhere, or since its input is bad, it starts again. Here
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
@@ -23,12 +24,20 @@ import sys
 import threading
 import time
 
+# Read when PyTorch is imported: no C++ stack traces of nodes that do not answer, here; the stages keep theirs.
+LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
+was_given = LOG_LEVEL in os.environ
+os.environ.setdefault(LOG_LEVEL, "ERROR")
+
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.launcher import api as launcher
+
+if not was_given:
+    del os.environ[LOG_LEVEL]
 
 SECONDS_TO_SAVE, SECONDS_TO_END = float(os.environ.get("SECONDS_TO_SAVE", 20)), 2
 PASSED_ON = {number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
@@ -42,10 +51,11 @@ class Agent(LocalElasticAgent):
     """
 
     received = 0  # the first signal
+    has_begun = False  # the nodes have met, and this one has started its workers
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        Agent.received = 0
+        Agent.received, Agent.has_begun = 0, False
         self._starting = threading.Lock()
         self._signals, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
@@ -92,6 +102,7 @@ class Agent(LocalElasticAgent):
         with self._starting:
             if Agent.received:
                 sys.exit(128 + Agent.received)
+            Agent.has_begun = True
             return super()._start_workers(worker_group)
 
     def _restart_workers(self, worker_group) -> None:
@@ -122,6 +133,18 @@ def stop_code(failures: dict[int, ProcessFailure]) -> int:
     return max([code for code in codes if code > 128], default=128 + Agent.received if Agent.received else 0)
 
 
+def describe(error: RendezvousError, args: argparse.Namespace) -> str:
+    if isinstance(error, RendezvousClosedError):
+        return "another node has ended the run, and its messages say why"
+    reason = " ".join(str(error.__cause__ or error).splitlines()[:1])
+    if Agent.has_begun:
+        return f"node 0 ({args.rdzv_endpoint}) does not answer any more ({reason}): its messages say why"
+    return (
+        f"nodes do not meet at {args.rdzv_endpoint} ({reason}): MASTER_ADDR must be the address of node 0, with a free "
+        f"MASTER_PORT, and {args.nnodes} nodes must start within minutes of each other"
+    )
+
+
 def main() -> int:
     """Returns the exit code."""
     launcher.LocalElasticAgent = Agent
@@ -138,12 +161,7 @@ def main() -> int:
             print(f"processes of this node ended: {', '.join(ends)}", file=sys.stderr, flush=True)
         return code
     except RendezvousError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        print(
-            f"error: nodes do not meet at {args.rdzv_endpoint} ({reason}): MASTER_ADDR must be the address of node 0, "
-            f"with a free MASTER_PORT, and {args.nnodes} nodes must start within minutes of each other",
-            file=sys.stderr,
-        )
+        print(f"error: {describe(error, args)}", file=sys.stderr)
         return 1
     return 0
 

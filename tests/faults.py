@@ -54,6 +54,7 @@ FAULTS = {
             f"{RESUME}[where a rank hangs, the others wait for --timeout_minutes and name it]",
             f"{RESUME}[a case that one rank cannot read ends all]",
             "test_runtime.py::test_processes_that_do_not_meet_are_told",
+            f"{LAUNCH}a_node_with_bad_input_ends_both",
         ],
         "torchrun --max-restarts": [
             f"{LAUNCH}the_run_goes_on_after_a_rank_was_killed",

@@ -298,6 +298,26 @@ def test_two_nodes_of_which_one_loses_its_worker(tmp_path):
     assert run.steps == 40
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_node_with_bad_input_ends_both(rank, phantom, tmp_path):
+    """A file that only one rank reads is cut short; neither node waits for the other."""
+    root = shutil.copytree(phantom, tmp_path / "data" / phantom.name)
+    image = sorted((root / "imagesTr").glob("*.nii.gz"))[4 - 2 * rank]  # ranks share cases 0, 2, 4 in turn
+    os.truncate(image, image.stat().st_size - 9)
+    variables = f"TASK={root.name} DATA_ROOT={root} OUTPUT_ROOT={tmp_path}/run FOLD=all NUM_NODES=2 NUM_GPUS_PER_NODE=1"
+    variables += f" PYTHON={sys.executable} OMP_NUM_THREADS=1 MASTER_PORT={free_port()}"
+    environment = os.environ | dict(variable.split("=", 1) for variable in variables.split())
+    command = ["bash", str(CHECKOUT / "search_dints.sh"), "--num_epochs", "2", "--num_epochs_warmup", "1", *TINY]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    nodes = [subprocess.Popen(command, env=environment | {"NODE_RANK": number}, **streams) for number in "01"]
+    STARTED.extend(nodes)
+    said = [node.communicate(timeout=60)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 1], said
+    assert [f"{image.name} cannot be read" in lines for lines in said] == [rank == 0, rank == 1]
+    assert not any("Traceback" in lines for lines in said), said
+    assert "another node has ended the run" in said[1 - rank] or "does not answer any more" in said[1 - rank], said
+
+
 # SLURM
 
 
