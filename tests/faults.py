@@ -60,6 +60,7 @@ FAULTS = {
             f"{LAUNCH}the_run_goes_on_after_a_rank_was_killed",
             f"{LAUNCH}a_worker_that_fails_once_is_started_again",
             f"{LAUNCH}two_nodes_of_which_one_loses_its_worker",
+            f"{LAUNCH}a_node_that_dies_and_comes_back",
         ],
         "non-finite loss on one rank": [
             f"{RESUME}[a loss of one rank that is not finite changes no rank's weights, and many in a row stop all]",

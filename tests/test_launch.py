@@ -298,6 +298,18 @@ def test_two_nodes_of_which_one_loses_its_worker(tmp_path):
     assert run.steps == 40
 
 
+def test_a_node_that_dies_and_comes_back(tmp_path):
+    run = Launch(tmp_path, "--steps", "200", processes=1, NUM_NODES="2", MASTER_PORT=free_port())
+    nodes = [run.start(NODE_RANK=rank) for rank in "01"]
+    wait_for(lambda: run.steps >= 5)
+    for pid in (nodes[1].pid, run.pid(1)):
+        os.kill(pid, signal.SIGKILL)
+    nodes[1].wait()
+    nodes[1] = run.start(NODE_RANK="1")
+    assert [node.wait(100) for node in nodes] == [0, 0], run.output.read_text()
+    assert run.steps == 200
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_node_with_bad_input_ends_both(rank, phantom, tmp_path):
     """A file that only one rank reads is cut short; neither node waits for the other."""
