@@ -132,6 +132,8 @@ class Launch:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
+                # A shell that runs the tests in the background has it ignored, and the launcher keeps to that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         STARTED.append(process)
         return process
