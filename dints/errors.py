@@ -57,6 +57,8 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
     except ProcessLost as error:
         _tell(f"error: {UserError.where}{error}")
         _end(1)
+    except SystemExit as left:  # a rank that leaves since rank 0 does, which says why
+        _end(left.code)
     except Exception:  # noqa: BLE001  reported as Python does, and then ended as all else
         sys.excepthook(*sys.exc_info())
         _end(1)

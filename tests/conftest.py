@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from faults import TESTS
+from faults import COLLECTED, TESTS
 
 TASK04 = Path(__file__).resolve().parents[2] / "shared" / "data" / "Task04_Hippocampus"
 
@@ -22,7 +22,6 @@ def task04() -> Path:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault: provokes a fault of tests/faults.py")
-    config.collected = pytest.StashKey()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -37,4 +36,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if names & TESTS:
             item.add_marker("fault")
     whole_files = {item.path.name for item in items if not any(item.path.match(part) for part in parts)}
-    config.stash[config.collected] = whole_files, found
+    config.stash[COLLECTED] = whole_files, found

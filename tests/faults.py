@@ -4,6 +4,12 @@ Table by table, a fault and the tests that provoke it: file, function and, where
 the row. `pytest -m fault` runs them all; tests/test_faults.py holds this list against the tests that there are.
 """
 
+import pytest
+
+COLLECTED = pytest.StashKey[
+    tuple[set[str], set[str]]
+]()  # files that pytest collected whole, and the tests in all files
+
 RESUME = "test_resume.py::test_a_run_goes_on"
 BAD = "test_bad_input.py::test_a_fault_is_told_before_a_training"
 CHECKPOINT, LAUNCH, ENGINE = "test_checkpoint.py::test_", "test_launch.py::test_", "test_engine.py::test_"
