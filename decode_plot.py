@@ -14,8 +14,18 @@ multiply-adds, activations and time are printed, and stand below the picture's t
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dints import options
+from dints import data, network, options, running
+from dints.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    import graphviz
+
+    from dints.network.architecture import Architecture
 
 
 def parse_args() -> argparse.Namespace:
@@ -70,22 +80,6 @@ def add_cost(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cuda", "cpu"), help="that is timed (default: auto, a GPU where there is one)")
 
 
-if __name__ == "__main__":
-    ARGS = parse_args()  # before torch's import, so that -h and a mistyped flag answer at once
-
-import logging
-from collections.abc import Sequence
-from pathlib import Path
-
-import graphviz
-
-from dints import runtime
-from dints.architecture import Architecture, load_architecture, paths
-from dints.drawing import draw_architecture, draw_search_space
-from dints.errors import UserError, exit_on_user_error
-from dints.tasks import TASKS
-
-
 def plot_graph(
     codepath: str | Path,
     filename: str = "graph",
@@ -95,7 +89,7 @@ def plot_graph(
     format: str = "png",
     caption: Sequence[str] = (),
 ) -> graphviz.Digraph:
-    """Draw the architecture of an arch file; writes and returns as `draw_architecture`.
+    """Draw the architecture of an arch file; write and return as `draw_architecture`.
 
     Args:
         codepath: arch file, ours or a published one.
@@ -105,38 +99,36 @@ def plot_graph(
     Raises:
         UserError: as `load_architecture` and `draw_architecture`, or ``code2in``/``code2out`` are not the file's.
     """
-    architecture = load_architecture(codepath)
-    sources, targets = zip(*paths(architecture.num_depths), strict=True)
+    architecture = network.architecture.load_architecture(codepath)
+    sources, targets = zip(*network.architecture.paths(architecture.num_depths), strict=True)
     for name, given, expected in (("code2in", code2in, sources), ("code2out", code2out, targets)):
         if given is not None and [int(depth) for depth in given] != list(expected):
             raise UserError(
                 f"{name} is {[int(depth) for depth in given]}, but the {architecture.num_depths} depths of {codepath} "
                 f"make it {list(expected)}: leave {name} out"
             )
-    return draw_architecture(architecture, filename, directory, format, caption)
+    return network.drawing.draw_architecture(architecture, filename, directory, format, caption)
 
 
 def main(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     files = {"filename": args.filename, "directory": args.directory, "format": args.format}
     if args.search_space:
-        draw_search_space(args.num_blocks or 12, args.num_depths or 4, **files)
+        network.drawing.draw_search_space(args.num_blocks or 12, args.num_depths or 4, **files)
     else:
-        caption = cost_lines(load_architecture(args.checkpoint), args) if args.cost else []
+        caption = cost_lines(network.architecture.load_architecture(args.checkpoint), args) if args.cost else []
         plot_graph(args.checkpoint, **files, caption=caption)
 
 
 def cost_lines(architecture: Architecture, args: argparse.Namespace) -> list[str]:
     """Print what the architecture's network costs with the settings in ``args``, and return these lines."""
-    from dints.cost import cost  # imports MONAI, which a drawing alone does not wait for
-
     channels, classes, patch_size = 1, 2, (96, 96, 96)
     name = architecture.info.get("task")
-    if isinstance(name, str) and name in TASKS:
-        task = TASKS[name]
+    if isinstance(name, str) and name in data.tasks.TASKS:
+        task = data.tasks.TASKS[name]
         channels, classes, patch_size = task.num_channels, task.num_classes, task.patch_size
-    with runtime.started(args.device or "auto") as processes:
-        lines = cost(
+    with running.processes.started(args.device or "auto") as processes:
+        lines = network.cost.cost(
             architecture,
             args.in_channels or channels,
             args.num_classes or classes,
@@ -149,4 +141,4 @@ def cost_lines(architecture: Architecture, args: argparse.Namespace) -> list[str
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main, ARGS)
+    exit_on_user_error(main, parse_args())

@@ -31,8 +31,9 @@ from urllib.parse import urljoin, urlsplit
 import requests
 from tqdm import tqdm
 
+from dints.data.formats import read_json
+from dints.data.tasks import ARCHIVE_URL, ARCHIVES, Archive
 from dints.errors import UserError, exit_on_user_error
-from dints.tasks import ARCHIVE_URL, ARCHIVES, Archive, read_json
 
 CHUNK = 1 << 16  # bytes; what a cut connection loses at most
 MAX_REDIRECTS = 5

@@ -11,10 +11,33 @@ Dice on the grid of its own label, as a challenge would compute it. Segmentation
 from __future__ import annotations
 
 import argparse
+import csv
+import io
+import logging
+import re
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dints import options
+import numpy as np
+from tqdm import tqdm
+
+from dints import data, files, network, options, running, training
 from dints.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, after the command line is read
+    from torch import nn
+
+    from dints.data.cases import Case
+    from dints.data.grid import Resampling
+    from dints.data.leniency import Leniency
+    from dints.data.listing import ListedCase
+    from dints.data.tasks import Task
+    from dints.running.precision import Precision
+    from dints.running.processes import Processes
+    from dints.training.validation import Scores, SlidingWindow
+
+log = logging.getLogger("infer")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,91 +57,62 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":
-    ARGS = parse_args()  # before the imports of torch and MONAI, which take seconds, so that -h answers at once
-
-import csv
-import gzip
-import io
-import logging
-import re
-from collections import Counter, defaultdict
-
-import nibabel
-import numpy as np
-import torch
-from torch import nn
-from tqdm import tqdm
-
-from dints import cases, engine, runtime
-from dints.cases import Leniency
-from dints.dataset import ENDING, Case, read_cases, split_fold
-from dints.files import write_atomically
-from dints.network import load_model
-from dints.tasks import Task, read_json
-from dints.volumes import Header, Resampling
-
-log = logging.getLogger("infer")
-
-
 def main(args: argparse.Namespace) -> None:
     with (
-        runtime.started(args.device, args.timeout_minutes) as processes,
-        runtime.run_folder(args.output_root, processes) as folder,
+        running.processes.started(args.device, args.timeout_minutes) as processes,
+        running.run_folder.opened(args.output_root, processes) as folder,
     ):
         infer(args, processes, folder)
 
 
-def infer(args: argparse.Namespace, processes: runtime.Processes, folder: Path) -> None:
-    network, _, task, _ = load_model(args.checkpoint)
-    network.to(processes.device).eval()
-    leniency = Leniency.from_args(args)
+def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
+    model = network.model_file.load_model(args.checkpoint)
+    model.network.to(processes.device).eval()
+    task, leniency = model.task, options.leniency(args)
     selected = processes.on_main(cases_to_segment, args, task)
     outputs = processes.on_main(segmentation_paths, selected, folder)
-    headers_of_all = processes.on_main(cases.check_headers, selected, task, leniency)
-    precision = runtime.choose_precision(args.precision, processes)
-    window = engine.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
-    log.info("%d volumes, %s in %s", len(selected), processes.device.type, precision.name)
+    cases = processes.on_main(data.cases.open_cases, selected, task, leniency)
+    precision = running.precision.choose_precision(args.precision, processes)
+    window = training.validation.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
+    log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision.name)
 
-    counts = torch.zeros(len(selected), task.num_classes - 1, 3, dtype=torch.float64, device=processes.device)
-    share = range(processes.rank, len(selected), processes.world_size)
+    overlaps = training.validation.Overlaps(len(cases), task.num_classes, processes)
+    share = processes.share(len(cases))
     for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
-        headers = headers_of_all[number]
+        case = cases[number]
         # First, so that a bad one costs no segmentation.
-        label = None if headers.label is None else torch.from_numpy(cases.read_label(headers.label, task))
-        segmentation = segment(headers, network, task, leniency, window, precision)
-        save_segmentation(segmentation, headers.images[0], outputs[number])
+        label = None if case.label is None else data.cases.read_label(case.label, task)
+        segmentation = segment(case, model.network, task, leniency, window, precision)
+        data.nifti.save_segmentation(segmentation, case.images[0], outputs[number])
         if label is not None:
-            counts[number] = engine.count_overlap(segmentation, label, task.num_classes)
-    processes.sum(counts)
+            overlaps.add(number, segmentation, label)
+    scores = overlaps.scores()
     if processes.is_main and args.root is not None:
-        scores = engine.scores_from_counts(counts.cpu())
-        write_scores(folder / "scores.csv", scores, selected, task)
+        write_scores(folder / "scores.csv", scores, outputs, task)
         print(scores.describe(task.class_names))
     log.info("segmentations are in %s", folder)
 
 
-def cases_to_segment(args: argparse.Namespace, task: Task) -> list[Case]:
-    """The validation cases of the fold under ``--root`` (all of them for ``all``), or the images of ``--input``."""
+def cases_to_segment(args: argparse.Namespace, task: Task) -> list[ListedCase]:
+    """List the validation cases of the fold under ``--root`` (all cases for ``all``), or the images of ``--input``."""
     if args.root is not None:
-        source = args.json or args.root / "dataset.json"
-        labelled = read_cases(read_json(source), source, args.root, args.json_key, args.allow_outside_root)
-        training, validation = split_fold(labelled, args.num_folds, args.fold)
-        return validation or training
+        _, labelled = data.formats.read_dataset(args.root, args.json, args.json_key, args.allow_outside_root)
+        training_cases, validation_cases = data.listing.split_fold(labelled, **options.folds(args))
+        return validation_cases or training_cases
     images = []
     for path in args.input:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        found = [file for file in files if file.is_file() and re.fullmatch(r"[^.].*\.nii(\.gz)?", file.name)]
+        candidates = sorted(path.iterdir()) if path.is_dir() else [path]
+        found = [file for file in candidates if file.is_file() and re.fullmatch(r"[^.].*\.nii(\.gz)?", file.name)]
         if not found:
             raise UserError(f"--input {path} is no NIfTI file, nor a folder that holds any: give .nii or .nii.gz files")
         images.extend(found)
     if task.channel_files:
         return cases_of_channels(images, task.num_channels)
-    return [Case(ENDING.sub("", image.name), (str(image),)) for image in images]
+    return [data.listing.ListedCase(data.listing.ENDING.sub("", image.name), (str(image),)) for image in images]
 
 
-def cases_of_channels(images: list[Path], num_channels: int) -> list[Case]:
-    """The cases that ``<case>_0000``, ``<case>_0001``, ... make together, a file a channel."""
+def cases_of_channels(images: list[Path], num_channels: int) -> list[ListedCase]:
+    """List the cases that ``<case>_0000``, ``<case>_0001``, ... make together, a file a channel."""
     channels = defaultdict(dict)
     for image in images:
         parts = re.fullmatch(r"(.+)_(\d{4})\.nii(\.gz)?", image.name)
@@ -127,18 +121,22 @@ def cases_of_channels(images: list[Path], num_channels: int) -> list[Case]:
                 f"--input {image}: this model takes a file a channel, <case>_0000, <case>_0001, ...: rename"
             )
         channels[image.parent / parts[1]][int(parts[2])] = str(image)
-    for case, files in channels.items():
-        if sorted(files) != list(range(num_channels)):
+    for case, files_of_case in channels.items():
+        if sorted(files_of_case) != list(range(num_channels)):
             raise UserError(
-                f"--input {case} has the channels {sorted(files)}; this model takes 0 to {num_channels - 1}: add or "
-                "remove files"
+                f"--input {case} has the channels {sorted(files_of_case)}; this model takes 0 to {num_channels - 1}: "
+                "add or remove files"
             )
-    return [Case(case.name, tuple(files[channel] for channel in sorted(files))) for case, files in channels.items()]
+    return [
+        data.listing.ListedCase(case.name, tuple(files_of_case[channel] for channel in range(num_channels)))
+        for case, files_of_case in channels.items()
+    ]
 
 
-def segmentation_paths(selected: list[Case], folder: Path) -> list[Path]:
-    """Where each case's segmentation goes: under its name; never onto another case's, nor onto an input."""
-    names = Counter(file_name(case) for case in selected)
+def segmentation_paths(selected: list[ListedCase], folder: Path) -> list[Path]:
+    """Return where each case's segmentation goes: under its name; never onto another case's, nor onto an input."""
+    ending = data.listing.ENDING
+    names = Counter(case.name + ending.search(case.images[0])[0] for case in selected)
     inputs = {Path(path).resolve() for case in selected for path in case.files}
     for name, count in names.items():
         if count > 1:
@@ -148,74 +146,48 @@ def segmentation_paths(selected: list[Case], folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def file_name(case: Case) -> str:
-    """Of a case's segmentation: the case's name, with the ending of its image."""
-    return case.name + ENDING.search(case.images[0])[0]
-
-
-@torch.no_grad()
 def segment(
-    headers: cases.Headers,
-    network: nn.Module,
-    task: Task,
-    leniency: Leniency,
-    window: engine.SlidingWindow,
-    precision: runtime.Precision,
-) -> torch.Tensor:
-    """The label of each voxel of an image, uint8, on its file's own grid.
+    case: Case, found_network: nn.Module, task: Task, leniency: Leniency, window: SlidingWindow, precision: Precision
+) -> np.ndarray:
+    """Return the label of each voxel of a case's image, uint8, on its file's own grid.
 
     Class probabilities are resampled to that grid, not labels, so that borders stay smooth.
     """
-    voxels, replaced = cases.read_image(headers, leniency)
+    voxels, replaced = data.cases.read_image(case.images, leniency)
     if replaced:
-        log.warning("%s: %d NaN or infinite voxels are replaced", headers.images[0].path, replaced)
-    resampling = headers.resampling(task)
-    image = torch.from_numpy(np.ascontiguousarray(cases.preprocess_image(voxels, resampling, task)))
-    with precision.autocast():
-        scores = window(image[None].to(precision.device), network)[0]
-    probabilities = scores.float().softmax(0).cpu().numpy()
-    del voxels, image, scores  # each as large as a class of a large volume, or larger
+        log.warning("%s: %d NaN or infinite voxels are replaced", case.images[0].path, replaced)
+    resampling = case.resampling(task)
+    image = np.ascontiguousarray(data.cases.preprocess_image(voxels, resampling, task))
+    del voxels  # as large as a class of a large volume
+    probabilities = window.probabilities(image, found_network, precision)
+    del image
     return most_probable(probabilities, resampling)
 
 
-def most_probable(probabilities: np.ndarray, resampling: Resampling) -> torch.Tensor:
-    """The most probable class of each voxel of the file that ``resampling`` starts from.
+def most_probable(probabilities: np.ndarray, resampling: Resampling) -> np.ndarray:
+    """Return the most probable class of each voxel of the file that ``resampling`` starts from.
 
     Args:
         probabilities: (classes, *spatial), on the grid that it leads to.
     """
-    labels = highest = None
-    for value in range(len(probabilities)):  # one class at a time: on a large CT each takes a GB
-        probability = torch.from_numpy(np.ascontiguousarray(resampling.undo(probabilities[value : value + 1])[0]))
-        if highest is None:
-            labels, highest = torch.zeros(probability.shape, dtype=torch.uint8), probability
-        else:
-            labels[probability > highest] = value
-            torch.maximum(highest, probability, out=highest)
+    highest = np.array(resampling.undo(probabilities[:1])[0])
+    labels = np.zeros(highest.shape, np.uint8)
+    for value in range(1, len(probabilities)):  # one class at a time: on a large CT each takes a GB
+        probability = resampling.undo(probabilities[value : value + 1])[0]
+        labels[probability > highest] = value
+        np.maximum(highest, probability, out=highest)
     return labels
 
 
-def save_segmentation(segmentation: torch.Tensor, image: Header, path: Path) -> None:
-    """Write labels as NIfTI, with the image's place in space as its header tells it."""
-    file = nibabel.Nifti1Image(segmentation.numpy(), image.affine)
-    file.set_qform(*image.nifti.get_qform(coded=True))
-    file.set_sform(*image.nifti.get_sform(coded=True))
-    file.header.set_xyzt_units(xyz=image.nifti.get_xyzt_units()[0])
-    content = file.to_bytes()
-    if path.suffix == ".gz":
-        content = gzip.compress(content, mtime=0)
-    write_atomically(path, content)
-
-
-def write_scores(path: Path, scores: engine.Scores, selected: list[Case], task: Task) -> None:
-    """A row per case: Dice of each class, empty where the case does not have the class."""
+def write_scores(path: Path, scores: Scores, outputs: list[Path], task: Task) -> None:
+    """Write a row per case: Dice of each class, empty where the case does not have the class."""
     text = io.StringIO(newline="")
     table = csv.writer(text)
     table.writerow(["case", *task.class_names[1:]])
-    for case, dice in zip(selected, scores.dice.tolist(), strict=True):
-        table.writerow([file_name(case), *("" if value != value else f"{value:.6f}" for value in dice)])
-    write_atomically(path, text.getvalue())
+    for output, dice in zip(outputs, scores.dice.tolist(), strict=True):
+        table.writerow([output.name, *("" if value != value else f"{value:.6f}" for value in dice)])
+    files.write_atomically(path, text.getvalue())
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main, ARGS)
+    exit_on_user_error(main, parse_args())

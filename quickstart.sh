@@ -28,7 +28,7 @@ fi
 export PYTHON
 
 step "2 of 6: data"
-if [[ "$TASK" == Task00_Phantom ]]; then "$PYTHON" -m dints.phantom --root "$DATA_ROOT"; fi
+if [[ "$TASK" == Task00_Phantom ]]; then "$PYTHON" -m dints.data.phantom --root "$DATA_ROOT"; fi
 # shellcheck source=dints/launch.sh
 source dints/launch.sh
 require_data "$TASK" "$DATA_ROOT"

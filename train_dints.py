@@ -11,28 +11,36 @@ is the network of the best validation; infer_dints.py needs nothing else.
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dints import options
+from dints import __version__, data, network, options, running, training
 from dints.errors import exit_on_user_error
+
+if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, after the command line is read
+    from dints.data.cases import Case
+    from dints.data.opening import Dataset
+    from dints.data.tasks import Task
+    from dints.network.architecture import Architecture
+    from dints.network.found import FoundNetwork
+    from dints.running.processes import Processes
+
+log = logging.getLogger("train")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options.parser(__doc__)
     options.add_data(parser)
     options.add_preprocessing(parser)
-    network = parser.add_argument_group("network")
-    network.add_argument(
+    add = parser.add_argument_group("network").add_argument
+    add(
         "--arch_ckpt", type=Path, required=True, help="architecture: search_code_*.pth of search_dints.py, or published"
     )
-    network.add_argument(
-        "--checkpoint", type=Path, help="weights to start from: a model file or a state dict of this architecture"
-    )
-    network.add_argument("--num_blocks", type=options.number(int, 1), help="blocks that ARCH_CKPT must have")
-    network.add_argument("--num_depths", type=options.number(int, 2), help="resolutions that ARCH_CKPT must have")
-    network.add_argument(
-        "--channel_mul", type=options.number(float, 0.0625), default=1.0, help="times 32, 64, ... channels"
-    )
+    add("--checkpoint", type=Path, help="weights to start from: a model file or a state dict of this architecture")
+    add("--num_blocks", type=options.number(int, 1), help="blocks that ARCH_CKPT must have")
+    add("--num_depths", type=options.number(int, 2), help="resolutions that ARCH_CKPT must have")
+    add("--channel_mul", type=options.number(float, 0.0625), default=1.0, help="times 32, 64, ... channels")
     options.add_training(
         parser,
         num_epochs=13500,
@@ -50,110 +58,109 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":
-    ARGS = parse_args()  # before the imports of torch and MONAI, which take seconds, so that -h answers at once
-
-import logging
-
-from dints import __version__, data, dataset, engine, files, runtime
-from dints.architecture import Architecture, load_architecture
-from dints.cache import open_cache
-from dints.checkpoint import Checkpoint, configuration
-from dints.dataset import Case
-from dints.fingerprint import write_task
-from dints.history import History
-from dints.network import FoundNetwork, check_patch_size, count_parameters, load_weights, save_model
-
-log = logging.getLogger("train")
-
-
 def main(args: argparse.Namespace) -> None:
     if args.check:
-        return data.check(args, prepare)
+        data.check.check(**options.dataset(args), **options.folds(args))
+        prepare(args)
+        return
     with (
-        runtime.started(args.device, args.timeout_minutes) as processes,
-        runtime.run_folder(args.output_root, processes) as folder,
+        running.processes.started(args.device, args.timeout_minutes) as processes,
+        running.run_folder.opened(args.output_root, processes) as folder,
     ):
         train(args, processes, folder)
 
 
-def train(args: argparse.Namespace, processes: runtime.Processes, folder: Path) -> None:
-    architecture, opened, training, validation = processes.on_main(prepare, args)
-    task, used = opened.task, [*training, *validation]
-    runtime.seed_everything(args.seed, "initialisation")
-    network = FoundNetwork(architecture, task.num_channels, task.num_classes, args.channel_mul)
-    if args.checkpoint is not None:
-        load_weights(network, files.load_safely(args.checkpoint), args.checkpoint)
-    contents = {"task": task, "cases": dataset.names(used), "architecture": architecture.codes()}
-    checkpoint = Checkpoint(folder, args, configuration(args, processes, **contents), processes)
-    precision = runtime.choose_precision(checkpoint.precision or args.precision, processes)
-
-    processes.on_main(write_task, folder, task, opened.measured)
-    cache = open_cache(used, task, args, processes)
-    steps = data.steps_per_epoch(len(training), args.num_images_per_batch, processes)
-    args = options.scaled_to_iterations(args, steps)
-    loader = data.training_loader(training, "weights", steps, cache, args, processes)
-    validation_loader = data.validation_loader(validation, cache, processes)
-    window = engine.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
-
-    network.to(processes.device)
-    model = runtime.distributed(engine.compiled(network, args.compile, processes.device), processes)
-    optimizer = engine.sgd(network.parameters(), args.learning_rate)
-    scaler = precision.scaler()
-    criterion = engine.segmentation_loss()
-    loss = engine.EpochLoss("loss", processes)
-    parts = {"network": network, "optimizer": optimizer, "scaler": scaler, "loss": loss}
-    progress = checkpoint.restore(parts, precision)
-    history = History(folder, task.class_names, progress.recorded_iteration, processes.is_main)
-    waited = data.ShareOfWaiting(loader)
-    log.info("%s: %d training cases, %d validation cases", task.name, len(training), len(validation))
-    log.info(
-        "%.2f million parameters, %s", count_parameters(network) / 1e6, engine.describe(steps, processes, precision)
+def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
+    architecture, dataset, training_cases, validation_cases = processes.on_main(prepare, args)
+    task, used = dataset.task, [*training_cases, *validation_cases]
+    found_network = build(args, architecture, task)
+    contents = {"task": task, "cases": data.opening.names(used), "architecture": architecture.codes()}
+    configuration = training.checkpoint.configured(options.course(args), processes.world_size, **contents)
+    found = processes.on_main(
+        training.checkpoint.find_state, folder, configuration, args.resume, args.allow_other_num_processes
     )
+    precision = running.precision.choose_precision(found.precision if found else args.precision, processes)
+
+    processes.on_main(data.fingerprint.write_task, folder, task, dataset.measured)
+    cache = data.cache.open_cache(
+        used, task, options.cache_folder(args), processes, mode=args.cache, leniency=dataset.leniency
+    )
+    steps = data.loaders.steps_per_epoch(len(training_cases), args.num_images_per_batch, processes)
+    args = options.scaled_to_iterations(args, steps)
+    loader = data.loaders.training_loader(training_cases, cache, processes, steps=steps, **options.batches(args))
+    waited = data.loaders.ShareOfWaiting(loader)
+    volumes = data.loaders.validation_loader(validation_cases, cache, processes)
+    window = training.validation.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
+    validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
+
+    found_network.to(processes.device)
+    weights = training.steps.weights_training(
+        training.steps.compiled(found_network, args.compile, processes.device),
+        found_network.parameters(),
+        precision,
+        processes,
+        learning_rate=args.learning_rate,
+        max_gradient_norm=args.max_gradient_norm,
+    )
+    losses = training.losses.EpochLoss("loss", processes)
+    parts = {"network": found_network, "optimizer": weights.optimizer, "scaler": weights.scaler, "loss": losses}
+    checkpoint = training.checkpoint.Checkpoint(folder, configuration, parts, precision, processes)
+    stops = training.stops.Stops(checkpoint, processes, args.save_minutes, args.warning_signal)
+    progress = checkpoint.restore(found)
+    history = training.history.History(folder, task.class_names, progress.recorded_iteration, processes.is_main)
+    log.info("%s: %d training cases, %d validation cases", task.name, len(training_cases), len(validation_cases))
+    parameters = network.found.count_parameters(found_network) / 1e6
+    log.info("%.2f million parameters, %d iterations an epoch on %s", parameters, steps, precision.describe(processes))
 
     for epoch in range(progress.epoch, args.num_epochs):
-        runtime.seed_everything(args.seed, epoch, processes.rank)
-        learning_rate = engine.learning_rate(args, epoch / args.num_epochs, processes)
-        engine.set_learning_rate(optimizer, learning_rate)
+        running.seeds.seed_everything(args.seed, epoch, processes.rank)
+        start = options.learning_rate(args, processes.world_size)
+        learning_rate = training.steps.halved(start, epoch / args.num_epochs, args.learning_rate_milestones)
+        weights.set_learning_rate(learning_rate)
         if progress.step == 0:
-            loss.start()
+            losses.start()
 
-        with checkpoint.saved_when_stopped():
-            with progress.timed():
-                for batch in checkpoint.steps(loader.epoch(epoch, progress.step)):
-                    step = engine.weights_step(
-                        model, batch, criterion, optimizer, scaler, precision, args.max_gradient_norm
-                    )
-                    loss.add(step, progress.iteration + 1, batch["cases"])
-            waiting = {"data_wait": waited.take(progress.seconds_in_epoch)}
-            history.add_epoch(progress, {"loss": loss.mean(), "learning_rate": learning_rate, **waiting})
+        for batch in stops.steps(loader.epoch(epoch, progress.step)):
+            losses.add(training.steps.weights_step(weights, batch), progress.iteration, batch["cases"])
+            progress.step_done()
+        waiting = waited.take(progress.seconds_in_epoch)
+        history.add_epoch(progress, {"loss": losses.mean(), "learning_rate": learning_rate, "data_wait": waiting})
 
-            validates = engine.is_validation_epoch(epoch, args)
-            if validates:
-                with progress.timed():
-                    volumes = checkpoint.unless_stopped(validation_loader)
-                    scores = engine.validate(network, volumes, len(validation), task, window, precision, processes)
-                checkpoint.stop_if_asked()
+        validates = training.steps.is_validation_epoch(epoch, args.num_epochs, args.num_epochs_per_validation)
+        if validates:
+            scores = validation.scores(found_network, stops.volumes)
+        progress.epoch_done()
         if validates:
             path = folder / "best_metric_model.pth"
             if progress.note_validation(scores and scores.mean, path) and processes.is_main:
                 facts = {"dice": progress.best_dice, "iteration": progress.iteration, "version": __version__}
-                save_model(path, network, architecture, args.channel_mul, task, **facts)
+                network.model_file.save_model(path, found_network, architecture, args.channel_mul, task, **facts)
             history.add_validation(progress, scores)
-        progress.epoch_done()
-        if validates:
             checkpoint.save()
     history.close()
     log.info("the network is %s; infer_dints.py --checkpoint segments with it", progress.best_path)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Architecture, data.LabelledDataset, list[Case], list[Case]]:
-    """Architecture, dataset, training and validation cases, with all checks that need no computing."""
-    architecture = load_architecture(args.arch_ckpt, args.num_blocks, args.num_depths)
-    opened = data.open_dataset(args, args.arch_ckpt.parent)
-    check_patch_size(opened.task.patch_size, architecture.num_depths)
-    return architecture, opened, *dataset.split_fold(opened.cases, args.num_folds, args.fold)
+def prepare(args: argparse.Namespace) -> tuple[Architecture, Dataset, list[Case], list[Case]]:
+    """Load the architecture, open the dataset and divide its cases into training and validation; no voxel is read.
+
+    Whatever can be refused before that is refused here.
+    """
+    architecture = network.architecture.load_architecture(args.arch_ckpt, args.num_blocks, args.num_depths)
+    measured_in = [args.output_root, args.arch_ckpt.parent]
+    dataset = data.opening.open_dataset(**options.dataset(args), measured_in=measured_in)
+    network.found.check_patch_size(dataset.task.patch_size, architecture.num_depths)
+    return architecture, dataset, *data.listing.split_fold(dataset.cases, **options.folds(args))
+
+
+def build(args: argparse.Namespace, architecture: Architecture, task: Task) -> FoundNetwork:
+    """Build the found network, with the weights of ``--checkpoint`` where that is given."""
+    running.seeds.seed_everything(args.seed, "initialisation")
+    found_network = network.found.FoundNetwork(architecture, task.num_channels, task.num_classes, args.channel_mul)
+    if args.checkpoint is not None:
+        network.weights.load_weights(found_network, args.checkpoint, found_network.unused_stems)
+    return found_network
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main, ARGS)
+    exit_on_user_error(main, parse_args())

@@ -1,4 +1,4 @@
-"""Errors that the person at the keyboard can mend, and how a script reports them."""
+"""Errors that the person at the keyboard can mend, and how a script ends."""
 
 from __future__ import annotations
 
@@ -10,28 +10,24 @@ import signal
 import sys
 from collections.abc import Callable
 
+from dints import launcher
+
 
 class UserError(Exception):
-    """Bad input: the message names the file or flag, the value that it has, and the remedy.
-
-    Attributes:
-        where: goes before the messages of this process: its rank, where there are several.
-    """
-
-    where = ""
+    """Bad input: the message names the file or flag, the value that it has, and the remedy."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal.
+    """A signal asked the run to stop.
 
     Attributes:
         signal: its number.
-        saved: where the run stood, for people; empty on ranks that do not tell them.
+        saved: where the run stood, for people.
     """
 
-    def __init__(self, signal: int):
+    def __init__(self, signal: int, saved: str = ""):
         super().__init__(signal)
-        self.signal, self.saved = signal, ""
+        self.signal, self.saved = signal, saved
 
 
 class ProcessLost(Exception):
@@ -47,15 +43,15 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
     try:
         main(*args)
     except UserError as error:
-        _leave(f"error: {UserError.where}{error}", 1)
+        _leave(f"error: {_speaker()}{error}", 1)
     except Stopped as stopped:
-        if UserError.where in ("", "[rank 0] "):  # all stopped at the same step: one tells
+        if launcher.rank() == 0:  # all stopped at the same step: one tells
             _tell(f"stopped {stopped.saved}: the same command continues it: {shlex.join(sys.argv)}")
         _end(128 + stopped.signal)
     except KeyboardInterrupt:
         _leave("interrupted: the same command starts again from the last save", 130)
     except ProcessLost as error:
-        _tell(f"error: {UserError.where}{error}")
+        _tell(f"error: {_speaker()}{error}")
         _end(1)
     except SystemExit as left:  # a rank that leaves since rank 0 does, which says why
         _end(left.code)
@@ -64,10 +60,15 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
         _end(1)
 
 
+def _speaker() -> str:
+    """Return what goes before a message, so that one sees which of several processes speaks."""
+    return f"[rank {launcher.rank()}] " if launcher.world_size() > 1 else ""
+
+
 def _leave(message: str, code: int) -> None:
     _tell(message)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # dints/agent.py does not start again what left a message
-        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
+    if launcher.error_file() is not None:  # launch/agent.py does not start again what left a message
+        with open(launcher.error_file(), "w", encoding="utf-8") as file:
             json.dump({"message": message}, file)
     _end(code)
 
@@ -77,13 +78,13 @@ def _end(code: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for a worker that is killed
     for worker in multiprocessing.active_children():
         worker.kill()
-    if UserError.where:  # the error holds the group of processes, whose threads abort Python's orderly end at times
+    if launcher.world_size() > 1:  # the error holds the group of processes, whose threads may abort an orderly end
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
 
 def _tell(message: str) -> None:
-    """One line on stderr, without what a file's name might do to a terminal."""
+    """Write one line to stderr, without what a file's name might do to a terminal."""
     line = " ".join(message.split())
     print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr, flush=True)

@@ -38,7 +38,7 @@ require_data() {
   [[ -f "$2/dataset.json" ]] && return
   echo "error: $2/dataset.json does not exist. Fetch the data first:" >&2
   if [[ "$1" == Task00_Phantom ]]; then
-    echo "    PYTHONPATH=$(printf %q "$here") $(choose_python) -m dints.phantom --root $(printf %q "$2")" >&2
+    echo "    PYTHONPATH=$(printf %q "$here") $(choose_python) -m dints.data.phantom --root $(printf %q "$2")" >&2
   else
     echo "    $(choose_python) $(printf %q "$here/download_msd_datasets.py") --msd_task $1 --root $(printf %q "$(dirname "$2")")" >&2
   fi

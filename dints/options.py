@@ -9,9 +9,11 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from dints.data.leniency import Leniency
+
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """An empty parser in the house's form; ``description`` is the script's docstring."""
+    """Make an empty parser in the house's form; ``description`` is the script's docstring."""
     return argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
 
@@ -25,7 +27,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: an ``int`` or ``float`` from ``low`` (or just above it) to ``high``."""
+    """Make an argparse type: an ``int`` or ``float`` from ``low`` (or just above it) to ``high``."""
 
     def parse(text: str) -> float:
         value = kind(text)
@@ -49,7 +51,7 @@ def fold(text: str) -> int | str:
 
 
 def add_data(arguments: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Where the labelled cases are, and which of them to use."""
+    """Add where the labelled cases are, and which of them to use."""
     group = arguments.add_argument_group("data")
     add = group.add_argument
     add("--root", type=Path, required=required, help="folder of the task, for example data_msd/Task09_Spleen")
@@ -74,7 +76,7 @@ def add_data(arguments: argparse.ArgumentParser, *, required: bool = True) -> No
 
 
 def add_preprocessing(arguments: argparse.ArgumentParser) -> None:
-    """What overrides the task's own facts; model files remember it."""
+    """Add what overrides the task's own facts; model files remember it."""
     add = arguments.add_argument_group("preprocessing").add_argument
     add("--spacing", type=positive, nargs=3, metavar=XYZ, help="voxel size in mm to resample to (default: the task's)")
     add(
@@ -91,7 +93,7 @@ def add_training(
     num_images_per_batch: int,
     learning_rate_milestones: tuple[float, ...],
 ) -> argparse._ArgumentGroup:
-    """The numbers that both stages have, with a stage's own published values as defaults."""
+    """Add the numbers that both stages have, with a stage's own published values as defaults."""
     group = arguments.add_argument_group("training")
     add, count, share = group.add_argument, number(int, 1), number(float, 0, 1)
     add("--num_epochs", type=count, default=num_epochs, help="passes over the training cases")
@@ -136,14 +138,14 @@ def add_training(
 
 
 def add_window(arguments: argparse.ArgumentParser, *, overlap_ratio: float) -> None:
-    """How whole images are segmented from patches."""
+    """Add how whole images are segmented from patches."""
     add = arguments.add_argument_group("sliding window").add_argument
     add("--overlap_ratio", type=number(float, 0, 0.99), default=overlap_ratio, help="of neighbouring windows")
     add("--num_sw_batch_size", type=number(int, 1), default=6, help="windows per forward pass")
 
 
 def add_machine(arguments: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """What computes, and how precisely."""
+    """Add what computes, and how precisely."""
     group = arguments.add_argument_group("machine")
     add = group.add_argument
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU where there is one")
@@ -166,7 +168,7 @@ def add_machine(arguments: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def add_run(arguments: argparse.ArgumentParser) -> None:
-    """How a training run is carried out: files, workers, seed."""
+    """Add how a training run is carried out: files, workers, seed."""
     add = arguments.add_argument_group("run").add_argument
     add("--output_root", type=Path, required=True, help="folder for everything that the run writes")
     add(
@@ -196,7 +198,7 @@ def add_run(arguments: argparse.ArgumentParser) -> None:
 
 
 def data_complaints(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of `add_data` taken together."""
+    """List what is wrong with the options of `add_data` taken together."""
     if args.fold != "all" and args.fold >= args.num_folds:
         return [
             f"--fold {args.fold} is not one of --num_folds {args.num_folds}: give 0 to {args.num_folds - 1}, or all"
@@ -205,7 +207,7 @@ def data_complaints(args: argparse.Namespace) -> list[str]:
 
 
 def training_complaints(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of a training stage taken together."""
+    """List what is wrong with the options of a training stage taken together."""
     found = data_complaints(args)
     if args.intensity_range is not None and args.intensity_range[0] >= args.intensity_range[1]:
         found.append("--intensity_range {:g} {:g}: the first must be below the second".format(*args.intensity_range))
@@ -214,8 +216,63 @@ def training_complaints(args: argparse.Namespace) -> list[str]:
     return found
 
 
+# What the parsed options mean. Only here is the command line's Namespace seen: all else takes what it needs by name.
+
+
+def dataset(args: argparse.Namespace) -> dict:
+    """Return what `dints.data.opening.open_dataset` and `dints.data.check.check` take of the options."""
+    return {
+        "root": args.root,
+        "description": args.json,
+        "key": args.json_key,
+        "allow_outside_root": args.allow_outside_root,
+        "leniency": leniency(args),
+        "spacing": args.spacing,
+        "intensity": args.intensity_range,
+        "patch_size": args.patch_size,
+    }
+
+
+def leniency(args: argparse.Namespace) -> Leniency:
+    """Return what the options let pass in files that would be refused."""
+    return Leniency(args.trust_shapes, args.replace_nonfinite)
+
+
+def folds(args: argparse.Namespace) -> dict:
+    """Return what `dints.data.listing.split_fold` takes, beside the cases."""
+    return {"fold": args.fold, "num_folds": args.num_folds}
+
+
+def batches(args: argparse.Namespace) -> dict:
+    """Return what `dints.data.loaders.training_loader` takes, beside the number of steps."""
+    return {"batch_size": args.num_images_per_batch, "num_workers": args.num_workers, "seed": args.seed}
+
+
+def cache_folder(args: argparse.Namespace) -> Path:
+    """Return the folder of prepared cases: that of the option, or one beside the run's."""
+    return args.cache_dir or args.output_root.parent / "dints_cache"
+
+
+def course(args: argparse.Namespace) -> dict[str, object]:
+    """Return the options that decide a run's course, as plain values.
+
+    Left out are those that say where files are, and how the work is carried out. An option that is new has None as its
+    default, so that runs that were stopped before go on.
+    """
+    places = {"output_root", "root", "json", "arch_ckpt", "allow_outside_root"}
+    manner = {"resume", "save_minutes", "num_workers", "cache", "cache_dir", "check", "local_rank", "device"}
+    manner |= {"warning_signal", "timeout_minutes", "allow_other_num_processes"}
+    kept = {name: value for name, value in vars(args).items() if name not in places | manner}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+
+
+def learning_rate(args: argparse.Namespace, num_processes: int) -> float:
+    """Return the learning rate at the start, which as published grows with the number of processes."""
+    return args.learning_rate * (num_processes if args.learning_rate_scaling == "processes" else 1)
+
+
 def scaled_to_iterations(args: argparse.Namespace, steps_per_epoch: int) -> argparse.Namespace:
-    """The options with all numbers of epochs scaled, so that the run has ``--num_iterations``, if that is given."""
+    """Return the options with all numbers of epochs scaled, so that the run has ``--num_iterations``, if given."""
     if args.num_iterations is None:
         return args
     scale = args.num_iterations / (args.num_epochs * steps_per_epoch)

@@ -4,7 +4,7 @@ An architecture of B blocks and D depths (resolutions) is three arrays in MONAI'
 
     node_a       (B + 1, D)   1 where a feature node is active; row 0 holds the network's inputs
     arch_code_a  (B, 3D - 2)  1 where a path between two nodes of neighbouring rows is active
-    arch_code_c  (B, 3D - 2)  the operation of each path, an index into `OPERATIONS`
+    arch_code_c  (B, 3D - 2)  the operation of each path, an index into the architecture's own list of operations
 
 Path p of a block leads from depth ``sources[p]`` to depth ``targets[p]``, at most one level up or down; see `paths`.
 This module needs torch and NumPy only, so that drawing a file does not wait for MONAI's import.
@@ -20,9 +20,7 @@ import torch
 
 from dints import files
 from dints.errors import UserError
-
-# In the order of MONAI's Cell.OPS3D, which arch_code_c indexes.
-OPERATIONS = ("skip", "3x3x3", "3x3x1 + 1x1x3", "3x1x3 + 1x3x1", "1x3x3 + 3x1x1")
+from dints.network.operations import PUBLISHED, check_names
 
 _ARRAYS = ("node_a", "arch_code_a", "arch_code_c")
 # Far above any network that fits a machine, and low enough that checking a file costs nothing.
@@ -32,7 +30,7 @@ _LEGACY_KEYS = {"arch_code_a": "code_a", "arch_code_c": "code_c", "arch_code_a_m
 
 
 def paths(num_depths: int) -> list[tuple[int, int]]:
-    """(source depth, target depth) of each of a block's ``3 * num_depths - 2`` paths, in MONAI's order."""
+    """List (source depth, target depth) of each of a block's ``3 * num_depths - 2`` paths, in MONAI's order."""
     return [
         (source, target) for target in range(num_depths) for source in range(num_depths) if abs(source - target) <= 1
     ]
@@ -44,6 +42,7 @@ class Architecture:
 
     Attributes:
         node_a, arch_code_a, arch_code_c: integer arrays, see the module's text.
+        operations: their names, which ``arch_code_c`` indexes.
         arch_code_a_max: (B, 3D - 2), each block's most probable paths regardless of its neighbours; None if unknown.
         info: plain values that help to judge the file later: ``iter_num``, ``epochs``, ``best_dsc``, ``best_path``,
             ``factor_ram_cost``, ``task``, ``seed``, ``version``.
@@ -54,6 +53,7 @@ class Architecture:
     arch_code_a: np.ndarray
     arch_code_c: np.ndarray
     arch_code_a_max: np.ndarray | None = None
+    operations: tuple[str, ...] = PUBLISHED
     info: dict = field(default_factory=dict)
     source: str = "architecture"
 
@@ -62,6 +62,7 @@ class Architecture:
             value = getattr(self, key)
             if value is not None or key in _ARRAYS:
                 object.__setattr__(self, key, _whole_numbers(value, key, self.source))
+        object.__setattr__(self, "operations", check_names(self.operations, self.source))
         _check_shapes(self)
         _check_values(self)
         _check_connections(self)
@@ -74,21 +75,40 @@ class Architecture:
     def num_depths(self) -> int:
         return self.node_a.shape[1]
 
-    def same_network(self, other: Architecture) -> bool:
-        """Whether both describe the same network: equal paths, and equal operations on the active ones."""
-        if self.arch_code_a.shape != other.arch_code_a.shape or not (self.arch_code_a == other.arch_code_a).all():
-            return False
-        active = self.arch_code_a == 1
-        return bool((self.arch_code_c[active] == other.arch_code_c[active]).all())
-
     def codes(self) -> tuple[list, list]:
-        """Paths and operations as nested lists: equal for equal networks of one file."""
+        """Return paths and operations as nested lists: equal for equal networks of one list of operations."""
         return self.arch_code_a.tolist(), self.arch_code_c.tolist()
 
     def to_dict(self) -> dict:
-        """Tensors and plain values: what an arch file and a model file hold."""
+        """Return tensors and plain values: what an arch file and a model file hold."""
         arrays = {key: getattr(self, key) for key in (*_ARRAYS, "arch_code_a_max")}
-        return {**{key: torch.from_numpy(array) for key, array in arrays.items() if array is not None}, **self.info}
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items() if array is not None}
+        return {**tensors, **self.info, "operations": list(self.operations)}
+
+
+class DecodedCodes:
+    """Remembers a decoded architecture, to tell what has changed since; it has a state, for checkpoints."""
+
+    def __init__(self):
+        self.codes = torch.zeros(0)  # arch_code_a and arch_code_c: (2, blocks, paths)
+
+    def take(self, decoded: Architecture) -> None:
+        self.codes = torch.from_numpy(np.stack([decoded.arch_code_a, decoded.arch_code_c]))
+
+    def changes(self, decoded: Architecture) -> dict[str, int]:
+        """Count paths that were switched, and operations that were exchanged on paths active before and now."""
+        before_a, before_c = self.codes.numpy()
+        in_both = (before_a == 1) & (decoded.arch_code_a == 1)
+        return {
+            "changed_paths": int((before_a != decoded.arch_code_a).sum()),
+            "changed_operations": int((before_c != decoded.arch_code_c)[in_both].sum()),
+        }
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"codes": self.codes}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.codes = state["codes"]
 
 
 def load_architecture(path: str | Path, num_blocks: int | None = None, num_depths: int | None = None) -> Architecture:
@@ -114,15 +134,19 @@ def load_architecture(path: str | Path, num_blocks: int | None = None, num_depth
 
 
 def architecture_from_dict(content: object, source: str) -> Architecture:
-    """The architecture in a loaded arch or model file; inverse of `Architecture.to_dict`."""
+    """Make the architecture of a loaded arch or model file; inverse of `Architecture.to_dict`."""
     if not isinstance(content, dict):
         raise _unusable(source, f"holds a {type(content).__name__} where a dictionary is expected")
     arrays = {key: content.get(key, content.get(_LEGACY_KEYS.get(key))) for key in (*_ARRAYS, "arch_code_a_max")}
     for key in _ARRAYS:
         if arrays[key] is None:
             raise _unusable(source, f"has no '{key}'")
-    info = {key: _plain(value) for key, value in content.items() if key not in (*arrays, *_LEGACY_KEYS.values())}
-    return Architecture(**arrays, info=info, source=source)
+    operations = content.get("operations", PUBLISHED)  # files without are published, or of before there were others
+    if not isinstance(operations, (list, tuple)) or not all(isinstance(name, str) for name in operations):
+        raise _unusable(source, "'operations' is not a list of names")
+    known = (*arrays, *_LEGACY_KEYS.values(), "operations")
+    info = {key: _plain(value) for key, value in content.items() if key not in known}
+    return Architecture(**arrays, operations=tuple(operations), info=info, source=source)
 
 
 def save_architecture(path: str | Path, architecture: Architecture) -> None:
@@ -135,7 +159,7 @@ def _unusable(source: str, fault: str) -> UserError:
 
 
 def _plain(value: object) -> object:
-    """``value`` without NumPy's types: published files hold them, but ``weights_only=True`` refuses to read them."""
+    """Return ``value`` without NumPy's types, which published files hold, and ``weights_only=True`` refuses to read."""
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
@@ -188,7 +212,7 @@ def _check_values(architecture: Architecture) -> None:
         ("node_a", 1),
         ("arch_code_a", 1),
         ("arch_code_a_max", 1),
-        ("arch_code_c", len(OPERATIONS) - 1),
+        ("arch_code_c", len(architecture.operations) - 1),
     ):
         array = getattr(architecture, key)
         if array is not None and (array.min() < 0 or array.max() > highest):
@@ -197,7 +221,7 @@ def _check_values(architecture: Architecture) -> None:
 
 
 def _check_connections(architecture: Architecture) -> None:
-    """Each block leaves from exactly the depths that the one before reaches, and ``node_a`` says the same."""
+    """Check that each block leaves from just the depths that the one before reaches, and ``node_a`` says the same."""
     source = architecture.source
     sources, targets = (np.array(ends) for ends in zip(*paths(architecture.num_depths), strict=True))
     active = architecture.arch_code_a == 1

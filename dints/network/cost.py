@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dints.architecture import Architecture
 from dints.errors import UserError
-from dints.network import FoundNetwork, check_patch_size, count_parameters
+from dints.network.architecture import Architecture
+from dints.network.found import FoundNetwork, check_patch_size, count_parameters
 
 MIB = 2**20
 
@@ -47,11 +47,11 @@ class Cost:
     measured_mib: float | None = None
 
     def to_dict(self) -> dict:
-        """Plain types only, for arch files, which ``weights_only=True`` reads."""
+        """Return plain types only, for arch files, which ``weights_only=True`` reads."""
         return {**asdict(self), "input_shape": list(self.input_shape)}
 
     def lines(self) -> list[str]:
-        """Two lines of under 100 characters for people: what it costs, and for which input on which device."""
+        """Tell people in two lines of under 100 characters what it costs, and for which input on which device."""
         parameters = f"{_short(self.parameters / 1e6)} M" if self.parameters >= 1e6 else f"{self.parameters:,}"
         amounts = f"{parameters} parameters, {_short(self.gmac)} GMAC, {_short(self.activation_mib)} MiB activations"
         if self.measured_mib is not None:
@@ -103,10 +103,10 @@ def cost(
 
 
 def _count(settings: tuple, input_shape: tuple[int, ...]) -> dict[str, float]:
-    """Parameters, multiply-adds and activations, from a pass on the meta device, which has shapes but no numbers.
+    """Count parameters, multiply-adds and activations in a pass on the meta device, which has shapes but no numbers.
 
-    There the layers compute in PyTorch's own way, as on a GPU: the FLOP counter knows it, unlike `dints.acceleration`,
-    which on a CPU keeps a few percent more or less.
+    There the layers compute in PyTorch's own way, as on a GPU. The FLOP counter knows it, unlike that of
+    `dints.network.cpu_layers`, which on a CPU keeps a few percent more or less.
     """
     with torch.device("meta"):
         network = FoundNetwork(*settings)
@@ -162,7 +162,7 @@ def _forward_ms(network: nn.Module, image: torch.Tensor, repeats: int = 10, limi
 
 
 def _peak_mib(network: nn.Module, image: torch.Tensor) -> float:
-    """Of a second step: in the first, cuDNN may try algorithms whose work space it does not need later."""
+    """Measure a second step: in the first, cuDNN may try algorithms whose work space it does not need later."""
     for _ in range(2):
         network.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats(image.device)
@@ -172,7 +172,7 @@ def _peak_mib(network: nn.Module, image: torch.Tensor) -> float:
 
 
 def _device_name(device: torch.device) -> str:
-    """The product's name, without what makers add to it; for a CPU also how many threads compute."""
+    """Return the product's name, without what makers add to it; for a CPU also how many threads compute."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -184,5 +184,5 @@ def _device_name(device: torch.device) -> str:
 
 
 def _short(value: float) -> str:
-    """Four digits, or all before the point where there are more."""
+    """Write four digits, or all before the point where there are more."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

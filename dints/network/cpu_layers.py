@@ -37,7 +37,7 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cp
 
 
 def accelerated(network: nn.Module) -> nn.Module:
-    """``network``, its layers of the kinds above made ours; parameters and state dict stay the same."""
+    """Return ``network``, its layers of the kinds above made ours; parameters and state dict stay the same."""
     for module in network.modules():
         if type(module) is nn.Conv3d and _is_plain(module):
             module.__class__ = Convolution
@@ -84,7 +84,7 @@ class InstanceNorm(nn.InstanceNorm3d):
 def instance_norm(
     image: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    """`torch.nn.functional.instance_norm`: on a CPU as a group norm with one channel in a group."""
+    """Compute `torch.nn.functional.instance_norm`: on a CPU as a group norm with one channel in a group."""
     if image.device.type != "cpu" or image[0, 0].numel() == 1:  # one voxel has no deviation: PyTorch's error says so
         return F.instance_norm(image, weight=weight, bias=bias, eps=eps)
     return F.group_norm(image, image.shape[1], weight, bias, eps)
@@ -100,7 +100,7 @@ class Upsample(nn.Upsample):
 
 
 def convolve_side_by_side(convolutions: Sequence[nn.Module], image: torch.Tensor) -> torch.Tensor:
-    """Bias-free convolutions of one shape, each on its share of the channels of ``image``, as groups of one.
+    """Compute bias-free convolutions of one shape, each on its share of the channels of ``image``, as groups of one.
 
     A call costs more than what the deeper levels of a small patch compute in it.
     """
@@ -113,12 +113,11 @@ def convolve_side_by_side(convolutions: Sequence[nn.Module], image: torch.Tensor
     weight = torch.cat([convolution.weight for convolution in convolutions])
     if _can_take(image) and _in_fp32(image, weight):
         return _OneDnnConvolution.apply(image, weight, first.stride, first.padding, groups)
-    convolve = F.conv3d if weight.ndim == 5 else F.conv2d
-    return convolve(image, weight, None, first.stride, first.padding, groups=groups)
+    return F.conv3d(image, weight, None, first.stride, first.padding, groups=groups)
 
 
 def _can_take(image: torch.Tensor) -> bool:
-    """Whether our own calls of oneDNN can compute on this batch of volumes at all; a compiler does not know them."""
+    """Tell whether our own calls of oneDNN can compute on this batch of volumes; a compiler does not know them."""
     if torch.compiler.is_compiling():
         return False
     return _HAS_ONEDNN and torch._C._get_mkldnn_enabled() and image.device.type == "cpu" and image.ndim == 5
@@ -129,7 +128,7 @@ def _in_fp32(image: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _is_product(image: torch.Tensor, weight: torch.Tensor, stride: tuple[int, ...]) -> bool:
-    """Whether a convolution is faster as a matrix product."""
+    """Tell whether a convolution is faster as a matrix product."""
     return (
         weight.dtype == torch.float32
         and image.dtype in (torch.float32, torch.bfloat16)
@@ -140,7 +139,7 @@ def _is_product(image: torch.Tensor, weight: torch.Tensor, stride: tuple[int, ..
 
 
 def _pays(image: torch.Tensor, weight: torch.Tensor, stride: tuple[int, ...]) -> bool:
-    """Whether oneDNN's convolution is faster than PyTorch's own loops."""
+    """Tell whether oneDNN's convolution is faster than PyTorch's own loops."""
     if weight[0, 0].numel() == 1 or (len(image) > 1 and _HAS_AVX512):  # PyTorch takes oneDNN itself
         return False
     multiply_adds = weight.numel() * image[:, 0].numel() / math.prod(stride)
@@ -174,20 +173,20 @@ class _Product(torch.autograd.Function):
 
 
 def _seen(image, weight, stride, padding) -> torch.Tensor:
-    """What each output voxel sees of an image: a row for it, a column for each weight of an output channel."""
+    """Gather what each output voxel sees of an image: a row for it, a column for each weight of an output channel."""
     taps = _taps(image.shape[2:], weight.shape[2:], stride, padding)[0]
     seen = _linear(image.reshape(image.shape[0] * image.shape[1], -1), taps)
     return seen.view(len(image), weight[0].numel(), -1).transpose(1, 2).reshape(-1, weight[0].numel())
 
 
 def _linear(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right.T`` by oneDNN, two to three times faster on these shapes than the library behind ``@`` in fp32."""
+    """Compute ``left @ right.T`` by oneDNN, on these shapes two to three times faster than what is behind ``@``."""
     return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
 
 
 @lru_cache(maxsize=256)
 def _taps(size, kernel, stride, padding) -> tuple[torch.Tensor, torch.Size]:
-    """Ones in (kernel * output voxels, input voxels) where the input lies under the kernel; and the output's size."""
+    """Return ones in (kernel * output voxels, input voxels) where an input is under the kernel, and the output size."""
     voxels = math.prod(size)
     seen = torch.eye(voxels, dtype=torch.float32, device="cpu").view(voxels, *size)
     seen = F.pad(seen, [amount for pad in reversed(padding) for amount in (pad, pad)])
@@ -197,7 +196,7 @@ def _taps(size, kernel, stride, padding) -> tuple[torch.Tensor, torch.Size]:
 
 
 class _Doubling(torch.autograd.Function):
-    """Trilinear interpolation as products with the matrices of linear interpolation along each axis."""
+    """Interpolates trilinearly by products with the matrices of linear interpolation along each axis."""
 
     @staticmethod
     def forward(ctx, image):
@@ -227,7 +226,7 @@ class _Doubling(torch.autograd.Function):
 
 @lru_cache(maxsize=256)
 def _doubling(size: int) -> torch.Tensor:
-    """(2 * size, size): linear interpolation of one axis."""
+    """Return (2 * size, size): linear interpolation of one axis."""
     axis = torch.eye(size, dtype=torch.float32, device="cpu")[None]
     doubled = F.interpolate(axis, scale_factor=2, mode="linear", align_corners=True)[0]
     return doubled.T.clone(memory_format=torch.contiguous_format)
@@ -235,7 +234,7 @@ def _doubling(size: int) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 def _doubling_of_volume(depth: int, height: int, width: int) -> torch.Tensor:
-    """(8 * voxels, voxels): trilinear interpolation of a small volume at once."""
+    """Return (8 * voxels, voxels): trilinear interpolation of a small volume at once."""
     return torch.kron(torch.kron(_doubling(depth), _doubling(height)), _doubling(width))
 
 

@@ -1,4 +1,4 @@
-"""Draws an architecture or the search space with graphviz, at places that are laid out here and not by graphviz."""
+"""Drawings of an architecture or of the search space by graphviz, at places that are laid out here and not by it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import NamedTuple
 import graphviz
 import numpy as np
 
-from dints.architecture import OPERATIONS, Architecture, paths
 from dints.errors import UserError
 from dints.files import replacing
+from dints.network.architecture import Architecture, paths
+from dints.network.operations import OPERATIONS, PUBLISHED, Operation
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -44,24 +45,6 @@ DIRECTIONS = {
     -1: Direction("#0072B2", "dashed", "empty", "up: twice the resolution, half the channels"),
     0: Direction("#222222", "solid", "vee", "same resolution"),
 }
-
-
-class Operation(NamedTuple):
-    """How an operation is labelled; ``meaning`` is for the legend."""
-
-    label: str
-    fill: str
-    meaning: str
-
-
-# In the order of OPERATIONS. A pseudo-3D pair is named after the plane that its first convolution spans.
-DRAWN_OPERATIONS = (
-    Operation("skip", "#FFFFFF", "no operation, at most the change of resolution"),
-    Operation("3x3x3", "#FFE9A8", f"{OPERATIONS[1]} convolution"),
-    Operation("P3D-xy", "#C9EBD9", f"pseudo-3D: {OPERATIONS[2]} convolutions"),
-    Operation("P3D-xz", "#CFE4F7", f"pseudo-3D: {OPERATIONS[3]} convolutions"),
-    Operation("P3D-yz", "#F3D6E6", f"pseudo-3D: {OPERATIONS[4]} convolutions"),
-)
 
 
 class ActivePath(NamedTuple):
@@ -127,14 +110,13 @@ def draw_architecture(
         UserError: the files cannot be written, or graphviz's ``dot`` is missing or fails. The source is on disk by
             then, so that a search may catch it, warn and go on.
     """
+    operations, ends = [OPERATIONS[name] for name in architecture.operations], paths(architecture.num_depths)
     active = [
-        ActivePath(
-            block, *paths(architecture.num_depths)[path], DRAWN_OPERATIONS[architecture.arch_code_c[block, path]]
-        )
+        ActivePath(block, *ends[path], operations[architecture.arch_code_c[block, path]])
         for block, path in np.argwhere(architecture.arch_code_a == 1).tolist()
     ]
     title = " · ".join(["DiNTS architecture", *_facts(architecture.info)])
-    graph = _graph(architecture.node_a == 1, active, title, caption)
+    graph = _graph(architecture.node_a == 1, active, operations, title, caption)
     return _write(graph, filename, directory, format)
 
 
@@ -145,24 +127,26 @@ def draw_search_space(
     directory: str | Path = "./",
     format: str = "png",
     caption: Sequence[str] = (),
+    operations: Sequence[str] = PUBLISHED,
 ) -> graphviz.Digraph:
-    """Draw all nodes and all paths that a search chooses from; writes, returns and raises as `draw_architecture`."""
+    """Draw all nodes and all paths that a search chooses from; write, return and raise as `draw_architecture`."""
     everything = [ActivePath(block, *ends, None) for block in range(num_blocks) for ends in paths(num_depths)]
     title = (
         f"DiNTS search space · {num_blocks} blocks · {num_depths} resolutions · {len(everything)} paths, "
-        f"each on or off, with one of {len(OPERATIONS)} operations"
+        f"each on or off, with one of {len(operations)} operations"
     )
-    graph = _graph(np.ones((num_blocks + 1, num_depths), dtype=bool), everything, title, caption)
+    all_nodes = np.ones((num_blocks + 1, num_depths), dtype=bool)
+    graph = _graph(all_nodes, everything, [OPERATIONS[name] for name in operations], title, caption)
     return _write(graph, filename, directory, format)
 
 
 def _facts(info: dict) -> list[str]:
-    """What an arch file says about itself, in words; a key that is absent or of another kind is left out."""
+    """Put into words what an arch file says about itself; a key that is absent or of another kind is left out."""
     facts = [info["task"]] if isinstance(info.get("task"), str) else []
     for key, wording in (
         ("factor_ram_cost", "RAM factor {:g}"),
         ("iter_num", "iteration {:.0f}"),
-        ("best_dsc", "best Dice {:.3f}"),
+        ("best_dsc", "supernet's best Dice {:.3f}"),
     ):
         try:
             number = float(info.get(key, math.nan))
@@ -174,9 +158,13 @@ def _facts(info: dict) -> list[str]:
 
 
 def _graph(
-    active: np.ndarray, active_paths: Iterable[ActivePath], title: str, caption: Sequence[str]
+    active: np.ndarray,
+    active_paths: Iterable[ActivePath],
+    operations: Sequence[Operation],
+    title: str,
+    caption: Sequence[str],
 ) -> graphviz.Digraph:
-    """The drawing; ``active`` (blocks + 1, depths) says which nodes are active."""
+    """Lay out the drawing; ``active`` (blocks + 1, depths) says which nodes are active."""
     grid = Grid(active.shape[0] - 1, active.shape[1])
     graph = graphviz.Digraph("dints")
     # nop2: graphviz draws at the given positions and moves nothing.
@@ -190,12 +178,12 @@ def _graph(
     for path in active_paths:
         _add_path(graph, grid, path)
     _add_output(graph, grid, np.flatnonzero(active[-1]).tolist())
-    _add_legend(graph, grid, has_inactive=not active.all())
+    _add_legend(graph, grid, operations, has_inactive=not active.all())
     return graph
 
 
 def _add_headings(graph: graphviz.Digraph, grid: Grid, title: str, caption: Sequence[str]) -> None:
-    """Title, caption, block numbers, and the resolution of each row as a part of the image's."""
+    """Add title, caption, block numbers, and the resolution of each row as a part of the image's."""
     height = grid.header + 42 + 15 * len(caption)
     _add_text(graph, "title", (grid.left, height), title, fontsize=13, bold=True)
     for number, line in enumerate(caption):
@@ -244,7 +232,7 @@ def _add_path(graph: graphviz.Digraph, grid: Grid, path: ActivePath) -> None:
 
 
 def _add_stems(graph: graphviz.Digraph, grid: Grid, depths: Sequence[int]) -> None:
-    """The image and its way into each active node of the first column: a stem of its own for each resolution."""
+    """Add the image and its way into each active node of the first column: a stem of its own for each resolution."""
     x, y = grid.image()
     _add_box(graph, "image", (x, y))
     for depth in depths:
@@ -254,7 +242,7 @@ def _add_stems(graph: graphviz.Digraph, grid: Grid, depths: Sequence[int]) -> No
 
 
 def _add_output(graph: graphviz.Digraph, grid: Grid, depths: Sequence[int]) -> None:
-    """From the deepest active node of the last column upwards: upsample, and add the next row's node if active."""
+    """Add the way up from the deepest active node of the last column, to which active nodes of other rows are added."""
     _add_box(graph, "segmentation", grid.segmentation())
     radius = {depth: 7.0 if depth in depths and depth < max(depths) else 2.5 for depth in range(max(depths) + 1)}
     for depth in radius:
@@ -274,7 +262,7 @@ def _add_output(graph: graphviz.Digraph, grid: Grid, depths: Sequence[int]) -> N
         graph.edge(f"row{grid.num_blocks}_depth{depth}", f"sum{depth}", pos=route, **FIXED)
 
 
-def _add_legend(graph: graphviz.Digraph, grid: Grid, has_inactive: bool) -> None:
+def _add_legend(graph: graphviz.Digraph, grid: Grid, operations: Sequence[Operation], has_inactive: bool) -> None:
     top = grid.node(0, grid.num_depths - 1)[1] - 50
     paths_x, nodes_x, operations_x = (grid.left + offset for offset in grid.legend_columns)
     for x, heading in ((paths_x, "Paths"), (nodes_x, "Nodes"), (operations_x, "Operations, one for each path")):
@@ -295,7 +283,7 @@ def _add_legend(graph: graphviz.Digraph, grid: Grid, has_inactive: bool) -> None
         _add_node(graph, f"legend {kind} node", (nodes_x + grid.radius, y), active)
         _add_text(graph, f"legend {kind}", (nodes_x + 26, y), kind)
 
-    for line, operation in enumerate(DRAWN_OPERATIONS, start=1):
+    for line, operation in enumerate(operations, start=1):
         y = top - 17 * line
         at = _pos(operations_x + 21, y)
         graph.node(f"legend {operation.label} pill", _pill(operation), pos=at, shape="plain", fixedsize="false")
@@ -305,7 +293,7 @@ def _add_legend(graph: graphviz.Digraph, grid: Grid, has_inactive: bool) -> None
 def _add_text(
     graph: graphviz.Digraph, name: str, at: Point, text: str, fontsize: float = 10, bold: bool = False
 ) -> None:
-    """Text that starts at the point ``at``: a borderless box, wide enough for it, with a left-aligned label."""
+    """Add text that starts at the point ``at``: a borderless box, wide enough for it, with a left-aligned label."""
     width = 0.62 * fontsize * len(text) + 10
     graph.node(
         name,
@@ -327,15 +315,15 @@ def _add_box(graph: graphviz.Digraph, name: str, at: Point) -> None:
 
 
 def _look(direction: Direction) -> dict[str, str]:
-    """Graphviz's attributes for a path of this direction."""
+    """Return graphviz's attributes for a path of this direction."""
     return {key: getattr(direction, key) for key in ("color", "style", "arrowhead")}
 
 
 def _pill(operation: Operation) -> str:
-    """Graphviz's HTML for an operation's name on its colour; the fill covers the line below."""
+    """Return graphviz's HTML for an operation's name on its colour; the fill covers the line below."""
     return (
         f'<<TABLE BORDER="1" COLOR="#777777" STYLE="rounded" CELLBORDER="0" CELLPADDING="0" CELLSPACING="1" '
-        f'BGCOLOR="{operation.fill}"><TR><TD>{html.escape(operation.label)}</TD></TR></TABLE>>'
+        f'BGCOLOR="{operation.colour}"><TR><TD>{html.escape(operation.label)}</TD></TR></TABLE>>'
     )
 
 
@@ -348,13 +336,13 @@ def _inches(points: float) -> str:
 
 
 def _towards(start: Point, end: Point, distance: float) -> Point:
-    """The point at ``distance`` from ``start`` on the way to ``end``."""
+    """Return the point at ``distance`` from ``start`` on the way to ``end``."""
     share = distance / math.dist(start, end)
     return start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1])
 
 
 def _arrow(*corners: Point) -> str:
-    """Graphviz's spline for straight lines through the corners; the last few points of the way are the arrowhead."""
+    """Return graphviz's spline for straight lines through the corners; the last few points are the arrowhead's."""
     *route, tip = corners
     route.append(_towards(tip, route[-1], ARROW_LENGTH))
     controls = [route[0]]

@@ -15,13 +15,15 @@ from itertools import product
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.networks.nets.dints import Cell, TopologySearch
-from torch import nn
+from monai.networks.nets.dints import DiNTS, TopologySearch
 
-from dints import decoding
-from dints.acceleration import convolve_side_by_side, instance_norm
-from dints.architecture import Architecture, paths
 from dints.errors import UserError
+from dints.network import decoding
+from dints.network.architecture import Architecture, paths
+from dints.network.cells import cell_of
+from dints.network.cpu_layers import accelerated
+from dints.network.mixing import mix
+from dints.network.operations import PUBLISHED, check_names
 
 
 class SearchSpace(TopologySearch):
@@ -30,13 +32,23 @@ class SearchSpace(TopologySearch):
     Differences: probabilities are right for any alpha (MONAI's are NaN from -20 down); the regularisers are matrix
     products (MONAI: 31,000 operations at 12 blocks and 4 depths); `decode` is a shortest path over patterns (MONAI:
     over a dense matrix of all children, 2 GB); nothing is printed, and the space works on any device it is moved to.
+
+    Args:
+        channel_mul: times 32, 64, ... channels from the full resolution down.
+        operations: names in `OPERATIONS`, one of which each path will hold.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(
+        self,
+        channel_mul: float = 1.0,
+        num_blocks: int = 6,
+        num_depths: int = 3,
+        operations: Sequence[str] = PUBLISHED,
+    ):
+        self.operations = check_names(operations)
         with contextlib.redirect_stdout(io.StringIO()):  # MONAI prints its advice about patch sizes
-            super().__init__(*args, **kwargs)
+            super().__init__(channel_mul, cell_of(self.operations), num_blocks=num_blocks, num_depths=num_depths)
         self.paths = paths(self.num_depths)
-        self.standard = all(_is_standard(cell) for cell in self.cell_tree.values())
         leaves, reaches = (np.array(ends) for ends in zip(*self.paths, strict=True))
         # The paths into a node stand side by side.
         self.paths_into = [range(*np.searchsorted(reaches, (depth, depth + 1))) for depth in range(self.num_depths)]
@@ -59,12 +71,12 @@ class SearchSpace(TopologySearch):
         self.dearest_memory = ((1 + self.ram_cost.max(-1)) * np.array(self.depth_sizes)[reaches]).sum()
 
     def gen_mtx(self, depth: int) -> tuple[dict, list[tuple], list[tuple]]:
-        """All node patterns and children in MONAI's order; its table of transfer matrices is not needed here."""
+        """Return all node patterns and children in MONAI's order; its table of transfer matrices is not needed here."""
         patterns, children = (list(product((0, 1), repeat=length))[1:] for length in (depth, 3 * depth - 2))
         return {}, patterns, children
 
     def get_prob_a(self, child: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Path probabilities, given that each block has at least one active path.
+        """Return the path probabilities, given that each block has at least one active path.
 
         Returns:
             the children's probabilities (blocks, children) if ``child``, else None, and the paths' (blocks, paths).
@@ -81,7 +93,7 @@ class SearchSpace(TopologySearch):
         return torch.exp(log_child - log_norm), path_probs
 
     def get_topology_entropy(self, probs: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy between the patterns in which a block ends and in which the next one starts.
+        """Return the cross-entropy between the patterns in which a block ends and in which the next one starts.
 
         Args:
             probs: the children's probabilities (blocks, children).
@@ -90,7 +102,7 @@ class SearchSpace(TopologySearch):
         return -(ends * torch.log(starts + 1e-5) + (1 - ends) * torch.log(1 - starts + 1e-5)).sum()
 
     def get_ram_cost_usage(self, in_size: tuple[int, ...], full: bool = False) -> torch.Tensor:
-        """Expected size in MiB of the feature maps that a step keeps.
+        """Return the expected size in MiB of the feature maps that a step keeps.
 
         Args:
             in_size: shape of the network's input, (batch, channels, *spatial).
@@ -100,7 +112,7 @@ class SearchSpace(TopologySearch):
         return (active * self._expected_costs() * self._sizes(in_size)).sum() * 32 / 8 / 1024**2
 
     def _sizes(self, in_size: tuple[int, ...]) -> torch.Tensor:
-        """(paths,): numbers in the feature map that each path leads to."""
+        """Return (paths,): numbers in the feature map that each path leads to."""
         spatial = np.array(in_size[-self._spatial_dims :])
         voxels = [(spatial // 2**depth).prod() for depth in range(self.num_depths)]
         # MONAI halves the size once for the stem's downsampling, not once per axis; so do we, to get its values.
@@ -110,7 +122,7 @@ class SearchSpace(TopologySearch):
     def ram_ratio(
         self, in_size: tuple[int, ...], budget: str = "published", path_probs: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Expected memory as a share of a budget, with its gradient.
+        """Return the expected memory as a share of a budget, with its gradient.
 
         Args:
             in_size: as for `get_ram_cost_usage`.
@@ -125,37 +137,37 @@ class SearchSpace(TopologySearch):
         return (path_probs * memory).sum() / (memory.sum() if budget == "published" else self.dearest_memory)
 
     def _expected_costs(self) -> torch.Tensor:
-        """(blocks, paths): feature maps that a path keeps, in output sizes: the output and those of its operations."""
+        """Return (blocks, paths): feature maps that a path keeps, its output and its operations' expected ones."""
         return 1 + (self.operation_costs * F.softmax(self.log_alpha_c, -1)).sum(-1)
 
     def _of_depths(self, values: Sequence[float]) -> torch.Tensor:
-        """(paths,): a number per depth for each path's target; made of Python numbers on the device, without a wait."""
+        """Return (paths,): the value of each path's target, of Python numbers on the device, without a wait."""
         return sum(value * at_depth for value, at_depth in zip(values, self.targets, strict=True))
 
     def _memory_of_paths(self, arch_code_c: np.ndarray) -> np.ndarray:
-        """(blocks, paths): memory of each path with its decoded operation, in the unit of ``dearest_memory``."""
+        """Return (blocks, paths): memory of each path with its decoded operation, in the unit of ``dearest_memory``."""
         costs = np.take_along_axis(self.ram_cost, arch_code_c[..., None], -1)[..., 0]
         return (1 + costs) * np.array(self.depth_sizes)[[target for _, target in self.paths]]
 
     def ram_ratio_of(self, arch_code_a: np.ndarray, arch_code_c: np.ndarray) -> float:
-        """Memory of a decoded architecture as a share of every path active with its dearest operation."""
+        """Return the memory of a decoded architecture as a share of every path active with its dearest operation."""
         return float((self._memory_of_paths(arch_code_c) * arch_code_a).sum() / self.dearest_memory)
 
     def feasible_ram_ratio(self) -> float:
-        """The smallest ``max_ram_ratio`` that `decode` can keep, whatever the operations are."""
+        """Return the smallest ``max_ram_ratio`` that `decode` can keep, whatever the operations are."""
         dearest = self._memory_of_paths(self.ram_cost.argmax(-1)) @ self.child_list.T
         return decoding.least_memory(dearest, self.starts, self.ends) / self.dearest_memory
 
     @torch.no_grad()
     def decode(self, max_ram_ratio: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The most probable sequence of children in which each starts from the nodes where the one before ends.
+        """Find the most probable sequence of children in which each starts from the nodes where the one before ends.
 
         Args:
             max_ram_ratio: of the sequences whose `ram_ratio_of` is at most this, the most probable one. Operations stay
                 the most probable ones.
 
         Returns:
-            node_a, arch_code_a, arch_code_c, arch_code_a_max as in `dints.architecture`.
+            node_a, arch_code_a, arch_code_c, arch_code_a_max as in `dints.network.architecture`.
 
         Raises:
             UserError: no connected architecture is within ``max_ram_ratio``.
@@ -186,10 +198,10 @@ class SearchSpace(TopologySearch):
         return decoding.shortest_sequence_within(budget, lengths, memory, self.starts, self.ends)
 
     def architecture(self, max_ram_ratio: float | None = None, **info) -> Architecture:
-        """The decoded architecture with what is to be known about it later, its ``ram_ratio`` included."""
+        """Return the decoded architecture with what is to be known about it later, its ``ram_ratio`` included."""
         node_a, arch_code_a, arch_code_c, arch_code_a_max = self.decode(max_ram_ratio)
         info["ram_ratio"] = self.ram_ratio_of(arch_code_a, arch_code_c)
-        return Architecture(node_a, arch_code_a, arch_code_c, arch_code_a_max, info=info)
+        return Architecture(node_a, arch_code_a, arch_code_c, arch_code_a_max, self.operations, info)
 
     def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:
         """Mix all paths and operations by their probabilities.
@@ -204,68 +216,17 @@ class SearchSpace(TopologySearch):
             for into in self.paths_into:
                 cells = [self.cell_tree[str((block, path))] for path in into]
                 images = [x[self.paths[path][0]] for path in into]
-                outputs.append(self._mixed(cells, images, weights[block, into.start : into.stop]))
+                outputs.append(mix(cells, images, weights[block, into.start : into.stop]))
             x = outputs
         return x
 
-    def _mixed(self, cells: list[Cell], images: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-        """The sum of ``cell(image, weight)`` over all cells that lead to one node."""
-        if not self.standard:
-            terms = [cell(image, weight) for cell, image, weight in zip(cells, images, weights, strict=True)]
-        elif images[0].device.type == "cpu":  # a call costs more than what the deeper levels compute in it
-            terms = [_mix(cells, images, weights)]
-        else:  # grouped 3D convolutions are known to be slow in cuDNN; we had no GPU to measure them on
-            parts = [slice(index, index + 1) for index in range(len(cells))]
-            terms = [_mix(cells[part], images[part], weights[part]) for part in parts]
-        return sum(terms[1:], terms[0])
 
-
-def _is_standard(cell: Cell) -> bool:
-    """Whether its operations begin with the same activation and end with an InstanceNorm, as by default they do."""
-    return type(cell) is Cell and all(
-        isinstance(operation.norm, (nn.InstanceNorm2d, nn.InstanceNorm3d))
-        and operation.norm.affine
-        and not operation.norm.track_running_stats
-        and not list(operation.acti.parameters())
-        for operation in list(cell.op.ops)[1:]
-    )
-
-
-def _mix(cells: list[Cell], images: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """What the sum of ``cell(image, weight)`` computes, the cells side by side as groups of one convolution.
-
-    The activation, with which every operation begins, is computed once; the weights scale the affine parameters of the
-    InstanceNorm with which every operation ends, in one call for all of them.
-
-    Args:
-        images: each cell's input; the outputs have the same shape.
-        weights: (cells, operations).
-    """
-    images = [cell.preprocess(image) for cell, image in zip(cells, images, strict=True)]
-    image = torch.cat(images, 1) if len(images) > 1 else images[0]
-    # The first operation is to skip; of each other one, the cells' blocks.
-    operations = list(zip(*(list(cell.op.ops)[1:] for cell in cells), strict=True))
-    activated = operations[0][0].acti(image)
-    features = []
-    for blocks in operations:
-        feature = activated
-        for convolutions in zip(*(list(block)[1:-1] for block in blocks), strict=True):
-            feature = convolve_side_by_side(convolutions, feature)
-        features.append(feature)
-    norms = [block.norm for blocks in operations for block in blocks]
-    of_norms = weights[:, 1:].T.reshape(-1, 1)
-    normalised = instance_norm(
-        torch.cat(features, 1),
-        (of_norms * torch.stack([norm.weight for norm in norms])).flatten(),
-        (of_norms * torch.stack([norm.bias for norm in norms])).flatten(),
-        norms[0].eps,
-    )
-    mixed = normalised.unflatten(1, (len(norms), -1)).sum(1, dtype=image.dtype)  # else autocast would make it fp32
-    skipped = image.unflatten(1, (len(cells), -1)) * weights[:, 0].view(-1, 1, *[1] * (image.ndim - 2))
-    return mixed + skipped.sum(1, dtype=image.dtype)
+def supernet(space: SearchSpace, in_channels: int, num_classes: int) -> DiNTS:
+    """Build MONAI's `DiNTS` around the space: stems before and after it, for images of so many channels."""
+    return accelerated(DiNTS(space, in_channels, num_classes))
 
 
 def _patterns(children: np.ndarray, path_depths: np.ndarray, num_depths: int) -> np.ndarray:
-    """For each child, the index of the set of nodes at that end of its active paths, in the order of node_act_list."""
+    """Return for each child the index, in node_act_list, of the set of nodes at that end of its active paths."""
     touched = np.stack([children[:, path_depths == depth].any(-1) for depth in range(num_depths)], -1)
     return touched @ (2 ** np.arange(num_depths)[::-1]) - 1

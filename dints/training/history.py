@@ -1,9 +1,7 @@
-"""A run's history: tables for programs, TensorBoard for curves over time, pictures for people."""
+"""A run's history: tables for programs, TensorBoard for curves over time, pictures and lines for people."""
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 import shutil
@@ -11,24 +9,22 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import yaml
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot, which would choose a window system and keep every figure
 from torch.utils.tensorboard import SummaryWriter
 
 from dints import files
-from dints.checkpoint import Progress
-from dints.engine import Scores
+from dints.training import curves
+from dints.training.progress import Progress
+from dints.training.tables import ACCURACY, LOSSES, add_row, read_rows, write_rows
+from dints.training.validation import Scores
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0  # so that short epochs do not flood the terminal; the tables have every epoch
-LOSSES, ACCURACY = "loss_history.csv", "accuracy_history.csv"
 
 
 class History:
-    """A table row per epoch and per validation, TensorBoard's ``Events/``, ``progress.yaml`` and two pictures.
+    """Writes a table row per epoch and per validation, TensorBoard's ``Events/``, ``progress.yaml`` and pictures.
 
     Args:
         folder: the run folder.
@@ -83,7 +79,7 @@ class History:
         if self.enabled:
             self.writer.flush()
             self._write_progress(progress)
-            draw_curves(self.folder)
+            curves.draw_all(self.folder)
 
     def close(self) -> None:
         if self.enabled:
@@ -98,11 +94,7 @@ class History:
             "seconds": round(progress.seconds, 3),
             **values,
         }
-        with open(self.folder / name, "a", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-            if file.tell() == 0:
-                table.writeheader()
-            table.writerow(row)  # None is written as an empty cell
+        add_row(self.folder / name, row)
         for key, value in values.items():
             if value is not None:
                 self.writer.add_scalar(f"{group}/{key}", value, progress.iteration)
@@ -118,73 +110,3 @@ class History:
             "best_path": progress.best_path,
         }
         files.write_atomically(self.folder / "progress.yaml", yaml.safe_dump(content, sort_keys=False))
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a history table, [] if there is none yet; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Replace a history table; no rows, no file."""
-    if not rows:
-        path.unlink(missing_ok=True)
-        return
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    files.write_atomically(path, text.getvalue())
-
-
-def draw_curves(folder: Path) -> None:
-    """``training_loss.png`` and ``validation_metric.png`` from the tables, over iterations and over time."""
-    losses, accuracy = read_rows(folder / LOSSES), read_rows(folder / ACCURACY)
-    arch = "architecture_loss" in (losses[0] if losses else ())
-    loss_names = {"loss": "weights' cases" if arch else "training cases", "architecture_loss": "architecture's cases"}
-    dice_names = {
-        c: c.removeprefix("dice_").replace("_", " ") for c in (accuracy[0] if accuracy else ()) if c.startswith("dice_")
-    }
-    if len(dice_names) > 1:
-        dice_names = {"dice": "mean", **dice_names}
-    for rows, names, label, legend, picture in (
-        (losses, loss_names, "training loss (Dice + CE)", "upper right", "training_loss.png"),
-        (accuracy, dice_names, "Dice of the validation cases", "lower right", "validation_metric.png"),
-    ):
-        present = {column: name for column, name in names.items() if any(row.get(column) for row in rows)}
-        if present:
-            figure = curves(rows, present, label, legend)
-            with files.replacing(folder / picture) as file:
-                figure.savefig(file, format="png", dpi=120)
-
-
-def curves(rows: Sequence[Mapping[str, str]], names: Mapping[str, str], label: str, legend: str) -> Figure:
-    """The columns in ``names`` over iterations (left) and over minutes of training (right); ``legend``: its corner."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, column_x, scale, name_x in ((left, "iteration", 1, "iterations"), (right, "seconds", 60, "minutes")):
-        for column, name in names.items():
-            points = [(float(row[column_x]) / scale, float(row[column])) for row in rows if row[column]]
-            plot(axes, *np.transpose(points), name, marker="o" if len(rows) <= 40 else "")
-        axes.set_xlabel(name_x)
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.set_ylabel(label)
-    left.legend(frameon=False, loc=legend)
-    return figure
-
-
-def plot(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, marker: str) -> None:
-    """One curve; where there are many points, their running mean over the points themselves, drawn faintly."""
-    style = {"color": "black", "linewidth": 2.2, "zorder": 3} if name == "mean" else {}
-    if len(y) <= 200:
-        axes.plot(x, y, label=name, marker=marker, markersize=3.5, **style)
-        return
-    width = len(y) // 50
-    smooth = [np.convolve(values, np.ones(width) / width, "valid") for values in (x, y)]
-    (line,) = axes.plot(*smooth, label=f"{name}, mean of {width} epochs", **style)
-    axes.plot(x, y, color=line.get_color(), alpha=0.25, linewidth=0.7, zorder=1)

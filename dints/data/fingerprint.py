@@ -18,10 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dints import files
-from dints.cases import Headers, Leniency, check_headers, read_image, read_label
-from dints.dataset import Case
+from dints.data.cases import Case, read_image, read_label
+from dints.data.leniency import Leniency
+from dints.data.tasks import Task
 from dints.errors import UserError
-from dints.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Fingerprint:
 def fingerprint(
     cases: Sequence[Case], task: Task, leniency: Leniency, folders: Sequence[Path], num_threads: int
 ) -> Fingerprint:
-    """What one of ``folders`` holds of the same dataset, or else measured on all cases.
+    """Take what one of ``folders`` holds of the same dataset, or else measure all cases.
 
     Args:
         task: not yet measured: its spacing is None.
@@ -75,13 +75,12 @@ def fingerprint(
         if known is not None and known.dataset == digest:
             log.info("spacing, window and patch size are those in %s", folder / FILE)
             return known
-    headers = check_headers(cases, task, leniency)
-    spacing = np.median([_spacing(case.resampling(task).affine) for case in headers], axis=0)
+    spacing = np.median([_spacing(case.resampling(task).affine) for case in cases], axis=0)
     spacing = tuple(round(float(size), 4) for size in spacing)
-    shapes = [case.resampling(replace(task, spacing=spacing)).shape for case in headers]
+    shapes = [case.resampling(replace(task, spacing=spacing)).shape for case in cases]
     intensity = None
     if task.modality == "CT":
-        intensity = _window(headers, task, leniency, num_threads)
+        intensity = _window(cases, task, leniency, num_threads)
     shape = tuple(int(size) for size in np.median(shapes, axis=0))
     return Fingerprint(digest, len(cases), spacing, shape, intensity)
 
@@ -116,18 +115,18 @@ def _spacing(affine: np.ndarray) -> np.ndarray:
     return np.linalg.norm(affine[:3, :3], axis=0)
 
 
-def _window(headers: Sequence[Headers], task: Task, leniency: Leniency, num_threads: int) -> tuple[float, float]:
-    """Percentiles of the foreground's intensities; every case counts alike."""
+def _window(cases: Sequence[Case], task: Task, leniency: Leniency, num_threads: int) -> tuple[float, float]:
+    """Measure percentiles of the foreground's intensities; every case counts alike."""
 
-    def sample(case: Headers) -> np.ndarray:
+    def sample(case: Case) -> np.ndarray:
         foreground = read_label(case.label, task).ravel() > 0
-        image, _ = read_image(case, leniency)
+        image, _ = read_image(case.images, leniency)
         values = np.concatenate([channel.ravel()[foreground] for channel in image])
         return values[:: max(1, len(values) // SAMPLES)].astype(np.float32)
 
     silent = None if log.isEnabledFor(logging.INFO) else True
     with ThreadPool(num_threads) as pool:
-        samples = list(tqdm(pool.imap(sample, headers), "intensities", len(headers), unit="case", disable=silent))
+        samples = list(tqdm(pool.imap(sample, cases), "intensities", len(cases), unit="case", disable=silent))
     values = np.concatenate(samples)
     if not len(values):
         raise UserError("no case has any foreground: there is nothing to learn; --check lists what the labels hold")

@@ -1,105 +1,22 @@
-"""From a dataset's folder to batches: the task, its cases, and loaders of patches and of whole volumes."""
+"""Loaders: batches of augmented patches without end, and whole volumes for validation."""
 
 from __future__ import annotations
 
-import argparse
-import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dints import augmentation, runtime
-from dints.cache import Cache
-from dints.cases import Leniency, Prepared
-from dints.checks import check_dataset
-from dints.crops import cut_patch
-from dints.dataset import Case, read_cases, split_fold
-from dints.errors import UserError
-from dints.fingerprint import Fingerprint, fingerprint
-from dints.runtime import Processes, cores_per_process, seed_from
-from dints.tasks import TASKS, Task, read_json, task_of_dataset
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LabelledDataset:
-    """What ``--root`` holds.
-
-    Attributes:
-        task: with the command line's overrides.
-        cases: in the order of ``dataset.json``.
-        measured: where the task is not of the table: what its spacing, intensity and patch size were taken from.
-    """
-
-    task: Task
-    cases: list[Case]
-    measured: Fingerprint | None
-
-
-def open_dataset(args: argparse.Namespace, *known: Path) -> LabelledDataset:
-    """The dataset of ``--root``, described and listed, all files checked to exist.
-
-    Args:
-        known: run folders whose measurements of the same dataset are used again.
-    """
-    task, cases = _described(args)
-    measured = None
-    if task.name not in TASKS:
-        leniency = Leniency.from_args(args)
-        measured = fingerprint(cases, task, leniency, [args.output_root, *known], cores_per_process())
-        task = measured.applied_to(task)
-    task = _overridden(task, args)
-    log.info("%s: %s", task.name, describe(task))
-    return LabelledDataset(task, cases, measured)
-
-
-def _overridden(task: Task, args: argparse.Namespace) -> Task:
-    given = {"spacing": args.spacing, "intensity": args.intensity_range, "patch_size": args.patch_size}
-    return replace(task, **{name: tuple(value) for name, value in given.items() if value is not None})
-
-
-def describe(task: Task) -> str:
-    """What a task's volumes are made, for people."""
-    spacing = "as it is" if task.spacing is None else "{:g} x {:g} x {:g} mm".format(*task.spacing)
-    intensity = "z-score" if task.intensity is None else "{:g} to {:g}".format(*task.intensity)
-    return f"spacing {spacing}, intensity {intensity}, patch {' x '.join(map(str, task.patch_size))}"
-
-
-def check(args: argparse.Namespace, prepare: Callable[[argparse.Namespace], object]) -> None:
-    """``--check``: print what is in the dataset of ``--root`` and what is wrong with it.
-
-    Args:
-        prepare: what the stage does before it trains, with all checks that need no voxels.
-
-    Raises:
-        UserError: a training on it would be refused or wrong.
-    """
-    runtime.start_logging()
-    task, cases = _described(args)
-    task = _overridden(task, args)
-    num_folds = min(args.num_folds, len(cases)) if args.fold != "all" else 1
-    folds = [fold for fold in range(num_folds) for _ in split_fold(cases, num_folds, fold)[1]] or [0] * len(cases)
-    text, is_good = check_dataset(cases, folds, task, Leniency.from_args(args), cores_per_process())
-    print(text, flush=True)
-    if not is_good:
-        raise UserError(f"{args.root} is not fit for training: mend what is listed above")
-    prepare(args)
-
-
-def _described(args: argparse.Namespace) -> tuple[Task, list[Case]]:
-    source = args.json or args.root / "dataset.json"
-    description = read_json(source)
-    task = task_of_dataset(description, source, args.root.resolve().name, args.json_key)
-    cases = read_cases(description, source, args.root, args.json_key, args.allow_outside_root)
-    return replace(task, channel_files=task.channel_files or len(cases[0].images) > 1), cases
-
+from dints.data import augmentation
+from dints.data.cache import Cache
+from dints.data.cases import Case, Prepared
+from dints.data.crops import cut_patch
+from dints.running.machine import cores_per_process
+from dints.running.processes import STOP_SIGNALS, Processes
+from dints.running.seeds import seed_from
 
 Sample = tuple[torch.Tensor, torch.Tensor, augmentation.Draw, str]
 
@@ -214,7 +131,7 @@ class TrainingLoader:
 
 def _ignore_signals(_worker: int) -> None:
     """Leave it to the main process to stop when the whole group is asked to; it needs its workers until then."""
-    for number in runtime.STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -242,25 +159,33 @@ def augmented(patches: Patches, device: torch.device) -> dict[str, torch.Tensor 
 
 
 class ShareOfWaiting:
-    """The share of an epoch's time in which batches were waited for."""
+    """Tells the share of an epoch's time in which batches were waited for."""
 
     def __init__(self, *loaders: TrainingLoader):
         self.loaders = loaders
         self.seconds = 0.0
 
     def take(self, seconds: float) -> float:
-        """Since the last call, in an epoch whose steps took so many ``seconds``; 0 if there were none."""
+        """Return it since the last call, in an epoch whose steps took so many ``seconds``; 0 if there were none."""
         before, self.seconds = self.seconds, sum(loader.seconds_waited for loader in self.loaders)
         return (self.seconds - before) / seconds if seconds else 0.0
 
 
 def steps_per_epoch(num_cases: int, batch_size: int, processes: Processes) -> int:
-    """Steps in which all ranks together see every case at least once."""
+    """Return in how many steps all ranks together see every case at least once."""
     return max(1, -(-num_cases // (batch_size * processes.world_size)))
 
 
 def training_loader(
-    cases: Sequence[Case], stream: str, steps: int, cache: Cache, args: argparse.Namespace, processes: Processes
+    cases: Sequence[Case],
+    cache: Cache,
+    processes: Processes,
+    *,
+    batch_size: int,
+    steps: int,
+    num_workers: int | None = None,
+    seed: int = 0,
+    stream: str = "weights",
 ) -> TrainingLoader:
     """Prepare this rank's share of ``cases``, and give batches of augmented patches.
 
@@ -268,23 +193,26 @@ def training_loader(
     ``steps`` batches on every rank, with cases seen again where the shares are uneven.
 
     Args:
+        num_workers: processes that prepare batches; None: what is left of this process's share of cores when one
+            computes the network, at most 6.
         stream: tells apart the random draws of loaders that share a seed.
-        args: ``seed``, ``num_images_per_batch`` and ``num_workers`` of the command line.
     """
-    numbers = list(range(processes.rank, len(cases), processes.world_size)) or [processes.rank % len(cases)]
+    if num_workers is None:
+        num_workers = min(6, cores_per_process() - 1)
+    numbers = list(processes.share(len(cases))) or [processes.rank % len(cases)]
     own = [cases[number] for number in numbers]
     held = cache.hold(own, stream)
     stream = f"{stream}/{processes.rank}"
-    samples = TrainingSamples(held, [case.name for case in own], numbers, cache.task.patch_size, args.seed, stream)
-    sampler = EpochSampler(len(numbers), steps * args.num_images_per_batch, args.seed, stream)
-    return TrainingLoader(samples, sampler, args.num_images_per_batch, num_workers(args), processes.device)
+    samples = TrainingSamples(held, [case.name for case in own], numbers, cache.task.patch_size, seed, stream)
+    sampler = EpochSampler(len(numbers), steps * batch_size, seed, stream)
+    return TrainingLoader(samples, sampler, batch_size, num_workers, processes.device)
 
 
 class ValidationLoader:
-    """A rank's share of the validation cases, whole, one at a time, each with its ``number`` among all of them."""
+    """A rank's share of the validation cases, whole, one at a time, with its ``number`` among all ``num_cases``."""
 
-    def __init__(self, held: Sequence[Prepared], numbers: Sequence[int]):
-        self.held, self.numbers = held, numbers
+    def __init__(self, held: Sequence[Prepared], numbers: Sequence[int], num_cases: int):
+        self.held, self.numbers, self.num_cases = held, numbers, num_cases
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -301,10 +229,5 @@ class ValidationLoader:
 
 def validation_loader(cases: Sequence[Case], cache: Cache, processes: Processes) -> ValidationLoader:
     """Prepare this rank's share of the validation cases."""
-    numbers = range(processes.rank, len(cases), processes.world_size)
-    return ValidationLoader(cache.hold([cases[number] for number in numbers], "validation"), numbers)
-
-
-def num_workers(args: argparse.Namespace) -> int:
-    """``--num_workers``, or what is left of the process's share of cores when one computes the network, at most 6."""
-    return min(6, cores_per_process() - 1) if args.num_workers is None else args.num_workers
+    numbers = processes.share(len(cases))
+    return ValidationLoader(cache.hold([cases[number] for number in numbers], "validation"), numbers, len(cases))

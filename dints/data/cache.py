@@ -6,7 +6,6 @@ are memory-mapped: only what is cut out of them is read, and the system keeps in
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -23,14 +22,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dints import cases as preparing
-from dints import crops, files, runtime, volumes
-from dints.cases import Leniency, Prepared, check_headers, checked_headers, prepare, read_image, read_label
-from dints.crops import CropMasks
-from dints.dataset import Case
+from dints import files
+from dints.data.cases import Case, Prepared, prepare, read_image, read_label
+from dints.data.crops import CropMasks
+from dints.data.leniency import Leniency
+from dints.data.tasks import Task
 from dints.errors import UserError
-from dints.runtime import Processes
-from dints.tasks import Task
+from dints.running import machine
+from dints.running.processes import Processes
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class Cache:
     num_threads: int
 
     def hold(self, cases: Sequence[Case], what: str) -> Sequence[Prepared]:
-        """The cases, prepared: now (``ram``, ``disk``), or each time that one is asked for, and now checked (``none``).
+        """Prepare the cases now (``ram``, ``disk``), or check them now and prepare each when asked for it (``none``).
 
         Args:
             what: the cases are, for messages.
@@ -83,12 +82,11 @@ class Cache:
         return prepare(case, self.task, self.leniency)
 
     def _check(self, case: Case) -> None:
-        headers = checked_headers(case, self.task, self.leniency)
-        read_image(headers, self.leniency)
-        read_label(headers.label, self.task)
+        read_image(case.images, self.leniency)
+        read_label(case.label, self.task)
 
     def _store(self, case: Case) -> Path:
-        """The entry of a case, written unless it is there; one process writes it, the others wait."""
+        """Return the entry of a case, written unless it is there; one process writes it, the others wait."""
         digests = [self._digest(path) for path in case.files]
         entry = self.folder / self._key(digests)
         try:
@@ -103,13 +101,13 @@ class Cache:
             ) from error
 
     def _key(self, digests: Sequence[str]) -> str:
-        """What an entry depends on: the files' content, what is done to it, and the code that does it."""
+        """Name an entry after all that it depends on: the files' content, what is done to it, and by which code."""
         facts = [self.task.spacing, self.task.intensity, self.task.num_channels, self.task.num_classes]
         facts += [astuple(self.leniency), _code_digest(), digests]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
     def _digest(self, path: str) -> str:
-        """Of a file's content; noted, so that only a file whose size or time of change differs is read again."""
+        """Return a file's digest; it is noted, and a file is read again only if its size or time of change differs."""
         try:
             status = os.stat(path)
         except OSError as error:
@@ -126,51 +124,56 @@ class Cache:
         return digest
 
 
-def open_cache(cases: Sequence[Case], task: Task, args: argparse.Namespace, processes: Processes) -> Cache:
+def open_cache(
+    cases: Sequence[Case],
+    task: Task,
+    folder: Path,
+    processes: Processes,
+    *,
+    mode: str = "auto",
+    leniency: Leniency = Leniency(),  # noqa: B008  it is frozen
+) -> Cache:
     """Choose where the cases of a run are kept, and say how much memory that takes and how much there is.
 
     Args:
         cases: of all ranks, for training and validation.
-        args: ``cache``, ``cache_dir``, ``output_root`` and `Leniency`'s of the command line.
+        folder: for ``disk``.
+        mode: ``ram``, ``disk``, ``none``, or ``auto``, which chooses.
 
     Raises:
-        UserError: a case cannot be trained on by its headers, or what ``--cache`` asks for does not fit.
+        UserError: what ``mode`` asks for does not fit.
     """
-    return processes.on_main(_open_cache, cases, task, args, processes)
-
-
-def _open_cache(cases: Sequence[Case], task: Task, args: argparse.Namespace, processes: Processes) -> Cache:
-    leniency = Leniency.from_args(args)
-    folder = (args.cache_dir or args.output_root.parent / "dints_cache").absolute()
-    voxels = []
-    for headers in check_headers(cases, task, leniency):
-        voxels.append(max(int(np.prod(headers.shape)), int(np.prod(headers.resampling(task).shape))))
+    voxels = [max(int(np.prod(case.shape)), int(np.prod(case.resampling(task).shape))) for case in cases]
     needed = int(sum(voxels) * (2 * task.num_channels + 1 + task.num_classes / 8)) // processes.num_nodes
-    memory, disk = runtime.available_memory(), _free_bytes(folder)
-    mode = args.cache
+    mode = processes.on_main(_choose_mode, mode, len(cases), needed, folder.absolute(), processes.num_nodes)
+    at_once = max(1, WORKING_MEMORY // (max(voxels, default=1) * task.num_channels * WORKING_BYTES))
+    return Cache(mode, folder.absolute(), task, leniency, min(machine.cores_per_process(), at_once))
+
+
+def _choose_mode(mode: str, num_cases: int, needed: int, folder: Path, num_nodes: int) -> str:
+    memory, disk = machine.available_memory(), _free_bytes(folder)
     if mode == "auto":
         mode = "ram" if needed <= SHARE_OF_MEMORY * memory else "disk" if needed < disk else "none"
     log.info(
         "cache %s: %d cases take %s%s; free are %s of memory and %s in %s",
         mode,
-        len(cases),
+        num_cases,
         _gib(needed),
-        " on each node" if processes.num_nodes > 1 else "",
+        " on each node" if num_nodes > 1 else "",
         _gib(memory),
         _gib(disk),
         folder,
     )
     if mode == "ram" and needed > memory:
         raise UserError(
-            f"--cache ram: {len(cases)} cases take {_gib(needed)} of memory, and {_gib(memory)} are free: use --cache "
+            f"--cache ram: {num_cases} cases take {_gib(needed)} of memory, and {_gib(memory)} are free: use --cache "
             "disk, a larger machine, or more nodes"
         )
-    at_once = max(1, WORKING_MEMORY // (max(voxels, default=1) * task.num_channels * WORKING_BYTES))
-    return Cache(mode, folder, task, leniency, min(runtime.cores_per_process(), at_once))
+    return mode
 
 
 def _free_bytes(folder: Path) -> int:
-    """Free on the disk that the folder is on, or will be."""
+    """Return what is free on the disk that the folder is on, or will be."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return shutil.disk_usage(existing).free
 
@@ -237,7 +240,7 @@ def _map_entry(entry: Path) -> Prepared:
 
 
 def _is_whole(entry: Path) -> bool:
-    """Whether the entry is there and can be mapped; one that cannot is removed."""
+    """Tell whether the entry is there and can be mapped; one that cannot is removed."""
     if not entry.exists():
         return False
     try:
@@ -272,6 +275,6 @@ def _locked(path: Path):
 
 
 def _code_digest() -> str:
-    """Of the modules that make a prepared case from its files, so that none outlives a change of them."""
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (crops, preparing, volumes))
+    """Return the digest of this wing's modules: no entry outlives a change of what makes it, wherever that stands."""
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(sources).hexdigest()

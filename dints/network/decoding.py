@@ -19,7 +19,7 @@ TOLERANCE = 1e-9  # sequences whose lengths differ by less are equally good; rou
 
 
 def shortest_sequence(lengths: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The children (blocks,) of the shortest sequence; of equally short ones, MONAI's choice."""
+    """Return the children (blocks,) of the shortest sequence; of equally short ones, MONAI's choice."""
     shortest = np.zeros(starts.max() + 1)
     last_children = []  # per block: on the shortest way to each pattern, the child that arrives there
     for block in lengths:
@@ -36,14 +36,14 @@ def shortest_sequence(lengths: np.ndarray, starts: np.ndarray, ends: np.ndarray)
 
 
 def least_memory(memory: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> float:
-    """The memory of the smallest sequence."""
+    """Return the memory of the smallest sequence."""
     return _ways_on(_useful_children(np.ones_like(memory), memory, starts, ends), math.inf).costs[0].min()
 
 
 def shortest_sequence_within(
     budget: float, lengths: np.ndarray, memory: np.ndarray, starts: np.ndarray, ends: np.ndarray
 ) -> np.ndarray:
-    """The children (blocks,) of the shortest sequence whose memory is at most ``budget``, not below `least_memory`.
+    """Return the children (blocks,) of the shortest sequence of at most ``budget`` memory, not below `least_memory`.
 
     A constrained shortest path, found exactly, after Handler and Zang (Networks 10, 1980): a price on memory gives a
     sequence that fits, and for every beginning of a sequence a bound on how short it can become. The beginnings that
@@ -87,7 +87,7 @@ class _WaysOn(NamedTuple):
     indices: np.ndarray  # of the first child on the way in its `_Block`; (blocks, patterns)
 
     def follow(self, blocks: list[_Block], row: int, pattern: int) -> list[int]:
-        """The indices of the children from ``pattern`` before block ``row`` to the end."""
+        """Return the indices of the children from ``pattern`` before block ``row`` to the end."""
         indices = []
         for block, index in zip(blocks[row:], self.indices[row:], strict=True):
             indices.append(index[pattern])
@@ -96,7 +96,7 @@ class _WaysOn(NamedTuple):
 
 
 def _undominated(groups: np.ndarray, lengths: np.ndarray, memory: np.ndarray) -> np.ndarray:
-    """Indices, in the order of their groups, of the entries that are shorter than all smaller ones of their group."""
+    """Return the indices, group by group, of the entries that are shorter than all smaller ones of their group."""
     order = np.lexsort((lengths, memory, groups))
     # Each group is shifted below the one before, so that the running minimum starts afresh.
     shifted = lengths[order] - groups[order] * (lengths.max(initial=0) + 1)
@@ -112,7 +112,7 @@ def _useful_children(lengths: np.ndarray, memory: np.ndarray, starts: np.ndarray
 
 
 def _ways_on(blocks: list[_Block], price: float) -> _WaysOn:
-    """Where a sequence costs its length + ``price`` * its memory, or at an infinite price its memory."""
+    """Find the ways where a sequence costs its length + ``price`` * its memory, or at an infinite price its memory."""
     patterns = np.arange(blocks[0].starts.max() + 1)
     costs, lengths, memory = np.zeros((3, len(blocks) + 1, len(patterns)))
     indices = np.zeros((len(blocks), len(patterns)), dtype=np.int64)
@@ -134,7 +134,7 @@ def _cheapest(blocks: list[_Block], price: float) -> _Sequence:
 
 
 def _price(blocks: list[_Block], budget: float) -> tuple[float, _Sequence]:
-    """The price of memory that gives the best bound, and the shortest sequence met on the way that fits."""
+    """Find the price of memory that gives the best bound, and the shortest sequence met on the way that fits."""
     too_large, fits = _cheapest(blocks, 0.0), _cheapest(blocks, math.inf)
     while True:
         price = (fits.length - too_large.length) / (too_large.memory - fits.memory)  # at which they cost the same
@@ -150,7 +150,7 @@ def _price(blocks: list[_Block], budget: float) -> tuple[float, _Sequence]:
 
 
 def _search(blocks: list[_Block], budget: float, price: float, found: _Sequence, width: int | None) -> _Sequence:
-    """The shortest sequence that fits, ``found`` being known; with a ``width``, following only so many beginnings."""
+    """Find the shortest sequence that fits, given ``found``; with a ``width``, follow only so many beginnings."""
     ways_on, least_memory = _ways_on(blocks, price), _ways_on(blocks, math.inf).costs
     ends = np.arange(ways_on.costs.shape[1])  # of the beginnings so far; there is one of no blocks in each pattern
     lengths, memory = np.zeros((2, len(ends)))
@@ -177,7 +177,7 @@ def _search(blocks: list[_Block], budget: float, price: float, found: _Sequence,
 
 
 def _continuations(ends: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs (index into ``ends``, index into the sorted ``starts``) of equal entries."""
+    """List all pairs (index into ``ends``, index into the sorted ``starts``) of equal entries."""
     first, last = np.searchsorted(starts, ends), np.searchsorted(starts, ends, side="right")
     counts = last - first
     before = np.repeat(np.arange(len(ends)), counts)
@@ -185,7 +185,7 @@ def _continuations(ends: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _retrace(steps: list[tuple[np.ndarray, np.ndarray]], beginning: int) -> list[int]:
-    """The indices of the children of a beginning that is an entry of the last step."""
+    """Return the indices of the children of a beginning that is an entry of the last step."""
     indices = []
     for before, index in reversed(steps):
         indices.append(index[beginning])

@@ -1,6 +1,6 @@
 """Write Task00_Phantom, a CT-like dataset in MSD layout, so that every command can be tried without a download.
 
-    python -m dints.phantom --root data_msd/Task00_Phantom --num_training 16 --num_test 4 --seed 0
+    python -m dints.data.phantom --root data_msd/Task00_Phantom --num_training 16 --num_test 4 --seed 0
 
 Each case is a toy abdomen: a trunk with fat, muscle, ribs, spine, lungs, bowel and kidneys, a liver (label 1) and the
 lesions inside it (label 2; one case in eight has none). Spleen, muscle, gallbladder, kidneys and cysts look like one of
@@ -26,8 +26,8 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
+from dints.data.tasks import TASKS
 from dints.errors import UserError, exit_on_user_error
-from dints.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ def _write_dataset(folder: Path, parameters: dict) -> None:
     description = {
         "name": "Phantom",
         "description": "Synthetic CT-like abdomens: liver and liver lesions. Not for clinical use.",
-        "reference": "dints/phantom.py",
+        "reference": "dints/data/phantom.py",
         "licence": "CC0",
         "release": f"{VERSION}.0",
         "tensorImageSize": "3D",
@@ -430,7 +430,7 @@ def _to_nifti(voxels: np.ndarray, grid: Grid, orientation: str) -> nib.Nifti1Ima
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dints.phantom", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m dints.data.phantom", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", default="data_msd/Task00_Phantom", help="folder to write (default: %(default)s)")
     parser.add_argument("--num_training", type=int, default=16, help="labelled cases (default: %(default)s)")

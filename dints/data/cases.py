@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,13 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import torch
 
-from dints.crops import CropMasks, crop_masks
-from dints.dataset import Case
+from dints.data.crops import CropMasks, crop_masks
+from dints.data.grid import Resampling, in_c_order
+from dints.data.leniency import Leniency
+from dints.data.listing import ListedCase
+from dints.data.nifti import Header, read_header, read_voxels
+from dints.data.tasks import Task
 from dints.errors import UserError
-from dints.tasks import Task
-from dints.volumes import Header, Resampling, in_c_order, read_header, read_voxels
 
 log = logging.getLogger(__name__)
 
@@ -24,28 +25,23 @@ MAX_GRID = 1 << 31  # voxels of a case on the task's grid; a whole body at 1 mm 
 
 
 @dataclass(frozen=True)
-class Leniency:
-    """What a user lets pass in files that would be refused.
+class Case:
+    """A volume to learn from or to segment, its headers read.
 
     Attributes:
-        trust_shapes: an affine of a label other than its image's; the image's is taken.
-        replace_nonfinite: NaN and infinite voxels of images; they become this value.
+        name: as in `ListedCase`.
+        images: one file that holds all channels, or one file a channel, in order.
+        label: None where there is none.
     """
 
-    trust_shapes: bool = False
-    replace_nonfinite: float | None = None
-
-    @staticmethod
-    def from_args(args: argparse.Namespace) -> Leniency:
-        return Leniency(args.trust_shapes, args.replace_nonfinite)
-
-
-@dataclass(frozen=True)
-class Headers:
-    """Of one case's files."""
-
+    name: str
     images: tuple[Header, ...]
-    label: Header | None
+    label: Header | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths of the images, then of the label where there is one."""
+        return tuple(header.path for header in (*self.images, *([] if self.label is None else [self.label])))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -56,7 +52,7 @@ class Headers:
         return sum(image.num_channels for image in self.images)
 
     def resampling(self, task: Task) -> Resampling:
-        """The way from the files' voxels to the task's grid."""
+        """Return the way from the files' voxels to the task's grid."""
         return Resampling(self.shape, self.images[0].affine, task.spacing)
 
 
@@ -75,21 +71,64 @@ class Prepared:
     masks: CropMasks
 
 
-def read_headers(case: Case) -> Headers:
-    """The headers of a case's files, each one readable by itself."""
-    images = tuple(read_header(path) for path in case.images)
-    return Headers(images, None if case.label is None else read_header(case.label))
+def open_cases(listed: Sequence[ListedCase], task: Task, leniency: Leniency) -> list[Case]:
+    """Read the headers of all cases at the same time, each of them once for the whole run.
+
+    Raises:
+        UserError: some cases cannot be trained on; they are counted, and the first one's fault is told.
+    """
+
+    def attempt(case: ListedCase) -> Case | UserError:
+        try:
+            opened = open_case(case)
+            check_case(opened, task, leniency)
+            return opened
+        except UserError as error:
+            return error
+
+    with ThreadPool(8) as pool:  # they wait for the disk more than they compute
+        results = pool.map(attempt, listed)
+    _raise_first([result for result in results if isinstance(result, UserError)], len(listed))
+    return results
 
 
-def header_faults(headers: Headers, task: Task, leniency: Leniency) -> Iterator[str]:
-    """What a case's headers say against training on it."""
-    first = headers.images[0]
-    if headers.num_channels != task.num_channels:
+def open_case(listed: ListedCase) -> Case:
+    """Read the headers of a case's files, each one readable by itself."""
+    images = tuple(read_header(path) for path in listed.images)
+    return Case(listed.name, images, None if listed.label is None else read_header(listed.label))
+
+
+def check_cases(cases: Sequence[Case], task: Task, leniency: Leniency) -> None:
+    """Raise `UserError` as `open_cases`, for cases that are open already."""
+    faults = [next(case_faults(case, task, leniency), None) for case in cases]
+    _raise_first([UserError(fault) for fault in faults if fault is not None], len(cases))
+
+
+def check_case(case: Case, task: Task, leniency: Leniency) -> None:
+    """Raise the first of `case_faults` as a `UserError`."""
+    for fault in case_faults(case, task, leniency):
+        raise UserError(fault)
+
+
+def _raise_first(faults: Sequence[UserError], num_cases: int) -> None:
+    if len(faults) > 1:
+        raise UserError(
+            f"{len(faults)} of {num_cases} cases cannot be used (search_dints.py --check lists them), for example "
+            f"{faults[0]}"
+        )
+    for fault in faults:
+        raise fault
+
+
+def case_faults(case: Case, task: Task, leniency: Leniency) -> Iterator[str]:
+    """Yield what a case's headers say against training on it."""
+    first = case.images[0]
+    if case.num_channels != task.num_channels:
         yield (
-            f"{first.path} has {headers.num_channels} channels of shape {first.shape}; {task.name} has "
+            f"{first.path} has {case.num_channels} channels of shape {first.shape}; {task.name} has "
             f"{task.num_channels}: mend or remove the case, or the channels in dataset.json"
         )
-    grid = headers.resampling(task).shape
+    grid = case.resampling(task).shape
     if np.prod(grid, dtype=object) > MAX_GRID:
         yield (
             f"{first.path} would become {' x '.join(map(str, grid))} voxels at a spacing of "
@@ -97,8 +136,7 @@ def header_faults(headers: Headers, task: Task, leniency: Leniency) -> Iterator[
             f"{' x '.join(f'{size:.4g}' for size in first.spacing)} mm: mend its header, give another --spacing, or "
             "remove the case"
         )
-    others = [*headers.images[1:], *([] if headers.label is None else [headers.label])]
-    for other in others:
+    for other in [*case.images[1:], *([] if case.label is None else [case.label])]:
         if other.shape != first.shape:
             yield (
                 f"{other.path} has shape {other.shape}, but its image {first.path} has {first.shape}: "
@@ -110,59 +148,18 @@ def header_faults(headers: Headers, task: Task, leniency: Leniency) -> Iterator[
                 f"{np.abs(other.affine - first.affine).max():.3g}): mend or remove the case, or give --trust_shapes to "
                 "take the image's place for both"
             )
-    if headers.label is not None and headers.label.num_channels != 1:
-        yield (
-            f"{headers.label.path} has {headers.label.num_channels} channels, and a label has 1: mend or remove "
-            "the case"
-        )
+    if case.label is not None and case.label.num_channels != 1:
+        yield (f"{case.label.path} has {case.label.num_channels} channels, and a label has 1: mend or remove the case")
 
 
-def checked_headers(case: Case, task: Task, leniency: Leniency) -> Headers:
-    """As `read_headers`.
-
-    Raises:
-        UserError: the first of `header_faults`.
-    """
-    headers = read_headers(case)
-    for fault in header_faults(headers, task, leniency):
-        raise UserError(fault)
-    return headers
-
-
-def check_headers(cases: Sequence[Case], task: Task, leniency: Leniency) -> list[Headers]:
-    """The headers of all cases, read at the same time.
-
-    Raises:
-        UserError: some cases cannot be trained on; they are counted, and the first one's fault is told.
-    """
-
-    def check(case: Case) -> Headers | UserError:
-        try:
-            return checked_headers(case, task, leniency)
-        except UserError as error:
-            return error
-
-    with ThreadPool(8) as pool:  # they wait for the disk more than they compute
-        results = pool.map(check, cases)
-    faults = [result for result in results if isinstance(result, UserError)]
-    if len(faults) > 1:
-        raise UserError(
-            f"{len(faults)} of {len(cases)} cases cannot be used (search_dints.py --check lists them), for example "
-            f"{faults[0]}"
-        )
-    for fault in faults:
-        raise fault
-    return results
-
-
-def read_image(headers: Headers, leniency: Leniency) -> tuple[np.ndarray, int]:
-    """The image's voxels (channels, x, y, z) as the files hold them, and how many of them were replaced.
+def read_image(images: Sequence[Header], leniency: Leniency) -> tuple[np.ndarray, int]:
+    """Read the voxels (channels, x, y, z) of a case's image files as they hold them; tell how many were replaced.
 
     Raises:
         UserError: a file is damaged, or has voxels that are not finite.
     """
     files, replaced = [], 0
-    for header in headers.images:
+    for header in images:
         voxels = read_voxels(header)
         if voxels.dtype.kind == "f":
             with np.errstate(over="ignore"):
@@ -182,7 +179,7 @@ def read_image(headers: Headers, leniency: Leniency) -> tuple[np.ndarray, int]:
 
 
 def read_label(header: Header, task: Task) -> np.ndarray:
-    """The label's voxels (x, y, z) as uint8; whole numbers in any type are accepted.
+    """Read the label's voxels (x, y, z) as uint8; whole numbers in any type are accepted.
 
     Raises:
         UserError: the file is damaged, or holds a value that is not one of the task's labels.
@@ -202,7 +199,7 @@ def read_label(header: Header, task: Task) -> np.ndarray:
 
 
 def preprocess_image(voxels: np.ndarray, resampling: Resampling, task: Task) -> np.ndarray:
-    """The image (channels, *grid), float32, as the network sees it."""
+    """Return the image (channels, *grid), float32, as the network sees it."""
     return normalise(resampling.apply(voxels), task)
 
 
@@ -222,17 +219,16 @@ def normalise(image: np.ndarray, task: Task) -> np.ndarray:
 
 
 def prepare(case: Case, task: Task, leniency: Leniency) -> Prepared:
-    """Read, check and preprocess a case with a label.
+    """Read and preprocess a case with a label.
 
     Raises:
-        UserError: the case cannot be read or learned from.
+        UserError: a file is damaged, or its voxels cannot be learned from.
     """
-    headers = checked_headers(case, task, leniency)
-    resampling = headers.resampling(task)
-    voxels, replaced = read_image(headers, leniency)
+    resampling = case.resampling(task)
+    voxels, replaced = read_image(case.images, leniency)
     if replaced:
         log.warning("%s: %d NaN or infinite voxels become %g", case.name, replaced, leniency.replace_nonfinite)
     image = in_c_order(preprocess_image(voxels, resampling, task), torch.float16)
     del voxels
-    label = in_c_order(resampling.apply(read_label(headers.label, task)[None], nearest=True), torch.uint8)[0]
+    label = in_c_order(resampling.apply(read_label(case.label, task)[None], nearest=True), torch.uint8)[0]
     return Prepared(image, label, crop_masks(label, task.num_classes))

@@ -8,16 +8,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from dints.cases import Headers, Leniency, header_faults, read_image, read_label
-from dints.dataset import Case
+from dints.data.cases import Case, case_faults, read_image, read_label
+from dints.data.formats import read_dataset
+from dints.data.grid import Resampling
+from dints.data.leniency import Leniency
+from dints.data.listing import ListedCase, split_fold
+from dints.data.nifti import Header, read_header
+from dints.data.opening import overridden
+from dints.data.tasks import TASKS, Task
 from dints.errors import UserError
-from dints.tasks import TASKS, Task
-from dints.volumes import Header, Resampling, read_header
+from dints.running.machine import cores_per_process
+from dints.running.processes import start_logging
 
 AT_ONCE = 4  # cases in memory, however many cores there are
 FAR = 5  # times the median, or a fifth of it, is unusual
@@ -30,7 +37,7 @@ class Report:
 
     Attributes:
         errors, warnings: findings: what a training refuses or would do wrong with, and what is only unusual.
-        headers: None where one could not be read.
+        case: None where a header could not be read.
         volumes: cm^3 of each foreground class; None where the label could not be read.
         digest: of the images' voxels, the same in whatever orientation and type they are kept; None where they could
             not be read.
@@ -38,7 +45,7 @@ class Report:
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    headers: Headers | None = None
+    case: Case | None = None
     volumes: np.ndarray | None = None
     digest: str | None = None
 
@@ -51,8 +58,38 @@ class Report:
             return None
 
 
+def check(
+    root: str | Path,
+    description: str | Path | None = None,
+    key: str = "training",
+    *,
+    fold: int | str = 0,
+    num_folds: int = 5,
+    allow_outside_root: bool = False,
+    leniency: Leniency = Leniency(),  # noqa: B008  it is frozen
+    **overrides: Sequence[float] | None,
+) -> None:
+    """Print what is in a dataset and what is wrong with it.
+
+    Args:
+        fold, num_folds: of the training that is planned.
+        root, description, key, allow_outside_root, leniency, overrides: as for `open_dataset`.
+
+    Raises:
+        UserError: a training on it would be refused or wrong.
+    """
+    start_logging()
+    task, cases = read_dataset(root, description, key, allow_outside_root)
+    num_folds = min(num_folds, len(cases)) if fold != "all" else 1
+    folds = [number for number in range(num_folds) for _ in split_fold(cases, num_folds, number)[1]]
+    text, is_good = check_dataset(cases, folds, overridden(task, **overrides), leniency, cores_per_process())
+    print(text, flush=True)
+    if not is_good:
+        raise UserError(f"{root} is not fit for training: mend what is listed above")
+
+
 def check_dataset(
-    cases: Sequence[Case], folds: Sequence[int], task: Task, leniency: Leniency, num_threads: int
+    cases: Sequence[ListedCase], folds: Sequence[int], task: Task, leniency: Leniency, num_threads: int
 ) -> tuple[str, bool]:
     """Read every case, and tell what is wrong with which and what they are like.
 
@@ -63,7 +100,7 @@ def check_dataset(
         the findings and the summary, for people; whether a training would go right.
     """
     with ThreadPool(min(num_threads, AT_ONCE)) as pool:
-        judged = pool.imap(lambda case: check_case(case, task, leniency), cases)
+        judged = pool.imap(lambda case: judge_case(case, task, leniency), cases)
         reports = list(tqdm(judged, "checking", len(cases), unit="case", leave=False, disable=None))
     _compare_voxels(cases, folds, reports)
     _compare_grids(cases, reports, task, leniency)
@@ -72,13 +109,13 @@ def check_dataset(
     return text, not (whole.errors or any(report.errors for report in reports))
 
 
-def check_case(case: Case, task: Task, leniency: Leniency) -> Report:
-    """All faults of one case: a file is judged though another one of the case is damaged."""
+def judge_case(case: ListedCase, task: Task, leniency: Leniency) -> Report:
+    """Find all faults of one case: a file is judged though another one of the case is damaged."""
     report = Report()
     images = [report.attempt(read_header, path) for path in case.images]
     label = report.attempt(read_header, case.label)
     if label is not None and None not in images:
-        _judge_headers(Headers(tuple(images), label), task, leniency, report)
+        _judge_headers(Case(case.name, tuple(images), label), task, leniency, report)
     digests = [_judge_image(image, leniency, report) for image in images if image is not None]
     if label is not None and label.num_channels == 1:
         _judge_label(label, task, report)
@@ -87,16 +124,16 @@ def check_case(case: Case, task: Task, leniency: Leniency) -> Report:
     return report
 
 
-def _judge_headers(headers: Headers, task: Task, leniency: Leniency, report: Report) -> None:
-    report.headers = headers
-    report.errors += header_faults(headers, task, leniency)
-    strict = header_faults(headers, task, replace(leniency, trust_shapes=False))
+def _judge_headers(case: Case, task: Task, leniency: Leniency, report: Report) -> None:
+    report.case = case
+    report.errors += case_faults(case, task, leniency)
+    strict = case_faults(case, task, replace(leniency, trust_shapes=False))
     report.warnings += [fault for fault in strict if fault not in report.errors]
 
 
 def _judge_image(header: Header, leniency: Leniency, report: Report) -> str | None:
     """Read one file's voxels; returns their digest."""
-    image = report.attempt(read_image, Headers((header,), None), leniency)
+    image = report.attempt(read_image, [header], leniency)
     if image is None:
         return None
     voxels, replaced = image
@@ -125,7 +162,7 @@ def _judge_label(header: Header, task: Task, report: Report) -> None:
         report.warnings.append(f"{header.path} has no foreground: look at the label")
 
 
-def _compare_voxels(cases: Sequence[Case], folds: Sequence[int], reports: Sequence[Report]) -> None:
+def _compare_voxels(cases: Sequence[ListedCase], folds: Sequence[int], reports: Sequence[Report]) -> None:
     """Tell cases with the same voxels: an error across folds, where one is validated on what it is trained on."""
     first: dict[str, int] = {}
     for number, report in enumerate(reports):
@@ -142,9 +179,9 @@ def _compare_voxels(cases: Sequence[Case], folds: Sequence[int], reports: Sequen
             )
 
 
-def _compare_grids(cases: Sequence[Case], reports: Sequence[Report], task: Task, leniency: Leniency) -> None:
+def _compare_grids(cases: Sequence[ListedCase], reports: Sequence[Report], task: Task, leniency: Leniency) -> None:
     """Judge what only the median tells: which cases are far from it, and are impossible at its spacing."""
-    read = [(case.images[0], report) for case, report in zip(cases, reports, strict=True) if report.headers is not None]
+    read = [(case.images[0], report) for case, report in zip(cases, reports, strict=True) if report.case is not None]
     if not read:
         return
     shapes, spacings = (np.array(values, float) for values in _grids([report for _, report in read]))
@@ -159,16 +196,16 @@ def _compare_grids(cases: Sequence[Case], reports: Sequence[Report], task: Task,
                     f"{_times(median, form)}: look at its header"
                 )
     for path, report in read:
-        faults = header_faults(report.headers, task, leniency)
+        faults = case_faults(report.case, task, leniency)
         report.errors += [fault for fault in faults if fault not in report.errors]
-        grid = report.headers.resampling(task).shape
+        grid = report.case.resampling(task).shape
         if min(grid) < THIN:
             report.warnings.append(f"{path} has only {_times(grid)} voxels on the task's grid: look at its header")
 
 
 def _grids(reports: Sequence[Report]) -> tuple[list[Sequence[int]], list[np.ndarray]]:
     """Voxels, and mm between them, along x, y and z of the patient (RAS)."""
-    images = [report.headers.images[0] for report in reports]
+    images = [report.case.images[0] for report in reports]
     turned = [Resampling(image.shape, image.affine, None) for image in images]
     return [grid.shape for grid in turned], [np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in turned]
 
@@ -188,7 +225,7 @@ def _judge_whole(reports: Sequence[Report], task: Task) -> Report:
     return whole
 
 
-def _findings(cases: Sequence[Case], reports: Sequence[Report], whole: Report) -> Iterator[str]:
+def _findings(cases: Sequence[ListedCase], reports: Sequence[Report], whole: Report) -> Iterator[str]:
     """A table, errors first; paths are told from the folder that all files are in."""
     folder = os.path.commonpath([os.path.dirname(path) for case in cases for path in case.files])
     named = [("all", whole), *((case.name, report) for case, report in zip(cases, reports, strict=True))]
@@ -207,10 +244,10 @@ def _summary(reports: Sequence[Report], task: Task) -> Iterator[str]:
     wrong, unusual = sum(bool(r.errors) for r in reports), sum(bool(r.warnings) for r in reports)
     yield f"{task.name}: {_count(len(reports), 'case')}, {wrong} with errors, {unusual} with warnings"
     yield f"{task.modality}, {_count(task.num_channels, 'channel')}; classes: {', '.join(task.class_names)}"
-    read = [report for report in reports if report.headers is not None]
+    read = [report for report in reports if report.case is not None]
     rows = [("", "cases", "smallest", "median", "largest")]
     if read:
-        images, labels = [r.headers.images[0] for r in read], [r.headers.label for r in read]
+        images, labels = [r.case.images[0] for r in read], [r.case.label for r in read]
         yield f"orientation: {_tally(''.join(nib.aff2axcodes(image.affine)) for image in images)}"
         yield f"images: {_tally(map(_type, images))}; labels: {_tally(map(_type, labels))}"
         shapes, spacings = _grids(read)

@@ -1,0 +1,306 @@
+"""Forms of datasets, a reader each: the Medical Segmentation Decathlon's and nnU-Net v2's.
+
+Both have a ``dataset.json``. Of it, a reader makes the list of cases; `FORMS` has the readers, and a further form is
+one more entry there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dints.data.listing import ENDING, ListedCase, check_files
+from dints.data.tasks import MAX_CLASSES, TASKS, Task
+from dints.errors import UserError
+
+
+@dataclass(frozen=True)
+class Description:
+    """A ``dataset.json`` with what is needed to read it.
+
+    Attributes:
+        content: what the file holds.
+        source: its path, for messages.
+        root: the folder that the paths in it are relative to, and that they may not leave.
+        key: where a case list of the Decathlon's form is.
+    """
+
+    content: dict
+    source: str | Path
+    root: Path
+    key: str = "training"
+
+    @property
+    def names_channel_files(self) -> bool:
+        """Whether it is of nnU-Net v2, and has no case list of the Decathlon's form."""
+        is_default = self.key == "training" and self.key not in self.content
+        return is_default and not self.content.keys().isdisjoint(("channel_names", "file_ending"))
+
+
+def read_dataset(
+    root: str | Path,
+    description: str | Path | None = None,
+    key: str = "training",
+    allow_outside_root: bool = False,
+) -> tuple[Task, list[ListedCase]]:
+    """Read what a dataset is and which labelled cases it has; all their files are checked to exist.
+
+    Channels and classes are what the description says. Spacing, intensity and patch size are the table's where the
+    folder has the name of a task that it knows; otherwise they are None, None and 96x96x96, for the caller to measure,
+    and the modality is CT only if every channel is.
+
+    Args:
+        root: the dataset's folder.
+        description: ``<root>/dataset.json`` unless another file is named.
+        key: name of the list of labelled cases in it, in the Decathlon's form.
+        allow_outside_root: let files lie outside ``root``.
+
+    Raises:
+        UserError: the description is malformed; files are missing, outside ``root`` or no NIfTI files (all counted, the
+            first named); or one file is listed twice.
+    """
+    source = Path(root, "dataset.json") if description is None else description
+    described = Description(read_json(source), source, Path(root).absolute(), key)
+    name = Path(root).resolve().name
+    channels = channel_names(described)
+    modality = "CT" if all(channel.upper() == "CT" for channel in channels) else "MRI"
+    known = TASKS.get(name) or Task(name, modality, 1, (), spacing=None)
+    class_names = _class_names(described)
+    (read_cases,) = [form.cases for form in FORMS if form.fits(described)][:1]
+    cases = read_cases(described)
+    check_files(cases, source, root, allow_outside_root)
+    has_channel_files = described.names_channel_files or len(cases[0].images) > 1
+    task = replace(known, num_channels=len(channels), class_names=class_names, channel_files=has_channel_files)
+    return task, cases
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way in which datasets list their cases.
+
+    Attributes:
+        fits: whether a description is of this form.
+        cases: reads its cases; raises `UserError` where it is malformed.
+    """
+
+    fits: Callable[[Description], bool]
+    cases: Callable[[Description], list[ListedCase]]
+
+
+def _cases_of_decathlon(description: Description) -> list[ListedCase]:
+    """Read a list of ``{"image": path or paths, "label": path}``."""
+    content, source, key = description.content, description.source, description.key
+    entries = content.get(key)
+    if not isinstance(entries, list) or not entries:
+        lists = [name for name, value in content.items() if isinstance(value, list)]
+        lists += ["training"] if Description(content, source, description.root).names_channel_files else []
+        raise UserError(
+            f"{source} has no cases under '{key}': give --json_key (lists in the file: {', '.join(lists) or 'none'})"
+        )
+    listed = []
+    for number, entry in enumerate(entries):
+        place = f"entry {number} of '{key}'"
+        images, label = _paths(entry, "image", source, place)
+        if len(images) > 1:
+            _check_count(images, description, place)
+        name = ENDING.sub("", Path(images[0]).name)
+        name = name.removesuffix("_0000") if len(images) > 1 else name
+        listed.append(_case(name, images, label, description.root, place))
+    return listed
+
+
+def _cases_of_nnunet_object(description: Description) -> list[ListedCase]:
+    """Read ``"dataset": {case: {"images": paths, "label": path}}``."""
+    entries, source = description.content["dataset"], description.source
+    if not isinstance(entries, dict) or not entries:
+        raise UserError(
+            f"{source}: 'dataset' must be an object such as "
+            f'{{"case": {{"images": ["..."], "label": "..."}}}}, not {entries!r}: without it imagesTr and labelsTr are '
+            "read"
+        )
+    listed = []
+    for name, entry in entries.items():
+        place = f"case {name!r} of 'dataset'"
+        if not _is_file_name(name):
+            raise UserError(f"{source}: {place} has a name that no file can have: rename it")
+        images, label = _paths(entry, "images", source, place)
+        _check_count(images, description, place)
+        listed.append(_case(name, images, label, description.root, place))
+    return listed
+
+
+def _cases_of_nnunet_folders(description: Description) -> list[ListedCase]:
+    """List every ``labelsTr/<case>.nii.gz``, with ``imagesTr/<case>_0000.nii.gz`` and so on for each channel."""
+    source, root = description.source, description.root
+    ending = description.content.get("file_ending", ".nii.gz")
+    if ending not in (".nii", ".nii.gz"):
+        raise UserError(f"{source}: 'file_ending' is {ending!r}: convert the dataset to .nii.gz, and say so there")
+    labels = _file_names(root / "labelsTr", ending, source)
+    if not labels:
+        raise UserError(
+            f"{source} lists no cases, and {root / 'labelsTr'} has no {ending} file: complete the dataset, correct "
+            "'file_ending', or give its folder with --root"
+        )
+    num_channels = len(channel_names(description))
+    listed = []
+    for label in labels:
+        name = label.removesuffix(ending)
+        images = [f"imagesTr/{name}_{channel:04d}{ending}" for channel in range(num_channels)]
+        listed.append(_case(name, images, f"labelsTr/{label}", root, f"case {name!r} of labelsTr"))
+    expected = {Path(image).name for case in listed for image in case.images}
+    extra = [image for image in _file_names(root / "imagesTr", ending, source) if image not in expected]
+    if extra:
+        raise UserError(
+            f"{source}: {len(extra)} files in {root / 'imagesTr'} are not <case>_0000 to "
+            f"<case>_{num_channels - 1:04d} of a case in labelsTr, for example {extra[0]}: add its label, or remove it"
+        )
+    return listed
+
+
+# The first that fits is taken.
+FORMS = (
+    Form(lambda described: described.names_channel_files and "dataset" in described.content, _cases_of_nnunet_object),
+    Form(lambda described: described.names_channel_files, _cases_of_nnunet_folders),
+    Form(lambda described: True, _cases_of_decathlon),
+)
+
+
+# What the description says of channels and classes.
+
+EXAMPLES = {
+    "modality": '{"0": "CT"}',
+    "channel_names": '{"0": "CT"}',
+    "labels": '{"0": "background", "1": "tumour"} or {"background": 0, "tumour": 1}',
+}
+
+
+def read_json(path: str | Path) -> dict:
+    """Read the object in a JSON file; errors name the file, and the line and column where it is malformed."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} does not exist: give the dataset's description with --json, or its folder with --root"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; correct it there"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an endless number
+        raise UserError(f"{path} cannot be read as a dataset description: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} holds a {type(content).__name__} where a dataset description (a JSON object) is expected"
+        )
+    return content
+
+
+def channel_names(description: Description) -> tuple[str, ...]:
+    """Return the image channels, from ``channel_names`` (nnU-Net v2) or else ``modality`` (the Decathlon)."""
+    # nnU-Net lets people add keys of their own, so a "modality" beside "channel_names" may be anything.
+    return _numbered(description, "channel_names" if "channel_names" in description.content else "modality")
+
+
+def _class_names(description: Description) -> tuple[str, ...]:
+    """Return the class of each label value 0, 1, 2, ..."""
+    source, labels = description.source, description.content.get("labels")
+    kinds = {type(value) for value in labels.values()} if isinstance(labels, dict) else set()
+    if list in kinds:
+        regions = [name for name, value in labels.items() if isinstance(value, list)]
+        raise UserError(
+            f"{source}: 'labels' has regions, lists of numbers ({', '.join(regions)}), which are not supported: "
+            f"give each class one number of its own, {EXAMPLES['labels']}"
+        )
+    classes = _by_number(labels, source) if kinds & {int, float, bool} else _numbered(description, "labels")
+    if len(set(classes)) < len(classes):
+        raise UserError(f"{source}: 'labels' gives two classes one name ({', '.join(classes)}): rename one")
+    if len(classes) < 2:
+        raise UserError(f"{source}: 'labels' names only {classes[0]!r}; background and at least one more are needed")
+    if len(classes) > MAX_CLASSES:
+        raise UserError(
+            f"{source}: 'labels' has {len(classes)} values; at most {MAX_CLASSES}, background included, are supported: "
+            "merge classes"
+        )
+    return classes
+
+
+def _by_number(labels: dict, source: str | Path) -> tuple[str, ...]:
+    """Return the names of ``{a: 0, b: 1, ...}`` in the order of their numbers, which must be 0, 1, 2, ..."""
+    if "ignore" in labels:
+        raise UserError(
+            f"{source}: 'labels' has nnU-Net's 'ignore' label, which is not supported: every voxel needs a class, so "
+            "label those voxels, or remove it and the cases that have them"
+        )
+    names = {number: name for name, number in labels.items() if type(number) is int}  # true and 1.0 equal 1
+    if sorted(names) != list(range(len(labels))):
+        raise UserError(
+            f"{source}: the numbers of 'labels' must be 0 to {len(labels) - 1}, each once, not "
+            f"{list(labels.values())}: write {EXAMPLES['labels']}"
+        )
+    return tuple(names[number] for number in range(len(labels)))
+
+
+def _numbered(description: Description, key: str) -> tuple[str, ...]:
+    """Return the values of ``{"0": a, "1": b, ...}`` in the order of their numbers, which must be 0, 1, 2, ..."""
+    source = description.source
+    if key not in description.content:
+        raise UserError(f"{source} has no '{key}': add an object such as {EXAMPLES[key]}")
+    values = description.content[key]
+    if not isinstance(values, dict) or not values:
+        raise UserError(f"{source}: '{key}' must be an object such as {EXAMPLES[key]}, not {reprlib.repr(values)}")
+    if values.keys() != {str(number) for number in range(len(values))}:
+        raise UserError(
+            f'{source}: the keys of \'{key}\' must be "0" to "{len(values) - 1}", not {sorted(values)}: '
+            f"write {EXAMPLES[key]}"
+        )
+    return tuple(str(values[str(number)]) for number in range(len(values)))
+
+
+# The files of the cases.
+
+
+def _case(name: str, images: Sequence[str], label: str, root: Path, place: str) -> ListedCase:
+    return ListedCase(name, tuple(str(root / image) for image in images), str(root / label), place)
+
+
+def _is_file_name(name: str) -> bool:
+    """Tell whether a segmentation's file can have the name, with an ending, and people can read it."""
+    is_plain = Path(name).name == name and not name.startswith(".")
+    return bool(name) and is_plain and name.isprintable() and len(name.encode(errors="replace")) <= 200
+
+
+def _file_names(folder: Path, ending: str, source: str | Path) -> list[str]:
+    """List the files with that ending, sorted, without hidden ones (macOS leaves a ``._<name>`` beside a file)."""
+    try:
+        found = os.listdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"{source} lists no cases, and {folder} cannot be read ({error.strerror}): complete the dataset, or give "
+            "its folder with --root"
+        ) from error
+    return sorted(name for name in found if name.endswith(ending) and not name.startswith("."))
+
+
+def _paths(entry: object, key: str, source: str | Path, place: str) -> tuple[list[str], str]:
+    """Return the image paths under ``key`` and the label path of an entry, as it says them."""
+    images, label = (entry.get(key), entry.get("label")) if isinstance(entry, dict) else (None, None)
+    images = [images] if isinstance(images, str) else images
+    is_list = isinstance(images, list) and images and all(isinstance(image, str) for image in images)
+    if not is_list or not isinstance(label, str):
+        raise UserError(
+            f"{source}: {place} needs the paths '{key}' and 'label', and is {reprlib.repr(entry)}: add them"
+        )
+    return images, label
+
+
+def _check_count(images: Sequence[str], description: Description, place: str) -> None:
+    channels = channel_names(description)
+    if len(images) != len(channels):
+        raise UserError(
+            f"{description.source}: {place} has {len(images)} image files for {len(channels)} channels "
+            f"({', '.join(channels)}): list one a channel"
+        )

@@ -1,0 +1,107 @@
+"""Cases as a dataset lists them: their files, which must be there, and their folds."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from dints.errors import UserError
+
+ENDING = re.compile(r"(?<=[^/])\.nii(\.gz)?\Z")
+
+
+@dataclass(frozen=True)
+class ListedCase:
+    """A volume to learn from or to segment, as a dataset lists it.
+
+    Attributes:
+        name: of its segmentation's file, without ending; two cases share it where their image files share a name.
+        images: absolute paths: one file that holds all channels, or one file a channel, in order.
+        label: absolute path, if there is one.
+        place: where it is listed, for messages.
+    """
+
+    name: str
+    images: tuple[str, ...]
+    label: str | None = None
+    place: str = ""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The images, then the label where there is one."""
+        return self.images if self.label is None else (*self.images, self.label)
+
+
+def split_fold(cases: Sequence, num_folds: int, fold: int | str) -> tuple[list, list]:
+    """Divide cases into those that train and those that validate ``fold``; each is validated in exactly one fold.
+
+    Folds are contiguous and differ by at most one case; ``all`` trains on every case and validates on none.
+    """
+    if fold == "all":
+        return list(cases), []
+    if num_folds > len(cases):
+        raise UserError(f"--num_folds {num_folds}, but there are only {len(cases)} cases: give at most {len(cases)}")
+    first, last = len(cases) * fold // num_folds, len(cases) * (fold + 1) // num_folds
+    return [*cases[:first], *cases[last:]], list(cases[first:last])
+
+
+def check_files(cases: Sequence[ListedCase], source: str | Path, root: str | Path, allow_outside_root: bool) -> None:
+    """Refuse files that are no NIfTI files, leave ``root``, are missing, or are listed twice."""
+    files = [file for case in cases for file in case.files]
+    wrong = [file for file in files if not ENDING.search(file)]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of the {len(files)} files that {source} lists do not end in .nii or .nii.gz, for example "
+            f"{wrong[0]}: convert them to NIfTI"
+        )
+    root = Path(root).absolute()
+    real = _real_paths(files)
+    inside = os.path.join(os.path.realpath(root), "")
+    outside = [file for file in files if not real[file].startswith(inside)]
+    if outside and not allow_outside_root:
+        raise UserError(
+            f"{len(outside)} of the {len(files)} files that {source} lists are outside --root {root}, for example "
+            f"{outside[0]} (really {real[outside[0]]}): move them there, or allow this with --allow_outside_root"
+        )
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {len(files)} files that {source} lists are not under --root {root}, "
+            f"for example {', '.join(missing[:3])}: complete the dataset, or give its folder with --root"
+        )
+    _check_unique(cases, source, real)
+
+
+def _real_paths(files: Sequence[str]) -> dict[str, str]:
+    """Return each file's path without symlinks; their folders, which are few, are looked up once."""
+
+    @cache
+    def real_folder(folder: str) -> str:
+        try:
+            return os.path.realpath(folder)
+        except ValueError:  # a NUL or half a surrogate pair, which no file's name has: it will count as missing
+            return folder
+
+    def real(file: str) -> str:
+        folder, name = os.path.split(file)
+        path = os.path.join(real_folder(folder), name)
+        return os.path.realpath(path) if os.path.islink(path) else path
+
+    return {file: real(file) for file in files}
+
+
+def _check_unique(cases: Sequence[ListedCase], source: str | Path, real: dict[str, str]) -> None:
+    """Refuse a file that is listed twice: the case would be validated on what it was trained on."""
+    first: dict[str, str] = {}  # where each file was first listed
+    for case in cases:
+        for position, file in enumerate(case.files):
+            use = f"{'an image' if position < len(case.images) else 'the label'} of {case.place}"
+            if real[file] in first:
+                raise UserError(
+                    f"{source}: {first[real[file]]} and {use} are one file, {real[file]}: list every file once"
+                )
+            first[real[file]] = use

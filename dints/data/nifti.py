@@ -1,0 +1,200 @@
+"""NIfTI files: what their headers say, their voxels, and segmentations written on an image's grid."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+from dints.errors import UserError
+from dints.files import write_atomically
+
+GZIP_RATIO = 1032  # deflate cannot pack more bytes than that into one
+GZIP = b"\x1f\x8b"  # what a file begins with
+HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
+CHUNK = 1 << 20  # bytes
+QUIET = logging.Logger("nibabel", logging.CRITICAL)  # what it mends in a header is not worth a line that names no file
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a NIfTI header says.
+
+    Attributes:
+        path: the file.
+        shape: voxels along x, y, z.
+        num_channels: of the file: its fourth dimension (or fifth, as in NIfTI's vectors).
+        affine: (4, 4), voxel indices to mm.
+    """
+
+    path: str
+    shape: tuple[int, int, int]
+    num_channels: int
+    affine: np.ndarray
+    nifti: nib.Nifti1Header
+
+    @property
+    def spacing(self) -> np.ndarray:
+        """mm between voxels along x, y and z of the file."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file up to the end of its voxels, once it is decompressed."""
+        voxels = self.num_channels * int(np.prod(self.shape, dtype=object))
+        return self.offset + voxels * self.nifti.get_data_dtype().itemsize
+
+    @property
+    def offset(self) -> int:
+        """Bytes before the first voxel."""
+        return max(int(self.nifti.get_data_offset()), self.nifti.single_vox_offset)
+
+
+def read_header(path: str) -> Header:
+    """Read the header of a .nii or .nii.gz file; no voxel is read.
+
+    Raises:
+        UserError: it is none, is not 3D, has no usable affine, or promises more voxels than the file can hold.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(HEADER_BYTES)
+            size = file.seek(0, 2)
+            if start[:2] == GZIP:
+                file.seek(0)
+                start = gzip.GzipFile(fileobj=file).read(HEADER_BYTES)
+                size *= GZIP_RATIO
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise _unreadable(path, f"its compression is damaged ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; mend or replace the file") from error
+    header = _parse_header(path, start)
+    if header.num_bytes > size:
+        dimensions = " x ".join(map(str, header.shape))
+        raise _unreadable(path, f"its header promises {dimensions} voxels, more than the file can hold")
+    return header
+
+
+def read_voxels(header: Header) -> np.ndarray:
+    """Read the voxels (channels, x, y, z) of the file, in its own type, or scaled (``scl_slope``) as float32.
+
+    The whole file is read, so that damage anywhere in it is noticed.
+
+    Raises:
+        UserError: it is truncated or damaged, or the machine's memory does not suffice.
+    """
+    path, nifti = header.path, header.nifti
+    try:
+        content = Path(path).read_bytes()
+        if content[:2] == GZIP:
+            content = _gunzip(path, content, header.num_bytes)
+        dtype = nifti.get_data_dtype()
+        if len(content) < header.num_bytes:
+            raise _unreadable(path, f"it is truncated: {len(content)} of {header.num_bytes} bytes are there")
+        count = header.num_channels * int(np.prod(header.shape))
+        voxels = np.frombuffer(content, dtype, count, header.offset).reshape((*header.shape, -1), order="F")
+        slope, intercept = nifti.get_slope_inter()
+        if slope is not None and (slope, intercept) != (1, 0):
+            with np.errstate(over="ignore"):  # infinite voxels are told by who uses them
+                voxels = np.multiply(voxels, slope, dtype=np.float32, casting="unsafe")
+                voxels += np.float32(intercept or 0)
+        return np.moveaxis(voxels.astype(voxels.dtype.newbyteorder("="), copy=False), -1, 0)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; mend or replace the file") from error
+    except MemoryError as error:
+        raise UserError(
+            f"{path} needs {header.num_bytes / 2**30:.1f} GiB of memory, which this machine does not have free: "
+            "lower --num_workers, or use a larger machine"
+        ) from error
+
+
+def _unreadable(path: str, finding: str) -> UserError:
+    return UserError(f"{path} cannot be read: {finding}; replace the file")
+
+
+def _parse_header(path: str, start: bytes) -> Header:
+    kinds = {
+        np.array(size, f"{order}i4").tobytes(): (kind, order)
+        for kind, size in ((nib.Nifti1Header, 348), (nib.Nifti2Header, 540))
+        for order in "<>"
+    }
+    if start[:4] not in kinds:
+        raise _unreadable(path, "it is no NIfTI file (.nii or .nii.gz)")
+    kind, order = kinds[start[:4]]
+    try:
+        nifti = kind(start[: kind.template_dtype.itemsize], order, check=False)
+        nifti.check_fix(logger=QUIET)
+        shape = tuple(int(count) for count in nifti.get_data_shape())
+        affine = np.asarray(nifti.get_best_affine(), np.float64)
+        nifti.get_data_dtype(), nifti.get_slope_inter(), nifti.get_data_offset()
+    except (HeaderDataError, WrapStructError, ValueError, TypeError, OverflowError) as error:
+        raise _unreadable(path, f"its header is damaged ({error})") from error
+    if nifti["magic"].item() not in (b"n+1", b"n+2"):
+        raise _unreadable(path, f"its header says {nifti['magic'].item()!r}, where a single file has n+1 or n+2")
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) == 5 and shape[3] == 1:  # NIfTI's vectors: the fourth dimension is time
+        shape = (*shape[:3], shape[4])
+    if len(shape) not in (3, 4) or min(shape) < 1:
+        dimensions = " x ".join(map(str, shape))
+        raise UserError(
+            f"{path} is a {len(shape)}D image ({dimensions}) where a volume of 3 dimensions is expected: mend or "
+            "remove the case"
+        )
+    if nifti.get_data_dtype().fields or nifti.get_data_dtype().kind not in "iufb":
+        raise UserError(
+            f"{path} holds {nifti.get_value_label('datatype')} values, not numbers: convert it, or remove the case"
+        )
+    if not _spans_space(affine):
+        raise UserError(
+            f"{path} has an affine whose axes span no volume ({affine[:3].tolist()}): mend its header, or remove the "
+            "case"
+        )
+    return Header(path, shape[:3], shape[3] if len(shape) == 4 else 1, affine, nifti)
+
+
+def _spans_space(affine: np.ndarray) -> bool:
+    """Tell whether it is finite, with voxels of a nm to a km, and axes that do not lie in a plane."""
+    with np.errstate(over="ignore"):
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    is_sane = np.isfinite(affine).all() and sizes.min() > 1e-6 and sizes.max() < 1e6  # mm
+    return bool(is_sane and abs(np.linalg.det(affine[:3, :3] / sizes)) > 1e-3)
+
+
+def _gunzip(path: str, content: bytes, limit: int) -> bytes:
+    """Return the first ``limit`` bytes; the rest is decompressed too, for its checksum, but not kept."""
+    parts, kept = [], 0
+    while content[:2] == GZIP:  # one member after another
+        stream = zlib.decompressobj(31)
+        try:
+            while not stream.eof:
+                part = stream.decompress(content, max(limit - kept, CHUNK))
+                content = stream.unconsumed_tail
+                if not part and not content and not stream.eof:
+                    raise _unreadable(path, "its compressed data ends too early")
+                if kept < limit:
+                    parts.append(part)
+                    kept += len(part)
+        except zlib.error as error:
+            raise _unreadable(path, f"its compressed data is damaged ({error})") from error
+        content = stream.unused_data
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def save_segmentation(segmentation: np.ndarray, image: Header, path: Path) -> None:
+    """Write labels (x, y, z), uint8, as NIfTI, with the image's place in space as its header tells it."""
+    file = nib.Nifti1Image(segmentation, image.affine)
+    file.set_qform(*image.nifti.get_qform(coded=True))
+    file.set_sform(*image.nifti.get_sform(coded=True))
+    file.header.set_xyzt_units(xyz=image.nifti.get_xyzt_units()[0])
+    content = file.to_bytes()
+    if path.suffix == ".gz":
+        content = gzip.compress(content, mtime=0)
+    write_atomically(path, content)

@@ -1,0 +1,102 @@
+"""Model files: all that inference needs, saved and loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dints import files
+from dints.data.tasks import MAX_CLASSES, Task
+from dints.errors import UserError
+from dints.network.architecture import Architecture, architecture_from_dict
+from dints.network.found import FoundNetwork, check_patch_size
+from dints.network.weights import fitting_state
+
+
+def save_model(
+    path: str | Path, network: FoundNetwork, architecture: Architecture, channel_mul: float, task: Task, **info
+) -> None:
+    """Write a model file, all that inference needs: weights, architecture, network settings, preprocessing."""
+    content = {
+        "state_dict": network.state_dict(),
+        "architecture": architecture.to_dict(),
+        "channel_mul": channel_mul,
+        "task": task.to_dict(),
+        **info,
+    }
+    files.save_atomically(content, path)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model file holds.
+
+    Attributes:
+        network: with its weights.
+        info: whatever else: ``channel_mul``, the ``dice`` and ``iteration`` of its validation, the ``version``.
+    """
+
+    network: FoundNetwork
+    architecture: Architecture
+    task: Task
+    info: dict
+
+
+def load_model(path: str | Path) -> Model:
+    """Read a model file, and build its network.
+
+    Raises:
+        UserError: it is missing, damaged or none.
+    """
+    content = files.load_safely(path)
+    if not isinstance(content, dict) or not {"state_dict", "architecture", "channel_mul", "task"} <= content.keys():
+        raise UserError(f"{path} is not a model file: give best_metric_model.pth, which train_dints.py writes")
+    architecture = architecture_from_dict(content["architecture"], f"the architecture in {path}")
+    try:
+        task = Task.from_dict(content["task"])
+        _check_task(task, architecture)
+        settings = architecture, task.num_channels, task.num_classes, content["channel_mul"]
+        with torch.device("meta"):  # first without memory, which a damaged channel_mul would ask too much of
+            outline = FoundNetwork(*settings)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
+        reason = str(error).partition("\n")[0]  # PyTorch adds its C++ stack
+        raise UserError(
+            f"{path} is damaged: its task and channel_mul {content['channel_mul']!r} describe no network ({reason}); "
+            "give another model file of train_dints.py"
+        ) from error
+    state = fitting_state(outline, content, path, outline.unused_stems)
+    network = FoundNetwork(*settings)
+    network.load_state_dict(state)
+    info = {key: value for key, value in content.items() if key not in ("state_dict", "architecture", "task")}
+    return Model(network, architecture, task, info)
+
+
+def _check_task(task: Task, architecture: Architecture) -> None:
+    """Raise unless the attributes are what `Task` says of them, and its patches fit the architecture."""
+    numbers = (int, float)
+    for key, is_sound in (
+        ("name", isinstance(task.name, str)),
+        ("modality", task.modality in ("CT", "MRI")),
+        ("num_channels", type(task.num_channels) is int and task.num_channels > 0),
+        ("class_names", _are(task.class_names, str) and 2 <= len(task.class_names) <= MAX_CLASSES),
+        ("spacing", task.spacing is None or (_are(task.spacing, numbers, 3) and min(task.spacing) > 0)),
+        (
+            "intensity",
+            task.intensity is None or (_are(task.intensity, numbers, 2) and task.intensity[0] < task.intensity[1]),
+        ),
+        ("patch_size", _are(task.patch_size, int, 3)),
+        ("channel_files", isinstance(task.channel_files, bool)),
+    ):
+        if not is_sound:
+            raise ValueError(f"{key} {getattr(task, key)!r}")
+    check_patch_size(task.patch_size, architecture.num_depths, "patch_size")
+
+
+def _are(values: object, kinds: type | tuple[type, ...], count: int | None = None) -> bool:
+    """Tell whether they are a tuple of so many, all of the kinds and, if numbers, finite."""
+    if not isinstance(values, tuple) or (count is not None and len(values) != count):
+        return False
+    return all(isinstance(value, kinds) and (isinstance(value, str) or math.isfinite(value)) for value in values)

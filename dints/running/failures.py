@@ -1,0 +1,63 @@
+"""What a person can do about an error that PyTorch raises: memory, workers and other processes that are lost."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dints.errors import ProcessLost, UserError
+
+SECONDS_TO_MEET = 5  # in which ranks find out that one is missing, after each other
+AGAIN = "died or hangs, and its own messages may say why; start the same command again"
+
+
+def explain(
+    error: Exception, rank: int, world_size: int, store: dist.Store | None, timeout_minutes: float
+) -> UserError | ProcessLost | None:
+    """Return what a person can do about an error of PyTorch's; None for any other.
+
+    Args:
+        store: where the processes of the run met; None before they did.
+        timeout_minutes: how long a collective waits for a rank.
+    """
+    what = str(error).splitlines()[0].strip() if str(error) else "of this machine"
+    if _is_lack_of_memory(error):
+        return UserError(
+            f"memory is exhausted ({what}): lower --patch_size, --num_images_per_batch, --channel_mul, or in "
+            "validation --num_sw_batch_size; for the machine's memory also --num_workers, or use --cache disk"
+        )
+    if "DataLoader worker (pid" in what:
+        return ProcessLost(
+            f"a process that prepares batches died ({what}): if for want of memory, lower --num_workers, use --cache "
+            "disk, or give a container more shared memory (docker run --ipc=host); then start the same command again"
+        )
+    if world_size > 1 and (isinstance(error, dist.DistError) or "/gloo/" in what):
+        return _lost_rank(what, rank, world_size, store, timeout_minutes)
+    return None
+
+
+def _lost_rank(what: str, rank: int, world_size: int, store: dist.Store | None, timeout_minutes: float) -> ProcessLost:
+    """Tell what is known of the rank because of which a collective failed, as ``what`` says."""
+    what = re.sub(r"\[\S*/gloo/\S*\] ", "", what.split(". This is")[0])
+    if store is None:
+        return ProcessLost(f"the {world_size} processes of the run do not meet ({what}): one {AGAIN}")
+    if not re.search("time[d ]*out", what, re.IGNORECASE):
+        return ProcessLost(f"the connection to another process broke ({what}): it {AGAIN}")
+    try:  # those that wait for it meet at the store; the store may be what does not answer
+        store.set_timeout(timedelta(seconds=SECONDS_TO_MEET))
+        store.set(f"waits/{rank}", "")
+        time.sleep(SECONDS_TO_MEET)
+        absent = [other for other in range(world_size) if not store.check([f"waits/{other}"])]
+    except dist.DistError:
+        absent = [0]
+    names = ", ".join(map(str, absent)) or "one of the others"
+    return ProcessLost(f"rank {names} did not answer for --timeout_minutes {timeout_minutes:g}: it {AGAIN}")
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    signs = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)

@@ -1,0 +1,76 @@
+"""The machine: its device, its cores and its memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from dints import launcher
+from dints.errors import UserError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device of this process.
+
+    Args:
+        name: ``auto`` (CUDA where there is a GPU), ``cuda`` or ``cpu``; each process of a node has a GPU of its own.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch sees no GPU: use --device cpu, or install a CUDA build of PyTorch")
+    number = launcher.local_rank()
+    if number >= torch.cuda.device_count():
+        raise UserError(
+            f"process {number} of this node has no GPU: {torch.cuda.device_count()} are visible; "
+            "lower NUM_GPUS_PER_NODE (torchrun --nproc_per_node)"
+        )
+    torch.cuda.set_device(number)
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda", number)
+
+
+def cores_per_process() -> int:
+    """Return how many CPU cores this process may use, when the processes of its node share them evenly."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // launcher.local_world_size())
+
+
+def available_memory() -> int:
+    """Return the bytes of this node's memory that can be taken now, within the limit of its container."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = 1024 * int(fields["MemAvailable"].split()[0])
+    except FileNotFoundError:  # not Linux, where half of the memory is taken to be free
+        return os.sysconf("SC_PHYS_PAGES") * page // 2
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = int(Path(limit).read_text()) - int(Path(used).read_text())
+            cached = re.search(
+                r"^(?:total_)?inactive_file (\d+)", Path(used).with_name("memory.stat").read_text(), re.M
+            )
+        except (OSError, ValueError):  # there is no such limit: ValueError is "max"
+            continue
+        available = min(available, free + (int(cached[1]) if cached else 0))
+    return max(0, available)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep blocks of up to 32 MiB that are freed.
+
+    Each step frees and needs the same memory again; by default the system takes it back and clears 30,000 pages anew.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        for option, size in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+            ctypes.CDLL(None).mallopt(option, size)

@@ -1,0 +1,160 @@
+"""The processes of a run: their ranks, what they tell each other, and how they begin and end."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dints import launcher
+from dints.running.failures import explain
+from dints.running.machine import choose_device, keep_freed_memory
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # may stop a run
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run; without a launcher, the only one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines that the ranks are spread over, evenly."""
+        return max(1, self.world_size // launcher.local_world_size())
+
+    def share(self, count: int) -> range:
+        """Return this rank's share of ``count`` things: every ``world_size``-th number, from its rank on."""
+        return range(self.rank, count, self.world_size)
+
+    def gather(self, value: object) -> list:
+        """Return every rank's value, a plain one, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=_cpu_group())
+        return values
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Return the largest of each of a few numbers over the ranks; no GPU is waited for."""
+        if self.world_size == 1:
+            return list(values)
+        agreed = torch.tensor(values)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=_cpu_group())
+        return agreed.tolist()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place; every rank must call it with the same shape."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace each parameter's gradient by its mean over the ranks, all in one message."""
+        flat = self.sum(torch.cat([parameter.grad.flatten() for parameter in parameters])) / self.world_size
+        for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad.copy_(mean.view_as(parameter))
+
+    def distributed(self, network: nn.Module) -> nn.Module:
+        """Return the network under DDP, which averages the gradients of what is trainable now; alone, itself."""
+        if self.world_size == 1:
+            return network
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            network, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def on_main(self, function: Callable, *args, **keywords):
+        """Call ``function`` on rank 0 and return its result on every rank; where it raises, every rank leaves."""
+        if self.world_size == 1:
+            return function(*args, **keywords)
+        outcome = [None, True]
+        try:
+            if self.is_main:
+                outcome = [function(*args, **keywords), False]
+        finally:
+            dist.broadcast_object_list(outcome, src=0, device=self.device if self.device.type == "cuda" else None)
+        result, failed = outcome
+        if failed:
+            sys.exit(1)  # rank 0 says why
+        return result
+
+
+@cache
+def _cpu_group() -> dist.ProcessGroup | None:
+    """Return the ranks that exchange numbers on the CPU; None where the group of all does so."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+@contextmanager
+def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Processes]:
+    """Join the processes that the launcher started.
+
+    Args:
+        device: as for `choose_device`.
+        timeout_minutes: how long a collective waits for a rank that does not answer.
+    """
+    keep_freed_memory()
+    start_logging()
+    processes = Processes(launcher.rank(), launcher.world_size(), choose_device(device))
+    store = None
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        if processes.world_size > 1:
+            store = _join(processes, timeout_minutes)
+        yield processes
+    except (MemoryError, RuntimeError) as error:
+        explained = explain(error, processes.rank, processes.world_size, store, timeout_minutes)
+        if explained is None:
+            raise
+        raise explained from error
+    else:
+        if store is not None:
+            gc.collect()  # DDP refers to itself: what it holds of the group would outlive Python, which aborts at times
+            dist.destroy_process_group()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _join(processes: Processes, timeout_minutes: float) -> dist.Store:
+    """Make the group of all processes; return the store at which they met."""
+    backend, timeout = "nccl" if processes.device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        timeout=timeout,
+        device_id=processes.device if backend == "nccl" else None,
+    )
+    return store
+
+
+def start_logging() -> None:
+    """Log to stderr; ranks above 0 tell only what is wrong."""
+    rank = launcher.rank()
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(asctime)s %(message)s" if launcher.world_size() == 1 else f"%(asctime)s [rank {rank}] %(message)s",
+        datefmt="%H:%M:%S",
+    )

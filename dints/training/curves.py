@@ -1,0 +1,116 @@
+"""Pictures of a run's course, made of its tables, in one style."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # not pyplot, which would choose a window system and keep every figure
+
+from dints import files
+from dints.training.tables import ACCURACY, LOSSES, Rows, read_rows
+
+MARKED, SMOOTHED = 40, 200  # up to so many points each one is marked; beyond so many their running mean is drawn
+
+
+def draw_all(folder: Path) -> None:
+    """Draw ``training_loss.png``, ``validation_metric.png`` and, of a search, ``search.png``."""
+    losses, accuracy = read_rows(folder / LOSSES), read_rows(folder / ACCURACY)
+    is_search = bool(losses) and "architecture_loss" in losses[0]
+    if losses:
+        names = {"loss": "weights' cases", "architecture_loss": "architecture's cases"}
+        names = names if is_search else {"loss": "training cases"}
+        _save(_over_iterations_and_time(losses, names, "training loss (Dice + CE)"), folder / "training_loss.png")
+    if accuracy:
+        names = {key: key.removeprefix("dice_").replace("_", " ") for key in accuracy[0] if key.startswith("dice_")}
+        names = {"dice": "mean", **names} if len(names) > 1 else names
+        figure = _over_iterations_and_time(accuracy, names, "Dice of the validation cases", corner="lower right")
+        figure.axes[0].set_ylim(*_range_of_dice(accuracy, names))
+        _save(figure, folder / "validation_metric.png")
+    if is_search:
+        _save(_course_of_search(losses), folder / "search.png")
+
+
+def _over_iterations_and_time(rows: Rows, names: Mapping[str, str], label: str, corner: str = "upper right") -> Figure:
+    """Draw the columns in ``names`` over iterations (left) and over minutes of training (right)."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, column, scale, name in ((left, "iteration", 1, "iterations"), (right, "seconds", 60, "minutes")):
+        for key, curve in names.items():
+            _plot(axes, *_points(rows, column, key, scale), curve)
+        _finish(axes, name)
+    left.set_ylabel(label)
+    left.legend(frameon=False, loc=corner)
+    return figure
+
+
+def _course_of_search(rows: Rows) -> Figure:
+    """Draw how losses, memory and entropies go, and whether the decoded architecture has settled."""
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    losses, memory, entropies, changes = figure.subplots(1, 4)
+    for axes, label, names in (
+        (losses, "loss (Dice + CE)", {"loss": "weights", "architecture_loss": "architecture"}),
+        (memory, "share of the memory of all paths", {"ram_ratio": "expected network", "ram_target": "RAM factor"}),
+        (
+            entropies,
+            "entropy, share of its start",
+            {"entropy_a": "paths", "entropy_c": "operations", "topology": "topology"},
+        ),
+        (
+            changes,
+            "changes of the decoded network, sum",
+            {"changed_paths": "paths", "changed_operations": "operations"},
+        ),
+    ):
+        for key, name in names.items():
+            x, y = _points(rows, "iteration", key)
+            if axes is entropies:
+                y = y / (y[0] or 1.0)  # one block has no topology: 0
+            _plot(axes, x, np.array(list(accumulate(y))) if axes is changes else y, name)
+        axes.set_ylabel(label)
+        _finish(axes, "iterations")
+        axes.legend(frameon=False)
+    memory.set_ylim(0, 1)
+    return figure
+
+
+def _points(rows: Rows, column: str, key: str, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Return two columns of the rows that have a value of ``key``, the first divided by ``scale``."""
+    points = [(float(row[column]) / scale, float(row[key])) for row in rows if row.get(key)]
+    return tuple(np.array(points).reshape(-1, 2).T)
+
+
+def _plot(axes: Axes, x: np.ndarray, y: np.ndarray, name: str) -> None:
+    """Draw one curve; where there are many points, their running mean over the points themselves, drawn faintly."""
+    style = {"color": "black", "linewidth": 2.2, "zorder": 3} if name == "mean" else {}
+    style |= {"color": "grey", "linestyle": "--"} if name == "RAM factor" else {}
+    if len(y) <= SMOOTHED:
+        axes.plot(x, y, label=name, marker="o" if len(y) <= MARKED else "", markersize=3, **style)
+        return
+    width = len(y) // 50
+    smooth = [np.convolve(values, np.ones(width) / width, "valid") for values in (x, y)]
+    (line,) = axes.plot(*smooth, label=f"{name}, mean of {width} epochs", **style)
+    axes.plot(x, y, color=line.get_color(), alpha=0.25, linewidth=0.7, zorder=1)
+
+
+def _range_of_dice(rows: Rows, names: Mapping[str, str]) -> tuple[float, float]:
+    """Return limits in steps of 0.05 that show the later three quarters well; what is below at first is cut off."""
+    later = rows[len(rows) // 4 :]
+    values = [float(row[key]) for row in later for key in names if row.get(key)] or [0.0, 1.0]
+    return max(0.0, math.floor(20 * min(values)) / 20 - 0.05), min(1.0, math.ceil(20 * max(values)) / 20 + 0.01)
+
+
+def _finish(axes: Axes, name_x: str) -> None:
+    axes.set_xlabel(name_x)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with files.replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,164 @@
+"""Sliding-window segmentation of whole volumes, and their Dice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from torch import nn
+from tqdm import tqdm
+
+from dints.data.loaders import ValidationLoader
+from dints.running.precision import Precision
+from dints.running.processes import Processes
+from dints.training.steps import to_device
+
+SLAB = 16  # planes of a volume whose predictions are counted at once
+
+
+@dataclass(frozen=True)
+class SlidingWindow:
+    """Computes class scores of an image from overlapping patches, weighted by a Gaussian around each one's centre.
+
+    Images smaller than a patch are padded by reflection, as in training; where an image is too small for that (less
+    than a third of the patch), by its border voxels.
+    """
+
+    patch_size: tuple[int, int, int]
+    overlap: float
+    batch_size: int
+
+    def __call__(self, image: torch.Tensor, network: nn.Module) -> torch.Tensor:
+        """Return (1, classes, *spatial) of an image (1, channels, *spatial)."""
+        reflectable = all(
+            (patch - size + 1) // 2 < size for patch, size in zip(self.patch_size, image.shape[2:], strict=True)
+        )
+        return sliding_window_inference(
+            image,
+            self.patch_size,
+            self.batch_size,
+            network,
+            overlap=self.overlap,
+            mode="gaussian",
+            padding_mode="reflect" if reflectable else "replicate",
+        )
+
+    @torch.no_grad()
+    def probabilities(self, image: np.ndarray, network: nn.Module, precision: Precision) -> np.ndarray:
+        """Return class probabilities (classes, *spatial), float32, of an image (channels, *spatial), float32."""
+        with precision.autocast():
+            scores = self(torch.from_numpy(image[None]).to(precision.device), network)[0]
+        return scores.float().softmax(0).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Dice of a set of cases.
+
+    Attributes:
+        dice: (cases, foreground classes); NaN where the case does not have the class.
+        false_positives: per class, how many cases do not have it but were given some of it.
+    """
+
+    dice: torch.Tensor
+    false_positives: list[int]
+
+    @property
+    def per_class(self) -> list[float | None]:
+        """Mean over the cases that have the class; None where no case has it."""
+        means = self.dice.nanmean(0).tolist()
+        return [None if mean != mean else mean for mean in means]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the classes that occur; None where none does."""
+        present = [mean for mean in self.per_class if mean is not None]
+        return sum(present) / len(present) if present else None
+
+    def describe(self, class_names: Sequence[str]) -> str:
+        """Tell people in one line the mean, each class, and what is unusual about it."""
+        parts = []
+        for name, mean, wrong in zip(class_names[1:], self.per_class, self.false_positives, strict=True):
+            elsewhere = f" (false positive cases: {wrong})" if wrong else ""
+            parts.append(f"{name} {'absent' if mean is None else f'{mean:.4f}'}{elsewhere}")
+        total = "not defined" if self.mean is None else f"{self.mean:.4f}"
+        return f"Dice {total} ({', '.join(parts)})"
+
+
+def count_overlap(predicted: torch.Tensor, reference: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Count voxels in common, predicted and in the reference for each foreground class: (classes - 1, 3), float64.
+
+    Counts of a volume's parts add up.
+    """
+    size = num_classes * num_classes
+    pairs = reference.flatten().long() * num_classes + predicted.flatten().long()
+    confusion = torch.bincount(pairs, minlength=size).reshape(num_classes, num_classes).double()
+    return torch.stack([confusion.diagonal(), confusion.sum(0), confusion.sum(1)], -1)[1:]
+
+
+def scores_from_counts(counts: torch.Tensor) -> Scores:
+    """Compute Dice from `count_overlap` of many cases: (cases, classes - 1, 3)."""
+    common, predicted, reference = counts.unbind(-1)
+    dice = torch.where(reference > 0, 2 * common / (predicted + reference).clamp(min=1), torch.nan)
+    false_positives = ((reference == 0) & (predicted > 0)).sum(0).tolist()
+    return Scores(dice, false_positives)
+
+
+class Overlaps:
+    """Counts of `count_overlap` for the cases of all ranks."""
+
+    def __init__(self, num_cases: int, num_classes: int, processes: Processes):
+        self.num_classes, self.processes = num_classes, processes
+        self.counts = torch.zeros(num_cases, num_classes - 1, 3, dtype=torch.float64, device=processes.device)
+
+    def add(self, number: int, predicted: torch.Tensor | np.ndarray, reference: torch.Tensor | np.ndarray) -> None:
+        """Count a case, or a part of it, by its number among all cases."""
+        predicted, reference = torch.as_tensor(predicted), torch.as_tensor(reference)
+        self.counts[number] += count_overlap(predicted, reference, self.num_classes)
+
+    def scores(self) -> Scores:
+        """Return the scores over all ranks' cases; every rank must call it."""
+        return scores_from_counts(self.processes.sum(self.counts).cpu())
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Scores a network on the validation cases.
+
+    Attributes:
+        cases: this rank's share of them, a `dints.data.loaders.ValidationLoader`.
+        num_classes: background included.
+    """
+
+    cases: ValidationLoader
+    num_classes: int
+    window: SlidingWindow
+    precision: Precision
+    processes: Processes
+
+    @torch.no_grad()
+    def scores(self, network: nn.Module, each: Callable[[Iterable], Iterator] = iter) -> Scores | None:
+        """Return the scores over all ranks' cases, the same on every rank; None if there are no cases.
+
+        Args:
+            network: not wrapped for distribution: ranks have different numbers of windows.
+            each: goes through the cases; a training's own stops between two of them.
+        """
+        if self.cases.num_cases == 0:
+            return None
+        was_training = network.training
+        network.eval()
+        overlaps = Overlaps(self.cases.num_cases, self.num_classes, self.processes)
+        silent = None if self.processes.is_main else True  # None: a bar only where there is a terminal
+        for case in tqdm(each(self.cases), "validation", len(self.cases), unit="case", leave=False, disable=silent):
+            image, label = to_device(case, self.processes.device)
+            with self.precision.autocast():
+                scores = self.window(image, network)
+            # In parts: a large volume's predictions would be 8 bytes a voxel, and its pairs of classes as much again.
+            for part, reference in zip(scores.split(SLAB, 2), label.split(SLAB, 2), strict=True):
+                overlaps.add(case["number"], part.argmax(1), reference)
+        network.train(was_training)
+        return overlaps.scores()
