@@ -1,25 +1,14 @@
-"""Files that are written whole or not at all, and read without running anything in them."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import io
 import os
-import pickle
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from dints.errors import UserError
-
-
-def save_atomically(content: object, path: str | Path) -> None:
-    """``torch.save`` that leaves either the old or the new file, whatever interrupts it."""
-    with replacing(path) as file:
-        torch.save(content, file)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -30,7 +19,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 @contextmanager
 def replacing(path: str | Path, keep: Path | None = None) -> Iterator[io.BufferedWriter]:
-    """A file to write into, which takes the place of ``path`` once it is whole and on the disk.
+    """Give a file to write into, which takes the place of ``path`` once it is whole and on the disk.
 
     Args:
         keep: what the file that was there is called from then on.
@@ -54,67 +43,3 @@ def replacing(path: str | Path, keep: Path | None = None) -> Iterator[io.Buffere
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-
-
-# What PyTorch raises for damaged files, beside pickle's own errors.
-_DAMAGE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-)
-
-
-def load_safely(path: str | Path) -> object:
-    """``torch.load`` of plain values, tensors and NumPy arrays, onto the CPU; nothing else in the file is ever called.
-
-    Raises:
-        UserError: the file is missing, empty, truncated, foreign, or names a type beyond those.
-    """
-    try:
-        with torch.serialization.safe_globals(_numpy_globals()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual pickles: what is wrong with one is said below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder, not a file") from error
-    except pickle.UnpicklingError as error:
-        wanted = _refused_global(str(error))
-        if wanted:
-            raise UserError(
-                f"{path} asks for {wanted} while loading; only tensors and NumPy arrays are accepted: do not trust it"
-            ) from error
-        raise UserError(f"{path} is damaged or not a PyTorch file: give another") from error
-    except _DAMAGE as error:
-        raise UserError(f"{path} is damaged or not a PyTorch file ({type(error).__name__}): give another") from error
-
-
-def _numpy_globals() -> list:
-    """What a pickled NumPy array or scalar needs, under the module names of NumPy 1 and 2."""
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    rebuild = [
-        (getattr(multiarray, name), f"numpy.{module}.multiarray.{name}")
-        for module in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    ]
-    kinds = "?bhilBHILefd"  # NumPy's characters for booleans, integers and floats
-    return [
-        *rebuild,
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(kind)) for kind in kinds},
-    ]
-
-
-def _refused_global(message: str) -> str | None:
-    """The name of the refused type or function in torch's message, if it is about one."""
-    for opening in ("Unsupported global: GLOBAL ", "Trying to load unsupported GLOBAL "):
-        if opening in message:
-            return message.split(opening, 1)[1].split()[0]
-    return None

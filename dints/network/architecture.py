@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dints import files
+from dints import torch_files
 from dints.errors import UserError
 from dints.network.operations import PUBLISHED, check_names
 
@@ -121,7 +121,7 @@ def load_architecture(path: str | Path, num_blocks: int | None = None, num_depth
     Raises:
         UserError: the file is missing, damaged, not an architecture, or wants more than NumPy arrays unpickled.
     """
-    architecture = architecture_from_dict(files.load_safely(path), str(path))
+    architecture = architecture_from_dict(torch_files.load_safely(path), str(path))
     for what, wanted, found in (
         ("blocks", num_blocks, architecture.num_blocks),
         ("depths", num_depths, architecture.num_depths),
@@ -151,7 +151,7 @@ def architecture_from_dict(content: object, source: str) -> Architecture:
 
 def save_architecture(path: str | Path, architecture: Architecture) -> None:
     """Write an arch file atomically, readable with ``torch.load(path, weights_only=True)``."""
-    files.save_atomically(architecture.to_dict(), path)
+    torch_files.save_atomically(architecture.to_dict(), path)
 
 
 def _unusable(source: str, fault: str) -> UserError:

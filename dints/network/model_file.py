@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dints import files
+from dints import torch_files
 from dints.data.tasks import MAX_CLASSES, Task
 from dints.errors import UserError
 from dints.network.architecture import Architecture, architecture_from_dict
@@ -27,7 +27,7 @@ def save_model(
         "task": task.to_dict(),
         **info,
     }
-    files.save_atomically(content, path)
+    torch_files.save_atomically(content, path)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def load_model(path: str | Path) -> Model:
     Raises:
         UserError: it is missing, damaged or none.
     """
-    content = files.load_safely(path)
+    content = torch_files.load_safely(path)
     if not isinstance(content, dict) or not {"state_dict", "architecture", "channel_mul", "task"} <= content.keys():
         raise UserError(f"{path} is not a model file: give best_metric_model.pth, which train_dints.py writes")
     architecture = architecture_from_dict(content["architecture"], f"the architecture in {path}")

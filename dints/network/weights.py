@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dints import files
+from dints import torch_files
 from dints.errors import UserError
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,7 +23,7 @@ def load_weights(network: nn.Module, path: str | Path, unused: Sequence[str] = (
     Raises:
         UserError: as `fitting_state`.
     """
-    network.load_state_dict(fitting_state(network, files.load_safely(path), path, unused))
+    network.load_state_dict(fitting_state(network, torch_files.load_safely(path), path, unused))
 
 
 def fitting_state(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from dints import files
+from dints import files, torch_files
 from dints.errors import UserError
 from dints.running.precision import Precision
 from dints.running.processes import Processes
@@ -152,7 +152,7 @@ class Checkpoint:
         if found is None:
             self.save()
             return self.progress
-        state = files.load_safely(found.path)
+        state = torch_files.load_safely(found.path)
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         self.progress = Progress(**state["progress"])
@@ -194,7 +194,7 @@ def _load(path: Path) -> dict:
     Raises:
         UserError: it is damaged, foreign, or of another version.
     """
-    state = files.load_safely(path)
+    state = torch_files.load_safely(path)
     keys = {"configuration", "precision", "progress", "parts"}
     if not isinstance(state, dict) or not keys <= state.keys():
         raise UserError(f"{path} is not a run's checkpoint: move it away, or give another --output_root")
