@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
-from monai.losses import DiceCELoss
-from torch import nn
+from monai.losses import DiceLoss
+from torch.nn import functional as F
 
 from dints.errors import UserError
 from dints.running.processes import Processes
@@ -17,20 +17,38 @@ CHECK_EVERY = 20  # steps, after which those in a row are looked at; on a GPU a 
 MAX_IN_A_ROW = 5
 
 
-def segmentation_loss() -> nn.Module:
-    """Add soft Dice over the foreground classes of the whole batch to cross-entropy over all classes, both of softmax.
+def _cross_entropy(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(scores, label[:, 0].long())
 
-    Takes class scores (batch, classes, *spatial) and labels (batch, 1, *spatial).
+
+# What the segmentation loss adds up, with its weight: functions of class scores (batch, classes, *spatial), before
+# softmax, and labels (batch, 1, *spatial).
+TERMS = (
+    # Of the foreground classes, over the whole batch.
+    (
+        1.0,
+        DiceLoss(
+            include_background=False,
+            to_onehot_y=True,
+            softmax=True,
+            squared_pred=True,
+            batch=True,
+            smooth_nr=1e-5,
+            smooth_dr=1e-5,
+        ),
+    ),
+    (1.0, _cross_entropy),
+)
+
+
+def segmentation_loss(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Add up `TERMS`: soft Dice and cross-entropy.
+
+    Args:
+        scores: (batch, classes, *spatial), before softmax.
+        label: (batch, 1, *spatial).
     """
-    return DiceCELoss(
-        include_background=False,
-        to_onehot_y=True,
-        softmax=True,
-        squared_pred=True,
-        batch=True,
-        smooth_nr=1e-5,
-        smooth_dr=1e-5,
-    )
+    return sum(weight * term(scores, label) for weight, term in TERMS)
 
 
 class EpochLoss:

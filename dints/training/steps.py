@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ class WeightsTraining:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    criterion: nn.Module
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     precision: Precision
     max_gradient_norm: float | None = None
 
@@ -48,7 +48,7 @@ def weights_training(
         processes.distributed(network),
         sgd(weights, learning_rate),
         precision.scaler(),
-        segmentation_loss(),
+        segmentation_loss,
         precision,
         max_gradient_norm,
     )
