@@ -1,13 +1,14 @@
 """The published random chain on a patch: rotate, zoom, smooth, scale, shift, noise, flip.
 
-What is drawn is apart from what is done with it: a process may draw and any device apply. Each step gives what MONAI's
-transform of that name gives, in less time: one sampling grid for image and label, sums of shifted copies in place of
-convolutions, no metadata.
+`STEPS`, at the end, is the chain. What is drawn is apart from what is done with it: a process may draw and any device apply. Each
+step draws from a stream of its own, so that one more, or one less, does not change what the others draw. Each gives
+what MONAI's transform of that name gives, in less time: one sampling grid for image and label, sums of shifted copies
+in place of convolutions, no metadata.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,51 +19,42 @@ from monai.networks.utils import to_norm_affine
 from monai.transforms.utils import create_rotate, create_translate
 from torch.nn import functional as F
 
-P_ROTATE, MAX_ANGLE = 0.2, 0.3  # radians, about each axis
-P_ZOOM, ZOOM_RANGE = 0.16, (0.8, 1.2)  # one factor for all axes
-P_SMOOTH, SIGMA_RANGE = 0.15, (0.5, 1.15)  # voxels, for each axis
-P_SCALE, MAX_FACTOR = 0.5, 0.3  # intensities are multiplied by 1 + factor
-P_SHIFT, MAX_OFFSET = 0.5, 0.1
-P_NOISE, MAX_NOISE_STD = 0.15, 0.01
-P_FLIP = 0.5  # of each axis
+from dints.running.seeds import seed_from
+
+Sample = tuple[torch.Tensor, torch.Tensor]  # image (channels, *spatial), float32, and label (1, *spatial), uint8
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What is to be done to one sample, in the order of the fields; None is not at all."""
+class Step:
+    """One step of the chain.
 
-    angles: tuple[float, float, float] | None = None  # radians about the first, second and third spatial axis
-    zoom: float | None = None
-    sigmas: tuple[float, float, float] | None = None  # voxels
-    factor: float | None = None
-    offset: float | None = None
-    noise_std: float | None = None
-    noise_seed: int = 0
-    flips: tuple[int, ...] = ()  # spatial axes
+    Attributes:
+        name: of its random stream.
+        probability: with which it is done.
+        draw: how it is done, as plain values.
+        apply: does it with what was drawn; it may change the image in place.
+    """
 
-
-def draw(rng: np.random.Generator) -> Draw:
-    """Draw every step with its published probability and range, independently of the others."""
-    chosen = {}
-    if rng.random() < P_ROTATE:
-        chosen["angles"] = tuple(rng.uniform(-MAX_ANGLE, MAX_ANGLE, 3).tolist())
-    if rng.random() < P_ZOOM:
-        chosen["zoom"] = rng.uniform(*ZOOM_RANGE)
-    if rng.random() < P_SMOOTH:
-        chosen["sigmas"] = tuple(rng.uniform(*SIGMA_RANGE, 3).tolist())
-    if rng.random() < P_SCALE:
-        chosen["factor"] = rng.uniform(-MAX_FACTOR, MAX_FACTOR)
-    if rng.random() < P_SHIFT:
-        chosen["offset"] = rng.uniform(-MAX_OFFSET, MAX_OFFSET)
-    if rng.random() < P_NOISE:
-        chosen.update(noise_std=rng.uniform(0, MAX_NOISE_STD), noise_seed=int(rng.integers(2**32)))
-    return Draw(**chosen, flips=tuple(axis for axis in range(3) if rng.random() < P_FLIP))
+    name: str
+    probability: float
+    draw: Callable[[np.random.Generator], object]
+    apply: Callable[[torch.Tensor, torch.Tensor, object], Sample]
 
 
-def augment(image: torch.Tensor, label: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply ``draw``; call it outside autocast, which would round the coordinates of a rotation.
+def draw(seed: int) -> dict[str, object]:
+    """Draw what is to be done to one sample: of each step that is done, by its name, how."""
+    drawn = {}
+    for step in STEPS:
+        rng = np.random.default_rng(seed_from(seed, step.name))
+        if rng.random() < step.probability:
+            drawn[step.name] = step.draw(rng)
+    return drawn
 
-    The noise depends on the kind of device, all else on the draw only.
+
+def augment(image: torch.Tensor, label: torch.Tensor, drawn: Mapping[str, object]) -> Sample:
+    """Do what was drawn; call it outside autocast, which would round the coordinates of a rotation.
+
+    The noise depends on the kind of device, all else on what was drawn only.
 
     Args:
         image: (channels, *spatial), float16 or float32, on any device; may be a view of memory that is read-only.
@@ -73,26 +65,13 @@ def augment(image: torch.Tensor, label: torch.Tensor, draw: Draw) -> tuple[torch
     """
     image = image.to(torch.float32, copy=True)
     label = label.clone()
-    if draw.angles is not None:
-        image, label = _rotate(image, label, draw.angles)
-    if draw.zoom is not None:
-        image, label = _zoom(image, label, draw.zoom)
-    if draw.sigmas is not None:
-        image = _smooth(image, draw.sigmas)
-    if draw.factor is not None:
-        image.mul_(1 + draw.factor)
-    if draw.offset is not None:
-        image.add_(draw.offset)
-    if draw.noise_std is not None:
-        generator = torch.Generator(image.device).manual_seed(draw.noise_seed)
-        image.add_(torch.randn(image.shape, generator=generator, device=image.device), alpha=draw.noise_std)
-    if draw.flips:
-        axes = [1 + axis for axis in draw.flips]
-        image, label = image.flip(axes), label.flip(axes)
+    for step in STEPS:
+        if step.name in drawn:
+            image, label = step.apply(image, label, drawn[step.name])
     return image.contiguous(), label.contiguous()
 
 
-def _rotate(image: torch.Tensor, label: torch.Tensor, angles: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotate(image: torch.Tensor, label: torch.Tensor, angles: Sequence[float]) -> Sample:
     """Turn about the centre; voxels from outside the patch repeat its border."""
     shape = image.shape[1:]
     centre = (np.array(shape) - 1) / 2
@@ -105,10 +84,10 @@ def _rotate(image: torch.Tensor, label: torch.Tensor, angles: Sequence[float]) -
     return sample(image[None], mode="bilinear")[0], sample(label[None].float(), mode="nearest")[0].to(label.dtype)
 
 
-def _zoom(image: torch.Tensor, label: torch.Tensor, zoom: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _zoom(image: torch.Tensor, label: torch.Tensor, factor: float) -> Sample:
     """Resize, then cut out the middle, or repeat the border around it."""
     shape = image.shape[1:]
-    size = [int(extent * zoom) for extent in shape]
+    size = [int(extent * factor) for extent in shape]
     image = F.interpolate(image[None], size, mode="trilinear", align_corners=True)
     label_as_float = F.interpolate(label[None].float(), size, mode="nearest")
     return _fit(image, shape)[0], _fit(label_as_float, shape)[0].to(label.dtype)
@@ -126,8 +105,8 @@ def _fit(volume: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return F.pad(volume, padding, mode="replicate") if any(padding) else volume
 
 
-def _smooth(image: torch.Tensor, sigmas: Sequence[float]) -> torch.Tensor:
-    """Gaussian filter, with zeros beyond the border; on a CPU 15 times faster than by convolutions."""
+def _smooth(image: torch.Tensor, label: torch.Tensor, sigmas: Sequence[float]) -> Sample:
+    """Filter by a Gaussian, with zeros beyond the border; on a CPU 15 times faster than by convolutions."""
     for axis, sigma in enumerate(sigmas, 1):
         kernel = gaussian_1d(torch.tensor(sigma)).tolist()
         centre, *tail = kernel[len(kernel) // 2 :]  # it is symmetric
@@ -138,4 +117,32 @@ def _smooth(image: torch.Tensor, sigmas: Sequence[float]) -> torch.Tensor:
             smoothed.narrow(axis, step, kept).add_(image.narrow(axis, 0, kept), alpha=weight)
             smoothed.narrow(axis, 0, kept).add_(image.narrow(axis, step, kept), alpha=weight)
         image = smoothed
-    return image
+    return image, label
+
+
+def _add_noise(image: torch.Tensor, label: torch.Tensor, deviation_and_seed: tuple[float, int]) -> Sample:
+    deviation, seed = deviation_and_seed
+    generator = torch.Generator(image.device).manual_seed(seed)
+    noise = torch.randn(image.shape, generator=generator, device=image.device)
+    return image.add_(noise, alpha=deviation), label
+
+
+def _flip(image: torch.Tensor, label: torch.Tensor, axes: Sequence[int]) -> Sample:
+    axes = [1 + axis for axis in axes]
+    return image.flip(axes), label.flip(axes)
+
+
+# With the published probabilities and ranges.
+STEPS = (
+    # By up to 0.3 radians about each axis.
+    Step("rotate", 0.2, lambda rng: tuple(rng.uniform(-0.3, 0.3, 3).tolist()), _rotate),
+    # By one factor for all axes.
+    Step("zoom", 0.16, lambda rng: rng.uniform(0.8, 1.2), _zoom),
+    # By a standard deviation in voxels for each axis.
+    Step("smooth", 0.15, lambda rng: tuple(rng.uniform(0.5, 1.15, 3).tolist()), _smooth),
+    Step("scale", 0.5, lambda rng: rng.uniform(0.7, 1.3), lambda image, label, factor: (image.mul_(factor), label)),
+    Step("shift", 0.5, lambda rng: rng.uniform(-0.1, 0.1), lambda image, label, offset: (image.add_(offset), label)),
+    Step("noise", 0.15, lambda rng: (rng.uniform(0, 0.01), int(rng.integers(2**32))), _add_noise),
+    # Each axis as often as not.
+    Step("flip", 1.0, lambda rng: tuple(axis for axis in range(3) if rng.random() < 0.5), _flip),
+)

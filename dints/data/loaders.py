@@ -18,7 +18,7 @@ from dints.running.machine import cores_per_process
 from dints.running.processes import STOP_SIGNALS, Processes
 from dints.running.seeds import seed_from
 
-Sample = tuple[torch.Tensor, torch.Tensor, augmentation.Draw, str]
+Sample = tuple[torch.Tensor, torch.Tensor, dict[str, object], str]
 
 
 class TrainingSamples(Dataset):
@@ -29,8 +29,7 @@ class TrainingSamples(Dataset):
         numbers: each case's number among the cases of all ranks, from which its random stream is seeded.
         stream: tells apart the draws of loaders that share a seed.
 
-    A sample is the patch as it is cached, image and label, the `augmentation.Draw` that is to be applied to it, and the
-    case's name.
+    A sample is the patch as it is cached, image and label, what `augmentation.draw` drew for it, and the case's name.
     """
 
     def __init__(
@@ -50,10 +49,11 @@ class TrainingSamples(Dataset):
 
     def __getitem__(self, place: tuple[int, int, int]) -> Sample:
         epoch, turn, index = place
-        rng = np.random.default_rng(seed_from(self.seed, self.stream, epoch, turn, self.numbers[index]))
+        seed = seed_from(self.seed, self.stream, epoch, turn, self.numbers[index])
+        rng = np.random.default_rng(seed)
         case = self.cases[index]
         image, label = cut_patch(case.image, case.label, case.masks.draw_centre(rng), self.patch_size)
-        return torch.from_numpy(image), torch.from_numpy(label), augmentation.draw(rng), self.names[index]
+        return torch.from_numpy(image), torch.from_numpy(label), augmentation.draw(seed), self.names[index]
 
 
 class EpochSampler(Sampler):
@@ -111,7 +111,7 @@ class TrainingLoader:
         return self.steps
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, torch.Tensor | list[str]]]:
-        """Batches of an epoch, from its step number ``first_step`` on.
+        """Yield the batches of an epoch, from its step number ``first_step`` on.
 
         They have ``image`` (batch, channels, *patch), float32, ``label`` (batch, 1, *patch), uint8, and the names of
         their ``cases``.
@@ -135,7 +135,7 @@ def _ignore_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-Patches = tuple[list[torch.Tensor], list[torch.Tensor], list[augmentation.Draw], list[str]]
+Patches = tuple[list[torch.Tensor], list[torch.Tensor], list[dict[str, object]], list[str]]
 
 
 def _patches(samples: list[Sample]) -> Patches:
@@ -148,11 +148,11 @@ def _augmented_patches(samples: list[Sample]) -> dict[str, torch.Tensor | list[s
 
 
 def augmented(patches: Patches, device: torch.device) -> dict[str, torch.Tensor | list[str]]:
-    """A batch of patches, each changed as was drawn for it, on ``device``."""
+    """Make a batch of patches, each changed as was drawn for it, on ``device``."""
     *patches, names = patches
     samples = [
-        augmentation.augment(image.to(device, non_blocking=True), label.to(device, non_blocking=True), draw)
-        for image, label, draw in zip(*patches, strict=True)
+        augmentation.augment(image.to(device, non_blocking=True), label.to(device, non_blocking=True), drawn)
+        for image, label, drawn in zip(*patches, strict=True)
     ]
     images, labels = zip(*samples, strict=True)
     return {"image": torch.stack(images), "label": torch.stack(labels), "cases": names}
