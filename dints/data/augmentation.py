@@ -1,9 +1,9 @@
 """The published random chain on a patch: rotate, zoom, smooth, scale, shift, noise, flip.
 
-`STEPS`, at the end, is the chain. What is drawn is apart from what is done with it: a process may draw and any device apply. Each
-step draws from a stream of its own, so that one more, or one less, does not change what the others draw. Each gives
-what MONAI's transform of that name gives, in less time: one sampling grid for image and label, sums of shifted copies
-in place of convolutions, no metadata.
+`STEPS`, at the end, is the chain. What is drawn is apart from what is done with it: a process may draw and any device
+apply. Each step draws from a stream of its own, so that one more, or one less, does not change what the others draw.
+Each gives what MONAI's transform of that name gives, in less time: one sampling grid for image and label, sums of
+shifted copies in place of convolutions, no metadata.
 """
 
 from __future__ import annotations
