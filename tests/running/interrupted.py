@@ -1,42 +1,49 @@
-"""Runs commands of the two stages with a fault at a chosen place; test_resume.py talks to it by lines of JSON.
+"""Runs commands with a fault at a chosen place; `Theatre` in conftest.py talks to it by lines of JSON.
 
 Ranks are forked off this process, which has imported everything: each is a process as torchrun starts it, with its own
-exit code and stderr, all in a process group of their own, but ready at once. As ranks.py does, each writes its state
+exit code and stderr, all in a process group of their own, but ready at once. Each writes its own state, rank<r>.pth,
 beside latest.pth. Pictures are not drawn, and costs of networks not measured.
 
-A line: {"stage": "search_dints", "flags": [...], "world_size": 2, "fault": {...}}. A fault: the place (see `faults`),
+A line: {"stage": "search_dints", "flags": [...], "world_size": 2, "fault": {...}}. A fault: the place (see `FAULTS`),
 the iteration, the signal, and to whom: "all", a rank, or "worker", which is rank 0's first. Instead of a signal, NAN
 makes a rank's batches unusable from that iteration up to "until". The answer: each rank's exit code and what it said,
 the seconds from the signal to the end, and whether a worker outlived the run.
 """
 
 import functools
+import gc
 import importlib
 import io
 import json
 import multiprocessing
 import os
+import pkgutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-import ranks  # noqa: E402  the checkout comes first on the path
-import torch  # noqa: E402
+import torch  # noqa: E402  the checkout comes first on the path
 import torch._dynamo  # noqa: E402  which the first optimizer imports, for half of a run's time
 
-from dints import cache, checkpoint, errors, history  # noqa: E402
+from dints import data, errors, network, running, training  # noqa: E402
 
-STAGES = {name: importlib.import_module(name) for name in ("search_dints", "train_dints")}
+STAGES = {name: importlib.import_module(name) for name in ("search_dints", "train_dints", "infer_dints")}
+for wing in (data, network, running, training):
+    for module in pkgutil.iter_modules(wing.__path__):
+        importlib.import_module(f"{wing.__name__}.{module.name}")
 LIMIT = 120  # seconds that a command may take
 
 
 def serve() -> None:
+    gc.freeze()  # or each rank would copy all that is imported, when it first looks for garbage
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), flush=True)
 
@@ -51,9 +58,10 @@ def run(stage: str, flags: list[str], world_size: int, fault: dict | None) -> di
         pid = os.fork()
         if pid == 0:
             become_rank(rank, world_size, port, pids, said[rank].fileno())
-            install(fault, rank, struck)
+            if fault is not None:
+                install(fault, rank, struck)
             sys.argv = [f"{stage}.py", *flags]
-            errors.exit_on_user_error(ranks.main, stage, flags)
+            errors.exit_on_user_error(STAGES[stage].main, STAGES[stage].parse_args(flags))
             sys.exit(0)  # through all of the interpreter's end, as a script
         pids.append(pid)
         os.setpgid(pid, pids[0])
@@ -79,10 +87,23 @@ def become_rank(rank: int, world_size: int, port: int, pids: list[int], said: in
     os.dup2(said, 1)
     os.dup2(said, 2)
     sys.stdin = open(os.devnull)  # noqa: SIM115  the requests that were read ahead are the server's
-    history.draw_curves = lambda *_: None
-    search = STAGES["search_dints"]
-    search.draw_search = search.draw_architecture = lambda *_, **__: None
-    search.cost_of = lambda *_: SimpleNamespace(to_dict=dict, lines=list)
+    training.curves.draw_all = network.drawing.draw_architecture = lambda *_, **__: None
+    network.cost.cost = lambda *_, **__: SimpleNamespace(to_dict=dict, lines=list)
+    replace(training.checkpoint.Checkpoint, "save", save_on_every_rank)
+
+
+def replace(owner: type | ModuleType, name: str, function: Callable) -> None:
+    """Put ``function(self, original, ...)``, or ``function(original, ...)`` in a module, in place of a function."""
+    partial = functools.partialmethod if isinstance(owner, type) else functools.partial
+    setattr(owner, name, partial(function, getattr(owner, name)))
+
+
+def save_on_every_rank(checkpoint: training.checkpoint.Checkpoint, original: Callable) -> None:
+    states = {name: part.state_dict() for name, part in checkpoint.parts.items()}
+    progress = {**asdict(checkpoint.progress), "seconds": 0.0, "seconds_per_iteration": 0.0, "seconds_in_epoch": 0.0}
+    path = checkpoint.latest.with_name(f"rank{checkpoint.processes.rank}.pth")
+    torch.save({"parts": states, "progress": progress}, path)
+    original(checkpoint)
 
 
 def read(file: io.BufferedRandom) -> str:
@@ -102,7 +123,7 @@ def wait(pid: int, group: int, deadline: float) -> int:
 
 
 def survivors(group: int, patience: float = 6.0) -> bool:
-    """Whether a process of the group outlives its ranks; workers of a killed rank look for it every 5 s."""
+    """Tell whether a process of the group outlives its ranks; workers of a killed rank look for it every 5 s."""
     deadline = time.monotonic() + patience
     try:
         while time.monotonic() < deadline:
@@ -114,10 +135,7 @@ def survivors(group: int, patience: float = 6.0) -> bool:
         return False
 
 
-def install(fault: dict | None, rank: int, struck: int) -> None:
-    if fault is None:
-        return
-
+def install(fault: dict, rank: int, struck: int) -> None:
     if fault["signal"] == "NAN":
         if fault["to"] == rank:
             spoil_batches(fault["iteration"], fault["until"])
@@ -134,92 +152,103 @@ def install(fault: dict | None, rank: int, struck: int) -> None:
         elif fault["to"] == "worker" and rank == 0:
             os.kill(multiprocessing.active_children()[0].pid, number)
 
-    faults(fault["place"], fault["iteration"], strike)
+    FAULTS[fault["place"]](fault["iteration"], strike)
 
 
 def spoil_batches(first: int, last: int) -> None:
-    original = checkpoint.Checkpoint.steps
-
-    def steps(self, batches):
-        for batch in original(self, batches):
-            if first <= self.progress.iteration + 1 <= last:
+    def steps(stops, original, batches):
+        for batch in original(stops, batches):
+            if first <= stops.checkpoint.progress.iteration + 1 <= last:
                 batch["image"].fill_(torch.nan)
             yield batch
 
-    checkpoint.Checkpoint.steps = steps
+    replace(training.stops.Stops, "steps", steps)
 
 
-def faults(place: str, iteration: int, strike) -> None:
-    """Have ``strike`` called when the run comes to ``place``.
+def in_step(iteration: int, strike: Callable[[], None]) -> None:
+    """Strike before step number ``iteration`` is computed."""
 
-    step: before step number ``iteration`` is computed. validation: before the first case of the one after it.
-    recorded: when what that one found is written, and not yet the state. caching: before the first case is read.
-    half written, half renamed: in the save of that iteration's state.
-    """
-    saver = checkpoint.Checkpoint
-
-    def wrapped(owner, name):
-        def decorate(function):
-            setattr(owner, name, functools.partialmethod(function, getattr(owner, name)))
-
-        return decorate
-
-    if place == "step":
-
-        @wrapped(saver, "steps")
-        def steps(self, original, batches):
-            for batch in original(self, batches):
-                if self.progress.iteration + 1 == iteration:
-                    strike()
-                yield batch
-
-    elif place == "validation":
-
-        @wrapped(saver, "unless_stopped")
-        def unless_stopped(self, original, cases):
-            if self.progress.iteration == iteration:
+    def steps(stops, original, batches):
+        for batch in original(stops, batches):
+            if stops.checkpoint.progress.iteration + 1 == iteration:
                 strike()
-            yield from original(self, cases)
+            yield batch
 
-    elif place == "recorded":
+    replace(training.stops.Stops, "steps", steps)
 
-        @wrapped(history.History, "add_validation")
-        def add_validation(self, original, progress, scores):
-            original(self, progress, scores)
-            if progress.iteration == iteration:
+
+def in_validation(iteration: int, strike: Callable[[], None]) -> None:
+    """Strike before the first volume is segmented of the validation after that iteration."""
+
+    def volumes(stops, original, cases):
+        for number, case in enumerate(original(stops, cases)):
+            if number == 0 and stops.checkpoint.progress.iteration == iteration:
                 strike()
+            yield case
 
-    elif place == "caching":
+    replace(training.stops.Stops, "volumes", volumes)
 
-        @wrapped(cache.Cache, "hold")
-        def hold(self, original, *args):
+
+def when_recorded(iteration: int, strike: Callable[[], None]) -> None:
+    """Strike when what the validation after that iteration found is written, and not yet the state."""
+
+    def add_validation(history, original, progress, scores):
+        original(history, progress, scores)
+        if progress.iteration == iteration:
             strike()
-            return original(self, *args)
 
-    elif place in ("half written", "half renamed"):
-        save, replace, saving = torch.save, os.replace, [None]
+    replace(training.history.History, "add_validation", add_validation)
 
-        def save_half(content, file):
-            if not isinstance(file, io.BufferedWriter) or "configuration" not in content:
-                return save(content, file)
-            saving[0] = content["progress"]["iteration"]
-            if place == "half written" and saving[0] == iteration:
-                whole = io.BytesIO()
-                save(content, whole)
-                file.write(whole.getvalue()[: whole.tell() // 2])
-                file.flush()
-                strike()
-            return save(content, file)
 
-        def replace_half(source, target):
-            if place == "half renamed" and saving[0] == iteration and Path(target).name == "latest.pth":
-                strike()
-            replace(source, target)
+def in_caching(_: int, strike: Callable[[], None]) -> None:
+    """Strike before the first case is read."""
 
-        torch.save, os.replace = save_half, replace_half
-    else:
-        raise ValueError(place)
+    def hold(cache, original, *args):
+        strike()
+        return original(cache, *args)
 
+    replace(data.cache.Cache, "hold", hold)
+
+
+def when_half_written(iteration: int, strike: Callable[[], None]) -> None:
+    """Strike when half of that iteration's state is in its file."""
+
+    def save(original, content, file):
+        if isinstance(file, io.BufferedWriter) and content.get("progress", {}).get("iteration") == iteration:
+            original(content, whole := io.BytesIO())
+            file.write(whole.getvalue()[: whole.tell() // 2])
+            file.flush()
+            strike()
+        original(content, file)
+
+    replace(torch, "save", save)
+
+
+def when_half_renamed(iteration: int, strike: Callable[[], None]) -> None:
+    """Strike when that iteration's state is about to get its name, and the state before has lost it."""
+    saved = []
+
+    def save(original, content, file):
+        saved.append(content.get("progress", {}).get("iteration"))
+        original(content, file)
+
+    def rename(original, source, target):
+        if saved and saved[-1] == iteration and Path(target).name == "latest.pth":
+            strike()
+        original(source, target)
+
+    replace(torch, "save", save)
+    replace(os, "replace", rename)
+
+
+FAULTS = {
+    "step": in_step,
+    "validation": in_validation,
+    "recorded": when_recorded,
+    "caching": in_caching,
+    "half written": when_half_written,
+    "half renamed": when_half_renamed,
+}
 
 if __name__ == "__main__":
     serve()
