@@ -66,7 +66,7 @@ def check(
     fold: int | str = 0,
     num_folds: int = 5,
     allow_outside_root: bool = False,
-    leniency: Leniency = Leniency(),  # noqa: B008  it is frozen
+    leniency: Leniency = Leniency(),
     **overrides: Sequence[float] | None,
 ) -> None:
     """Print what is in a dataset and what is wrong with it.
