@@ -66,7 +66,7 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
 
 def _leave(message: str, code: int) -> None:
     _tell(message)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # dints/agent.py does not start again what left a message
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # launch/agent.py does not start again what left a message
         with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
             json.dump({"message": message}, file)
     _end(code)

@@ -1,5 +1,5 @@
 # Sourced by search_dints.sh and train_dints.sh: starts a stage on the devices of one node or of several, with
-# dints/agent.py, which is torchrun but for signals and exit codes.
+# launch/agent.py, which is torchrun but for signals and exit codes.
 #
 # Environment (all optional; what else is set, as GLOO_SOCKET_IFNAME or NCCL_DEBUG, reaches the processes unchanged):
 #   NUM_GPUS_PER_NODE  processes on this node: its GPUs, or 1 where it has none
@@ -52,7 +52,7 @@ launch() {
   gpus="$(count_gpus)"
   processes="${NUM_GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
   # -P: what is in dints/ shadows no other module.
-  local command=("$(choose_python)" -P "$here/dints/agent.py" "--nproc_per_node=$processes")
+  local command=("$(choose_python)" -P "$here/launch/agent.py" "--nproc_per_node=$processes")
   command+=("--max_restarts=${MAX_RESTARTS:-3}")
   if ((nodes == 1)); then
     command+=(--standalone --local_addr=127.0.0.1)

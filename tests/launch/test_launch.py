@@ -14,7 +14,7 @@ import pytest
 
 from dints.phantom import write_phantom
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 SHELL_FILES = [path.relative_to(CHECKOUT) for kind in ("*.sh", "*.sbatch") for path in sorted(CHECKOUT.rglob(kind))]
 SHELL_FILES = [path for path in SHELL_FILES if not path.parts[0].startswith(".")]
 LIMIT = 25  # seconds from a signal to the end
@@ -66,7 +66,7 @@ def launched(script: str, phantom: Path, folder: Path, *arguments: str, **enviro
         check=True,
     )
     printed, *said = done.stdout.splitlines()
-    assert printed.startswith(f"{python} -P {CHECKOUT}/dints/agent.py --nproc_per_node=")
+    assert printed.startswith(f"{python} -P {CHECKOUT}/launch/agent.py --nproc_per_node=")
     assert said.pop() == f"{environment.get('OMP_NUM_THREADS', os.cpu_count())} 1"
     return said
 
@@ -110,13 +110,15 @@ def nothing_is_left():
 
 
 class Launch:
-    """tests/worker.py under dints/launch.sh, as a stage is."""
+    """tests/launch/worker.py under launch/launch.sh, as a stage is."""
 
-    def __init__(self, folder: Path, *arguments: str, processes: int = 2, script: str = "tests/worker.py", **more: str):
+    def __init__(
+        self, folder: Path, *arguments: str, processes: int = 2, script: str = "tests/launch/worker.py", **more: str
+    ):
         self.folder = folder
         self.launcher = folder / "launcher.sh"
         self.launcher.write_text(
-            f'set -euo pipefail\nsource {CHECKOUT}/dints/launch.sh\nlaunch {script} --folder {folder} "$@"\n'
+            f'set -euo pipefail\nsource {CHECKOUT}/launch/launch.sh\nlaunch {script} --folder {folder} "$@"\n'
         )
         self.environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
         self.environment |= {"NUM_GPUS_PER_NODE": str(processes), **more}
@@ -372,7 +374,7 @@ def slurm_launch(folder: Path, *arguments: str) -> tuple[Slurm, Launch, subproce
     slurm = Slurm(folder)
     run = Launch(folder, *arguments, **slurm.environment)
     del run.environment["NUM_GPUS_PER_NODE"]
-    return slurm, run, run.start("bash", CHECKOUT / "slurm/dints.sbatch", run.launcher)
+    return slurm, run, run.start("bash", CHECKOUT / "launch/dints.sbatch", run.launcher)
 
 
 def test_a_job_that_is_warned_saves_and_is_queued_again(tmp_path):
@@ -400,7 +402,7 @@ def test_a_search_goes_on_where_its_job_was_interrupted(phantom, tmp_path):
     slurm = Slurm(tmp_path)
     environment = {"PYTHON": sys.executable, "TASK": "Task00_Phantom", "DATA_ROOT": str(phantom), "FOLD": "0"}
     environment |= {"OUTPUT_ROOT": str(tmp_path / "run"), "OMP_NUM_THREADS": "1", **slurm.environment}
-    command = ["bash", CHECKOUT / "slurm/dints.sbatch", CHECKOUT / "search_dints.sh", *TINY]
+    command = ["bash", CHECKOUT / "launch/dints.sbatch", CHECKOUT / "search_dints.sh", *TINY]
     command += ["--num_epochs", "20", "--num_epochs_warmup", "5", "--num_epochs_per_validation", "20"]
 
     def submit() -> subprocess.Popen:

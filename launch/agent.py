@@ -1,6 +1,6 @@
 """torchrun that can be stopped: it passes signals on to the stage, and restarts only what a restart may mend.
 
-    python -P dints/agent.py --standalone --nproc_per_node=2 --max_restarts=3 search_dints.py --root ...
+    python -P launch/agent.py --standalone --nproc_per_node=2 --max_restarts=3 search_dints.py --root ...
 
 Arguments are torchrun's, and so is all else but this. Torchrun dies of a SIGUSR1 and leaves its workers running; after
 SIGTERM it exits with 1 whatever they do, and waits for them longer than a preempted job has; and a worker that leaves
