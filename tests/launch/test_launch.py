@@ -321,7 +321,9 @@ def test_a_port_in_use_is_no_matter_on_one_node_and_told_on_several(tmp_path):
 
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
 def test_two_nodes_of_which_one_gets_the_signal(tmp_path):
-    runs = [Launch(tmp_path / str(node), "--steps", "9999", nodes=2, processes=1) for node in (0, 1)]
+    """Node 0, which the rendezvous is on, has saved long before node 1."""
+    arguments = ["--steps", "9999", "--seconds_to_save", "3"]
+    runs = [Launch(tmp_path / str(node), *arguments, nodes=2, processes=1) for node in (0, 1)]
     for run in runs:
         run.reach(5)
     for node, run in enumerate(runs):

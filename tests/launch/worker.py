@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
     for step in range(start, args.steps):
         if stop := agree(received[0] if received else 0):
             leave()
-            time.sleep(0.3 * rank)  # not all end at once
+            time.sleep(args.seconds_to_save * rank)  # not all end at once
             return 128 + stop
         if rank == 0 and args.fail and step >= 10 and (args.always or not failed.exists()):
             failed.touch()
@@ -63,6 +63,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--deaf", action="store_true")
+    parser.add_argument("--seconds_to_save", type=float, default=0.3)
     parser.add_argument("--fail", type=int)
     parser.add_argument("--always", action="store_true")
     sys.exit(main(parser.parse_args()))
