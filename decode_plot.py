@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def add_cost(parser: argparse.ArgumentParser) -> None:
-    """--cost and its settings; None where a setting is not given."""
+    """Add --cost and its settings; None where a setting is not given."""
     add = parser.add_argument_group("what the network costs").add_argument
     at_least_1 = options.number(int, 1)
     add("--cost", action="store_true", help="count it for a batch of one patch, in fp32, and time a forward pass")

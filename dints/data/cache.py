@@ -131,7 +131,7 @@ def open_cache(
     processes: Processes,
     *,
     mode: str = "auto",
-    leniency: Leniency = Leniency(),  # noqa: B008  it is frozen
+    leniency: Leniency = Leniency(),
 ) -> Cache:
     """Choose where the cases of a run are kept, and say how much memory that takes and how much there is.
 

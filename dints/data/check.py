@@ -50,7 +50,7 @@ class Report:
     digest: str | None = None
 
     def attempt(self, function: Callable, *args):
-        """The function's result, or None where it is a `UserError`, which is noted."""
+        """Return the function's result, or None where it is a `UserError`, which is noted."""
         try:
             return function(*args)
         except UserError as error:
@@ -66,7 +66,7 @@ def check(
     fold: int | str = 0,
     num_folds: int = 5,
     allow_outside_root: bool = False,
-    leniency: Leniency = Leniency(),  # noqa: B008  it is frozen
+    leniency: Leniency = Leniency(),
     **overrides: Sequence[float] | None,
 ) -> None:
     """Print what is in a dataset and what is wrong with it.
@@ -132,7 +132,7 @@ def _judge_headers(case: Case, task: Task, leniency: Leniency, report: Report) -
 
 
 def _judge_image(header: Header, leniency: Leniency, report: Report) -> str | None:
-    """Read one file's voxels; returns their digest."""
+    """Read and judge one file's voxels; return their digest."""
     image = report.attempt(read_image, [header], leniency)
     if image is None:
         return None
@@ -204,14 +204,14 @@ def _compare_grids(cases: Sequence[ListedCase], reports: Sequence[Report], task:
 
 
 def _grids(reports: Sequence[Report]) -> tuple[list[Sequence[int]], list[np.ndarray]]:
-    """Voxels, and mm between them, along x, y and z of the patient (RAS)."""
+    """Return voxels, and mm between them, along x, y and z of the patient (RAS)."""
     images = [report.case.images[0] for report in reports]
     turned = [Resampling(image.shape, image.affine, None) for image in images]
     return [grid.shape for grid in turned], [np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in turned]
 
 
 def _judge_whole(reports: Sequence[Report], task: Task) -> Report:
-    """What is wrong with all cases together, if their labels could be read."""
+    """Find what is wrong with all cases together, if their labels could be read."""
     whole = Report()
     labelled = [report.volumes > 0 for report in reports if report.volumes is not None]
     if len(labelled) < len(reports):
@@ -226,7 +226,7 @@ def _judge_whole(reports: Sequence[Report], task: Task) -> Report:
 
 
 def _findings(cases: Sequence[ListedCase], reports: Sequence[Report], whole: Report) -> Iterator[str]:
-    """A table, errors first; paths are told from the folder that all files are in."""
+    """Yield a table, errors first; paths are told from the folder that all files are in."""
     folder = os.path.commonpath([os.path.dirname(path) for case in cases for path in case.files])
     named = [("all", whole), *((case.name, report) for case, report in zip(cases, reports, strict=True))]
     rows = [("error", name, finding) for name, report in named for finding in report.errors]
@@ -271,7 +271,7 @@ def _type(header: Header) -> str:
 
 
 def _range(rows: Sequence[Sequence[float]], form: str) -> tuple[str, str, str, str]:
-    """How many there are, and the smallest, median and largest along each axis."""
+    """Write how many there are, and the smallest, median and largest along each axis."""
     return str(len(rows)), *(_times(of(np.array(rows, float), axis=0), form) for of in (np.min, np.median, np.max))
 
 
@@ -284,5 +284,5 @@ def _count(number: int, what: str) -> str:
 
 
 def _tally(values: Iterator[str]) -> str:
-    """Each value with its number, the most frequent first."""
+    """Write each value with its number, the most frequent first."""
     return ", ".join(f"{value} {count}" for value, count in Counter(values).most_common())

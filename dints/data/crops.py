@@ -36,7 +36,7 @@ class CropMasks:
         return np.flatnonzero(np.all(self.boxes[:, 1] > self.boxes[:, 0], axis=1))
 
     def contains(self, value: int, voxels: np.ndarray) -> np.ndarray:
-        """Which of ``voxels`` (n, 3), all inside the box of class ``value``, its mask contains."""
+        """Tell which of ``voxels`` (n, 3), all inside the box of class ``value``, its mask contains."""
         if self.starts[value] < 0:
             return np.ones(len(voxels), bool)
         first, end = self.boxes[value]
@@ -44,7 +44,7 @@ class CropMasks:
         return (self.bits[self.starts[value] + (index >> 3)] >> (7 - (index & 7))) & 1 == 1
 
     def draw_centre(self, rng: np.random.Generator) -> np.ndarray:
-        """A voxel of a mask: each present class equally likely, then each of its mask's voxels."""
+        """Draw a voxel of a mask: each present class equally likely, then each of its mask's voxels."""
         value = rng.choice(self.present)
         first, end = self.boxes[value]
         while True:
@@ -55,7 +55,7 @@ class CropMasks:
 
 
 def crop_masks(label: np.ndarray, num_classes: int) -> CropMasks:
-    """The masks of a label (x, y, z), uint8."""
+    """Grow the masks of a label (x, y, z), uint8."""
     boxes, starts, parts, size = np.zeros((num_classes, 2, 3), np.int64), [], [], 0
     for value in range(num_classes):
         boxes[value], mask = grown_mask(label == value)
@@ -68,7 +68,7 @@ def crop_masks(label: np.ndarray, num_classes: int) -> CropMasks:
 
 
 def grown_mask(present: np.ndarray, steps: int = CROP_DILATION) -> tuple[np.ndarray, np.ndarray | None]:
-    """What ``steps`` binary dilations make of a mask (x, y, z): its bounding box (2, 3), and the voxels inside it.
+    """Do as ``steps`` binary dilations of a mask (x, y, z): return its bounding box (2, 3), and the voxels inside it.
 
     The voxels are None where they all belong to the mask (and where the mask is empty, and the box too).
     """
@@ -91,7 +91,7 @@ def grown_mask(present: np.ndarray, steps: int = CROP_DILATION) -> tuple[np.ndar
 
 
 def bounding_box(mask: np.ndarray) -> np.ndarray | None:
-    """First voxel and end (2, 3) of what is true in a mask (x, y, z); None where nothing is."""
+    """Return first voxel and end (2, 3) of what is true in a mask (x, y, z); None where nothing is."""
     spans = []
     for axis in range(3):
         found = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
@@ -102,7 +102,7 @@ def bounding_box(mask: np.ndarray) -> np.ndarray | None:
 
 
 def _distance(present: np.ndarray, limit: int) -> np.ndarray:
-    """Steps along the axes to the nearest voxel that is present, at most ``limit`` (below 255): uint8.
+    """Count steps along the axes to the nearest voxel that is present, at most ``limit`` (below 255): uint8.
 
     Distances along one axis after another: each plane takes over its neighbour's, plus one.
     """
@@ -121,7 +121,7 @@ def _distance(present: np.ndarray, limit: int) -> np.ndarray:
 def cut_patch(
     image: np.ndarray, label: np.ndarray, centre: Sequence[int], patch_size: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The patch around a centre, moved inside the volume where it would stick out; copies.
+    """Cut the patch around a centre, moved inside the volume where it would stick out; copies.
 
     A volume smaller than the patch is padded to both sides: the image by reflection (its border voxels first, where
     it is too small to be reflected), the label by background.

@@ -40,7 +40,7 @@ def open_dataset(
     key: str = "training",
     *,
     allow_outside_root: bool = False,
-    leniency: Leniency = Leniency(),  # noqa: B008  it is frozen
+    leniency: Leniency = Leniency(),
     measured_in: Sequence[Path] = (),
     **overrides: Sequence[float] | None,
 ) -> Dataset:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure  # not pyplot, which would choose a window 
 from dints import files
 from dints.training.tables import ACCURACY, LOSSES, Rows, read_rows
 
-MARKED, SMOOTHED = 40, 200  # up to so many points each one is marked; beyond so many their running mean is drawn
+MARKED, SMOOTHED = 40, 200  # up to so many rows each point is marked; beyond so many points a running mean is drawn
 
 
 def draw_all(folder: Path) -> None:
@@ -41,7 +41,7 @@ def _over_iterations_and_time(rows: Rows, names: Mapping[str, str], label: str, 
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, column, scale, name in ((left, "iteration", 1, "iterations"), (right, "seconds", 60, "minutes")):
         for key, curve in names.items():
-            _plot(axes, *_points(rows, column, key, scale), curve)
+            _plot(axes, *_points(rows, column, key, scale), curve, len(rows))
         _finish(axes, name)
     left.set_ylabel(label)
     left.legend(frameon=False, loc=corner)
@@ -70,7 +70,7 @@ def _course_of_search(rows: Rows) -> Figure:
             x, y = _points(rows, "iteration", key)
             if axes is entropies:
                 y = y / (y[0] or 1.0)  # one block has no topology: 0
-            _plot(axes, x, np.array(list(accumulate(y))) if axes is changes else y, name)
+            _plot(axes, x, np.array(list(accumulate(y))) if axes is changes else y, name, len(rows))
         axes.set_ylabel(label)
         _finish(axes, "iterations")
         axes.legend(frameon=False)
@@ -84,7 +84,7 @@ def _points(rows: Rows, column: str, key: str, scale: float = 1.0) -> tuple[np.n
     return tuple(np.array(points).reshape(-1, 2).T)
 
 
-def _plot(axes: Axes, x: np.ndarray, y: np.ndarray, name: str) -> None:
+def _plot(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, num_rows: int) -> None:
     """Draw one curve; where there are many points, their running mean over the points themselves, drawn faintly.
 
     Where there is none yet, the legend does not name it.
@@ -94,7 +94,7 @@ def _plot(axes: Axes, x: np.ndarray, y: np.ndarray, name: str) -> None:
     style = {"color": "black", "linewidth": 2.2, "zorder": 3} if name == "mean" else {}
     style |= {"color": "grey", "linestyle": "--"} if name == "RAM factor" else {}
     if len(y) <= SMOOTHED:
-        axes.plot(x, y, label=name, marker="o" if len(y) <= MARKED else "", markersize=3, **style)
+        axes.plot(x, y, label=name, marker="o" if num_rows <= MARKED else "", markersize=3, **style)
         return
     width = len(y) // 50
     smooth = [np.convolve(values, np.ones(width) / width, "valid") for values in (x, y)]

@@ -108,7 +108,7 @@ def scores_from_counts(counts: torch.Tensor) -> Scores:
 
 
 class Overlaps:
-    """Counts of `count_overlap` for the cases of all ranks."""
+    """Gathers `count_overlap` of the cases of all ranks."""
 
     def __init__(self, num_cases: int, num_classes: int, processes: Processes):
         self.num_classes, self.processes = num_classes, processes

@@ -1,0 +1,99 @@
+"""Draw the README's opening picture: what a search chooses from, and a case as a found network segments it.
+
+    python experiments/figures.py --root data_msd/Task04_Hippocampus --segmentations segmentations
+
+SEGMENTATIONS is what infer_dints.py wrote with --root: the case is the one whose mean Dice is the median of scores.csv,
+so that the picture flatters nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import nibabel as nib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dints import files
+from dints.data.formats import read_dataset
+from dints.network.drawing import draw_search_space
+
+COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442")  # of Okabe and Ito; one a class
+
+
+def main(args: argparse.Namespace) -> None:
+    task, cases = read_dataset(args.root)
+    name, dice = median_case(args.segmentations / "scores.csv")
+    (case,) = (case for case in cases if Path(case.images[0]).name == name)
+    image, label, found = (in_ras(path) for path in (case.images[0], case.label, args.segmentations / name))
+
+    figure = Figure(figsize=(12, 8.2), layout="constrained")
+    space, below = figure.subfigures(2, 1, height_ratios=(1.35, 1))
+    draw_space(space.subplots(), args.num_blocks, args.num_depths)
+    panels = below.subplots(1, 3)
+    plane = np.argmax((label > 0).sum((1, 2)))  # the sagittal one with most foreground
+    for axes, mask, title in zip(
+        panels, (None, label, found), ("image", "label", f"segmentation, Dice {dice:.2f}"), strict=True
+    ):
+        show_plane(axes, image[plane], None if mask is None else mask[plane], title)
+    handles = [
+        matplotlib.patches.Patch(color=colour, label=name)
+        for colour, name in zip(COLOURS, task.class_names[1:], strict=False)
+    ]
+    below.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    with files.replacing(args.output) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def median_case(scores: Path) -> tuple[str, float]:
+    """Return the file name and mean Dice of the case whose mean Dice is the median."""
+    with scores.open() as file:
+        rows = [
+            (statistics.mean(float(value) for key, value in row.items() if key != "case" and value), row["case"])
+            for row in csv.DictReader(file)
+        ]
+    dice, name = sorted(rows)[len(rows) // 2]
+    return name, dice
+
+
+def in_ras(path: str | Path) -> np.ndarray:
+    """Read a volume (x, y, z), turned to RAS."""
+    return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)
+
+
+def draw_space(axes: Axes, num_blocks: int, num_depths: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        draw_search_space(num_blocks, num_depths, "space", folder)
+        axes.imshow(matplotlib.image.imread(Path(folder) / "space.png"), interpolation="antialiased")
+    axes.set_axis_off()
+
+
+def show_plane(axes: Axes, image: np.ndarray, mask: np.ndarray | None, title: str) -> None:
+    """Show a plane (y, z), z upwards, with the classes of a mask laid over it."""
+    low, high = np.percentile(image, (1, 99.5))
+    axes.imshow(image.T, cmap="gray", vmin=low, vmax=high, origin="lower")
+    if mask is not None:
+        for value, colour in enumerate(COLOURS, start=1):
+            layer = np.zeros((*mask.T.shape, 4))
+            layer[value == mask.T] = matplotlib.colors.to_rgba(colour, 0.6)
+            axes.imshow(layer, origin="lower", interpolation="nearest")
+    axes.set_title(title)
+    axes.set_axis_off()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="the dataset")
+    parser.add_argument("--segmentations", type=Path, required=True, help="output folder of infer_dints.py --root")
+    parser.add_argument("--output", type=Path, default=Path("Figures/opening.png"), help="the picture")
+    parser.add_argument("--num_blocks", type=int, default=12, help="of the space that is drawn")
+    parser.add_argument("--num_depths", type=int, default=4, help="of the space that is drawn")
+    main(parser.parse_args())
