@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,37 +30,21 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
 
 import torch  # noqa: E402  the checkout comes first on the path
-from test_distributed import assert_equal  # noqa: E402
-from test_resume import progress_of, rows, scalars, without_times  # noqa: E402
+from states import assert_same_end, progress_of  # noqa: E402
 
-from dints import runtime  # noqa: E402
-from dints.checkpoint import Checkpoint  # noqa: E402
+from dints.data.phantom import write_phantom  # noqa: E402
 from dints.errors import UserError  # noqa: E402
-from dints.phantom import write_phantom  # noqa: E402
+from dints.running import run_folder  # noqa: E402
+from dints.running.precision import Precision  # noqa: E402
+from dints.running.processes import Processes  # noqa: E402
+from dints.training.checkpoint import Checkpoint, find_state  # noqa: E402
 
 LAUNCHER = ("bash", str(CHECKOUT / "search_dints.sh"))
-ALONE = runtime.Processes(0, 1, torch.device("cpu"))
-ARGS = argparse.Namespace(resume="auto", save_minutes=0.0, warning_signal="USR1", allow_other_num_processes=False)
-SEARCH = "--patch_size 16 16 16 --num_folds 3 --overlap_ratio 0 --device cpu --precision fp32 --channel_mul 0.125"
-SEARCH += " --num_blocks 2 --num_depths 3 --num_epochs 24 --num_epochs_warmup 8 --num_epochs_per_validation 6"
-SEARCH += " --learning_rate_arch 0.1 --num_workers 1 --save_minutes 0.002"
-
-
-class State:
-    """Some 20 MB of tensors that tell which save they are of."""
-
-    def __init__(self):
-        self.tensors = {f"part {number}": torch.zeros(2**17) for number in range(40)}
-
-    def fill(self, iteration: int) -> None:
-        for number, tensor in enumerate(self.tensors.values()):
-            tensor.fill_(iteration + number / 64)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.tensors
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.tensors = state
+FP32, ALONE = Precision("fp32", torch.device("cpu")), Processes(0, 1, torch.device("cpu"))
+SETTINGS = {"processes": 1}
+SEARCH = "--patch_size 16 16 16 --spacing 5 5 5 --num_folds 3 --overlap_ratio 0 --device cpu --precision fp32"
+SEARCH += " --channel_mul 0.125 --num_blocks 2 --num_depths 3 --learning_rate_arch 0.1 --num_workers 1"
+SEARCH += " --num_epochs 24 --num_epochs_warmup 8 --num_epochs_per_validation 6 --save_minutes 0.002"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -72,19 +56,22 @@ def main(args: argparse.Namespace) -> int:
             print(line, file=log, flush=True)
 
         start, rng = time.monotonic(), random.Random(args.seed)
-        saves = kill_saves(Path(folder) / "saves", args.kills, rng, tell)
-        tell(f"{saves} of {args.kills} killed saves left a wrong state")
-        search = Search(
-            Path(folder), write_phantom(Path(folder) / "Task00_Phantom", 9, 1, shape=(24, 24, 24)), rng, tell
-        )
-        wrong = saves + search.kill_all(args.search_kills) + search.kill_ranks(args.rank_kills)
-        wrong += search.kill_nodes(args.node_kills)
+        wrong = kill_saves(Path(folder) / "saves", args.kills, rng, tell)
+        tell(f"{wrong} of {args.kills} killed saves left a wrong state")
+        root = write_phantom(Path(folder) / "Task00_Phantom", 9, 1, shape=(24, 24, 24))
+        search = Search(Path(folder), root, rng, tell)
+        wrong += search.kill_all(args.search_kills) + search.kill_one_of_two(args.rank_kills)
+        if args.node_kills and (os.geteuid() or not shutil.which("ip")):
+            tell("no namespaces: they need root and `ip`")
+        elif args.node_kills:
+            with namespaces() as nodes:
+                wrong += search.kill_one_of_two(args.node_kills, nodes)
         tell(f"{wrong} wrong ends; {time.monotonic() - start:.0f} s in all")
         return 1 if wrong else 0
 
 
-def kill_saves(folder: Path, kills: int, rng: random.Random, tell) -> int:
-    """Part A; returns the number of wrong states."""
+def kill_saves(folder: Path, kills: int, rng: random.Random, tell: Callable[[str], None]) -> int:
+    """Kill saves (part A); return the number of wrong states."""
     wrong, in_save, known = 0, 0, -1
     for number in range(1, kills + 1):
         reading, writing = os.pipe()
@@ -108,83 +95,85 @@ def kill_saves(folder: Path, kills: int, rng: random.Random, tell) -> int:
     return wrong
 
 
+def state_of(folder: Path) -> tuple[torch.nn.Module, Checkpoint]:
+    """Make some 20 MB of weights, which are all to have the value of the iteration, and their checkpoint."""
+    weights = torch.nn.ModuleList(torch.nn.Linear(512, 256) for _ in range(40))
+    return weights, Checkpoint(folder, SETTINGS, {"state": weights}, FP32, ALONE)
+
+
 def save_for_ever(folder: Path, writing: int) -> None:
-    state = State()
-    with runtime.run_folder(folder, ALONE):
-        checkpoint = Checkpoint(folder, ARGS, {"processes": 1}, ALONE)
-        checkpoint.restore({"state": state}, runtime.Precision("fp32", ALONE.device))
-        os.write(writing, b"%d\n" % checkpoint.progress.iteration)
+    with run_folder.opened(folder, ALONE), torch.no_grad():
+        weights, checkpoint = state_of(folder)
+        for weight in weights.parameters():
+            weight.zero_()
+        progress = checkpoint.restore(find_state(folder, SETTINGS))
+        os.write(writing, b"%d\n" % progress.iteration)
         while True:
-            checkpoint.progress.step_done()
-            state.fill(checkpoint.progress.iteration)
+            progress.step_done()
+            for weight in weights.parameters():
+                weight.fill_(progress.iteration)
             checkpoint.save()
-            os.write(writing, b"%d\n" % checkpoint.progress.iteration)
+            os.write(writing, b"%d\n" % progress.iteration)
 
 
 def judge(folder: Path, known: int) -> tuple[str | None, int | None]:
-    """What is wrong with the state that a new start finds, and its iteration; ``known``: of the last save."""
-    state = State()
+    """Return what is wrong with the state that a new start finds, and its iteration; ``known``: of the last save."""
     try:
-        with runtime.run_folder(folder, ALONE):
+        with run_folder.opened(folder, ALONE):
             if list(folder.glob(".*.partial")):
                 return "a partial file stays", None
-            checkpoint = Checkpoint(folder, ARGS, {"processes": 1}, ALONE)
-            if checkpoint.source is None:
+            state = find_state(folder, SETTINGS)
+            if state is None:
                 return ("nothing is found" if known >= 0 else None), None
-            found = checkpoint.restore({"state": state}, runtime.Precision("fp32", ALONE.device)).iteration
+            weights, checkpoint = state_of(folder)
+            found = checkpoint.restore(state).iteration
     except UserError as error:
         return str(error), None
-    expected = State()
-    expected.fill(found)
-    if not all(torch.equal(expected.tensors[name], tensor) for name, tensor in state.tensors.items()):
+    if not all(bool((weight == found).all()) for weight in weights.parameters()):
         return "it is not whole", found
-    if not known <= found <= known + 1:
-        return f"{known} was saved", found
-    return None, found
+    return (None if known <= found <= known + 1 else f"{known} was saved"), found
 
 
 @dataclass
 class Search:
-    """A search of some seconds, which is killed."""
+    """Kills a search of some seconds."""
 
     folder: Path
     root: Path
     rng: random.Random
     tell: Callable[[str], None]
 
-    def started(self, output: Path, *launcher: str, **more: str) -> subprocess.Popen:
-        """search_dints.py, or search_dints.sh if the ``launcher`` ends with its name."""
-        script = [] if launcher else [sys.executable, str(CHECKOUT / "search_dints.py")]
-        flags = [] if launcher else ["--root", self.root, "--output_root", output]
+    def started(self, output: Path, *launcher: str, **more: object) -> subprocess.Popen:
+        """Start search_dints.py, or search_dints.sh if the ``launcher`` ends with its name."""
+        script = [sys.executable, CHECKOUT / "search_dints.py", "--root", self.root, "--output_root", output]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "TASK": "Task00_Phantom"}
-        environment |= {"DATA_ROOT": str(self.root), "OUTPUT_ROOT": str(output), "FOLD": "0", **more}
+        environment |= {"DATA_ROOT": str(self.root), "OUTPUT_ROOT": str(output), "FOLD": "0"}
+        environment |= {name: str(value) for name, value in more.items()}
         with output.with_name(f"{output.name}.said").open("a") as said:
-            return subprocess.Popen(
-                [*launcher, *script, *map(str, flags), *SEARCH.split()],
-                env=environment,
-                stdout=said,
-                stderr=said,
-                start_new_session=True,
-            )
+            streams = {"stdout": said, "stderr": said, "start_new_session": True}
+            return subprocess.Popen([*(launcher or script), *SEARCH.split()], env=environment, **streams)
 
-    def undisturbed(self, output: Path, *launcher: str, **more: str) -> float:
-        """Run it to its end; returns the seconds that it took."""
-        start = time.monotonic()
+    def undisturbed(self, name: str, *launcher: str, **more: object) -> tuple[Path, float]:
+        """Run it to its end; return its folder and the seconds that it took."""
+        output, start = self.folder / name, time.monotonic()
         assert self.started(output, *launcher, **more).wait() == 0, self.said(output)
         seconds = time.monotonic() - start
-        self.tell(f"the undisturbed search took {seconds:.1f} s ({output.name})")
-        return seconds
+        self.tell(f"the undisturbed search took {seconds:.1f} s ({name})")
+        return output, seconds
+
+    @cached_property
+    def two_ranks(self) -> tuple[Path, float]:
+        return self.undisturbed("two ranks", *LAUNCHER, NUM_GPUS_PER_NODE=2)
 
     def said(self, output: Path) -> str:
         return output.with_name(f"{output.name}.said").read_text()
 
     def kill_all(self, kills: int) -> int:
-        """Part B; returns the number of wrong ends."""
+        """Kill all processes of a search (part B); return the number of wrong ends."""
         if kills == 0:
             return 0
-        straight, killed = self.folder / "straight", self.folder / "killed"
-        seconds = self.undisturbed(straight)
-        done = wrong = 0
+        straight, seconds = self.undisturbed("straight")
+        killed, done, wrong = self.folder / "killed", 0, 0
         while True:
             process = self.started(killed)
             try:
@@ -200,46 +189,24 @@ class Search:
                 return wrong
             shutil.rmtree(killed)  # it ended too soon: once more from the beginning
 
-    @cached_property
-    def two_ranks(self) -> tuple[Path, float]:
-        """An undisturbed search of two ranks, and its seconds."""
-        output = self.folder / "two ranks"
-        return output, self.undisturbed(output, *LAUNCHER, NUM_GPUS_PER_NODE="2")
-
-    def kill_ranks(self, kills: int) -> int:
-        """Part C; returns the number of wrong ends."""
+    def kill_one_of_two(self, kills: int, nodes: Sequence[tuple[str, str, str]] = ()) -> int:
+        """Kill one of two ranks (part C), or of two nodes (part D); return the number of wrong ends."""
         wrong = 0
         for number in range(1, kills + 1):
             straight, seconds = self.two_ranks
-            output = self.folder / f"rank kill {number}"
-            process = self.started(output, *LAUNCHER, NUM_GPUS_PER_NODE="2")
-            place = self.kill_one([process], seconds, output)
-            wrong += self.judge(f"rank kill {number}: {place}", straight, output, [process.wait()])
-        return wrong
-
-    def kill_nodes(self, kills: int) -> int:
-        """Part D; returns the number of wrong ends."""
-        if kills == 0:
-            return 0
-        if os.geteuid() or not shutil.which("ip"):
-            self.tell("no namespaces: they need root and `ip`")
-            return 0
-        (straight, seconds), wrong = self.two_ranks, 0
-        with namespaces() as nodes:
-            for number in range(1, kills + 1):
-                output = self.folder / f"node kill {number}"
-                processes = []
-                for rank, (name, interface, address) in enumerate(nodes):
-                    more = {"NUM_NODES": "2", "NODE_RANK": str(rank), "NUM_GPUS_PER_NODE": "1"}
-                    more |= {"NODE_ADDR": address, "MASTER_ADDR": nodes[0][2], "GLOO_SOCKET_IFNAME": interface}
-                    processes.append(self.started(output, "ip", "netns", "exec", name, *LAUNCHER, **more))
-                place = self.kill_one(processes, seconds, output)
-                codes = [process.wait() for process in processes]
-                wrong += self.judge(f"node kill {number}: {place}", straight, output, codes)
+            what = f"{'node' if nodes else 'rank'} kill {number}"
+            output, agents = self.folder / what, []
+            for rank, (name, interface, address) in enumerate(nodes):
+                more = {"NUM_NODES": 2, "NODE_RANK": rank, "NUM_GPUS_PER_NODE": 1, "NODE_ADDR": address}
+                more |= {"MASTER_ADDR": nodes[0][2], "GLOO_SOCKET_IFNAME": interface}
+                agents.append(self.started(output, "ip", "netns", "exec", name, *LAUNCHER, **more))
+            agents = agents or [self.started(output, *LAUNCHER, NUM_GPUS_PER_NODE=2)]
+            place = self.kill_one(agents, seconds, output)
+            wrong += self.judge(f"{what}: {place}", straight, output, [agent.wait() for agent in agents])
         return wrong
 
     def kill_one(self, agents: list[subprocess.Popen], seconds: float, output: Path) -> str:
-        """Kill one process of a run at a random moment, mostly after its first save; returns where that was."""
+        """Kill one process of a run at a random moment, mostly after its first save; return where that was."""
         early = self.rng.random() < 0.2
         while not early and not (output / "latest.pth").exists() and all(agent.poll() is None for agent in agents):
             time.sleep(0.05)
@@ -254,9 +221,15 @@ class Search:
         return f"process {victim + 1} of {len(workers)}, {place}"
 
     def judge(self, what: str, straight: Path, output: Path, codes: list[int]) -> int:
-        fault = difference(straight, output) if not any(codes) else f"exit codes {codes}: {self.said(output)[-2000:]}"
-        self.tell(f"{what}: {fault or 'it ended as the undisturbed one'}")
-        return int(fault is not None)
+        """Tell how a run ended; return 1 if it did not end as it should, else 0."""
+        try:
+            assert not any(codes), f"exit codes {codes}: {self.said(output)[-2000:]}"
+            assert_same_end(straight, output)
+        except (AssertionError, FileNotFoundError) as error:
+            self.tell(f"{what}: {error}")
+            return 1
+        self.tell(f"{what}: it ended as the undisturbed one")
+        return 0
 
 
 def children(pid: int) -> list[int]:
@@ -265,21 +238,21 @@ def children(pid: int) -> list[int]:
 
 @contextmanager
 def namespaces() -> Iterator[list[tuple[str, str, str]]]:
-    """Two nodes with a network between them, and none with anything else: name, interface and address of each."""
+    """Make two nodes with a network between them, and none with anything else; give name, interface and address."""
     nodes = [(f"dints{rank}", f"veth{rank}", f"10.77.0.{rank + 1}") for rank in (0, 1)]
 
-    def ip(*arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True)
+    def ip(line: str) -> None:
+        subprocess.run(["ip", *line.split()], check=True)
 
     try:
         for name, _, _ in nodes:
-            ip("netns", "add", name)
-        ip("link", "add", nodes[0][1], "type", "veth", "peer", "name", nodes[1][1])
+            ip(f"netns add {name}")
+        ip(f"link add {nodes[0][1]} type veth peer name {nodes[1][1]}")
         for name, interface, address in nodes:
-            ip("link", "set", interface, "netns", name)
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", interface)
-            ip("-n", name, "link", "set", interface, "up")
-            ip("-n", name, "link", "set", "lo", "up")
+            ip(f"link set {interface} netns {name}")
+            ip(f"-n {name} addr add {address}/24 dev {interface}")
+            ip(f"-n {name} link set {interface} up")
+            ip(f"-n {name} link set lo up")
         yield nodes
     finally:
         for name, _, _ in nodes:
@@ -287,25 +260,14 @@ def namespaces() -> Iterator[list[tuple[str, str, str]]]:
 
 
 def where(folder: Path) -> str:
-    """How far a killed run had come."""
-    if not (folder / "latest.pth").exists() and not (folder / "previous.pth").exists():
-        return "before the first save"
-    progress = progress_of(folder, "latest.pth" if (folder / "latest.pth").exists() else "previous.pth")
-    return f"saved at iteration {progress['iteration']}, step {progress['step']} of epoch {progress['epoch'] + 1}"
-
-
-def difference(straight: Path, killed: Path) -> str | None:
-    """The first thing in which two runs end otherwise."""
-    try:
-        names = sorted(path.name for path in straight.glob("*.pth") if path.name != "previous.pth")
-        for name in names:
-            assert_equal(*(without_times(torch.load(p / name, weights_only=True)) for p in (straight, killed)), name)
-        for name in ("loss_history.csv", "accuracy_history.csv"):
-            assert without_times(rows(straight / name)) == without_times(rows(killed / name)), name
-        assert scalars(straight) == scalars(killed), "TensorBoard"
-    except (AssertionError, FileNotFoundError) as error:
-        return f"differs: {error}"
-    return None
+    """Tell how far a killed run had come."""
+    for name in ("latest.pth", "previous.pth"):
+        if (folder / name).exists():
+            progress = progress_of(folder, name)
+            return (
+                f"saved at iteration {progress['iteration']}, step {progress['step']} of epoch {progress['epoch'] + 1}"
+            )
+    return "before the first save"
 
 
 def parse_args() -> argparse.Namespace:

@@ -136,109 +136,89 @@ def survivors(group: int, patience: float = 6.0) -> bool:
 
 
 def install(fault: dict, rank: int, struck: int) -> None:
-    if fault["signal"] == "NAN":
-        if fault["to"] == rank:
-            spoil_batches(fault["iteration"], fault["until"])
-        return
+    """Have the fault come about in this rank's process."""
+    name, to, first = fault["signal"], fault["to"], fault["iteration"]
 
-    def strike() -> None:
-        number = getattr(signal, f"SIG{fault['signal']}")
-        if fault["to"] == rank or (fault["to"] == "all" and rank == 0):
+    def strike(batch: dict | None = None) -> None:
+        if name == "NAN":
+            batch["image"].fill_(torch.nan)
+            return
+        number = getattr(signal, f"SIG{name}")
+        if to == rank or (to == "all" and rank == 0):
             os.write(struck, str(time.monotonic()).encode())
-        if fault["to"] == "all" and rank == 0:
+        if to == "all" and rank == 0:
             os.killpg(0, number)  # workers too
-        elif fault["to"] == rank:
+        elif to == rank:
             os.kill(os.getpid(), number)
-        elif fault["to"] == "worker" and rank == 0:
+        elif to == "worker" and rank == 0:
             os.kill(multiprocessing.active_children()[0].pid, number)
 
-    FAULTS[fault["place"]](fault["iteration"], strike)
+    if name != "NAN" or to == rank:
+        FAULTS[fault["place"]](range(first, fault.get("until", first) + 1), strike)
 
 
-def spoil_batches(first: int, last: int) -> None:
+def in_step(iterations: range, strike: Callable) -> None:
+    """Strike before steps of these numbers are computed."""
+
     def steps(stops, original, batches):
         for batch in original(stops, batches):
-            if first <= stops.checkpoint.progress.iteration + 1 <= last:
-                batch["image"].fill_(torch.nan)
+            if stops.checkpoint.progress.iteration + 1 in iterations:
+                strike(batch)
             yield batch
 
     replace(training.stops.Stops, "steps", steps)
 
 
-def in_step(iteration: int, strike: Callable[[], None]) -> None:
-    """Strike before step number ``iteration`` is computed."""
-
-    def steps(stops, original, batches):
-        for batch in original(stops, batches):
-            if stops.checkpoint.progress.iteration + 1 == iteration:
-                strike()
-            yield batch
-
-    replace(training.stops.Stops, "steps", steps)
-
-
-def in_validation(iteration: int, strike: Callable[[], None]) -> None:
-    """Strike before the first volume is segmented of the validation after that iteration."""
+def in_validation(iterations: range, strike: Callable) -> None:
+    """Strike before the first volume is segmented of the validation after one of these iterations."""
 
     def volumes(stops, original, cases):
         for number, case in enumerate(original(stops, cases)):
-            if number == 0 and stops.checkpoint.progress.iteration == iteration:
+            if number == 0 and stops.checkpoint.progress.iteration in iterations:
                 strike()
             yield case
 
     replace(training.stops.Stops, "volumes", volumes)
 
 
-def when_recorded(iteration: int, strike: Callable[[], None]) -> None:
-    """Strike when what the validation after that iteration found is written, and not yet the state."""
+def when_recorded(iterations: range, strike: Callable) -> None:
+    """Strike when what such a validation found is written, and not yet the state."""
 
     def add_validation(history, original, progress, scores):
         original(history, progress, scores)
-        if progress.iteration == iteration:
+        if progress.iteration in iterations:
             strike()
 
     replace(training.history.History, "add_validation", add_validation)
 
 
-def in_caching(_: int, strike: Callable[[], None]) -> None:
+def in_caching(_: range, strike: Callable) -> None:
     """Strike before the first case is read."""
-
-    def hold(cache, original, *args):
-        strike()
-        return original(cache, *args)
-
-    replace(data.cache.Cache, "hold", hold)
+    replace(data.cache.Cache, "hold", lambda cache, original, *args: (strike(), original(cache, *args))[1])
 
 
-def when_half_written(iteration: int, strike: Callable[[], None]) -> None:
-    """Strike when half of that iteration's state is in its file."""
+def in_save(iterations: range, strike: Callable, half: str) -> None:
+    """Strike when half of such an iteration's state is written, or when it is whole and has no name yet."""
 
-    def save(original, content, file):
-        if isinstance(file, io.BufferedWriter) and content.get("progress", {}).get("iteration") == iteration:
+    def write_half(original, content, file):
+        if isinstance(file, io.BufferedWriter):
             original(content, whole := io.BytesIO())
             file.write(whole.getvalue()[: whole.tell() // 2])
             file.flush()
             strike()
         original(content, file)
 
-    replace(torch, "save", save)
-
-
-def when_half_renamed(iteration: int, strike: Callable[[], None]) -> None:
-    """Strike when that iteration's state is about to get its name, and the state before has lost it."""
-    saved = []
-
-    def save(original, content, file):
-        saved.append(content.get("progress", {}).get("iteration"))
-        original(content, file)
-
-    def rename(original, source, target):
-        if saved and saved[-1] == iteration and Path(target).name == "latest.pth":
+    def rename_half(original, source, target):
+        if Path(target).name == "latest.pth":  # and the state before has lost it
             strike()
         original(source, target)
 
-    replace(torch, "save", save)
-    replace(os, "replace", rename)
+    def save(checkpoint, original):
+        if checkpoint.progress.iteration in iterations:
+            replace(*((torch, "save", write_half) if half == "written" else (os, "replace", rename_half)))
+        original(checkpoint)
+
+    replace(training.checkpoint.Checkpoint, "save", save)
 
 
 FAULTS = {
@@ -246,8 +226,8 @@ FAULTS = {
     "validation": in_validation,
     "recorded": when_recorded,
     "caching": in_caching,
-    "half written": when_half_written,
-    "half renamed": when_half_renamed,
+    "half written": functools.partial(in_save, half="written"),
+    "half renamed": functools.partial(in_save, half="renamed"),
 }
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from theatre import ENVIRONMENT, EPOCH, Theatre
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 WITHIN = 25  # seconds that a stop may take
+SIGNAL, RANK, SAVE = "SIGTERM, SIGINT, preemption", "one rank dies or raises", "SIGKILL while saving"
 Play = Callable[[Theatre, Path], None]
 PLAYS: dict[str, tuple[Play, str | None]] = {}  # by what they show: with the name of a fault
 
@@ -46,7 +47,7 @@ def plays(request, theatre, tmp_path_factory):
     return {what: theatre.pool.submit(PLAYS[what][0], theatre, tmp_path_factory.mktemp("play")) for what in wanted}
 
 
-def strike(place: str, iteration: int | None = None, name: str = "KILL", to: int | str = "all") -> dict:
+def strike(place: str, iteration: int = 0, name: str = "KILL", to: int | str = "all") -> dict:
     return {"place": place, "iteration": iteration, "signal": name, "to": to}
 
 
@@ -123,7 +124,7 @@ VALUES = (("search", "train"), (1, 2), (0, 2), ("stopped", "killed"))
 COVERING = ((0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0))
 for indices in itertools.product((0, 1), repeat=4) if os.environ.get("DINTS_RESUME_ALL") else COVERING:
     stage, processes, workers, manner = (values[index] for values, index in zip(VALUES, indices, strict=True))
-    fault = "SIGTERM, SIGINT, preemption" if manner == "stopped" else "SIGKILL in the middle of an epoch"
+    fault = SIGNAL if manner == "stopped" else "SIGKILL in the middle of an epoch"
 
     @play(f"{manner}: {stage}, {processes} processes, {workers} workers", fault)
     def combination(theatre, folder, manner=manner, rest=(stage, processes, workers)):
@@ -133,14 +134,14 @@ for indices in itertools.product((0, 1), repeat=4) if os.environ.get("DINTS_RESU
 # Other places and damages
 
 
-@play("stopped while it reads the cases, it dies at once, and starts again", "SIGTERM, SIGINT, preemption")
+@play("stopped while it reads the cases, it dies at once, and starts again", SIGNAL)
 def stopped_in_caching(theatre: Theatre, folder: Path) -> None:
     done = theatre.run("search", folder, 1, fault=strike("caching", name="TERM"))
     assert done["codes"] == [-signal.SIGTERM] and done["seconds"] < WITHIN
     finish(theatre, "search", folder, 1)
 
 
-@play("killed in the middle of a write, and between its two renames, it goes on", "SIGKILL while saving")
+@play("killed in the middle of a write, and between its two renames", SAVE)
 def killed_while_saving(theatre: Theatre, folder: Path) -> None:
     def killed(where: str, iteration: int) -> None:
         kill(theatre, "train", folder, 1, "--save_minutes", 0, at=strike(where, iteration))
@@ -154,29 +155,18 @@ def killed_while_saving(theatre: Theatre, folder: Path) -> None:
     finish(theatre, "train", folder, 1)
 
 
-def flip_a_bit(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
+@play("the state before is taken where of the last one a bit is flipped", SAVE)
+def damaged(theatre: Theatre, folder: Path) -> None:
+    middle, latest = EPOCH[2] + 2, folder / "latest.pth"
+    stop(theatre, "train", folder, 2, "--save_minutes", 0, at=strike("step", middle, "TERM"))
+    with zipfile.ZipFile(latest) as archive:
         largest = max(archive.infolist(), key=lambda member: member.file_size)
-    content = bytearray(path.read_bytes())
+    content = bytearray(latest.read_bytes())
     content[largest.header_offset + largest.file_size // 2] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGES = {
-    "one bit of a tensor is flipped": (flip_a_bit, 2),
-    "it is cut short": (lambda path: os.truncate(path, path.stat().st_size // 2), 1),
-}
-for what, (damage, processes) in DAMAGES.items():
-
-    @play(f"the state before is taken where of the last one {what}", "SIGKILL while saving")
-    def damaged(theatre, folder, damage=damage, processes=processes):
-        middle = EPOCH[processes] + 2
-        stop(theatre, "train", folder, processes, "--save_minutes", 0, at=strike("step", middle, "TERM"))
-        damage(folder / "latest.pth")
-        assert progress_of(folder, "previous.pth")["iteration"] == middle - 1
-        said = finish(theatre, "train", folder, processes)
-        assert re.search(rf"{folder}/latest.pth is damaged.*; continuing from {folder}/previous.pth", said), said
-        assert f"continuing after epoch 1, iteration {middle - 1}" in said
+    latest.write_bytes(content)
+    said = finish(theatre, "train", folder, 2)
+    assert re.search(rf"{latest} is damaged.*; continuing from {folder}/previous.pth", said), said
+    assert f"continuing after epoch 1, iteration {middle - 1}" in said
 
 
 @play(
@@ -205,7 +195,7 @@ def one_error(said: str) -> str:
     return lines[0]
 
 
-@play("where a rank dies, the others say in one line that it is gone, and the run goes on", "one rank dies or raises")
+@play("a rank dies: the others say so in one line, and the run goes on", RANK)
 def rank_dies(theatre: Theatre, folder: Path) -> None:
     at = strike("step", EPOCH[2] + 2, to=1)
     done = theatre.run("train", folder, 2, "--num_workers", 1, "--save_minutes", 0, fault=at)
@@ -215,7 +205,7 @@ def rank_dies(theatre: Theatre, folder: Path) -> None:
 
 
 @play(
-    "where a process that prepares batches is killed, one line says so, and the run goes on",
+    "a worker is killed: one line says so, and the run goes on",
     "GPU or host memory exhausted",
 )
 def worker_dies(theatre: Theatre, folder: Path) -> None:
@@ -227,7 +217,7 @@ def worker_dies(theatre: Theatre, folder: Path) -> None:
     finish(theatre, "train", folder, 1)
 
 
-@play("a case that one rank cannot read ends all", "one rank dies or raises")
+@play("a case that one rank cannot read ends all", RANK)
 def rank_raises(theatre: Theatre, folder: Path) -> None:
     root = shutil.copytree(theatre.root, folder / "data" / theatre.root.name)
     image = sorted((root / "imagesTr").glob("*.nii.gz"))[3]
@@ -238,7 +228,7 @@ def rank_raises(theatre: Theatre, folder: Path) -> None:
     assert sum(image.name in error for error in errors) == 1, errors
 
 
-@play("where a rank hangs, the others wait for --timeout_minutes and name it", "one rank dies or raises")
+@play("a rank hangs: the others wait for --timeout_minutes and name it", RANK)
 def rank_hangs(theatre: Theatre, folder: Path) -> None:
     at = strike("step", EPOCH[2] + 2, "STOP", to=1)
     done = theatre.run("search", folder, 2, "--num_workers", 1, "--timeout_minutes", 0.1, fault=at)
@@ -247,7 +237,7 @@ def rank_hangs(theatre: Theatre, folder: Path) -> None:
 
 
 @play(
-    "a loss of one rank that is not finite changes no rank's weights, and many in a row stop all",
+    "a loss of one rank that is not finite changes no weights, and many in a row stop all",
     "non-finite loss on one rank",
 )
 def not_finite_on_one_rank(theatre: Theatre, folder: Path) -> None:
@@ -307,7 +297,7 @@ def complete(arguments: list[str], straight: Path, folder: Path) -> None:
     assert_same_end(straight, folder, ignored="rank")
 
 
-@play("Ctrl-C stops a command and its workers, and the line that it leaves continues it", "SIGTERM, SIGINT, preemption")
+@play("Ctrl-C stops a command and its workers, and the line that it leaves continues it", SIGNAL)
 def plain_command(theatre: Theatre, folder: Path) -> None:
     arguments = command(theatre, "search", folder, 1, "--num_workers", 2)
     code, said = signalled(arguments, folder, lambda process: os.killpg(process.pid, signal.SIGINT))
@@ -317,10 +307,7 @@ def plain_command(theatre: Theatre, folder: Path) -> None:
     complete([sys.executable, *shlex.split(line)], theatre.straight["search", 1].result(), folder)
 
 
-@play(
-    "torchrun passes a signal on to ranks that stop after the same step, and starts them again",
-    "SIGTERM, SIGINT, preemption",
-)
+@play("torchrun passes a signal on to ranks that stop after the same step", SIGNAL)
 def torchrun_command(theatre: Theatre, folder: Path) -> None:
     arguments = command(theatre, "train", folder, 2, "--num_workers", 1)
     code, said = signalled(arguments, folder, lambda process: process.send_signal(signal.SIGTERM))
