@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from dints.errors import UserError
-from dints.files import replacing
+from dints.files import replacing, write_atomically
 from dints.torch_files import load_safely, save_atomically
 
 
@@ -38,6 +39,20 @@ def test_a_kill_while_saving_keeps_the_old_file(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert load_safely(path) == {"value": 1}
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
+    """And the folder's entry too before the writer goes on, so that a power cut leaves the old or the new one."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        calls.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replaced"), replace(*paths)))
+    write_atomically(tmp_path / "file", "whole")
+    assert calls == [len("whole"), "replaced", "folder"]
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
