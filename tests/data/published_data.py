@@ -34,20 +34,21 @@ from monai.transforms import (
 )
 from scipy import ndimage
 
-from dints.dataset import Case
-from dints.tasks import Task
+from dints.data.cases import Case
+from dints.data.tasks import Task
 
 KEYS, MODES = ["image", "label"], ["bilinear", "nearest"]
 DILATIONS = 48
 
 
 def files(case: Case) -> dict:
-    """What the recipe is given."""
-    return {"image": case.images[0] if len(case.images) == 1 else list(case.images), "label": case.label}
+    """Return what the recipe is given."""
+    images = [image.path for image in case.images]
+    return {"image": images[0] if len(images) == 1 else images, "label": case.label.path}
 
 
 def caching(task: Task, masks_type: type = float) -> Compose:
-    """From `files` to what is cached: image (float32), label (uint8), and a mask for each class.
+    """Make the way from `files` to what is cached: image (float32), label (uint8), and a mask for each class.
 
     The masks are float64 in the later versions of the published scripts; in the earlier ones uint8, as the label is.
     """
@@ -85,7 +86,7 @@ def caching(task: Task, masks_type: type = float) -> Compose:
 
 
 def sampling(task: Task) -> Compose:
-    """From a copy of what is cached to a list of one patch."""
+    """Make the way from a copy of what is cached to a list of one patch."""
     return Compose(
         [
             RandCropByLabelClassesd(
@@ -114,6 +115,6 @@ def sampling(task: Task) -> Compose:
 
 
 def sample(cached: dict, transforms: Compose) -> dict:
-    """A patch of a cached case, as `CacheDataset` makes it."""
+    """Make a patch of a cached case as `CacheDataset` does."""
     (patch,) = transforms(deepcopy(cached))
     return patch

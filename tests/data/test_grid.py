@@ -1,40 +1,23 @@
-"""Files read as nibabel reads them, and the task's grid and intensities as MONAI makes them."""
+"""The task's grid, and the way back from it, as MONAI makes them."""
 
 from __future__ import annotations
 
-import gzip
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from itertools import permutations
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import (
-    Compose,
-    EnsureChannelFirstd,
-    Invertd,
-    LoadImaged,
-    NormalizeIntensity,
-    Orientationd,
-    ScaleIntensityRange,
-    Spacingd,
-)
+from monai.transforms import Compose, Invertd, Orientationd, Spacingd
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
-from dints.cases import normalise
-from dints.phantom import make_case
-from dints.tasks import Task
-from dints.volumes import Resampling, read_header, read_voxels
+from dints.data.grid import Resampling, in_c_order
 
 pytestmark = pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid")  # MONAI's, at axes of one voxel
-
-CT = Task("Toy", "CT", 1, ("background", "organ"), spacing=None, intensity=(-100.0, 300.0), patch_size=(16, 16, 16))
-MRI = replace(CT, modality="MRI", intensity=None)
 
 # Of the intensities' range. MONAI interpolates in float64, and we in float32, whose weights and sums are rounded to
 # 6e-8 along each axis. Where a header's float32 affine is oblique, its axes are askew by 1e-7 of a volume's length,
@@ -43,7 +26,7 @@ TOLERANCE = 1e-4
 
 
 def affine_of(axes: str, spacing: Sequence[float], degrees: float = 0.0) -> np.ndarray:
-    """As a header holds it, in float32: file axes towards ``axes``, the whole turned by ``degrees`` about all axes."""
+    """Make it as a header holds it, in float32: axes towards ``axes``, all turned by ``degrees`` about each of them."""
     affine = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(axes), (1, 1, 1)).T
     affine[:3, :3] = Rotation.from_rotvec(np.deg2rad([degrees, -degrees / 2, degrees / 3])).as_matrix() @ affine[:3, :3]
     affine[:3, :3] *= spacing
@@ -52,7 +35,7 @@ def affine_of(axes: str, spacing: Sequence[float], degrees: float = 0.0) -> np.n
 
 
 def draw_voxels(shape: Sequence[int], num_channels: int = 1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Image, float32 and label, uint8: noise, the hardest to interpolate alike."""
+    """Draw an image, float32, and a label, uint8: noise, the hardest to interpolate alike."""
     rng = np.random.default_rng(seed)
     image = rng.normal(0, 300, (num_channels, *shape)).astype(np.float32)
     return image, rng.integers(0, 200, (1, *shape)).astype(np.uint8)
@@ -88,114 +71,6 @@ def check_against_monai(
     assert np.abs(ours - expected["image"].numpy()).max() <= tolerance * max(np.ptp(image), 1)
     assert np.array_equal(our_label, expected["label"].numpy())
     return resampling
-
-
-# Files
-
-
-def write(path: Path, voxels: np.ndarray, kind: type = nib.Nifti1Image, header=None, dtype=None) -> str:
-    image = kind(voxels, affine_of("LPS", (0.7, 0.8, 2.5), 3), header)
-    if dtype is not None:
-        image.set_data_dtype(dtype)
-    nib.save(image, path)
-    return str(path)
-
-
-def check_against_nibabel(path: str, exact: bool = True) -> np.ndarray:
-    expected = nib.load(path)
-    header, values = read_header(path), expected.get_fdata()
-    values = np.moveaxis(values.reshape((*values.shape[:3], -1), order="F"), -1, 0)
-    voxels = read_voxels(header)
-    assert (header.num_channels, *header.shape) == voxels.shape == values.shape
-    assert np.array_equal(header.affine, expected.affine)
-    assert np.allclose(header.spacing, expected.header.get_zooms()[:3], rtol=1e-6)
-    assert voxels.dtype.isnative
-    if exact:
-        assert voxels.dtype == expected.get_data_dtype().newbyteorder("=") and np.array_equal(voxels, values)
-    else:
-        assert np.abs(voxels - values).max() <= 1e-6 * np.abs(values).max()
-    return voxels
-
-
-@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "float32", "float64"])
-def test_voxels_are_read_in_their_own_type(tmp_path, dtype, suffix):
-    voxels = np.random.default_rng(0).uniform(0, 127, (7, 5, 6)).astype(dtype)
-    assert np.array_equal(check_against_nibabel(write(tmp_path / f"image{suffix}", voxels))[0], voxels)
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "int16"])
-def test_scaled_voxels_become_float32(tmp_path, dtype):
-    voxels = np.random.default_rng(0).uniform(-1000, 2000, (7, 5, 6))
-    path = write(tmp_path / "image.nii.gz", voxels, dtype=dtype)
-    slope, intercept = nib.load(path).dataobj.slope, nib.load(path).dataobj.inter
-    assert slope not in (0, 1) and intercept != 0
-    assert check_against_nibabel(path, exact=False).dtype == np.float32
-
-
-def test_big_endian_files_are_read(tmp_path):
-    voxels = np.arange(-105, 105, dtype=">i2").reshape(7, 5, 6)
-    path = write(tmp_path / "image.nii", voxels, header=nib.Nifti1Header(endianness=">"))
-    assert Path(path).read_bytes()[:4] == b"\0\0\x01\x5c"
-    check_against_nibabel(path)
-
-
-def test_nifti_2_is_read(tmp_path):
-    path = write(tmp_path / "image.nii.gz", np.arange(210, dtype=np.int16).reshape(7, 5, 6), nib.Nifti2Image)
-    assert gzip.decompress(Path(path).read_bytes())[:2] == b"\x1c\x02"
-    check_against_nibabel(path)
-
-
-@pytest.mark.parametrize(
-    ("shape", "channels"),
-    [((7, 5, 6, 4), 4), ((7, 5, 6, 1), 1), ((7, 5, 6, 1, 3), 3), ((7, 5, 1), 1), ((1, 1, 6, 2), 2)],
-)
-def test_channels_come_first_in_their_order(tmp_path, shape, channels):
-    voxels = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    read = check_against_nibabel(write(tmp_path / "image.nii.gz", voxels))
-    assert len(read) == channels
-    for channel, values in enumerate(read):
-        assert np.array_equal(values, voxels.reshape((*shape[:3], channels))[..., channel])
-
-
-@pytest.mark.parametrize("size", [9000, 100])
-def test_gzip_files_of_several_members_are_read(tmp_path, size):
-    """As bgzip and pigz write them, in blocks, the first one empty; some tools append zeros."""
-    path = write(tmp_path / "image.nii", np.random.default_rng(0).integers(-999, 999, (40, 30, 20)).astype(np.int16))
-    content, several = Path(path).read_bytes(), tmp_path / "several.nii.gz"
-    several.write_bytes(
-        gzip.compress(b"")
-        + b"".join(gzip.compress(content[start : start + size]) for start in range(0, len(content), size))
-    )
-    assert np.array_equal(check_against_nibabel(str(several)), check_against_nibabel(path))
-    several.write_bytes(several.read_bytes() + bytes(512))
-    assert np.array_equal(read_voxels(read_header(str(several))), check_against_nibabel(path))
-
-
-@pytest.mark.parametrize("repeats", [100, 200_000])
-def test_extensions_before_the_voxels_are_passed_over(tmp_path, repeats):
-    header = nib.Nifti1Header()
-    header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"scanned on a Monday " * repeats))
-    path = write(tmp_path / "image.nii.gz", np.arange(210, dtype=np.int16).reshape(7, 5, 6), header=header)
-    assert read_header(path).offset > 20 * repeats
-    check_against_nibabel(path)
-
-
-def test_what_was_read_is_not_changed(tmp_path):
-    """The voxels lie in the file's bytes; preprocessing makes its own."""
-    voxels = np.random.default_rng(0).normal(0, 300, (7, 5, 6)).astype(np.float32)
-    path = write(tmp_path / "image.nii", voxels)
-    read = read_voxels(read_header(path))
-    assert not read.flags.writeable
-    for spacing in (None, (1.0, 1.0, 1.0)):
-        for task in (CT, MRI):
-            normalise(
-                check_against_monai(read, read.astype(np.uint8), read_header(path).affine, spacing).apply(read), task
-            )
-    assert np.array_equal(read[0], voxels) and np.array_equal(nib.load(path).get_fdata(), voxels)
-
-
-# The grid
 
 
 GRIDS = {
@@ -243,7 +118,7 @@ def test_the_grid_is_monais(grid):
 
 
 def test_random_grids_are_monais():
-    for number in range(300):
+    for number in range(150):
         rng = np.random.default_rng([7, number])
         shape = rng.choice([1, 2, 3, 5, 8, 13, 20, 21, 32, 33], 3)
         own = rng.choice(
@@ -282,7 +157,7 @@ def test_the_grid_is_monais_for_every_type_memory_order_and_several_channels(gri
 
 @pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 1.0), (0.75, 1.25, 2.5)])
 def test_the_grid_is_monais_for_an_affine_of_a_quaternion(spacing):
-    """A header without sform: its affine is orthogonal but for its own rounding."""
+    """A header without sform has an affine that is orthogonal but for its own rounding."""
     for axes in ("RAS", "LPS", "LAS"):
         header = nib.Nifti1Header()
         header.set_data_shape((17, 20, 9))
@@ -304,29 +179,10 @@ def test_the_grid_is_monais_where_the_axes_are_askew(axes):
 
 @pytest.mark.parametrize("spacing", [(0.5, 0.75, 1.0), (1.5, 1.5, 3.0)])
 def test_labels_are_monais_where_the_axes_are_hardly_askew(spacing):
-    """Less than a thousandth of a voxel is ignored, but decides where to a label halfway between two voxels goes."""
+    """Less than a thousandth of a voxel is ignored, but decides where a label halfway between two voxels goes."""
     affine = affine_of("LPS", (1.0, 1.5, 2.0), 10)
     affine[:3, :3] = affine[:3, :3] @ np.array([[1, 1e-5, -5e-6], [0, 1, 1e-5], [0, 0, 1]])
     check_against_monai(*draw_voxels((21, 16, 13)), affine, spacing, tolerance=5e-4)
-
-
-def test_a_file_becomes_what_monai_reads(tmp_path):
-    """From file to grid: the phantom's, of three orientations."""
-    orientations = set()
-    for case in (1, 2, 5):
-        image, label = make_case(0, case, shape=(26, 24, 22))
-        paths = {"image": str(tmp_path / f"image{case}.nii.gz"), "label": str(tmp_path / f"label{case}.nii")}
-        nib.save(image, paths["image"]), nib.save(label, paths["label"])
-        keys, spacing = list(paths), (2.5, 3.0, 6.0)
-        expected = Compose([LoadImaged(keys), EnsureChannelFirstd(keys), *monai_grid(spacing)])(paths)
-        header = read_header(paths["image"])
-        resampling = Resampling(header.shape, header.affine, spacing)
-        ours = resampling.apply(read_voxels(header))
-        assert np.abs(ours - expected["image"].numpy()).max() < 0.01  # HU
-        ours = resampling.apply(read_voxels(read_header(paths["label"])), nearest=True)
-        assert ours.any() and np.array_equal(ours, expected["label"].numpy())
-        orientations.add(nib.aff2axcodes(header.affine))
-    assert len(orientations) == 3
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -357,7 +213,7 @@ def test_turning_to_ras_and_back_loses_nothing(axes):
 
 @pytest.mark.parametrize("spacing", [None, (1.0, 2.0, 3.0), (2.0, 1.5, 2.0)])
 def test_resampled_voxels_are_arrays_that_torch_takes(spacing):
-    """New ones, never the file's bytes, and without the negative strides of a flipped view."""
+    """They are new, never the file's bytes, and without the negative strides of a flipped view."""
     for axes, shape in (("RAS", (5, 6, 7)), ("LPI", (5, 6, 7)), ("LPI", (1, 6, 1))):
         resampling = Resampling(shape, affine_of(axes, (1.0, 2.0, 3.0)), spacing)
         for voxels, nearest in zip(draw_voxels(shape), (False, True), strict=True):
@@ -410,28 +266,12 @@ def test_anatomy_is_the_same_however_it_is_stored(axes):
             assert ours.shape == expected.shape and np.allclose(ours, expected, rtol=0, atol=0 if nearest else 1e-3)
 
 
-# Intensities
-
-
-def test_a_ct_window_becomes_0_to_1():
-    image = np.linspace(-1000, 1000, 512, dtype=np.float32).reshape(1, 8, 8, 8)
-    expected = ScaleIntensityRange(-100, 300, 0, 1, clip=True)(image.copy())
-    result = normalise(image.copy(), CT)
-    assert result.dtype == np.float32 and np.allclose(result, expected, rtol=0, atol=1e-6)
-    assert np.allclose(result, np.clip((image + 100) / 400, 0, 1), rtol=0, atol=1e-6)
-    assert result.min() == 0 and result.max() == 1
-
-
-def test_mri_is_a_z_score_of_each_channels_nonzero_voxels():
-    rng = np.random.default_rng(1)
-    image = np.stack([rng.normal(mean, std, (9, 9, 9)) for mean, std in ((500, 20), (7, 3), (0, 1), (0, 1))])
-    image = image.astype(np.float32)
-    image[:, :3] = 0
-    image[2], image[3, 3:] = 0, 0.1  # all zero; and constant
-    expected = NormalizeIntensity(nonzero=True, channel_wise=True)(image.copy())
-    result = normalise(image.copy(), MRI)
-    assert result.dtype == np.float32 and np.allclose(result, expected, rtol=0, atol=1e-4)
-    assert (result[:, :3] == 0).all() and (result[2:] == 0).all()
-    for channel in range(2):
-        values = image[channel, 3:]
-        assert np.allclose(result[channel, 3:], (values - values.mean()) / values.std(), atol=1e-4)
+@pytest.mark.parametrize("shape", [(5, 6, 7), (1, 6, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(("given", "kept"), [(np.float32, torch.float16), (np.uint8, torch.uint8)])
+def test_voxels_in_any_order_become_those_in_c_order(shape, given, kept):
+    voxels = np.random.default_rng(0).uniform(0, 200, (3, *shape)).astype(given)
+    for order in permutations(range(3)):  # the last one is a file's
+        stored = np.ascontiguousarray(voxels.transpose(0, *(1 + axis for axis in order)))
+        result = in_c_order(stored.transpose(0, *(1 + np.argsort(order))), kept)
+        assert result.flags.c_contiguous and result.dtype == str(kept).removeprefix("torch.")
+        assert np.array_equal(result, voxels.astype(result.dtype))
