@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -14,25 +14,15 @@ from monai.transforms import Compose, RandCropByLabelClasses, SpatialPadd
 from monai.transforms.utils import correct_crop_centers
 from scipy.ndimage import binary_dilation
 from scipy.stats import chi2
+from toys import stored_mask
 
-from dints import crops
-from dints.crops import CROP_DILATION, CropMasks, bounding_box, crop_masks, cut_patch, grown_mask
+from dints.data import crops
+from dints.data.crops import CROP_DILATION, CropMasks, bounding_box, crop_masks, cut_patch, grown_mask
 
 FALSE_ALARM = 1e-9  # the chance that a chi-square test refuses draws of the right distribution
 
 
 # Grown masks
-
-
-def stored_mask(masks: CropMasks, value: int, shape: tuple[int, ...]) -> np.ndarray:
-    """What box and bits say of every voxel."""
-    mask = np.zeros(shape, bool)
-    first, end = masks.boxes[value]
-    voxels = np.stack(np.meshgrid(*map(np.arange, first, end), indexing="ij"), -1).reshape(-1, 3)
-    mask[tuple(slice(*span) for span in zip(first, end, strict=True))] = masks.contains(value, voxels).reshape(
-        end - first
-    )
-    return mask
 
 
 def check_masks(label: np.ndarray, num_classes: int) -> CropMasks:
@@ -84,7 +74,7 @@ def test_a_class_that_has_all_voxels_or_none_or_all_but_one_needs_no_bits():
 
 
 def test_a_gap_wider_than_the_growth_stays_one():
-    """A class around a hole, whose middle is too far away from it; and one that is nearly everywhere."""
+    """One class surrounds a hole, whose middle is too far away from it; the other one is in that hole."""
     label = np.ones((128, 126, 120), np.uint8)
     label[5:125, 3:123, :118] = 0
     masks = check_masks(label, 2)
@@ -93,7 +83,7 @@ def test_a_gap_wider_than_the_growth_stays_one():
 
 @pytest.mark.parametrize("seed", range(12))
 def test_masks_of_random_labels(seed):
-    """A few boxes of several classes, anywhere, up to 130 voxels along an axis; sparse ones too."""
+    """There are a few boxes of several classes, anywhere, up to 130 voxels along an axis; sparse ones too."""
     rng = np.random.default_rng(seed)
     shape = tuple(rng.integers(1, [[131, 131, 40], [40, 131, 131], [131, 40, 131]][seed % 3]))
     label = np.full(shape, rng.integers(0, 5), np.uint8)
@@ -117,7 +107,7 @@ def test_masks_grow_by_any_number_of_steps(steps):
 
 
 def test_masks_take_an_eighth_of_a_byte_a_voxel_at_most():
-    """Also where every class lies everywhere, but nowhere fills its box: far apart, on a diagonal."""
+    """Every class lies everywhere here, but nowhere fills its box: far apart, on a diagonal."""
     label = np.zeros((200, 100, 24), np.uint8)
     for value in range(1, 12):
         label[value, value, value] = label[-value, -value, -value] = value
@@ -130,7 +120,7 @@ def test_masks_take_an_eighth_of_a_byte_a_voxel_at_most():
 
 
 def dilated(label: np.ndarray, num_classes: int, steps: int) -> np.ndarray:
-    """The published masks (classes, x, y, z): one-hot, grown."""
+    """Make the published masks (classes, x, y, z): one-hot, grown."""
     masks = np.zeros((num_classes, *label.shape), np.uint8)
     for value in np.unique(label):
         masks[value] = binary_dilation(label == value, iterations=steps)
@@ -138,7 +128,7 @@ def dilated(label: np.ndarray, num_classes: int, steps: int) -> np.ndarray:
 
 
 def published_padding(keys: list[str], patch_size: tuple[int, ...]) -> Compose:
-    """The image by reflection, what is too small for that by its border first; label and masks by zeros."""
+    """Pad the image by reflection, what is too small for that by its border first; label and masks by zeros."""
     modes = [{"image": mode}.get for mode in ("edge", "reflect")]
     sizes = [size // 3 + 1 for size in patch_size], patch_size
     return Compose(
@@ -150,13 +140,13 @@ def published_padding(keys: list[str], patch_size: tuple[int, ...]) -> Compose:
 
 
 def padding_before(shape: tuple[int, ...], patch_size: tuple[int, ...]) -> tuple[int, ...]:
-    """Voxels along each axis that `published_padding` puts before the volume's."""
+    """Return the voxels along each axis that `published_padding` puts before the volume's."""
     padded = published_padding(["label"], patch_size)({"label": torch.ones(1, *shape)})["label"]
     return tuple(np.argwhere(np.asarray(padded[0])).min(0).tolist())
 
 
 def distribution_of_starts(masks: np.ndarray, patch_size: tuple[int, ...]) -> np.ndarray:
-    """The probability of each patch's first voxel (x, y, z), by MONAI's definition, summed voxel after voxel.
+    """Sum up the probability of each patch's first voxel (x, y, z) by MONAI's definition, voxel after voxel.
 
     Each present class is equally likely, then each voxel of its mask; the centre is then moved so that the patch fits
     into the volume padded to its size.
@@ -173,7 +163,7 @@ def distribution_of_starts(masks: np.ndarray, patch_size: tuple[int, ...]) -> np
 
 
 def check_starts(starts: np.ndarray, probability: np.ndarray) -> None:
-    """Chi-square of drawn starts (n, 3); what is expected fewer than five times is counted together."""
+    """Compare drawn starts (n, 3) by chi-square; what is expected fewer than five times is counted together."""
     counts = np.zeros(probability.shape)
     np.add.at(counts, tuple(starts.T), 1)
     assert counts[probability == 0].sum() == 0
@@ -187,13 +177,13 @@ def check_starts(starts: np.ndarray, probability: np.ndarray) -> None:
 
 
 def first_voxels(patches: list[np.ndarray], shape: tuple[int, ...], patch_size: tuple[int, ...]) -> np.ndarray:
-    """Where patches (1, *patch_size) of an image that numbers its voxels start in the volume."""
+    """Tell where patches (1, *patch_size) of an image that numbers its voxels start in the volume."""
     before = padding_before(shape, patch_size)
     return np.array(np.unravel_index([int(patch[0][before]) for patch in patches], shape)).T
 
 
 def monais_starts(masks: np.ndarray, patch_size: tuple[int, ...], count: int) -> np.ndarray:
-    """As the published chain draws them: pad, then crop."""
+    """Draw them as the published chain does: pad, then crop."""
     shape, num_classes = masks.shape[1:], len(masks)
     case = {"image": torch.arange(float(np.prod(shape))).reshape(1, *shape), "mask": torch.from_numpy(masks)}
     crop = RandCropByLabelClasses(patch_size, ratios=[1] * num_classes, num_samples=count, warn=False)
@@ -210,8 +200,8 @@ def monais_starts(masks: np.ndarray, patch_size: tuple[int, ...], count: int) ->
 def our_starts(masks: CropMasks, shape: tuple[int, ...], patch_size: tuple[int, ...], count: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     numbered, label = np.arange(float(np.prod(shape))).reshape(1, *shape), np.zeros(shape, np.uint8)
-    patches = [cut_patch(numbered, label, masks.draw_centre(rng), patch_size)[0] for _ in range(count)]
-    return first_voxels(patches, shape, patch_size)
+    patch_around = cache(lambda *centre: cut_patch(numbered, label, centre, patch_size)[0])
+    return first_voxels([patch_around(*masks.draw_centre(rng)) for _ in range(count)], shape, patch_size)
 
 
 def blocks(shape: tuple[int, ...], *regions: tuple[slice, ...]) -> np.ndarray:
@@ -266,7 +256,7 @@ def test_patches_start_where_monais_do(monkeypatch, case):
 
 
 def test_each_present_class_is_drawn_equally_often():
-    """However small its mask is; along an axis of 200 voxels."""
+    """A small mask is drawn from as often as a large one; along an axis of 200 voxels."""
     label = blocks((200, 1, 1), np.s_[100:120], np.s_[:0], np.s_[-1])
     label[:10] = label[20:100] = label[120:-1] = 7
     masks = crop_masks(label, 9)
@@ -323,18 +313,8 @@ def test_a_patch_is_a_slice_around_its_centre_moved_inside(patch_size):
             assert np.array_equal(patch[(slice(None), *(size // 2 for size in patch_size))], image[:, *centre])
 
 
-def test_small_volumes_are_padded_by_reflection_or_by_their_border():
-    image, label = volume((20, 11, 4))
-    patch, its_label = cut_patch(image, label, (10, 5, 2), (16, 16, 16))
-    image, label = image[:, 2:18], label[2:18]
-    expected = np.pad(image, ((0, 0), (0, 0), (0, 0), (1, 1)), mode="edge")  # 4 voxels reflect to 10
-    expected = np.pad(expected, ((0, 0), (0, 0), (2, 3), (5, 5)), mode="reflect")
-    assert np.array_equal(patch, expected)
-    assert np.array_equal(its_label[0], np.pad(label, ((0, 0), (2, 3), (6, 6))))
-
-
 def test_image_and_label_are_padded_alike():
-    """Whatever the two steps of the image's padding make of odd gaps; torch would not reflect 8 out of 3."""
+    """The two steps of the image's padding do not shift it where gaps are odd; torch would not reflect 8 out of 3."""
     for size in range(1, 34):
         for count in range(1, size + 2):
             label = np.arange(1, count + 1, dtype=np.uint8).reshape(count, 1, 1)
@@ -365,7 +345,7 @@ def test_patches_are_monais_of_the_padded_volume(shape, patch_size):
 @pytest.mark.parametrize("patch_size", [(4, 5, 6), (12, 11, 10), (16, 16, 16), (4, 20, 6)], ids=str)
 @pytest.mark.parametrize("mapped", [False, True])
 def test_patches_are_copies_of_the_same_type(tmp_path: Path, patch_size, mapped):
-    """Contiguous, writable, nobody else's, of arrays in any order, also of a file's that is mapped read-only."""
+    """They are contiguous and writable, of arrays in any order, also of a file's that is mapped read-only."""
     image, label = volume((12, 11, 10))
     image, label = np.asfortranarray(image), np.asfortranarray(label)
     kept = image.copy(), label.copy()
