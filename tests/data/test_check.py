@@ -1,8 +1,7 @@
-"""dints/checks.py: what --check tells of a dataset, and the exit code that it ends with."""
+"""What --check tells of a dataset, and the exit code that it ends with."""
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from dataclasses import replace
@@ -11,14 +10,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from toys import save, write_dataset
 
 import search_dints
-from dints import checks
-from dints.cases import Leniency
-from dints.checks import check_dataset
-from dints.dataset import Case
+from dints.data import check
+from dints.data.check import check_dataset
+from dints.data.leniency import Leniency
+from dints.data.listing import ListedCase
+from dints.data.tasks import Task
 from dints.errors import exit_on_user_error
-from dints.tasks import Task
 
 TASK = Task("Toy", "MRI", 1, ("background", "organ", "lesion"), spacing=None)
 STRICT = Leniency()
@@ -26,15 +26,11 @@ AFFINE = np.diag([1.0, 2, 3, 1])
 SHAPE = (12, 10, 8)
 
 
-def write(folder: Path, name: str, image: np.ndarray, label: np.ndarray, affine: np.ndarray = AFFINE) -> Case:
-    """A case; an image of five dimensions is written as a file a channel."""
-    folder.mkdir(exist_ok=True)
-    paths = []
-    for number, channel in enumerate(image if image.ndim == 5 else [image]):
-        paths.append(folder / f"{name}_{number}.nii.gz")
-        nib.save(nib.Nifti1Image(channel, affine), paths[-1])
-    nib.save(nib.Nifti1Image(label, affine), folder / f"{name}_label.nii.gz")
-    return Case(name, tuple(map(str, paths)), str(folder / f"{name}_label.nii.gz"))
+def write(folder: Path, name: str, image: np.ndarray, label: np.ndarray, affine: np.ndarray = AFFINE) -> ListedCase:
+    """Write a case; an image of five dimensions becomes a file a channel."""
+    channels = image if image.ndim == 5 else [image]
+    paths = [save(folder / f"{name}_{number}.nii.gz", channel, affine) for number, channel in enumerate(channels)]
+    return ListedCase(name, tuple(paths), save(folder / f"{name}_label.nii.gz", label, affine))
 
 
 def noise(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
@@ -42,20 +38,20 @@ def noise(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 
 
 def labelled(organ: int, lesion: int = 0, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
-    """So many voxels of each."""
+    """Label so many voxels with each class."""
     label = np.zeros(shape, np.uint8)
     label.flat[:organ], label.flat[organ : organ + lesion] = 1, 2
     return label
 
 
 @pytest.fixture
-def cases(tmp_path) -> list[Case]:
-    """Three sound cases: voxels of 6 mm^3, 100 to 300 of them organ, lesions in two cases."""
+def cases(tmp_path) -> list[ListedCase]:
+    """Write three sound cases: voxels of 6 mm^3, 100 to 300 of them organ, lesions in two cases."""
     return [write(tmp_path, f"case_{n}", noise(n), labelled(100 * (n + 1), 10 * n)) for n in range(3)]
 
 
-def checked(cases: list[Case], task: Task = TASK, leniency: Leniency = STRICT, folds: list[int] | None = None):
-    """What is said, as errors and warnings by case and the summary's lines; and whether it is good."""
+def checked(cases: list[ListedCase], task: Task = TASK, leniency: Leniency = STRICT, folds: list[int] | None = None):
+    """Return what is said: errors and warnings by case, and the summary's lines."""
     text, is_good = check_dataset(cases, folds or list(range(len(cases))), task, leniency, 2)
     lines = text.splitlines()
     found = [re.match(r"(error|warning) +(\S+) +(.+)", line) for line in lines]
@@ -143,7 +139,7 @@ class TestDuplicates:
 
 
 class TestWarnings:
-    """None of them is an error."""
+    """A warning is no error."""
 
     def only(self, cases, *args) -> tuple[str, str]:
         findings, summary = checked(cases, *args)
@@ -198,7 +194,7 @@ class TestWarnings:
         image = noise(9).astype(np.float32)
         image[0, 0, :3] = np.nan, np.inf, -np.inf
         cases[1] = write(tmp_path, "holes", image, labelled(9))
-        nib.save(nib.Nifti1Image(labelled(9), AFFINE + np.eye(4, k=3)), cases[1].label)
+        save(Path(cases[1].label), labelled(9), AFFINE + np.eye(4, k=3))
         findings, _ = checked(cases, TASK, Leniency(True, 0.0))
         assert [kind for kind, _, _ in findings] == ["warning"] * 2
         assert "lies elsewhere" in findings[0][2] and "has 3 NaN or infinite voxels" in findings[1][2]
@@ -207,7 +203,7 @@ class TestWarnings:
 
 class TestErrors:
     def test_all_faults_of_a_case_are_listed(self, tmp_path, cases):
-        """Of each file, though another one is damaged; and the case is left out of the figures."""
+        """Each file is judged though another one is damaged; the case is left out of the figures."""
         image = np.stack([noise(n)[..., None].astype(np.float32) for n in range(3)])
         image[1, 0, 0, 0] = np.nan
         bad = write(tmp_path, "bad", image, labelled(9) + np.uint8(4))
@@ -232,7 +228,7 @@ class TestErrors:
 
     def test_no_foreground_in_any_case(self, tmp_path, cases):
         for case in cases:
-            nib.save(nib.Nifti1Image(labelled(0), AFFINE), case.label)
+            save(Path(case.label), labelled(0), AFFINE)
         findings, _ = checked(cases)
         assert findings[0][:2] == ("error", "all") and findings[0][2].startswith("no case has any foreground")
         assert [kind for kind, _, _ in findings[1:]] == ["warning"] * 3
@@ -252,7 +248,7 @@ class TestErrors:
 
 
 def test_few_cases_are_in_memory_at_once(cases, monkeypatch):
-    """However many cores there are."""
+    """They are few however many cores there are."""
     at_once, most, lock = [0], [0], threading.Lock()
     everyone = threading.Event()
 
@@ -263,22 +259,18 @@ def test_few_cases_are_in_memory_at_once(cases, monkeypatch):
         everyone.wait(0.05)
         with lock:
             at_once[0] -= 1
-        return checks.Report()
+        return check.Report()
 
-    monkeypatch.setattr(checks, "check_case", slow)
+    monkeypatch.setattr(check, "judge_case", slow)
     check_dataset(cases * 8, [0] * 24, TASK, Leniency(), 64)
-    assert most[0] == checks.AT_ONCE
+    assert most[0] == check.AT_ONCE
 
 
 # As a user runs it
 
 
-def describe(root: Path, content: dict) -> None:
-    (root / "dataset.json").write_text(json.dumps(content))
-
-
 def run(root: Path, *flags: str) -> int:
-    """The script's exit code."""
+    """Return the script's exit code."""
     args = ["--root", str(root), "--output_root", str(root / "run"), "--num_folds", "2", "--check", *flags]
     try:
         exit_on_user_error(search_dints.main, search_dints.parse_args(args))
@@ -289,58 +281,50 @@ def run(root: Path, *flags: str) -> int:
 
 @pytest.fixture
 def msd(tmp_path) -> Path:
-    root = tmp_path / "Toy"
-    entries = [write(root, f"case_{n}", noise(n), labelled(100 * (n + 1), 10 * n)) for n in range(3)]
-    training = [{"image": Path(case.images[0]).name, "label": Path(case.label).name} for case in entries]
-    labels = {"0": "background", "1": "organ", "2": "lesion"}
-    describe(root, {"modality": {"0": "MRI"}, "labels": labels, "training": training})
-    return root
+    cases = [(noise(n)[..., None], labelled(100 * (n + 1), 10 * n), AFFINE) for n in range(3)]
+    return write_dataset(tmp_path / "Toy", cases, ["MRI"], TASK.class_names)
 
 
 def test_the_exit_code_tells_whether_a_training_would_go_right(msd, capsys):
     assert run(msd) == 0
     said = capsys.readouterr()
     assert said.out.startswith("Toy: 3 cases, 0 with errors, 0 with warnings\n") and not said.err
-    nib.save(nib.Nifti1Image(labelled(0), AFFINE), msd / "case_1_label.nii.gz")  # a warning
+    save(msd / "labelsTr/case_1.nii.gz", labelled(0), AFFINE)  # a warning
     assert run(msd) == 0
     assert "1 with warnings" in capsys.readouterr().out
-    (msd / "case_1_label.nii.gz").write_text("")
+    (msd / "labelsTr/case_1.nii.gz").write_text("")
     assert run(msd) == 1
     said = capsys.readouterr()
     assert said.err == f"error: {msd} is not fit for training: mend what is listed above\n"
-    assert re.search(r"^error    case_1_0  case_1_label.nii.gz cannot be read", said.out, re.M)
+    assert re.search(r"^error    case_1  labelsTr/case_1.nii.gz cannot be read", said.out, re.M)
     assert not (msd / "run").exists()
 
 
 def test_folds_are_those_of_the_training(msd, capsys):
     """The first fold of two validates one case, the other one two."""
     for number, code in ((1, 0), (0, 1)):  # which case the last one is a copy of
-        (msd / "case_2_0.nii.gz").write_bytes((msd / f"case_{number}_0.nii.gz").read_bytes())
+        (msd / "imagesTr/case_2.nii.gz").write_bytes((msd / f"imagesTr/case_{number}.nii.gz").read_bytes())
         assert run(msd) == code
-        assert f"case_{number}_0.nii.gz" in capsys.readouterr().out
+        assert f"case_{number}.nii.gz" in capsys.readouterr().out
+        assert run(msd, "--fold", "all") == 0  # every case is trained on, none validated
 
 
 @pytest.mark.parametrize("is_good", [True, False])
 def test_a_dataset_in_nnunets_form(tmp_path, is_good, capsys):
-    root = tmp_path / "Dataset012_Toy"
-    for folder in ("imagesTr", "labelsTr"):
-        (root / folder).mkdir(parents=True)
+    cases = []
     for case in range(3):
-        for channel in range(2):
-            image = noise(10 * case + channel).astype(np.float32)
-            if not is_good and (case, channel) == (1, 1):
-                image[1, 2, 3] = np.nan
-            nib.save(nib.Nifti1Image(image, AFFINE), root / f"imagesTr/toy_{case}_{channel:04d}.nii.gz")
-        nib.save(nib.Nifti1Image(labelled(50 + case, 5), AFFINE), root / f"labelsTr/toy_{case}.nii.gz")
-    labels = {"background": 0, "organ": 1, "lesion": 2}
-    describe(root, {"channel_names": {"0": "T1", "1": "T2"}, "labels": labels, "file_ending": ".nii.gz"})
+        image = np.stack([noise(10 * case + channel).astype(np.float32) for channel in range(2)], -1)
+        if not is_good and case == 1:
+            image[1, 2, 3, 1] = np.nan
+        cases.append((image, labelled(50 + case, 5), AFFINE))
+    root = write_dataset(tmp_path / "Dataset012_Toy", cases, ["T1", "T2"], TASK.class_names, nnunet=True)
     assert run(root) == (0 if is_good else 1)
     said = capsys.readouterr().out
     assert "MRI, 2 channels; classes: background, organ, lesion\n" in said
     assert re.search(r"^organ, cm3 +3  0.3 +0.306 +0.312$", said, re.M)
     assert said.count("error ") == (not is_good)
     if not is_good:
-        assert re.search(r"^error    toy_1  imagesTr/toy_1_0001.nii.gz has 1 NaN or infinite voxels", said, re.M)
+        assert re.search(r"^error    case_1  imagesTr/case_1_0001.nii.gz has 1 NaN or infinite voxels", said, re.M)
 
 
 def test_the_real_cases_are_sound(task04, capsys):
