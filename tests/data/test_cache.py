@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import pickle
@@ -13,26 +12,24 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
-import torch
-from test_data import TASK, make_case
+from toys import ALONE, TASK, make_case, open_pair, save
 
-import search_dints
-from dints import cache as cache_module
-from dints import runtime
-from dints.cache import Cache, CasesInMemory, open_cache
-from dints.cases import Leniency, Prepared, prepare
+from dints.data import cache as cache_module
+from dints.data.cache import Cache, CasesInMemory, open_cache
+from dints.data.cases import Case, Prepared, prepare
+from dints.data.crops import CropMasks
+from dints.data.leniency import Leniency
+from dints.data.tasks import Task
 from dints.errors import UserError
-from dints.runtime import Processes
+from dints.running import machine
+from dints.running.processes import Processes
 
-ALONE = Processes(0, 1, torch.device("cpu"))
 
-
-def cache_in(folder: Path, mode: str = "disk", **changes: object) -> Cache:
-    return Cache(
-        **{**{"mode": mode, "folder": folder, "task": TASK, "leniency": Leniency(), "num_threads": 2}, **changes}
-    )
+def cache_in(folder: Path, mode: str = "disk", task: Task = TASK, leniency: Leniency = Leniency()) -> Cache:
+    return Cache(mode, folder, task, leniency, num_threads=2)
 
 
 @pytest.fixture
@@ -42,7 +39,7 @@ def cases(tmp_path):
 
 @pytest.fixture
 def counted(monkeypatch) -> list:
-    """The cases that are prepared from their files."""
+    """Note the cases that are prepared from their files."""
     prepared = []
 
     def prepare_and_count(case, *args):
@@ -99,47 +96,67 @@ def test_only_what_is_cut_out_is_read_from_files(cases, tmp_path):
     assert not held[0].image.flags.writeable
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["image", "label", "spacing", "intensity", "classes", "leniency", "code"],
-)
-def test_what_changes_a_case_makes_a_new_entry(cases, tmp_path, counted, monkeypatch, change):
+CHANGES = {
+    "spacing": {"task": replace(TASK, spacing=(2.0, 2.0, 2.0))},
+    "intensity": {"task": replace(TASK, intensity=(0.0, 1.0))},
+    "classes": {"task": replace(TASK, class_names=(*TASK.class_names, "more"))},
+    "leniency": {"leniency": Leniency(replace_nonfinite=0.0)},
+    "files": {},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_a_case_makes_a_new_entry(cases, tmp_path, counted, change):
     folder = tmp_path / "cache"
     cache_in(folder).hold(cases[:1], "test")
-    changed = cache_in(folder)
-    if change in ("image", "label"):
-        make_case(tmp_path / "other", (20, 20, 21))
-        for name in ("image", "label"):  # both, so that they fit
-            shutil.copy(tmp_path / f"other/{name}.nii.gz", tmp_path / f"a/{name}.nii.gz")
-    elif change == "leniency":
-        changed = replace(changed, leniency=Leniency(replace_nonfinite=0.0))
-    elif change == "code":
-        monkeypatch.setattr(cache_module, "_code_digest", lambda: "of another version")
-    else:
-        task = {
-            "spacing": replace(TASK, spacing=(2.0, 2.0, 2.0)),
-            "intensity": replace(TASK, intensity=(0.0, 1.0)),
-            "classes": replace(TASK, class_names=(*TASK.class_names, "more")),
-        }[change]
-        changed = replace(changed, task=task)
-    changed.hold(cases[:1], "test")
+    case = make_case(tmp_path / "a", (20, 20, 21)) if change == "files" else cases[0]
+    cache_in(folder, **CHANGES[change]).hold([case], "test")
     assert len(counted) == 2 and len(entries(folder)) == 2
 
 
 def test_what_does_not_change_a_case_makes_none(cases, tmp_path, counted):
-    """Patch size, and where the files are and when they were written."""
+    """The patch size does not, nor where the files are and when they were written."""
     folder = tmp_path / "cache"
     cache_in(folder).hold(cases, "test")
-    moved = [
-        replace(case, images=(str(tmp_path / "moved" / Path(case.images[0]).parent.name / "image.nii.gz"),))
-        for case in cases
-    ]
-    for old, new in zip(cases, moved, strict=True):
-        Path(new.images[0]).parent.mkdir(parents=True)
-        shutil.copyfile(old.images[0], new.images[0])
-        os.utime(old.label)
+    moved = []
+    for case in cases:
+        image = tmp_path / "moved" / Path(case.images[0].path).parent.name / "image.nii.gz"
+        image.parent.mkdir(parents=True)
+        shutil.copyfile(case.images[0].path, image)
+        os.utime(case.label.path)
+        moved.append(open_pair(str(image), case.label.path))
     cache_in(folder, task=replace(TASK, patch_size=(32, 32, 32))).hold(moved, "test")
     assert len(counted) == 2
+
+
+def test_a_change_of_any_module_of_the_data_makes_new_entries(cases, tmp_path, counted, monkeypatch):
+    """What is cached is made by this wing, wherever in it that stands."""
+    wing, folder = tmp_path / "data", tmp_path / "cache"
+    shutil.copytree(Path(cache_module.__file__).parent, wing, ignore=shutil.ignore_patterns("__pycache__"))
+    modules = sorted(wing.rglob("*.py"))
+    assert {"cases.py", "crops.py", "grid.py", "nifti.py", "tasks.py"} < {module.name for module in modules}
+    cache_in(folder).hold(cases[:1], "test")
+    monkeypatch.setattr(cache_module, "__file__", str(wing / "cache.py"))
+    cache_in(folder).hold(cases[:1], "test")
+    assert len(counted) == 1  # the same code elsewhere
+    for number, module in enumerate(modules, 2):
+        source = module.read_text()
+        module.write_text(source + "\n")
+        cache_in(folder).hold(cases[:1], "test")
+        assert len(counted) == number, module
+        module.write_text(source)
+        cache_in(folder).hold(cases[:1], "test")
+        assert len(counted) == number, module  # what was made before the change is found again
+
+
+def test_files_that_change_after_their_headers_were_read_spoil_no_later_run(cases, tmp_path):
+    folder = tmp_path / "cache"
+    for file in cases[0].files:
+        save(Path(file), np.asarray(nib.load(file).dataobj), np.diag([-1.0, 1, 1, 1]))
+    cache_in(folder).hold(cases[:1], "test")  # new voxels by the old header
+    opened_again = open_pair(*cases[0].files)
+    held = cache_in(folder).hold([opened_again], "test")
+    assert_same(held[0], prepare(opened_again, TASK, Leniency()))
 
 
 def test_a_file_is_digested_once(cases, tmp_path, monkeypatch):
@@ -260,9 +277,8 @@ def test_a_folder_that_cannot_be_written_is_told(cases, tmp_path):
 # Choosing
 
 
-def opened(tmp_path: Path, cases: list, *flags: object, processes: Processes = ALONE) -> Cache:
-    args = search_dints.parse_args([*map(str, ["--root", tmp_path, "--output_root", tmp_path / "runs/search", *flags])])
-    return open_cache(cases, TASK, args, processes)
+def opened(tmp_path: Path, cases: list[Case], mode: str = "auto", processes: Processes = ALONE) -> Cache:
+    return open_cache(cases, TASK, tmp_path / "cache", processes, mode=mode)
 
 
 NEEDED = (20**3 + 5 * 30 * 17) * (2 + 1 + 3 / 8)
@@ -273,7 +289,7 @@ NEEDED = (20**3 + 5 * 30 * 17) * (2 + 1 + 3 / 8)
     [(2.1 * NEEDED, 0, "ram"), (1.9 * NEEDED, 1.1 * NEEDED, "disk"), (1.9 * NEEDED, 0.9 * NEEDED, "none")],
 )
 def test_auto_takes_what_there_is_room_for_and_says_so(cases, tmp_path, monkeypatch, caplog, memory, disk, expected):
-    monkeypatch.setattr(runtime, "available_memory", lambda: memory)
+    monkeypatch.setattr(machine, "available_memory", lambda: memory)
     monkeypatch.setattr(cache_module, "_free_bytes", lambda folder: disk)
     with caplog.at_level("INFO"):
         assert opened(tmp_path, cases).mode == expected
@@ -282,30 +298,25 @@ def test_auto_takes_what_there_is_room_for_and_says_so(cases, tmp_path, monkeypa
 
 
 def test_nodes_share_what_is_kept_in_memory(cases, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(runtime, "available_memory", lambda: 1.1 * NEEDED)
+    monkeypatch.setattr(machine, "available_memory", lambda: 1.1 * NEEDED)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    two_nodes = Processes(0, 4, torch.device("cpu"))
+    two_nodes = replace(ALONE, world_size=4)
     monkeypatch.setattr(Processes, "on_main", lambda self, function, *args: function(*args))
     with caplog.at_level("INFO"):
         assert opened(tmp_path, cases, processes=two_nodes).mode == "ram"
     assert "on each node" in caplog.text
-    assert opened(tmp_path, cases, processes=Processes(0, 2, torch.device("cpu"))).mode == "disk"
+    assert opened(tmp_path, cases, processes=replace(ALONE, world_size=2)).mode == "disk"
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(cases, tmp_path, monkeypatch, counted):
-    monkeypatch.setattr(runtime, "available_memory", lambda: 0.9 * NEEDED)
+    monkeypatch.setattr(machine, "available_memory", lambda: 0.9 * NEEDED)
     with pytest.raises(UserError, match="--cache ram: 2 cases take .* are free: use --cache disk"):
-        opened(tmp_path, cases, "--cache", "ram")
+        opened(tmp_path, cases, "ram")
     assert not counted
 
 
-def test_the_cache_lies_beside_the_run_folder_or_where_it_is_told(cases, tmp_path):
-    assert opened(tmp_path, cases).folder == tmp_path / "runs" / "dints_cache"
-    assert opened(tmp_path, cases, "--cache_dir", tmp_path / "mine").folder == tmp_path / "mine"
-
-
 def test_large_cases_are_prepared_one_after_another(cases, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "cores_per_process", lambda: 8)
+    monkeypatch.setattr(machine, "cores_per_process", lambda: 8)
     assert opened(tmp_path, cases).num_threads == 8
     monkeypatch.setattr(cache_module, "WORKING_MEMORY", 3 * 20**3 * cache_module.WORKING_BYTES)
     assert opened(tmp_path, cases).num_threads == 3
@@ -315,7 +326,7 @@ def test_large_cases_are_prepared_one_after_another(cases, tmp_path, monkeypatch
 
 def test_cases_in_memory_are_tensors_that_processes_share():
     prepared = Prepared(
-        np.zeros((1, 2, 2, 2), np.float16), np.zeros((2, 2, 2), np.uint8), cache_module.CropMasks(*[np.zeros(1)] * 3)
+        np.zeros((1, 2, 2, 2), np.float16), np.zeros((2, 2, 2), np.uint8), CropMasks(*[np.zeros(1)] * 3)
     )
     held = CasesInMemory([prepared])
     multiprocessing.reduction.ForkingPickler.dumps(held)
@@ -324,7 +335,7 @@ def test_cases_in_memory_are_tensors_that_processes_share():
 
 def test_available_memory_is_what_the_system_and_the_container_leave(monkeypatch):
     (free,) = re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
-    assert 0 < runtime.available_memory() <= 1.1 * 1024 * int(free)
+    assert 0 < machine.available_memory() <= 1.1 * 1024 * int(free)
     files = {"/proc/meminfo": "MemAvailable:  1000 kB\n", "/sys/fs/cgroup/memory.max": "500000"}
     files |= {"/sys/fs/cgroup/memory.current": "300000", "/sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 70000\n"}
 
@@ -334,19 +345,12 @@ def test_available_memory_is_what_the_system_and_the_container_leave(monkeypatch
         return files[str(path)]
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert runtime.available_memory() == 270000
+    assert machine.available_memory() == 270000
     files["/sys/fs/cgroup/memory.max"] = "max"
-    assert runtime.available_memory() == 1024000
-
-
-def test_notes_are_plain(cases, tmp_path):
-    cache_in(tmp_path / "cache").hold(cases[:1], "test")
-    for note in (tmp_path / "cache" / "digests").iterdir():
-        size, changed, digest = json.loads(note.read_text())
-        assert isinstance(size, int) and isinstance(changed, int) and re.fullmatch("[0-9a-f]{128}", digest)
+    assert machine.available_memory() == 1024000
 
 
 def test_a_file_that_vanished_is_not_taken_for_a_full_disk(cases, tmp_path):
-    Path(cases[0].label).unlink()
-    with pytest.raises(UserError, match=f"{cases[0].label} cannot be read: No such file or directory"):
+    Path(cases[0].label.path).unlink()
+    with pytest.raises(UserError, match=f"{cases[0].label.path} cannot be read: No such file or directory"):
         cache_in(tmp_path / "cache").hold(cases, "test")
