@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from monai.data import set_track_meta
-from monai.transforms import Compose, RandCropByLabelClasses, SpatialPadd
+from monai.transforms import RandCropByLabelClasses, SpatialPad
 from monai.transforms.utils import correct_crop_centers
 from scipy.ndimage import binary_dilation
 from scipy.stats import chi2
@@ -40,45 +39,33 @@ def check_masks(label: np.ndarray, num_classes: int) -> CropMasks:
     return masks
 
 
-def test_class_masks_are_48_binary_dilations():
-    label = np.zeros((120, 70, 9), np.uint8)
-    label[0, 0, 0] = 1  # tiny, in a corner
-    label[60:75, 65:, 3:6] = 2  # touches the border
-    label[40, 30, 4] = label[110, 5, 8] = 4  # two parts; class 3 is absent
-    masks = check_masks(label, 5)
-    assert masks.present.tolist() == [0, 1, 2, 4]
-    assert 0 < stored_mask(masks, 1, label.shape).sum() < label.size
+def label_of(shape: tuple[int, ...], *blocks: tuple, fill: int = 0) -> np.ndarray:
+    """Make a label of pairs of region and value, one over the other."""
+    label = np.full(shape, fill, np.uint8)
+    for region, value in blocks:
+        label[region] = value
+    return label
 
 
-@pytest.mark.parametrize("corner", list(product((0, -1), repeat=3)))
-def test_a_mask_grows_from_every_corner(corner):
-    label = np.zeros((60, 53, 57), np.uint8)
-    label[corner] = 1
-    masks = check_masks(label, 2)
-    assert masks.starts[0] == -1 and masks.starts[1] >= 0
+LABELS = {
+    "a corner, a border, two parts, an absent class": label_of(
+        (120, 70, 9), (np.s_[0, 0, 0], 1), (np.s_[60:75, 65:, 3:6], 2), (np.s_[40, 30, 4], 4), (np.s_[110, 5, 8], 4)
+    ),
+    "one class only": label_of((30, 40, 50), fill=1),
+    "all voxels but one": label_of((30, 40, 50), (np.s_[15, 20, 25], 0), fill=1),
+    # One class surrounds a hole, whose middle is too far away from it; the other one is in that hole.
+    "a gap wider than the growth": label_of((128, 126, 120), (np.s_[5:125, 3:123, :118], 0), fill=1),
+    **{f"corner {c}": label_of((60, 53, 57), (c, 1)) for c in product((0, -1), repeat=3)},
+    **{
+        f"thin, {shape}": label_of(shape, (np.s_[shape[0] // 3, shape[1] // 2, shape[2] // 5], 1))
+        for shape in [(1, 1, 1), (130, 1, 1), (1, 120, 2), (3, 1, 125), (60, 61, 1), (2, 70, 64)]
+    },
+}
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (130, 1, 1), (1, 120, 2), (3, 1, 125), (60, 61, 1), (2, 70, 64)], ids=str)
-def test_masks_of_thin_volumes(shape):
-    label = np.zeros(shape, np.uint8)
-    label[shape[0] // 3, shape[1] // 2, shape[2] // 5] = 1
-    check_masks(label, 3)
-
-
-def test_a_class_that_has_all_voxels_or_none_or_all_but_one_needs_no_bits():
-    label = np.ones((30, 40, 50), np.uint8)
-    assert check_masks(label, 3).bits.nbytes == 1
-    label[15, 20, 25] = 0
-    masks = check_masks(label, 3)
-    assert (masks.starts[[1, 2]] == -1).all()
-
-
-def test_a_gap_wider_than_the_growth_stays_one():
-    """One class surrounds a hole, whose middle is too far away from it; the other one is in that hole."""
-    label = np.ones((128, 126, 120), np.uint8)
-    label[5:125, 3:123, :118] = 0
-    masks = check_masks(label, 2)
-    assert (~stored_mask(masks, 1, label.shape)).any()
+@pytest.mark.parametrize("name", LABELS)
+def test_class_masks_are_48_binary_dilations(name):
+    check_masks(LABELS[name], 5)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -127,47 +114,53 @@ def dilated(label: np.ndarray, num_classes: int, steps: int) -> np.ndarray:
     return masks
 
 
-def published_padding(keys: list[str], patch_size: tuple[int, ...]) -> Compose:
-    """Pad the image by reflection, what is too small for that by its border first; label and masks by zeros."""
-    modes = [{"image": mode}.get for mode in ("edge", "reflect")]
-    sizes = [size // 3 + 1 for size in patch_size], patch_size
-    return Compose(
-        [
-            SpatialPadd(keys, size, mode=[mode(key, "constant") for key in keys])
-            for size, mode in zip(sizes, modes, strict=True)
-        ]
-    )
+def published_padding(volume: np.ndarray, patch_size: tuple[int, ...], modes: tuple[str, str]) -> np.ndarray:
+    """Pad (channels, x, y, z): what is too small to be reflected is padded first, then all to the patch's size."""
+    for size, mode in zip(([size // 3 + 1 for size in patch_size], patch_size), modes, strict=True):
+        volume = SpatialPad(size, mode=mode)(volume)
+    return np.asarray(volume)
 
 
-def padding_before(shape: tuple[int, ...], patch_size: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the voxels along each axis that `published_padding` puts before the volume's."""
-    padded = published_padding(["label"], patch_size)({"label": torch.ones(1, *shape)})["label"]
-    return tuple(np.argwhere(np.asarray(padded[0])).min(0).tolist())
+IMAGE, LABEL = ("edge", "reflect"), ("constant", "constant")
 
 
-def distribution_of_starts(masks: np.ndarray, patch_size: tuple[int, ...]) -> np.ndarray:
-    """Sum up the probability of each patch's first voxel (x, y, z) by MONAI's definition, voxel after voxel.
+class Places:
+    """The centres to which MONAI moves those of patches that would stick out of a padded volume."""
 
-    Each present class is equally likely, then each voxel of its mask; the centre is then moved so that the patch fits
-    into the volume padded to its size.
-    """
-    shape = masks.shape[1:]
-    padded, before = tuple(np.maximum(shape, patch_size)), padding_before(shape, patch_size)
-    present = [mask / mask.sum() for mask in masks.astype(float) if mask.any()]
-    of_centres, of_starts = sum(present) / len(present), np.zeros(shape)
-    for voxel in np.ndindex(shape):
-        centre = correct_crop_centers(np.add(voxel, before).tolist(), patch_size, padded)
-        of_starts[tuple(np.array(centre) - np.array(patch_size) // 2)] += of_centres[voxel]
-    assert of_starts.sum() == pytest.approx(1)
-    return of_starts
+    def __init__(self, masks: np.ndarray, patch_size: tuple[int, ...]):
+        self.masks, self.patch_size = masks, patch_size
+        self.padded = published_padding(masks, patch_size, LABEL)
+        self.before = np.argwhere(published_padding(np.ones_like(masks[:1]), patch_size, LABEL)[0]).min(0)
+        self.moved = cache(self._moved)
+
+    def _moved(self, *centre: int) -> tuple[int, ...]:
+        return tuple(correct_crop_centers((centre + self.before).tolist(), self.patch_size, self.padded.shape[1:]))
+
+    def probabilities(self) -> np.ndarray:
+        """Sum them up by MONAI's definition: each present class is equally likely, then each voxel of its mask."""
+        present = [mask / mask.sum() for mask in self.masks.astype(float) if mask.any()]
+        of_voxels, moved = sum(present) / len(present), np.zeros(self.padded.shape[1:])
+        for voxel in np.ndindex(of_voxels.shape):
+            moved[self.moved(*voxel)] += of_voxels[voxel]
+        assert moved.sum() == pytest.approx(1)
+        return moved
+
+    def monais(self, count: int) -> list[tuple[int, ...]]:
+        crop = RandCropByLabelClasses(self.patch_size, ratios=[1] * len(self.masks), num_samples=count, warn=False)
+        crop.set_random_state(0).randomize(torch.from_numpy(self.padded))
+        return crop.centers
+
+    def ours(self, masks: CropMasks, count: int) -> list[tuple[int, ...]]:
+        rng = np.random.default_rng(0)
+        return [self.moved(*masks.draw_centre(rng)) for _ in range(count)]
 
 
-def check_starts(starts: np.ndarray, probability: np.ndarray) -> None:
-    """Compare drawn starts (n, 3) by chi-square; what is expected fewer than five times is counted together."""
+def check_centres(centres: list[tuple[int, ...]], probability: np.ndarray) -> None:
+    """Compare drawn centres by chi-square; what is expected fewer than five times is counted together."""
     counts = np.zeros(probability.shape)
-    np.add.at(counts, tuple(starts.T), 1)
+    np.add.at(counts, tuple(np.array(centres).T), 1)
     assert counts[probability == 0].sum() == 0
-    expected = probability * len(starts)
+    expected = probability * len(centres)
     rare = expected < 5
     pairs = list(zip(counts[~rare], expected[~rare], strict=True))
     if expected[rare].sum() >= 5:
@@ -176,43 +169,12 @@ def check_starts(starts: np.ndarray, probability: np.ndarray) -> None:
     assert len(pairs) == 1 or chi2.sf(statistic, len(pairs) - 1) > FALSE_ALARM
 
 
-def first_voxels(patches: list[np.ndarray], shape: tuple[int, ...], patch_size: tuple[int, ...]) -> np.ndarray:
-    """Tell where patches (1, *patch_size) of an image that numbers its voxels start in the volume."""
-    before = padding_before(shape, patch_size)
-    return np.array(np.unravel_index([int(patch[0][before]) for patch in patches], shape)).T
-
-
-def monais_starts(masks: np.ndarray, patch_size: tuple[int, ...], count: int) -> np.ndarray:
-    """Draw them as the published chain does: pad, then crop."""
-    shape, num_classes = masks.shape[1:], len(masks)
-    case = {"image": torch.arange(float(np.prod(shape))).reshape(1, *shape), "mask": torch.from_numpy(masks)}
-    crop = RandCropByLabelClasses(patch_size, ratios=[1] * num_classes, num_samples=count, warn=False)
-    crop.set_random_state(0)
-    set_track_meta(False)  # a tenth of the time
-    try:
-        case = published_padding(["image", "mask"], patch_size)(case)
-        patches = crop(case["image"], label=case["mask"])
-    finally:
-        set_track_meta(True)
-    return first_voxels([np.asarray(patch) for patch in patches], shape, patch_size)
-
-
-def our_starts(masks: CropMasks, shape: tuple[int, ...], patch_size: tuple[int, ...], count: int) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    numbered, label = np.arange(float(np.prod(shape))).reshape(1, *shape), np.zeros(shape, np.uint8)
-    patch_around = cache(lambda *centre: cut_patch(numbered, label, centre, patch_size)[0])
-    return first_voxels([patch_around(*masks.draw_centre(rng)) for _ in range(count)], shape, patch_size)
-
-
 def blocks(shape: tuple[int, ...], *regions: tuple[slice, ...]) -> np.ndarray:
-    label = np.zeros(shape, np.uint8)
-    for value, region in enumerate(regions, 1):
-        label[region] = value
-    return label
+    return label_of(shape, *zip(regions, range(1, 9), strict=False))
 
 
-def scattered(shape: tuple[int, ...], values: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, values, shape).astype(np.uint8)
+def scattered(shape: tuple[int, ...], values: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, values, shape).astype(np.uint8)
 
 
 DRAWS = {
@@ -240,33 +202,18 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("case", DRAWS)
-def test_patches_start_where_monais_do(monkeypatch, case):
+def test_centres_are_drawn_as_monai_draws_them(monkeypatch, case):
     label, num_classes, patch_size, steps = DRAWS[case]
     monkeypatch.setattr(crops, "grown_mask", partial(grown_mask, steps=steps))
-    published = dilated(label, num_classes, steps)
-    probability = distribution_of_starts(published, patch_size)
-    check_starts(monais_starts(published, patch_size, 3000), probability)
-    starts = our_starts(crop_masks(label, num_classes), label.shape, patch_size, 12000)
-    check_starts(starts, probability)
-    if np.count_nonzero(probability) > 1:
-        uniform = np.where(probability > 0, 1 / np.count_nonzero(probability), 0)
-        if not np.allclose(uniform, probability):
-            with pytest.raises(AssertionError):  # so many draws do tell distributions apart
-                check_starts(starts, uniform)
-
-
-def test_each_present_class_is_drawn_equally_often():
-    """A small mask is drawn from as often as a large one; along an axis of 200 voxels."""
-    label = blocks((200, 1, 1), np.s_[100:120], np.s_[:0], np.s_[-1])
-    label[:10] = label[20:100] = label[120:-1] = 7
-    masks = crop_masks(label, 9)
-    rng = np.random.default_rng(0)
-    centres = np.array([masks.draw_centre(rng)[0] for _ in range(4000)])
-    assert masks.present.tolist() == [0, 1, 3, 7]
-    only_first, only_last = (centres < 52).mean(), (centres >= 168).mean()
-    # Classes 0 (0 to 67) and 7 (all) reach below 52; classes 3 (151 to 199) and 7 above 167: 5 standard deviations.
-    assert only_first == pytest.approx((52 / 68 + 52 / 200) / 4, abs=0.035)
-    assert only_last == pytest.approx((32 / 49 + 32 / 200) / 4, abs=0.035)
+    places = Places(dilated(label, num_classes, steps), patch_size)
+    probability = places.probabilities()
+    check_centres(places.monais(2000), probability)
+    ours = places.ours(crop_masks(label, num_classes), 8000)
+    check_centres(ours, probability)
+    uniform = np.where(probability > 0, 1 / np.count_nonzero(probability), 0)
+    if not np.allclose(uniform, probability):
+        with pytest.raises(AssertionError):  # so many draws do tell distributions apart
+            check_centres(ours, uniform)
 
 
 def test_centres_lie_in_masks_that_are_rare_in_their_box(monkeypatch):
@@ -298,21 +245,6 @@ def volume(shape: tuple[int, ...], num_channels: int = 2) -> tuple[np.ndarray, n
     return rng.normal(size=(num_channels, *shape)).astype(np.float16), rng.integers(1, 5, shape).astype(np.uint8)
 
 
-@pytest.mark.parametrize("patch_size", [(4, 6, 2), (5, 3, 7), (12, 11, 10), (1, 1, 1)], ids=str)
-def test_a_patch_is_a_slice_around_its_centre_moved_inside(patch_size):
-    shape = (12, 11, 10)
-    image, label = volume(shape)
-    centres = [(0, 0, 0), (11, 10, 9), (6, 5, 5), (2, 10, 0), (3, 4, 8)]
-    for centre in centres:
-        start = np.clip(np.array(centre) - np.array(patch_size) // 2, 0, np.array(shape) - patch_size)
-        region = tuple(map(slice, start, start + patch_size))
-        patch, its_label = cut_patch(image, label, np.array(centre), patch_size)
-        assert np.array_equal(patch, image[:, *region]) and np.array_equal(its_label, label[None, *region])
-        inside = np.all(start == np.array(centre) - np.array(patch_size) // 2)
-        if inside:
-            assert np.array_equal(patch[(slice(None), *(size // 2 for size in patch_size))], image[:, *centre])
-
-
 def test_image_and_label_are_padded_alike():
     """The two steps of the image's padding do not shift it where gaps are odd; torch would not reflect 8 out of 3."""
     for size in range(1, 34):
@@ -324,22 +256,24 @@ def test_image_and_label_are_padded_alike():
             assert np.isin(patch, label).all()
 
 
+SHAPES = [(20, 20, 20), (40, 9, 17), (17, 16, 21), (5, 20, 4), (3, 4, 2), (20, 20, 1), (1, 1, 1)]
+
+
 @pytest.mark.parametrize("patch_size", [(16, 16, 16), (9, 12, 7)], ids=str)
-@pytest.mark.parametrize("shape", [(20, 20, 20), (40, 9, 17), (5, 20, 4), (3, 4, 2), (20, 20, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(20, 20, 20), (40, 9, 17), (17, 16, 21), (5, 20, 4), (3, 4, 2), (20, 20, 1), (1, 1, 1)], ids=str
+)
 def test_patches_are_monais_of_the_padded_volume(shape, patch_size):
     image, label = volume(shape)
-    case = {"image": torch.from_numpy(image.astype(np.float32)), "label": torch.from_numpy(label[None])}
-    padded = published_padding(["image", "label"], patch_size)(case)
-    before = padding_before(shape, patch_size)
+    places = Places(label[None], patch_size)
+    padded = published_padding(image.astype(np.float32), patch_size, IMAGE)
     for centre in np.random.default_rng(1).integers(0, shape, (8, 3)):
-        moved = correct_crop_centers(np.add(centre, before).tolist(), patch_size, tuple(padded["label"].shape[1:]))
-        region = tuple(
-            slice(place - size // 2, place - size // 2 + size) for place, size in zip(moved, patch_size, strict=True)
-        )
+        start = np.subtract(places.moved(*centre), np.array(patch_size) // 2)
+        region = (slice(None), *map(slice, start, start + patch_size))
         patch, its_label = cut_patch(image, label, centre, patch_size)
         assert patch.shape == (2, *patch_size) and its_label.shape == (1, *patch_size)
-        assert np.array_equal(patch, padded["image"].numpy()[:, *region])
-        assert np.array_equal(its_label, padded["label"].numpy()[:, *region])
+        assert np.array_equal(patch, padded[region])
+        assert np.array_equal(its_label, places.padded[region])
 
 
 @pytest.mark.parametrize("patch_size", [(4, 5, 6), (12, 11, 10), (16, 16, 16), (4, 20, 6)], ids=str)
