@@ -57,14 +57,8 @@ PUBLISHED: dict[str, tuple[Callable[[], MapTransform], Callable[[MapTransform], 
         lambda: RandGaussianSmoothd(["image"], sigma_x=(0.5, 1.15), sigma_y=(0.5, 1.15), sigma_z=(0.5, 1.15), prob=1.0),
         lambda t: {"smooth": (t.rand_smooth.x, t.rand_smooth.y, t.rand_smooth.z)},
     ),
-    "scale": (
-        lambda: RandScaleIntensityd(["image"], factors=0.3, prob=1.0),
-        lambda t: {"scale": 1 + t.scaler.factor},
-    ),
-    "shift": (
-        lambda: RandShiftIntensityd(["image"], offsets=0.1, prob=1.0),
-        lambda t: {"shift": t.shifter._offset},
-    ),
+    "scale": (lambda: RandScaleIntensityd(["image"], 0.3, prob=1.0), lambda t: {"scale": 1 + t.scaler.factor}),
+    "shift": (lambda: RandShiftIntensityd(["image"], 0.1, prob=1.0), lambda t: {"shift": t.shifter._offset}),
     **{
         f"flip {axis}": (
             lambda axis=axis: RandFlipd(KEYS, spatial_axis=axis, prob=1.0),
@@ -100,25 +94,18 @@ def check_against(transform: MapTransform | Compose, drawn: Callable[[], dict], 
 # What is done
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("step", PUBLISHED)
-def test_a_step_gives_what_the_published_transform_gives(step: str, shape: tuple[int, ...]):
+@pytest.mark.parametrize(
+    ("step", "shape", "seeds"),
+    # In 900,000 voxels some are so near to half-way that another order of operations would take another label.
+    [*((step, shape, 8) for step in PUBLISHED for shape in SHAPES), ("rotate", (1, 96, 96, 96), 4)],
+)
+def test_a_step_gives_what_the_published_transform_gives(step: str, shape: tuple[int, ...], seeds: int):
     make, read = PUBLISHED[step]
-    transform = make()
-    changed = []
-    for seed in range(8):  # larger and smaller zooms, angles and sigmas
+    transform, changed = make(), []
+    for seed in range(seeds):  # larger and smaller zooms, angles and sigmas
         transform.set_random_state(seed)
         changed.append(check_against(transform, lambda: read(transform), shape))
-    assert sum(changed) >= 6  # a zoom by a fraction of a voxel is none
-
-
-def test_a_rotation_rounds_as_the_published_one():
-    """In 900,000 voxels some are so near to half-way that another order of operations would take another label."""
-    make, read = PUBLISHED["rotate"]
-    transform = make()
-    for seed in range(4):
-        transform.set_random_state(seed)
-        check_against(transform, lambda: read(transform), (1, 96, 96, 96))
+    assert sum(changed) >= 0.75 * seeds  # a zoom by a fraction of a voxel is none
 
 
 @pytest.mark.parametrize("zoom", [0.8, 0.93, 0.9999, 1.0001, 1.05, 1.2])
@@ -173,23 +160,6 @@ def test_the_result_is_new_contiguous_and_the_same_each_time(drawn: dict, axes: 
         assert result.dtype == kind and result.shape == view.shape and result.is_contiguous()
         result.zero_()
     assert torch.equal(image, kept[0]) and torch.equal(label, kept[1])
-
-
-def test_different_draws_give_different_results():
-    image, label = sample((1, 16, 16, 16))
-    changes = {
-        "rotate": (0.2, -0.1, 0.29),
-        "zoom": 1.1,
-        "smooth": (0.6, 0.8, 1.0),
-        "scale": 1.19,
-        "shift": 0.1,
-        "noise": (0.009, 7),
-        "flip": (0,),
-    }
-    drawn = [EVERYTHING, *({**EVERYTHING, name: value} for name, value in changes.items())]
-    results = [augment(image, label, one)[0] for one in [*drawn, {**EVERYTHING, "noise": (0.01, 8)}]]
-    for first, second in combinations(results, 2):
-        assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

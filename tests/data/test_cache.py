@@ -18,9 +18,8 @@ import pytest
 from toys import ALONE, TASK, make_case, open_pair, save
 
 from dints.data import cache as cache_module
-from dints.data.cache import Cache, CasesInMemory, open_cache
+from dints.data.cache import Cache, open_cache
 from dints.data.cases import Case, Prepared, prepare
-from dints.data.crops import CropMasks
 from dints.data.leniency import Leniency
 from dints.data.tasks import Task
 from dints.errors import UserError
@@ -59,12 +58,14 @@ def entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.suffix and path.name != "digests")
 
 
-@pytest.mark.parametrize("mode", ["ram", "disk", "none"])
-def test_every_cache_holds_what_preparing_gives(cases, tmp_path, mode):
+@pytest.mark.parametrize(("mode", "times"), [("ram", 1), ("disk", 1), ("none", 3)])
+def test_every_cache_holds_what_preparing_gives(cases, tmp_path, counted, mode, times):
     held = cache_in(tmp_path / "cache", mode).hold(cases, "test")
     assert len(held) == 2
     for number, case in enumerate(cases):
-        assert_same(held[number], prepare(case, TASK, Leniency()))
+        for _ in range(3):
+            assert_same(held[number], prepare(case, TASK, Leniency()))
+    assert len(counted) == 2 * times
     assert (tmp_path / "cache").exists() == (mode == "disk")
 
 
@@ -73,14 +74,6 @@ def test_a_case_takes_less_than_five_bytes_a_voxel(cases):
         arrays = cache_module._arrays(prepare(case, TASK, Leniency()))
         assert sum(array.nbytes for array in arrays) < 4 * arrays[1].size + 500
         assert arrays[0].dtype == np.float16 and arrays[1].dtype == np.uint8
-
-
-@pytest.mark.parametrize("mode", ["ram", "disk"])
-def test_cases_are_prepared_once(cases, tmp_path, counted, mode):
-    held = cache_in(tmp_path / "cache", mode).hold(cases, "test")
-    for _ in range(3):
-        held[0], held[1]
-    assert len(counted) == 2
 
 
 def test_the_next_run_uses_the_files_of_the_last(cases, tmp_path, counted):
@@ -188,16 +181,6 @@ def test_a_damaged_entry_is_made_again(cases, tmp_path, counted, caplog):
             assert_same(one, other)
 
 
-def test_what_a_killed_process_left_is_swept(cases, tmp_path):
-    folder = tmp_path / "cache"
-    (entry,) = cache_in(folder).hold(cases[:1], "test").entries
-    shutil.rmtree(entry)
-    entry.with_suffix(".partial").mkdir()
-    (entry.with_suffix(".partial") / "image.npy").write_bytes(b"half")
-    assert_same(cache_in(folder).hold(cases[:1], "test")[0], prepare(cases[0], TASK, Leniency()))
-    assert not list(folder.glob("*.partial"))
-
-
 def hold_and_count(folder: Path, cases: list, barrier, results) -> None:
     prepared = []
 
@@ -246,7 +229,7 @@ def test_a_process_killed_while_it_writes_leaves_nothing_to_be_trusted(cases, tm
     process.join(60)
     assert process.exitcode == -signal.SIGKILL and list(folder.glob("*.partial")) and not entries(folder)
     assert_same(cache_in(folder).hold(cases[:1], "test")[0], prepare(cases[0], TASK, Leniency()))
-    assert len(counted) == 1
+    assert len(counted) == 1 and not list(folder.glob("*.partial"))
 
 
 @pytest.mark.parametrize("mode", ["ram", "disk"])
@@ -256,6 +239,8 @@ def test_workers_that_are_not_forked_get_the_cases(cases, tmp_path, mode):
     assert len(content) < 5000  # not the voxels
     if mode == "disk":
         assert_same(pickle.loads(content)[1], held[1])
+    else:
+        assert all(tensor.is_shared() for case in held.tensors for tensor in case)
 
 
 def test_the_disk_being_full_is_told(cases, tmp_path, monkeypatch):
@@ -322,15 +307,6 @@ def test_large_cases_are_prepared_one_after_another(cases, tmp_path, monkeypatch
     assert opened(tmp_path, cases).num_threads == 3
     monkeypatch.setattr(cache_module, "WORKING_MEMORY", 1)
     assert opened(tmp_path, cases).num_threads == 1
-
-
-def test_cases_in_memory_are_tensors_that_processes_share():
-    prepared = Prepared(
-        np.zeros((1, 2, 2, 2), np.float16), np.zeros((2, 2, 2), np.uint8), CropMasks(*[np.zeros(1)] * 3)
-    )
-    held = CasesInMemory([prepared])
-    multiprocessing.reduction.ForkingPickler.dumps(held)
-    assert all(tensor.is_shared() for tensor in held.tensors[0])
 
 
 def test_available_memory_is_what_the_system_and_the_container_leave(monkeypatch):

@@ -118,7 +118,7 @@ def test_the_grid_is_monais(grid):
 
 
 def test_random_grids_are_monais():
-    for number in range(150):
+    for number in range(300):
         rng = np.random.default_rng([7, number])
         shape = rng.choice([1, 2, 3, 5, 8, 13, 20, 21, 32, 33], 3)
         own = rng.choice(
@@ -224,14 +224,6 @@ def test_resampled_voxels_are_arrays_that_torch_takes(spacing):
             assert np.array_equal(torch.from_numpy(result).numpy(), result)
 
 
-def test_a_finer_grid_and_back_loses_nothing():
-    """At half the spacing every old voxel is also a new one."""
-    image, _ = draw_voxels((5, 6, 7), 2)
-    resampling = Resampling((5, 6, 7), affine_of("PIR", (2.0, 4.0, 6.0)), (3.0, 1.0, 2.0))
-    assert resampling.shape == (13, 9, 11)
-    assert np.allclose(resampling.undo(resampling.apply(image)), image, rtol=0, atol=1e-3)  # HU
-
-
 @pytest.mark.parametrize(("axes", "degrees"), [("RAS", 0), ("LPS", 0), ("SAL", 0), ("LAS", 20)])
 def test_resampling_keeps_every_voxels_place(axes, degrees):
     """An image that holds its own world coordinates still does, on the new grid."""
@@ -247,23 +239,6 @@ def test_resampling_keeps_every_voxels_place(axes, degrees):
     nearest = resampling.apply(world, nearest=True)[inside]
     offset = np.einsum("ij,jxyz->ixyz", np.linalg.inv(affine[:3, :3]), nearest - expected[inside])
     assert np.abs(offset).max() <= 0.5 + 1e-5  # of a voxel
-
-
-@pytest.mark.parametrize("axes", ["LPS", "LAS", "PIR", "SAL"])
-def test_anatomy_is_the_same_however_it_is_stored(axes):
-    image, label = draw_voxels((9, 10, 11))
-    affine = np.array([[2.0, 0, 0, -7], [0, 3, 0, 4], [0, 0, 4, 11], [0, 0, 0, 1]])
-    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes))
-    for spacing in (None, (2.5, 2.5, 2.5)):
-        for voxels, nearest in ((image, False), (label, True)):
-            stored = nib.Nifti1Image(voxels[0], affine).as_reoriented(turn)
-            assert nib.aff2axcodes(stored.affine) == tuple(axes)
-            as_ras = Resampling(voxels.shape[1:], affine, spacing)
-            otherwise = Resampling(stored.shape, stored.affine, spacing)
-            assert np.allclose(as_ras.affine, otherwise.affine, atol=1e-9)
-            expected = as_ras.apply(voxels, nearest=nearest)
-            ours = otherwise.apply(np.asarray(stored.dataobj)[None], nearest=nearest)
-            assert ours.shape == expected.shape and np.allclose(ours, expected, rtol=0, atol=0 if nearest else 1e-3)
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 7), (1, 6, 1), (1, 1, 1)], ids=str)

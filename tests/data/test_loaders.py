@@ -102,10 +102,10 @@ def test_an_epoch_goes_on_in_its_middle(cases, workers):
 
 def test_an_epoch_goes_on_where_the_last_one_ended(cases, monkeypatch):
     """Workers are not started anew: what they prepared meanwhile is used."""
-    loader = loader_of(cases, num_workers=1)
+    loader, straight = loader_of(cases, num_workers=1), loader_of(cases)
     patches(loader, 0)
     monkeypatch.setattr(loader, "loader", None)
-    assert len(patches(loader, 1)) == 6
+    assert same(patches(loader, 1), patches(straight, 1))
 
 
 def test_augmenting_where_the_network_is_gives_the_workers_patches(cases, monkeypatch):
@@ -130,15 +130,6 @@ def test_waiting_is_measured(cases, monkeypatch):
     patches(loader, 0)
     assert loader.seconds_waited == 3  # a second for each batch
     assert waited.take(10.0) == 0.3 and waited.take(10.0) == 0
-
-
-def test_patches_do_not_depend_on_the_order_of_asking(cases):
-    samples = loader_of(cases).loader.dataset
-    places = [(epoch, turn, index) for epoch in (0, 4) for turn in (0, 1) for index in range(len(cases))]
-    first = {place: samples[place] for place in places}
-    for place in reversed(places):
-        image, label, drawn, _ = samples[place]
-        assert torch.equal(first[place][0], image) and torch.equal(first[place][1], label) and first[place][2] == drawn
 
 
 def test_patches_differ_between_epochs_turns_streams_seeds_and_cases(cases):
@@ -168,13 +159,6 @@ def test_epoch_sampler_passes_over_all_cases_and_wraps(num_cases, length):
             assert {place[1] for place in turn} == {start // num_cases}
             assert len({place[2] for place in turn}) == len(turn)
             assert {place[2] for place in turn} <= set(range(num_cases))
-
-
-def test_epoch_sampler_goes_on_into_the_next_epoch():
-    sampler = EpochSampler(5, 7, 0, "weights/0")
-    expected = [*places_of(sampler, 2), *places_of(sampler, 3)]
-    sampler.start = 2, 0
-    assert [place for place, _ in zip(sampler, range(14), strict=False)] == expected
 
 
 def test_epoch_samplers_order_depends_on_seed_stream_and_epoch_only():
@@ -237,6 +221,7 @@ def test_validation_cases_are_whole_and_numbered(cases, mode, tmp_path):
     assert numbers == [0, 2, 4, 1, 3]
 
 
+@pytest.mark.fault("fewer cases than ranks; a rank without validation cases")
 def test_a_rank_without_validation_cases_has_an_empty_loader(cases):
     assert list(validation_loader(cases[:1], cache_of(), rank_of(1, 2))) == []
     assert list(validation_loader([], cache_of(), ALONE)) == []
