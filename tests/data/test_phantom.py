@@ -15,7 +15,7 @@ import pytest
 from scipy import ndimage
 
 from dints.data import phantom
-from dints.data.formats import read_json
+from dints.data.formats import read_dataset, read_json
 from dints.data.phantom import LESION, LIVER, make_case, write_phantom
 from dints.data.tasks import TASKS
 from dints.errors import UserError
