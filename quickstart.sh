@@ -29,8 +29,8 @@ export PYTHON
 
 step "2 of 6: data"
 if [[ "$TASK" == Task00_Phantom ]]; then "$PYTHON" -m dints.data.phantom --root "$DATA_ROOT"; fi
-# shellcheck source=dints/launch.sh
-source dints/launch.sh
+# shellcheck source=launch/launch.sh
+source launch/launch.sh
 require_data "$TASK" "$DATA_ROOT"
 
 step "3 of 6: search"

@@ -4,9 +4,9 @@
 #   bash search_dints.sh
 #   TASK=Task09_Spleen FOLD=0 FACTOR_RAM_COST=0.5 bash search_dints.sh --num_epochs 400 --num_epochs_warmup 200
 #
-# Further arguments go to search_dints.py (-h lists them); dints/launch.sh says which variables choose devices and nodes.
+# Further arguments go to search_dints.py (-h lists them); launch/launch.sh says which variables choose devices and nodes.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/dints/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/launch/launch.sh"
 
 TASK="${TASK:-Task07_Pancreas}"
 DATA_ROOT="${DATA_ROOT:-./data_msd/$TASK}"

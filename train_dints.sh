@@ -5,9 +5,9 @@
 #   TASK=Task04_Hippocampus ARCH_CKPT=runs/search/search_code_600.pth bash train_dints.sh --num_epochs 400
 #
 # ARCH_CKPT is the newest search_code_*.pth under ./runs unless it is set.
-# Further arguments go to train_dints.py (-h lists them); dints/launch.sh says which variables choose devices and nodes.
+# Further arguments go to train_dints.py (-h lists them); launch/launch.sh says which variables choose devices and nodes.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/dints/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/launch/launch.sh"
 
 TASK="${TASK:-Task09_Spleen}"
 DATA_ROOT="${DATA_ROOT:-./data_msd/$TASK}"

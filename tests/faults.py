@@ -49,10 +49,9 @@ FAULTS = {
             f"{RESUME}[Ctrl-C stops a command and its workers, and the line that it leaves continues it]",
             f"{RESUME}[torchrun passes a signal on to ranks that stop after the same step, and starts them again]",
             f"{LAUNCH}a_signal_stops_the_workers_and_starts_none_again",
-            f"{LAUNCH}a_signal_to_every_process_as_slurm_sends_it",
             f"{LAUNCH}workers_that_do_not_stop_are_killed_in_time",
             f"{LAUNCH}two_nodes_of_which_one_gets_the_signal",
-            f"{LAUNCH}a_job_that_is_warned_saves_and_is_queued_again",
+            f"{LAUNCH}a_job_that_is_warned_is_queued_again_and_no_other",
             f"{LAUNCH}a_search_goes_on_where_its_job_was_interrupted",
         ],
         "one rank dies or raises": [
@@ -63,10 +62,8 @@ FAULTS = {
             f"{LAUNCH}a_node_with_bad_input_ends_both",
         ],
         "torchrun --max-restarts": [
-            f"{LAUNCH}the_run_goes_on_after_a_rank_was_killed",
-            f"{LAUNCH}a_worker_that_fails_once_is_started_again",
-            f"{LAUNCH}two_nodes_of_which_one_loses_its_worker",
-            f"{LAUNCH}a_node_that_dies_and_comes_back",
+            f"{LAUNCH}the_run_goes_on_after_a_worker_failed_and_after_each_rank_was_killed",
+            f"{LAUNCH}two_nodes_go_on_after_one_lost_its_worker_and_after_it_died_and_came_back",
         ],
         "non-finite loss on one rank": [
             f"{RESUME}[a loss of one rank that is not finite changes no rank's weights, and many in a row stop all]",
@@ -91,7 +88,7 @@ FAULTS = {
             "test_stages.py::test_another_run_is_not_overwritten",
             f"{CHECKPOINT}results_without_a_state_are_not_overwritten",
         ],
-        "port in use": [f"{LAUNCH}a_port_in_use_is_no_matter_on_one_node", f"{LAUNCH}a_port_in_use_is_told_on_several"],
+        "port in use": [f"{LAUNCH}a_port_in_use_is_no_matter_on_one_node_and_told_on_several"],
         "output folder read-only": ["test_runtime.py::test_a_run_folder_that_cannot_be_made_is_refused"],
         "GPU or host memory exhausted": [
             f"{CHECKPOINT}exhausted_memory_names_the_flags_that_lower_it",

@@ -1,8 +1,8 @@
 # Sourced by search_dints.sh and train_dints.sh: starts a stage on the devices of one node or of several, with
-# dints/agent.py, which is torchrun but for signals and exit codes.
+# launch/agent.py, which is torchrun but for signals and exit codes.
 #
 # Environment (all optional; what else is set, as GLOO_SOCKET_IFNAME or NCCL_DEBUG, reaches the processes unchanged):
-#   NUM_GPUS_PER_NODE  processes on this node: its GPUs, or 1 where it has none
+#   NUM_GPUS_PER_NODE  processes on this node: its GPUs (of CUDA_VISIBLE_DEVICES, if that is set), or 1 where it has none
 #   NUM_NODES          nodes of the run (1); the others are for more than one:
 #   NODE_RANK          number of this node, from 0 (0)
 #   MASTER_ADDR        address of node 0 (127.0.0.1)
@@ -28,9 +28,15 @@ choose_python() {
 }
 
 count_gpus() {
-  local listed=""
-  if command -v nvidia-smi >/dev/null; then listed="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)"; fi
-  echo "${listed:-0}"
+  local visible
+  if ! command -v nvidia-smi >/dev/null || [[ "${CUDA_VISIBLE_DEVICES-}" == -1 ]]; then
+    echo 0
+  elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+    IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+    echo "${#visible[@]}"
+  else
+    nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true  # grep prints the 0, and fails
+  fi
 }
 
 # require_data TASK DATA_ROOT: leave with the command that fetches the data if it is not there.
@@ -38,9 +44,10 @@ require_data() {
   [[ -f "$2/dataset.json" ]] && return
   echo "error: $2/dataset.json does not exist. Fetch the data first:" >&2
   if [[ "$1" == Task00_Phantom ]]; then
-    echo "    PYTHONPATH=$(printf %q "$here") $(choose_python) -m dints.data.phantom --root $(printf %q "$2")" >&2
+    printf '    PYTHONPATH=%q %q -m dints.data.phantom --root %q\n' "$here" "$(choose_python)" "$2" >&2
   else
-    echo "    $(choose_python) $(printf %q "$here/download_msd_datasets.py") --msd_task $1 --root $(printf %q "$(dirname "$2")")" >&2
+    printf '    %q %q --msd_task %q --root %q\n' \
+      "$(choose_python)" "$here/download_msd_datasets.py" "$1" "$(dirname "$2")" >&2
   fi
   exit 1
 }
@@ -51,8 +58,8 @@ launch() {
   shift
   gpus="$(count_gpus)"
   processes="${NUM_GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
-  # -P: what is in dints/ shadows no other module.
-  local command=("$(choose_python)" -P "$here/dints/agent.py" "--nproc_per_node=$processes")
+  # -P: what is in launch/ shadows no other module.
+  local command=("$(choose_python)" -P "$here/launch/agent.py" "--nproc_per_node=$processes")
   command+=("--max_restarts=${MAX_RESTARTS:-3}")
   if ((nodes == 1)); then
     command+=(--standalone --local_addr=127.0.0.1)
@@ -72,6 +79,8 @@ launch() {
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
   # With the store of the first start, every second restart of gloo fails.
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+  # No C++ stack traces of nodes that do not answer. The agent drops what AGENT_ONLY names before it starts the stage.
+  if [[ -z "${TORCH_CPP_LOG_LEVEL+set}" ]]; then export TORCH_CPP_LOG_LEVEL=ERROR AGENT_ONLY=TORCH_CPP_LOG_LEVEL; fi
   command+=("$here/$script" "$@")
   printf '%q ' "${command[@]}"
   echo

@@ -1,0 +1,69 @@
+"""Stand in for a stage under the launchers: count in FOLDER/saved, step by step with the other ranks, or go on there.
+
+Told to by a signal it stops as a stage does, on all ranks after the same step, with exit code 128 + signal; with --deaf
+it does not. With --alone it knows no other rank, nor PyTorch, whose import takes most of a short run's time.
+--fail CODE: rank 0 leaves with it, once (again and again with --always) after ten steps.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def meet_others() -> tuple[Callable[[int], int], Callable[[], None]]:
+    """Return how the ranks agree on the largest of their numbers, and how one leaves."""
+    import torch
+    import torch.distributed as dist
+
+    def agree(number: int) -> int:
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    dist.init_process_group("gloo")
+    dist.barrier()
+    return agree, dist.destroy_process_group
+
+
+def main(args: argparse.Namespace) -> int:
+    received = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN if args.deaf else lambda number, _: received.append(number))
+    rank, saved, failed = int(os.environ["RANK"]), args.folder / "saved", args.folder / "failed"
+    start = int(saved.read_text()) if saved.exists() else 0
+    agree, leave = (int, lambda: None) if args.alone else meet_others()
+    (args.folder / f"rank{rank}").write_text(str(os.getpid()))
+    (args.folder / "log_level").write_text(os.environ.get("TORCH_CPP_LOG_LEVEL", "unset"))
+    with (args.folder / "starts").open("a") as starts:
+        starts.write(f"{start}\n")
+    for step in range(start, args.steps):
+        if stop := agree(received[0] if received else 0):
+            leave()
+            time.sleep(args.seconds_to_save * rank)  # not all end at once
+            return 128 + stop
+        if rank == 0 and args.fail and step >= 10 and (args.always or not failed.exists()):
+            failed.touch()
+            leave()  # else its threads would abort Python's end at times, and the code with it
+            return args.fail
+        time.sleep(0.02)
+        if rank == 0:
+            (args.folder / "partial").write_text(str(step + 1))
+            (args.folder / "partial").replace(saved)
+    leave()
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--deaf", action="store_true")
+    parser.add_argument("--seconds_to_save", type=float, default=0.3)
+    parser.add_argument("--fail", type=int)
+    parser.add_argument("--always", action="store_true")
+    sys.exit(main(parser.parse_args()))
