@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dints.architecture import Architecture, paths
+from dints.network.architecture import Architecture, paths
 
 
 def random_architecture(seed: int, num_blocks: int, num_depths: int, info: dict | None = None) -> Architecture:

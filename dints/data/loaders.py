@@ -121,12 +121,22 @@ class TrainingLoader:
             self._batches = iter(self.loader)
         for step in range(first_step, self.steps):
             start = time.perf_counter()
-            batch = next(self._batches)
+            batch = self._next()
             self._place = (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0)
             if self.on_gpu:
                 batch = augmented(batch, self.device)
             self.seconds_waited += time.perf_counter() - start
             yield batch
+
+    def _next(self) -> dict | Patches:
+        try:
+            return next(self._batches)
+        except (ConnectionError, EOFError) as error:
+            # A worker that was killed while it hands over a batch counts as alive for a moment, in which PyTorch does
+            # not yet say what it says of one that is gone.
+            raise RuntimeError(
+                f"DataLoader worker (pid unknown) is gone: {str(error) or type(error).__name__}"
+            ) from error
 
 
 def _ignore_signals(_worker: int) -> None:

@@ -25,7 +25,7 @@ def draw_all(folder: Path) -> None:
         names = {"loss": "weights' cases", "architecture_loss": "architecture's cases"}
         names = names if is_search else {"loss": "training cases"}
         _save(_over_iterations_and_time(losses, names, "training loss (Dice + CE)"), folder / "training_loss.png")
-    if accuracy:
+    if any(row["dice"] for row in accuracy):
         names = {key: key.removeprefix("dice_").replace("_", " ") for key in accuracy[0] if key.startswith("dice_")}
         names = {"dice": "mean", **names} if len(names) > 1 else names
         figure = _over_iterations_and_time(accuracy, names, "Dice of the validation cases", corner="lower right")
@@ -85,7 +85,12 @@ def _points(rows: Rows, column: str, key: str, scale: float = 1.0) -> tuple[np.n
 
 
 def _plot(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, num_rows: int) -> None:
-    """Draw one curve; where there are many points, their running mean over the points themselves, drawn faintly."""
+    """Draw one curve; where there are many points, their running mean over the points themselves, drawn faintly.
+
+    Where there is none yet, the legend does not name it.
+    """
+    if not len(y):
+        return
     style = {"color": "black", "linewidth": 2.2, "zorder": 3} if name == "mean" else {}
     style |= {"color": "grey", "linestyle": "--"} if name == "RAM factor" else {}
     if len(y) <= SMOOTHED:

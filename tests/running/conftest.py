@@ -1,0 +1,16 @@
+"""The runs that the tests of this folder stop and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from theatre import Theatre
+
+
+@pytest.fixture(scope="session")
+def theatre(tmp_path_factory) -> Iterator[Theatre]:
+    """Data and processes for plays; the runs that nothing stops are begun."""
+    theatre = Theatre(tmp_path_factory.mktemp("theatre"))
+    yield theatre
+    theatre.close()

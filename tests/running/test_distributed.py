@@ -1,0 +1,108 @@
+"""Two gloo ranks: identical states, every case counted once, and the same scores as one process."""
+
+from __future__ import annotations
+
+import csv
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from states import assert_equal, rows
+
+from dints.data.cache import open_cache
+from dints.data.listing import split_fold
+from dints.data.loaders import validation_loader
+from dints.data.opening import open_dataset
+from dints.network.model_file import load_model
+from dints.running.precision import Precision
+from dints.running.processes import Processes
+from dints.training.validation import SlidingWindow, Validation
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def searched(theatre) -> Path:
+    return theatre.straight["search", 2].result()
+
+
+@pytest.fixture(scope="module")
+def trained(theatre) -> Path:
+    return theatre.straight["train", 2].result()
+
+
+@pytest.mark.fault("unequal training steps per rank")
+@pytest.mark.parametrize("stage", ["searched", "trained"])
+def test_ranks_hold_identical_states(stage, request):
+    folder = request.getfixturevalue(stage)
+    first, second = (torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
+    assert assert_equal(first, second) > 50
+    assert [int(row["iteration"]) for row in rows(folder / "loss_history.csv")] == [3, 6, 9, 12]
+
+
+def test_the_architecture_learned(searched):
+    state = torch.load(searched / "rank0.pth", weights_only=True)["parts"]
+    for optimizer in ("optimizer_a", "optimizer_c"):
+        (alpha,) = state[optimizer]["state"].values()
+        assert alpha["step"] == 3 * 3  # three epochs after the warm-up, of ceil(5 cases / 2 ranks) steps
+        assert alpha["exp_avg"].abs().max() > 0
+
+
+def test_one_process_and_two_agree_on_inference(theatre, trained, tmp_path):
+    tables = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        flags = ["--checkpoint", trained / "best_metric_model.pth", "--root", theatre.root, "--num_folds", 4]
+        flags += ["--output_root", folder, "--device", "cpu", "--precision", "fp32"]
+        done = theatre.command("infer", processes, *flags)
+        assert done["codes"] == [0] * processes, done["said"]
+        with (folder / "scores.csv").open() as file:
+            tables.append(list(csv.reader(file)))
+    assert len(tables[0]) == 1 + 3  # fold 0 of 4 of twelve cases
+    assert tables[0][0] == tables[1][0]
+    for one, two in zip(tables[0][1:], tables[1][1:], strict=True):
+        assert one[0] == two[0]
+        dice = [[float(value or "nan") for value in row[1:]] for row in (one, two)]
+        assert dice[0] == pytest.approx(dice[1], abs=1e-4, nan_ok=True)
+
+
+def test_validation_in_training_agrees_with_one_process(theatre, trained, tmp_path):
+    """The Dice that two ranks found in training is what one process finds for the weights that were saved."""
+    model, alone = load_model(trained / "best_metric_model.pth"), Processes(0, 1, torch.device("cpu"))
+    _, cases = split_fold(open_dataset(theatre.root, patch_size=model.task.patch_size).cases, 4, 0)
+    cache = open_cache(cases, model.task, tmp_path, alone)
+    window, precision = SlidingWindow(model.task.patch_size, 0.0, 6), Precision("fp32", alone.device)
+    volumes = validation_loader(cases, cache, alone)
+    scores = Validation(volumes, model.task.num_classes, window, precision, alone).scores(model.network)
+    assert scores.mean == pytest.approx(model.info["dice"], abs=1e-4)
+
+
+@pytest.mark.fault("fewer cases than ranks; a rank without validation cases")
+def test_fewer_validation_cases_than_ranks(theatre, tmp_path):
+    theatre.finish("train", tmp_path, 2, "--num_folds", 12, "--num_epochs", 1)
+    (row,) = rows(tmp_path / "accuracy_history.csv")
+    assert 0 <= float(row["dice"]) <= 1
+
+
+def test_two_nodes_through_the_launcher(theatre, tmp_path):
+    """Two agents on the loopback, each with one process, meet and run one search."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
+    environment |= {"TASK": "Task00_Phantom", "DATA_ROOT": str(theatre.root), "OUTPUT_ROOT": str(tmp_path / "run")}
+    environment |= {"NUM_NODES": "2", "NUM_GPUS_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "FOLD": "0"}
+    flags = theatre.flags("search", tmp_path / "run", "--num_workers", 0, "--num_epochs", 2)
+    command = ["bash", str(CHECKOUT / "search_dints.sh"), *flags]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    nodes = [subprocess.Popen(command, env={**environment, "NODE_RANK": rank}, **streams) for rank in "01"]
+    said = "".join(node.communicate(timeout=200)[0] for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "on 2 x cpu" in said
+    (row,) = rows(tmp_path / "run" / "accuracy_history.csv")
+    assert 0 <= float(row["dice"]) <= 1

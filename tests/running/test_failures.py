@@ -1,0 +1,82 @@
+"""What is told of errors that PyTorch raises."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from dints.data.loaders import EpochSampler, TrainingLoader
+from dints.errors import ProcessLost, UserError
+from dints.running.processes import started
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+MEMORY = pytest.mark.fault("GPU or host memory exhausted")
+
+
+@MEMORY
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),  # which a CPU cannot provoke
+    ],
+    ids=["Python", "CPU", "GPU"],
+)
+def test_exhausted_memory_names_the_flags_that_lower_it(error):
+    with pytest.raises(UserError, match="memory is exhausted .*--patch_size.*--num_sw_batch_size"), started("cpu"):
+        raise error
+
+
+@MEMORY
+def test_memory_that_is_really_exhausted_is_told():
+    with pytest.raises(UserError, match="memory is exhausted .*allocate"), started("cpu"):
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="a bug"), started("cpu"):
+        raise RuntimeError("a bug")
+
+
+@MEMORY
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=repr)
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_told(error):
+    class Samples(torch.utils.data.Dataset):
+        def __getitem__(self, place):
+            raise error  # as the main process does then, before the worker counts as dead
+
+    loader = TrainingLoader(Samples(), EpochSampler(1, 1, 0, ""), 1, 0, torch.device("cpu"))
+    with pytest.raises(ProcessLost, match="a process that prepares batches died .*start the same"), started("cpu"):
+        next(loader.epoch(0))
+
+
+@pytest.mark.slow
+@pytest.mark.fault("one rank dies or raises")
+def test_processes_that_do_not_meet_are_told():
+    program = """
+        from dints import errors
+        from dints.running.processes import started
+
+        def main():
+            with started("cpu", timeout_minutes=0.02):
+                print("they met")
+
+        errors.exit_on_user_error(main)
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    more = {"env": os.environ | environment, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(command, cwd=CHECKOUT, **more)
+    assert done.returncode == 1 and not done.stdout
+    assert "error: [rank 0] the 2 processes of the run do not meet" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,82 @@
+"""Small runs of the two training stages, with and without a fault, for the tests that stop and compare them."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from architectures import chain
+
+from dints.data.phantom import write_phantom
+from dints.network.architecture import save_architecture
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# Of 12 cases 3 validate and 9 train, in the search 5 and 4: no number of them is even among two ranks.
+COMMON = "--patch_size 16 16 16 --spacing 5 5 5 --num_folds 4 --overlap_ratio 0 --device cpu --precision fp32 --channel_mul 0.125"
+COMMON += " --num_epochs 4 --num_epochs_per_validation 2"
+SEARCH = "--num_blocks 1 --num_depths 2 --num_epochs_warmup 1 --learning_rate_arch 0.1"
+EPOCH = {1: 5, 2: 3}  # steps of an epoch on one and two processes, in both stages
+
+
+class Theatre:
+    """Holds data, an architecture, and two processes that start others (interrupted.py), for two plays at a time.
+
+    Attributes:
+        straight: by stage and number of processes, the folder of the run that nothing stopped.
+    """
+
+    def __init__(self, folder: Path):
+        self.root = write_phantom(folder / "Task00_Phantom", 12, 1, shape=(24, 24, 24))
+        save_architecture(self.root / "arch.pth", chain(0, 1, 0, num_depths=2))
+        command = [sys.executable, str(Path(__file__).with_name("interrupted.py"))]
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+        self.servers, self.pool = queue.Queue(), ThreadPoolExecutor(2)
+        for _ in range(2):
+            self.servers.put(subprocess.Popen(command, **streams))
+        self.straight: dict[tuple[str, int], Future] = {}
+        for stage, processes in (("search", 2), ("train", 2), ("train", 1), ("search", 1)):
+            straight = self.pool.submit(self.run_straight, stage, folder / f"{stage}{processes}", processes)
+            self.straight[stage, processes] = straight
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        for _ in range(2):
+            server = self.servers.get()
+            server.kill()
+            server.communicate()
+
+    def flags(self, stage: str, folder: Path, *more: object) -> list[str]:
+        flags = ["--root", self.root, "--output_root", folder, *COMMON.split()]
+        flags += SEARCH.split() if stage == "search" else ["--arch_ckpt", self.root / "arch.pth"]
+        return [str(flag) for flag in (*flags, *more)]
+
+    def run(self, stage: str, folder: Path, processes: int, *more: object, fault: dict | None = None) -> dict:
+        """Run a command of a training stage; return what interrupted.py answers."""
+        workers = () if "--num_workers" in more else ("--num_workers", 0)
+        return self.command(stage, processes, *self.flags(stage, folder, *workers, *more), fault=fault)
+
+    def command(self, stage: str, processes: int, *flags: object, fault: dict | None = None) -> dict:
+        request = {"stage": f"{stage}_dints", "flags": [*map(str, flags)], "world_size": processes, "fault": fault}
+        server = self.servers.get()
+        try:
+            print(json.dumps(request), file=server.stdin, flush=True)
+            done = json.loads(server.stdout.readline())
+        finally:
+            self.servers.put(server)
+        assert not done["survivors"], "a worker outlives its run"
+        return done
+
+    def finish(self, stage: str, folder: Path, processes: int, *more: object) -> str:
+        """Run the command to its end; return what rank 0 said."""
+        done = self.run(stage, folder, processes, *more)
+        assert done["codes"] == [0] * processes, "\n".join(done["said"])
+        return done["said"][0]
+
+    def run_straight(self, stage: str, folder: Path, processes: int) -> Path:
+        self.finish(stage, folder, processes)
+        return folder

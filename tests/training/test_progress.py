@@ -1,0 +1,55 @@
+"""How far a run has come, and its best validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dints.errors import Stopped
+from dints.training import progress as module
+from dints.training.progress import Progress
+
+
+def test_progress_counts_steps_and_epochs():
+    progress = Progress()
+    assert (progress.current_epoch, progress.recorded_iteration) == (0, 0)
+    for step in (1, 2):
+        progress.step_done()
+        assert (progress.epoch, progress.current_epoch, progress.step, progress.iteration) == (0, 1, step, step)
+        assert progress.recorded_iteration == 0
+    progress.epoch_done()
+    assert (progress.epoch, progress.current_epoch, progress.step, progress.recorded_iteration) == (1, 1, 0, 2)
+
+
+def test_progress_times_steps_and_what_is_stopped(monkeypatch):
+    clock = iter([0.0, 3.0, 10.0, 14.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    progress = Progress()
+    with pytest.raises(Stopped), progress.timed():
+        progress.step_done()
+        progress.step_done()
+        raise Stopped(15)
+    assert (progress.seconds, progress.seconds_per_iteration, progress.seconds_in_epoch) == (3, 1.5, 3)
+    with progress.timed():  # a validation
+        pass
+    assert (progress.seconds, progress.seconds_per_iteration, progress.seconds_in_epoch) == (7, 1.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("found", "best"),
+    [
+        ([0.5, 0.4], (0.5, 1, 10)),
+        ([0.5, 0.5], (0.5, 1, 10)),
+        ([0.5, 0.4, 0.6], (0.6, 3, 30)),
+        ([None, None], (None, 2, 20)),  # without validation cases, the newest is the best
+    ],
+)
+def test_the_best_validation_is_kept(found, best):
+    progress = Progress()
+    for number, dice in enumerate(found, start=1):
+        progress.epoch, progress.iteration = number, 10 * number
+        is_best = progress.note_validation(dice, Path(str(number)))
+        assert is_best == (progress.best_epoch == number)
+    assert (progress.best_dice, progress.best_epoch, progress.best_iteration) == best
+    assert progress.best_path == str(best[1])
