@@ -21,7 +21,8 @@ def task04() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fault: provokes a fault of tests/faults.py")
+    config.addinivalue_line("markers", "fault(name): provokes this fault")
+    config.addinivalue_line("markers", "slow: takes more than about 2 s")
 
 
 @pytest.hookimpl(tryfirst=True)

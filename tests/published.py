@@ -1,4 +1,4 @@
-"""The published recipe of both stages in MONAI's own calls: the oracle of tests and the baseline of benchmarks."""
+"""Computes the published recipe of both stages in MONAI's own calls: oracle of tests and baseline of benchmarks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from monai.networks.nets.dints import DiNTS, TopologyInstance, TopologySearch
 from torch import nn
 
-from dints import engine
-from dints.architecture import Architecture
-from dints.runtime import Precision
+from dints.network.architecture import Architecture
+from dints.running.precision import Precision
+from dints.training.losses import segmentation_loss
 
 
 def quiet(build, *args, **kwargs):
@@ -22,7 +22,7 @@ def quiet(build, *args, **kwargs):
 
 
 def network(architecture: Architecture, in_channels: int, num_classes: int, channel_mul: float) -> DiNTS:
-    """The found network as MONAI builds it."""
+    """Build the found network as MONAI does."""
     space = quiet(
         TopologyInstance,
         arch_code=[architecture.arch_code_a, architecture.arch_code_c],
@@ -38,7 +38,7 @@ def sgd(parameters, learning_rate: float) -> torch.optim.SGD:
 
 
 class Search:
-    """Alternating steps on MONAI's `TopologySearch` with the loss terms in MONAI's calls.
+    """Takes alternating steps on MONAI's `TopologySearch` with the loss terms in MONAI's calls.
 
     As published but for what DESIGN lists as defects and what a result depends on: the alphas are not in SGD's
     parameters, and the loss is ours (foreground Dice + cross-entropy, one formula in every precision).
@@ -70,7 +70,7 @@ class Search:
         self.optimizer = sgd(self.weights, learning_rate)
         self.arch_optimizers = [torch.optim.Adam([a], learning_rate_arch, betas=(0.5, 0.999)) for a in self.arch]
         self.scaler, self.arch_scaler = precision.scaler(), precision.scaler()
-        self.criterion = engine.segmentation_loss()
+        self.criterion = segmentation_loss()
 
     def weights_step(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         self._train(weights=True, arch=False)
