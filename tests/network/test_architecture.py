@@ -14,7 +14,7 @@ from architectures import chain, random_architecture
 from monai.networks.nets.dints import TopologyInstance
 
 from dints.errors import UserError
-from dints.network.architecture import Architecture, load_architecture, paths, save_architecture
+from dints.network.architecture import Architecture, DecodedCodes, load_architecture, paths, save_architecture
 from dints.network.operations import PUBLISHED
 
 ARRAYS = ("node_a", "arch_code_a", "arch_code_c", "arch_code_a_max")
@@ -294,3 +294,13 @@ def test_a_size_that_the_caller_does_not_have_is_refused(tmp_path):
     assert f"{file} holds 5 blocks, but --num_blocks is 3" in message_of(file, num_blocks=3)
     assert f"{file} holds 3 depths, but --num_depths is 4" in message_of(file, num_blocks=5, num_depths=4)
     assert load_architecture(file, num_depths=3).num_blocks == 5
+
+
+def test_changes_of_what_is_decoded_are_counted_and_outlive_a_checkpoint():
+    before, changed = DecodedCodes(), DecodedCodes()
+    before.take(chain(0, 0, 0, num_depths=2, operation=1))
+    changed.load_state_dict(before.state_dict())
+    assert changed.changes(chain(0, 0, 0, num_depths=2, operation=1)) == {"changed_paths": 0, "changed_operations": 0}
+    # The first block's path leads elsewhere and the second's too; of none that was active before is any active now.
+    assert changed.changes(chain(0, 1, 1, num_depths=2, operation=2)) == {"changed_paths": 4, "changed_operations": 0}
+    assert changed.changes(chain(0, 0, 0, num_depths=2, operation=2)) == {"changed_paths": 0, "changed_operations": 2}
