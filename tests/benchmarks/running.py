@@ -29,10 +29,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks")]
 
 import steps  # noqa: E402  (the repository is no package: its root must be on the path first)
+from dints.checkpoint import Checkpoint, configuration  # noqa: E402
 
 import search_dints  # noqa: E402
 from dints import engine, runtime  # noqa: E402
-from dints.checkpoint import Checkpoint, configuration  # noqa: E402
 from dints.network import FoundNetwork  # noqa: E402
 
 CHANNEL_MUL = {"published": 0.5, "small": 0.125}

@@ -1,4 +1,4 @@
-"""dints/cost.py: counted by hand for a small network; for others the oracle is a real run on the CPU."""
+"""What a network costs is counted by hand for a small one; for others the oracle is a real run on the CPU."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import chain, random_architecture
-from test_network import stand_in
+from architectures import chain, random_architecture, stand_in
 from torch import nn
 
-from dints import cost as module
-from dints.acceleration import Convolution, InstanceNorm, Upsample
-from dints.architecture import Architecture, load_architecture, save_architecture
-from dints.cost import Cost, cost
 from dints.errors import UserError
-from dints.network import FoundNetwork, count_parameters
+from dints.network import cost as module
+from dints.network.architecture import Architecture, load_architecture, save_architecture
+from dints.network.cost import Cost, cost
+from dints.network.cpu_layers import Convolution, InstanceNorm, Upsample
+from dints.network.found import FoundNetwork, count_parameters
 
 CPU = torch.device("cpu")
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
 TINY = chain(0, 0, num_depths=2)  # one block with one 3x3x3 convolution at half the image's resolution
 
 
-def test_by_hand():
-    """The layers of ``TINY``: 8x8x8 voxels are 512, at half the resolution 64."""
+def test_counts_by_hand():
+    """The layers of ``TINY`` are listed here: 8x8x8 voxels are 512, at half the resolution 64."""
     weights = {  # input channels * output channels * kernel
         "stem, full": (512, 1 * 2 * 27),
         "stem, half": (64, 2 * 4 * 27),
@@ -53,7 +52,7 @@ def test_by_hand():
 
 
 def run_for_real(network: FoundNetwork, image: torch.Tensor) -> tuple[int, int, int]:
-    """Parameters, multiply-adds and kept bytes of a forward pass on the CPU."""
+    """Count parameters, multiply-adds and kept bytes of a forward pass on the CPU."""
     multiply_adds, kept = [], {}
 
     def note_convolution(convolution: nn.Conv3d, _, output: torch.Tensor) -> None:
@@ -77,8 +76,8 @@ def run_for_real(network: FoundNetwork, image: torch.Tensor) -> tuple[int, int, 
 @pytest.mark.parametrize(
     ("architecture", "channels", "classes", "patch_size", "channel_mul", "batch_size"),
     [
-        *((random_architecture(seed, 3, 3), 2, 3, (16, 8, 24), 1 / 8, 1) for seed in range(4)),
-        (random_architecture(4, 3, 4), 1, 2, (32, 32, 32), 1 / 4, 1),  # large enough for dints.acceleration
+        *((random_architecture(seed, 3, 3), 2, 3, (16, 8, 24), 1 / 8, 1) for seed in range(2)),
+        (random_architecture(4, 3, 4), 1, 2, (32, 32, 32), 1 / 4, 1),  # large enough for dints.network.cpu_layers
         (random_architecture(5, 2, 3), 4, 4, (16, 16, 16), 1 / 2, 3),
         (chain(1, 0, 1, 2, num_depths=3, operation=0), 1, 3, (16, 16, 16), 0.3, 2),
     ],
@@ -101,10 +100,8 @@ def test_counts_are_those_of_a_real_run(architecture, channels, classes, patch_s
 
 def test_a_network_as_large_as_the_published_one():
     found = cost(stand_in(), 1, 2, (96, 96, 96))
-    assert found.lines() == [
-        "152.4 M parameters, 334.4 GMAC, 3,836 MiB activations",
-        "at 1x1x96x96x96 (channel_mul 1)",
-    ]
+    amounts, settings = "152.4 M parameters, 334.4 GMAC, 3,836 MiB activations", "at 1x1x96x96x96 (channel_mul 1)"
+    assert found.lines() == [amounts, settings]
 
 
 def test_measured_on_the_cpu():
@@ -122,16 +119,16 @@ def test_measured_on_the_cpu():
     assert mean_ms / 10 < found.latency_ms < 10 * mean_ms  # loose: other processes may take the cores in between
 
 
-class Sleeper(nn.Module):
-    """Takes its times, one after another, and notes whether gradients were wanted."""
+class Clock(nn.Module):
+    """Takes its times, one after another, by its own clock, and notes whether gradients were wanted."""
 
     def __init__(self, *seconds: float):
         super().__init__()
-        self.seconds, self.gradients = list(seconds), []
+        self.now, self.seconds, self.gradients = 0.0, list(seconds), []
 
     def forward(self, _: torch.Tensor) -> None:
         self.gradients.append(torch.is_grad_enabled())
-        time.sleep(self.seconds.pop(0))
+        self.now += self.seconds.pop(0)
 
 
 @pytest.mark.parametrize(
@@ -142,14 +139,15 @@ class Sleeper(nn.Module):
         ((0.1, 0.2, 0.4, 0.1), 3, 300),  # a fourth might pass the limit
     ],
 )
-def test_time_of_a_pass(seconds, passes, expected_ms):
-    network = Sleeper(*seconds)
-    assert module._forward_ms(network, torch.zeros(1), limit=1.0) == pytest.approx(expected_ms, rel=0.3)
+def test_time_of_a_pass(monkeypatch, seconds, passes, expected_ms):
+    network = Clock(*seconds)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: network.now)
+    assert module._forward_ms(network, torch.zeros(1), limit=1.0) == pytest.approx(expected_ms)
     assert network.gradients == [False] * passes
 
 
 def test_peak_is_that_of_one_step(monkeypatch):
-    """The arithmetic, where there is no GPU: of the second step, whose gradients count, over what was there before."""
+    """It is the second step's, whose gradients count, over what was there before; checked where there is no GPU."""
     network = nn.Linear(2, 2)
     calls = []
 

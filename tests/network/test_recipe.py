@@ -8,10 +8,10 @@ import numpy as np
 import published
 import pytest
 import torch
+from dints.tasks import TASKS
 
 import search_dints
 from dints import acceleration, runtime
-from dints.tasks import TASKS
 
 PROCESSES = runtime.Processes(0, 1, torch.device("cpu"))
 FP32 = runtime.Precision("fp32", PROCESSES.device)

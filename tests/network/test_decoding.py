@@ -1,4 +1,4 @@
-"""dints/decoding.py: every sequence of children, where there are few enough to try them all, is the oracle."""
+"""Every sequence of children, where there are few enough to try them all, is the oracle of dints/network/decoding.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dints.errors import UserError
-from dints.space import SearchSpace
+from dints.network.space import SearchSpace
 
 
 @cache
@@ -26,39 +26,31 @@ def with_alphas(seed: int, spread: float, *size: int) -> SearchSpace:
     return space
 
 
+def lengths_of_children(space: SearchSpace) -> np.ndarray:
+    """Return what decoding minimises the sum of, from the children's probabilities: (blocks, children)."""
+    return -np.log(space.get_prob_a(child=True)[0].detach().numpy().astype(float) + 1e-5)
+
+
 def length(space: SearchSpace, arch_code_a: np.ndarray) -> float:
-    """What decoding minimises, of an architecture, from its children's probabilities one by one."""
-    probs = space.get_prob_a(child=True)[0].detach().numpy().astype(float)
+    """Return the length of an architecture, from its children one by one."""
     rows = [(space.child_list == paths).all(-1).argmax() for paths in arch_code_a]
-    return sum(-np.log(probs[block, row] + 1e-5) for block, row in enumerate(rows))
+    return lengths_of_children(space)[range(len(rows)), rows].sum()
 
 
 def all_architectures(space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths and ratios of every connected sequence of children."""
-    probs = space.get_prob_a(child=True)[0].detach().numpy().astype(float)
-    ratios = np.array(
-        [
-            [
-                space.ram_ratio_of(_only(block, child, space), space.log_alpha_c.argmax(-1).numpy())
-                for child in space.child_list
-            ]
-            for block in range(space.num_blocks)
-        ]
-    )
-    lengths = -np.log(probs + 1e-5)
+    """Return lengths and ratios of every connected sequence of children."""
+    arch_code_c = space.log_alpha_c.argmax(-1).numpy()
+    lengths, ratios = lengths_of_children(space), np.zeros((space.num_blocks, len(space.child_list)))
+    for block, number in np.ndindex(ratios.shape):
+        arch_code_a = np.zeros(arch_code_c.shape)
+        arch_code_a[block] = space.child_list[number]
+        ratios[block, number] = space.ram_ratio_of(arch_code_a, arch_code_c)
     connected = space.ends[:, None] == space.starts[None]
-    total, memory = lengths[0], ratios[0]
-    last = np.arange(len(space.child_list))
+    total, memory, last = lengths[0], ratios[0], np.arange(len(space.child_list))
     for block in range(1, space.num_blocks):
         before, child = connected[last].nonzero()
         total, memory, last = total[before] + lengths[block][child], memory[before] + ratios[block][child], child
     return total, memory
-
-
-def _only(block: int, child: np.ndarray, space: SearchSpace) -> np.ndarray:
-    arch_code_a = np.zeros((space.num_blocks, len(child)))
-    arch_code_a[block] = child
-    return arch_code_a
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
@@ -108,7 +100,7 @@ def test_the_smallest_feasible_ratio_holds_for_any_operations():
         assert space.architecture(least).info["ram_ratio"] <= least * (1 + 1e-8)
 
 
-def test_budgets_of_the_regulariser():
+def test_operations_count_in_the_fixed_budget_of_the_regulariser_alone():
     """All paths active with one operation each: the published share is the same for all, the fixed one is not."""
     space = with_alphas(0, 1.0, 2, 3)
     shares = {"published": [], "fixed": []}
@@ -125,27 +117,25 @@ def test_budgets_of_the_regulariser():
     assert shares["fixed"][0] < shares["fixed"][1] < shares["fixed"][2] < 1
 
 
-@pytest.mark.parametrize("budget", ["published", "fixed"])
-def test_gradients_of_the_regulariser(budget):
-    space = with_alphas(0, 1.0, 2, 3).double()
-    try:
-        alphas = [alpha.detach().requires_grad_() for alpha in (space.log_alpha_a, space.log_alpha_c)]
-
-        def ratio(log_alpha_a: torch.Tensor, log_alpha_c: torch.Tensor) -> torch.Tensor:
-            names = {"log_alpha_a": log_alpha_a, "log_alpha_c": log_alpha_c}
-            return torch.func.functional_call(_Ratio(space, budget), {f"space.{k}": v for k, v in names.items()}, ())
-
-        assert torch.autograd.gradcheck(ratio, alphas)
-        gradients = torch.autograd.grad(ratio(*alphas), alphas)
-        assert all(gradient.abs().max() > 1e-3 for gradient in gradients)
-    finally:
-        space.float()
-
-
-class _Ratio(torch.nn.Module):
+class Ratio(torch.nn.Module):
     def __init__(self, space: SearchSpace, budget: str):
         super().__init__()
         self.space, self.budget = space, budget
 
     def forward(self) -> torch.Tensor:
         return self.space.ram_ratio((1, 1, 32, 32, 32), self.budget)
+
+
+@pytest.mark.parametrize("budget", ["published", "fixed"])
+def test_gradients_of_the_regulariser(budget):
+    space = SearchSpace(num_blocks=2, num_depths=2, channel_mul=1 / 16).double()
+    torch.manual_seed(0)
+    module = Ratio(space, budget)
+    alphas = [torch.randn_like(alpha).requires_grad_() for alpha in (space.log_alpha_a, space.log_alpha_c)]
+
+    def ratio(log_alpha_a: torch.Tensor, log_alpha_c: torch.Tensor) -> torch.Tensor:
+        given = {"space.log_alpha_a": log_alpha_a, "space.log_alpha_c": log_alpha_c}
+        return torch.func.functional_call(module, given, ())
+
+    assert torch.autograd.gradcheck(ratio, alphas)
+    assert all(gradient.abs().max() > 1e-3 for gradient in torch.autograd.grad(ratio(*alphas), alphas))
