@@ -88,7 +88,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_rows(
-    args: argparse.Namespace, processes: runtime.Processes, precision: Precision
+    args: argparse.Namespace, processes: running.Processes, precision: Precision
 ) -> dict[str, Callable[[], tuple[Call, Call]]]:
     """For each row, what builds its two calls, the published one first; nothing is built before it is measured."""
     size, device = SIZES[args.size], processes.device

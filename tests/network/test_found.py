@@ -53,8 +53,7 @@ def test_it_is_monais_network(architecture, dtype, tolerance):
     theirs, ours = theirs.to(dtype), ours.to(dtype)
     assert list(ours.state_dict()) == list(without_unused_stems(theirs.state_dict(), architecture))
 
-    step = 2**architecture.num_depths
-    voxels = 2 * step, 2 * step, step
+    voxels = (2 ** (architecture.num_depths + 1),) * 3
     image = torch.randn(2, 2, *voxels, dtype=dtype, requires_grad=True)
     mix = torch.randn(2, 3, *voxels, dtype=dtype)
     results = []

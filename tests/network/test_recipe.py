@@ -8,19 +8,21 @@ import numpy as np
 import published
 import pytest
 import torch
-from dints.tasks import TASKS
 
 import search_dints
-from dints import acceleration, runtime
+from dints.data.tasks import TASKS
+from dints.network import cpu_layers
+from dints.running.precision import Precision
+from dints.running.processes import Processes
 
-PROCESSES = runtime.Processes(0, 1, torch.device("cpu"))
-FP32 = runtime.Precision("fp32", PROCESSES.device)
+PROCESSES = Processes(0, 1, torch.device("cpu"))
+FP32 = Precision("fp32", PROCESSES.device)
 SIZE = 16
 TASK = dataclasses.replace(TASKS["Task07_Pancreas"], patch_size=(SIZE,) * 3)
 
 
 def searches(num_blocks: int, num_depths: int) -> tuple[published.Search, search_dints.Supernet]:
-    """Both searches with the same weights and alphas."""
+    """Make both searches with the same weights and alphas."""
     theirs = published.Search(num_blocks, num_depths, 0.125, 1, TASK.num_classes, FP32, learning_rate_arch=0.01)
     flags = {
         "--num_blocks": num_blocks,
@@ -36,7 +38,7 @@ def searches(num_blocks: int, num_depths: int) -> tuple[published.Search, search
 
 
 def batches(count: int) -> list[dict[str, torch.Tensor]]:
-    """Noisy bright balls: class 1 is a ball, class 2 its core."""
+    """Make noisy bright balls: class 1 is a ball, class 2 its core."""
     generator = torch.Generator().manual_seed(0)
     axis = torch.arange(SIZE).float()
     made = []
@@ -49,6 +51,7 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "iterations", "tolerance"),
     [
@@ -63,14 +66,14 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
 def test_the_published_search_and_ours_take_the_same_course(dtype, iterations, tolerance, monkeypatch):
     """Two thirds of the iterations also train the architecture."""
     for threshold in ("MIN_MULTIPLY_ADDS", "MIN_WEIGHTS", "MIN_WEIGHTS_OF_PRODUCT"):  # all ways, however small the size
-        monkeypatch.setattr(acceleration, threshold, 0)
+        monkeypatch.setattr(cpu_layers, threshold, 0)
     torch.manual_seed(0)
     theirs, ours = searches(3, 3)
-    starts = [alpha.detach().clone() for alpha in ours.arch]
+    starts = [alpha.detach().clone() for alpha in ours.arch_parameters]
     data = [{**batch, "image": batch["image"].to(dtype)} for batch in batches(32)]
     for search in (theirs, ours):
         search.network.to(dtype)
-    for state in ours.optimizer.state.values():
+    for state in ours.weights.optimizer.state.values():
         state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
     losses = np.zeros((iterations, 4))
     for iteration in range(iterations):
@@ -83,7 +86,7 @@ def test_the_published_search_and_ours_take_the_same_course(dtype, iterations, t
             losses[iteration, 3] = search_dints.architecture_step(ours, other, ramp)
     assert np.abs(losses[:, ::2] - losses[:, 1::2]).max() < tolerance
     assert losses[-10:, 0].mean() < 0.9 * losses[:10, 0].mean()  # both learn, or the comparison shows nothing
-    assert all((alpha - start).abs().max() > 0.05 for alpha, start in zip(ours.arch, starts, strict=True))
+    assert all((alpha - start).abs().max() > 0.05 for alpha, start in zip(ours.arch_parameters, starts, strict=True))
     if dtype == torch.float64:
         for expected, found in zip(theirs.space.decode(), ours.space.decode(), strict=True):
             np.testing.assert_array_equal(found, expected)
