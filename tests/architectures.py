@@ -1,10 +1,10 @@
-"""Architectures for tests."""
+"""Tests make architectures with these."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from dints.architecture import Architecture, paths
+from dints.network.architecture import Architecture, paths
 
 
 def random_architecture(seed: int, num_blocks: int, num_depths: int, info: dict | None = None) -> Architecture:
