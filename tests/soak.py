@@ -30,13 +30,13 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
 
 import torch  # noqa: E402  the checkout comes first on the path
+from dints.checkpoint import Checkpoint  # noqa: E402
+from dints.phantom import write_phantom  # noqa: E402
 from test_distributed import assert_equal  # noqa: E402
 from test_resume import progress_of, rows, scalars, without_times  # noqa: E402
 
 from dints import runtime  # noqa: E402
-from dints.checkpoint import Checkpoint  # noqa: E402
 from dints.errors import UserError  # noqa: E402
-from dints.phantom import write_phantom  # noqa: E402
 
 LAUNCHER = ("bash", str(CHECKOUT / "search_dints.sh"))
 ALONE = runtime.Processes(0, 1, torch.device("cpu"))

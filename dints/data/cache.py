@@ -239,7 +239,7 @@ def _from_arrays(
 
 
 def _map_entry(entry: Path) -> Prepared:
-    return _from_arrays(*(np.load(entry / f"{name}.npy", mmap_mode="r") for name in ARRAYS))
+    return _from_arrays(*(np.load(entry / f"{name}.npy", mmap_mode="r") for name in ARRAYS))  # noqa: TID251  a map is never unpickled
 
 
 def _is_whole(entry: Path) -> bool:

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from architectures import random_architecture
+from dints.architecture import Architecture, save_architecture
 
 import decode_plot
 from decode_plot import draw_architecture, draw_search_space, plot_graph
 from dints import cost
-from dints.architecture import Architecture, save_architecture
 from dints.errors import UserError
 
 SCRIPT = Path(__file__).parents[1] / "decode_plot.py"

@@ -1,12 +1,10 @@
-"""infer_dints.py: segmentations on the grid of their image, scores, and what it refuses."""
+"""infer_dints.py gives segmentations on the grid of their image, and scores; and what it refuses."""
 
 from __future__ import annotations
 
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +12,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from architectures import connected
+from commands import infer
+from threshold import Threshold, knows
 from torch import nn
 
 import infer_dints
-from dints.architecture import Architecture
+from dints.data.tasks import Task
 from dints.errors import UserError
-from dints.network import FoundNetwork, save_model
-from dints.tasks import Task
+from dints.network.found import FoundNetwork
+from dints.network.model_file import save_model
 
 TASK = Task(
     "Toy", "CT", 1, ("background", "organ"), spacing=(2.0, 2.0, 2.0), intensity=(0.0, 200.0), patch_size=(24,) * 3
@@ -69,48 +70,22 @@ def save(path: Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
     return path
 
 
-class Threshold(nn.Module):
-    """What a network that learned the task would give: class 1 where the window's value is above ``level``."""
-
-    def __init__(self, level: float = 0.5, num_classes: int = 2):
-        super().__init__()
-        self.level, self.num_classes = level, num_classes
-
-    def forward(self, image):
-        scores = 20 * (image[:, :1] - self.level)
-        return torch.cat(
-            [-scores, scores, torch.full_like(scores, -99).expand(-1, self.num_classes - 2, -1, -1, -1)], 1
-        )
-
-
 @pytest.fixture
 def knowing(monkeypatch):
-    """Lets the script load a network of the test's choice."""
-
-    def use(network: nn.Module, task: Task = TASK) -> None:
-        monkeypatch.setattr(infer_dints, "load_model", lambda path: (network, None, task, {}))
-
-    return use
+    """Let the script load a network of the test's choice."""
+    return knows(monkeypatch, TASK)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A model file of one block and two depths with random weights."""
-    active = np.array([[1, 0, 0, 1]])  # both depths, straight on
-    found = Architecture(np.ones((2, 2), int), active, active)
+    """Write a model file of one block and two depths, both straight on, with random weights."""
+    straight = np.array([[1, 0, 0, 1]])
+    found = connected(straight, straight)
     torch.manual_seed(0)
-    network = FoundNetwork(found, 2, 3, 0.125)
     task = replace(TASK, num_channels=2, class_names=("background", "a", "b"), patch_size=(16, 16, 16))
     path = tmp_path_factory.mktemp("model") / "best_metric_model.pth"
-    save_model(path, network, found, 0.125, task)
+    save_model(path, FoundNetwork(found, 2, 3, 0.125), found, 0.125, task)
     return path
-
-
-def infer(folder: Path, *arguments: object) -> Path:
-    """Run the script in this process; returns its output folder."""
-    flags = ["--checkpoint", "model.pth", "--output_root", str(folder), "--device", "cpu", "--precision", "fp32"]
-    infer_dints.main(infer_dints.parse_args([*flags, *map(str, arguments)]))
-    return folder
 
 
 def voxels(path: Path) -> np.ndarray:
@@ -301,15 +276,6 @@ def test_input_without_images_is_refused(tmp_path, knowing, what):
     assert f"--input {tmp_path / what}" in message and ".nii.gz" in message
 
 
-def test_a_bad_image_is_named(tmp_path, knowing):
-    image, _, affine = body("RAS")
-    knowing(Threshold())
-    path = save(tmp_path / "a.nii.gz", np.stack([image, image], -1), affine)
-    assert refused(tmp_path / "out", "--input", path).startswith(f"{path} has 2 channels")
-    path.write_bytes(b"no image")
-    assert refused(tmp_path / "out", "--input", path).startswith(f"{path} cannot be read")
-
-
 def test_a_bad_label_is_named_before_its_image_is_segmented(tmp_path, knowing, dataset):
     root = shutil.copytree(dataset, tmp_path / "data")
     label = root / "labelsTr/case_0.nii.gz"
@@ -317,37 +283,6 @@ def test_a_bad_label_is_named_before_its_image_is_segmented(tmp_path, knowing, d
     knowing(Threshold())
     message = refused(tmp_path / "out", "--root", root, "--num_folds", 2)
     assert message.startswith(f"{label} holds the label 9")
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (None, "does not exist"),
-        (b"", "damaged"),
-        (b"no model", "damaged"),
-        ({"weights": torch.zeros(1)}, "is not a model file"),
-    ],
-    ids=["missing", "empty", "foreign", "other dictionary"],
-)
-def test_a_bad_model_file_is_named(tmp_path, content, expected):
-    path = tmp_path / "model.pth"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(content, path)
-    image, _, affine = body("RAS")
-    source = save(tmp_path / "a.nii.gz", image, affine)
-    message = refused(tmp_path / "out", "--checkpoint", path, "--input", source)
-    assert str(path) in message and expected in message
-
-
-def test_the_script_ends_with_one_line(tmp_path):
-    script = Path(infer_dints.__file__)
-    command = [sys.executable, script, "--checkpoint", tmp_path / "no.pth", "--input", tmp_path, "--device", "cpu"]
-    command += ["--output_root", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.splitlines() == [f"error: {tmp_path / 'no.pth'} does not exist"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""install.sh with a stand-in for pip, so that nothing is downloaded, and whether requirements.txt is complete."""
+"""install.sh runs with a stand-in for pip, so that nothing is downloaded; and requirements.txt is complete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 TORCH = re.search(r"^torch==(\S+)", (PROJECT / "requirements.txt").read_text(), re.MULTILINE).group(1)
 SYSTEM_TOOLS = ("bash", "cat", "dirname", "ls", "sed", "uname")
 
@@ -41,7 +41,7 @@ class Machine:
         path.chmod(0o755)
 
     def venv(self, folder: Path | None = None) -> Path:
-        """An environment whose pip notes its arguments, and whose torch is a stand-in."""
+        """Make an environment whose pip notes its arguments, and whose torch is a stand-in."""
         folder = folder or self.checkout / ".venv"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
         packages = next((folder / "lib").glob("python3*")) / "site-packages"
@@ -253,8 +253,8 @@ def test_what_is_wrong_is_said_in_one_line(machine, prepare, arguments, environm
 
 
 def third_party_imports() -> dict[str, str]:
-    """Top-level module -> a file that imports it, over all Python files of the project."""
-    files = [path for folder in (".", "dints", "tests") for path in (PROJECT / folder).glob("*.py")]
+    """Find the top-level modules that the project's Python files import, each with a file that does."""
+    files = [*PROJECT.glob("*.py"), *(PROJECT / "dints").rglob("*.py"), *(PROJECT / "tests").rglob("*.py")]
     own = {"dints", *(path.stem for path in files)}
     found = {}
     for path in files:
