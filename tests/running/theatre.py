@@ -17,8 +17,8 @@ from dints.network.architecture import save_architecture
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # Of 12 cases 3 validate and 9 train, in the search 5 and 4: no number of them is even among two ranks.
-COMMON = "--patch_size 16 16 16 --spacing 5 5 5 --num_folds 4 --overlap_ratio 0 --device cpu --precision fp32 --channel_mul 0.125"
-COMMON += " --num_epochs 4 --num_epochs_per_validation 2"
+COMMON = "--patch_size 16 16 16 --spacing 5 5 5 --num_folds 4 --overlap_ratio 0 --device cpu --precision fp32"
+COMMON += " --channel_mul 0.125 --num_epochs 4 --num_epochs_per_validation 2"
 SEARCH = "--num_blocks 1 --num_depths 2 --num_epochs_warmup 1 --learning_rate_arch 0.1"
 EPOCH = {1: 5, 2: 3}  # steps of an epoch on one and two processes, in both stages
 

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 from architectures import random_architecture
-from dints.architecture import Architecture, save_architecture
 
 import decode_plot
-from decode_plot import draw_architecture, draw_search_space, plot_graph
-from dints import cost
+from decode_plot import plot_graph
 from dints.errors import UserError
+from dints.network import cost
+from dints.network.architecture import Architecture, save_architecture
+from dints.network.drawing import draw_architecture, draw_search_space
 
-SCRIPT = Path(__file__).parents[1] / "decode_plot.py"
+SCRIPT = Path(__file__).parents[2] / "decode_plot.py"
 LABELS = ("skip", "3x3x3", "P3D-xy", "P3D-xz", "P3D-yz")
 PUBLISHED_CODE2IN = [0, 1, 0, 1, 2, 1, 2, 3, 2, 3]
 PUBLISHED_CODE2OUT = [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
@@ -35,7 +36,7 @@ def ends_of_paths(num_depths: int) -> list[tuple[int, int]]:
 
 
 def drawn_paths(source: str) -> dict[tuple[int, int, int], str]:
-    """(block, source depth, target depth) -> graphviz's attributes, of each path in the drawing."""
+    """Return (block, source depth, target depth) -> graphviz's attributes, of each path in the drawing."""
     drawn = {}
     for start_row, start, end_row, end, attributes in PATH_LINE.findall(source):
         assert int(end_row) == int(start_row) + 1
@@ -132,7 +133,7 @@ def test_published_numpy_file(tmp_path):
         code2out=PUBLISHED_CODE2OUT,
     )
     assert len(drawn_paths(graph.source)) == architecture.arch_code_a.sum()
-    assert "DiNTS architecture · iteration 1430 · best Dice 0.612" in graph.source
+    assert "DiNTS architecture · iteration 1430 · supernet's best Dice 0.612" in graph.source
     assert (tmp_path / "legacy.gv").read_text() == graph.source
     assert (tmp_path / "legacy.png").stat().st_size > 10_000
 
@@ -154,7 +155,7 @@ def test_formats(tmp_path, ending, magic):
         ({}, "DiNTS architecture"),
         (
             {"task": "Task04_Hippocampus", "factor_ram_cost": 0.8, "iter_num": 1234567, "best_dsc": 0.85},
-            "DiNTS architecture · Task04_Hippocampus · RAM factor 0.8 · iteration 1234567 · best Dice 0.850",
+            "DiNTS architecture · Task04_Hippocampus · RAM factor 0.8 · iteration 1234567 · supernet's best Dice 0.850",
         ),
         ({"iter_num": torch.tensor(5), "best_dsc": -1}, "DiNTS architecture · iteration 5"),
         ({"task": None, "iter_num": "many", "best_dsc": torch.ones(2), "factor_ram_cost": [1]}, "DiNTS architecture"),
