@@ -96,7 +96,7 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
 def cases_to_segment(args: argparse.Namespace, task: Task) -> list[ListedCase]:
     """List the validation cases of the fold under ``--root`` (all cases for ``all``), or the images of ``--input``."""
     if args.root is not None:
-        _, labelled = data.formats.read_dataset(args.root, args.json, args.json_key, args.allow_outside_root)
+        labelled = data.formats.list_cases(args.root, args.json, args.json_key, args.allow_outside_root)
         training_cases, validation_cases = data.listing.split_fold(labelled, **options.folds(args))
         return validation_cases or training_cases
     images = []

@@ -122,6 +122,7 @@ def search(args: argparse.Namespace, processes: Processes, folder: Path) -> None
         training.checkpoint.find_state, folder, configuration, args.resume, args.allow_other_num_processes
     )
     precision = running.precision.choose_precision(found.precision if found else args.precision, processes)
+    supernet = Supernet(args, task, precision, processes)  # first: a --checkpoint that does not fit costs no reading
 
     processes.on_main(data.fingerprint.write_task, folder, task, dataset.measured)
     cache = data.cache.open_cache(
@@ -136,7 +137,6 @@ def search(args: argparse.Namespace, processes: Processes, folder: Path) -> None
     window = training.validation.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
 
-    supernet = Supernet(args, task, precision, processes)
     row = EpochRow(supernet, data.loaders.ShareOfWaiting(weights_loader, arch_loader))
     parts = {**supernet.parts, **row.parts}
     checkpoint = training.checkpoint.Checkpoint(folder, configuration, parts, precision, processes)

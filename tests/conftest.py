@@ -1,4 +1,4 @@
-"""What several test files use, and the marker of the tests that provoke a fault."""
+"""Several test files use these fixtures and markers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,25 @@ import os
 from pathlib import Path
 
 import pytest
-from faults import COLLECTED, TESTS
+
+from dints.data.phantom import write_phantom
 
 TASK04 = Path(__file__).resolve().parents[2] / "shared" / "data" / "Task04_Hippocampus"
+MARKERS = (
+    "fault(name): provokes this fault of those that the scripts survive; -m fault runs all of them",
+    "slow: takes more than two seconds; tests/run.sh --quick leaves it out",
+)
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory) -> Path:
+    """Make a small dataset of eight training and two test cases; nobody writes into it."""
+    return write_phantom(tmp_path_factory.mktemp("phantom") / "Task00_Phantom", num_training=8, num_test=2)
 
 
 @pytest.fixture(scope="session")
 def task04() -> Path:
-    """The folder of real Task04_Hippocampus cases; without one, the test is skipped."""
+    """Find the folder of real Task04_Hippocampus cases; without one, the test is skipped."""
     folder = Path(os.environ.get("DINTS_TASK04", TASK04))
     if not (folder / "dataset.json").is_file():
         pytest.skip(f"no real cases: DINTS_TASK04 is to name a Task04_Hippocampus folder, and {folder} is none")
@@ -21,20 +32,13 @@ def task04() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fault(name): provokes this fault")
-    config.addinivalue_line("markers", "slow: takes more than about 2 s")
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what tests/faults.py names, and keep which files were collected whole and what is in them."""
-    parts = {argument.split("::")[0] for argument in config.args if "::" in argument}
-    found = set()
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse a mark that does not say which fault its test provokes."""
     for item in items:
-        function = f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
-        names = {function, f"{item.path.name}::{item.name}"}
-        found |= names
-        if names & TESTS:
-            item.add_marker("fault")
-    whole_files = {item.path.name for item in items if not any(item.path.match(part) for part in parts)}
-    config.stash[COLLECTED] = whole_files, found
+        for mark in item.iter_markers("fault"):
+            if not (len(mark.args) == 1 and isinstance(mark.args[0], str) and mark.args[0].strip()):
+                raise pytest.UsageError(f"{item.nodeid}: give the fault's name, as in pytest.mark.fault('disk full')")

@@ -1,4 +1,4 @@
-"""The published recipe of both stages in MONAI's own calls: the oracle of tests and the baseline of benchmarks."""
+"""Computes the published recipe of both stages in MONAI's own calls: oracle of tests and baseline of benchmarks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import io
 
 import torch
 import torch.nn.functional as F
+from monai.losses import DiceCELoss
 from monai.networks.nets.dints import DiNTS, TopologyInstance, TopologySearch
 from torch import nn
 
-from dints import engine
-from dints.architecture import Architecture
-from dints.runtime import Precision
+from dints.network.architecture import Architecture
+from dints.running.precision import Precision
 
 
 def quiet(build, *args, **kwargs):
@@ -22,7 +22,7 @@ def quiet(build, *args, **kwargs):
 
 
 def network(architecture: Architecture, in_channels: int, num_classes: int, channel_mul: float) -> DiNTS:
-    """The found network as MONAI builds it."""
+    """Build the found network as MONAI does."""
     space = quiet(
         TopologyInstance,
         arch_code=[architecture.arch_code_a, architecture.arch_code_c],
@@ -33,12 +33,25 @@ def network(architecture: Architecture, in_channels: int, num_classes: int, chan
     return DiNTS(space, in_channels, num_classes, node_a=torch.from_numpy(architecture.node_a))
 
 
+def criterion() -> nn.Module:
+    """Make the published loss, but that it scores the foreground for any number of classes."""
+    return DiceCELoss(
+        include_background=False,
+        to_onehot_y=True,
+        softmax=True,
+        squared_pred=True,
+        batch=True,
+        smooth_nr=1e-5,
+        smooth_dr=1e-5,
+    )
+
+
 def sgd(parameters, learning_rate: float) -> torch.optim.SGD:
     return torch.optim.SGD(parameters, learning_rate, momentum=0.9, weight_decay=4e-5)
 
 
 class Search:
-    """Alternating steps on MONAI's `TopologySearch` with the loss terms in MONAI's calls.
+    """Takes alternating steps on MONAI's `TopologySearch` with the loss terms in MONAI's calls.
 
     As published but for what DESIGN lists as defects and what a result depends on: the alphas are not in SGD's
     parameters, and the loss is ours (foreground Dice + cross-entropy, one formula in every precision).
@@ -70,7 +83,7 @@ class Search:
         self.optimizer = sgd(self.weights, learning_rate)
         self.arch_optimizers = [torch.optim.Adam([a], learning_rate_arch, betas=(0.5, 0.999)) for a in self.arch]
         self.scaler, self.arch_scaler = precision.scaler(), precision.scaler()
-        self.criterion = engine.segmentation_loss()
+        self.criterion = criterion()
 
     def weights_step(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         self._train(weights=True, arch=False)

@@ -87,8 +87,7 @@ class Cache:
 
     def _store(self, case: Case) -> Path:
         """Return the entry of a case, written unless it is there; one process writes it, the others wait."""
-        digests = [self._digest(path) for path in case.files]
-        entry = self.folder / self._key(digests)
+        entry = self.folder / self._key(case)
         try:
             with _locked(entry.with_suffix(".lock")):
                 if not _is_whole(entry):
@@ -100,10 +99,14 @@ class Cache:
                 "another folder"
             ) from error
 
-    def _key(self, digests: Sequence[str]) -> str:
-        """Name an entry after all that it depends on: the files' content, what is done to it, and by which code."""
+    def _key(self, case: Case) -> str:
+        """Name an entry after all that it depends on: the files' content, what is done to it, and by which code.
+
+        The headers count as they were read: a file that changed since makes an entry that no later run takes.
+        """
         facts = [self.task.spacing, self.task.intensity, self.task.num_channels, self.task.num_classes]
-        facts += [astuple(self.leniency), _code_digest(), digests]
+        facts += [header.nifti.binaryblock for header in (*case.images, case.label)]
+        facts += [astuple(self.leniency), _code_digest(), [self._digest(path) for path in case.files]]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
     def _digest(self, path: str) -> str:
@@ -236,7 +239,7 @@ def _from_arrays(
 
 
 def _map_entry(entry: Path) -> Prepared:
-    return _from_arrays(*(np.load(entry / f"{name}.npy", mmap_mode="r") for name in ARRAYS))
+    return _from_arrays(*(np.load(entry / f"{name}.npy", mmap_mode="r") for name in ARRAYS))  # noqa: TID251  a map is never unpickled
 
 
 def _is_whole(entry: Path) -> bool:

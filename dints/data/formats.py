@@ -63,19 +63,41 @@ def read_dataset(
         UserError: the description is malformed; files are missing, outside ``root`` or no NIfTI files (all counted, the
             first named); or one file is listed twice.
     """
-    source = Path(root, "dataset.json") if description is None else description
-    described = Description(read_json(source), source, Path(root).absolute(), key)
+    described = _described(root, description, key)
     name = Path(root).resolve().name
     channels = channel_names(described)
     modality = "CT" if all(channel.upper() == "CT" for channel in channels) else "MRI"
     known = TASKS.get(name) or Task(name, modality, 1, (), spacing=None)
     class_names = _class_names(described)
-    (read_cases,) = [form.cases for form in FORMS if form.fits(described)][:1]
-    cases = read_cases(described)
-    check_files(cases, source, root, allow_outside_root)
+    cases = _labelled_cases(described, allow_outside_root)
     has_channel_files = described.names_channel_files or len(cases[0].images) > 1
     task = replace(known, num_channels=len(channels), class_names=class_names, channel_files=has_channel_files)
     return task, cases
+
+
+def list_cases(
+    root: str | Path,
+    description: str | Path | None = None,
+    key: str = "training",
+    allow_outside_root: bool = False,
+) -> list[ListedCase]:
+    """Read a dataset's labelled cases alone: the description need not say what channels and classes there are.
+
+    Args and errors are those of `read_dataset`.
+    """
+    return _labelled_cases(_described(root, description, key), allow_outside_root)
+
+
+def _described(root: str | Path, description: str | Path | None, key: str) -> Description:
+    source = Path(root, "dataset.json") if description is None else description
+    return Description(read_json(source), source, Path(root).absolute(), key)
+
+
+def _labelled_cases(description: Description, allow_outside_root: bool) -> list[ListedCase]:
+    (read_cases,) = [form.cases for form in FORMS if form.fits(description)][:1]
+    cases = read_cases(description)
+    check_files(cases, description.source, description.root, allow_outside_root)
+    return cases
 
 
 @dataclass(frozen=True)

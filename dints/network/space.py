@@ -223,7 +223,8 @@ class SearchSpace(TopologySearch):
 
 def supernet(space: SearchSpace, in_channels: int, num_classes: int) -> DiNTS:
     """Build MONAI's `DiNTS` around the space: stems before and after it, for images of so many channels."""
-    return accelerated(DiNTS(space, in_channels, num_classes))
+    every_node = [[1] * space.num_depths] * (space.num_blocks + 1)  # MONAI's own is a tensor, which does not compile
+    return accelerated(DiNTS(space, in_channels, num_classes, node_a=every_node))
 
 
 def _patterns(children: np.ndarray, path_depths: np.ndarray, num_depths: int) -> np.ndarray:

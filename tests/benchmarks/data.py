@@ -34,19 +34,26 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "data")]
 
 import published_data  # noqa: E402  (the repository is no package: its root must be on the path first)
 import steps  # noqa: E402
 
-from dints import augmentation, data, engine, runtime  # noqa: E402
-from dints.cache import Cache, CasesInMemory  # noqa: E402
-from dints.cases import Leniency, Prepared, checked_headers, prepare, read_image, read_label  # noqa: E402
-from dints.crops import crop_masks  # noqa: E402
-from dints.dataset import Case  # noqa: E402
-from dints.network import FoundNetwork  # noqa: E402
-from dints.phantom import make_case  # noqa: E402
-from dints.tasks import TASKS  # noqa: E402
+from dints.data.augmentation import augment  # noqa: E402
+from dints.data.cache import Cache, CasesInMemory  # noqa: E402
+from dints.data.cases import Case, Prepared, open_case, prepare, read_image, read_label  # noqa: E402
+from dints.data.crops import crop_masks  # noqa: E402
+from dints.data.grid import in_c_order  # noqa: E402
+from dints.data.leniency import Leniency  # noqa: E402
+from dints.data.listing import ListedCase  # noqa: E402
+from dints.data.loaders import TrainingSamples, training_loader  # noqa: E402
+from dints.data.phantom import make_case  # noqa: E402
+from dints.data.tasks import TASKS  # noqa: E402
+from dints.network.found import FoundNetwork  # noqa: E402
+from dints.running.machine import cores_per_process  # noqa: E402
+from dints.running.precision import choose_precision  # noqa: E402
+from dints.running.processes import Processes, started  # noqa: E402
+from dints.training.steps import compiled, weights_step, weights_training  # noqa: E402
 
 TASK = TASKS["Task07_Pancreas"]
 FILE_SPACING = (0.8, 0.8, 2.5)  # mm, nearly: such that the resampled shape is exactly the one asked for
@@ -58,7 +65,7 @@ Shape = tuple[int, int, int]
 
 
 def main(args: argparse.Namespace) -> None:
-    with runtime.started(args.device) as processes, tempfile.TemporaryDirectory(prefix="dints_data_") as folder:
+    with started(args.device) as processes, tempfile.TemporaryDirectory(prefix="dints_data_") as folder:
         if args.memory_of:
             print(json.dumps(memory_of_caching(args)))
             return
@@ -94,9 +101,7 @@ def parse_args() -> argparse.Namespace:
     loader.add_argument("--patch_size", type=int, default=96)
     loader.add_argument("--channel_mul", type=float, default=1.0)
     loader.add_argument("--num_workers", type=int, help="default: as the scripts choose it")
-    args = parser.parse_args()
-    args.seed, args.num_images_per_batch = 0, 2
-    return args
+    return parser.parse_args()
 
 
 def shape_of(text: str) -> Shape:
@@ -104,7 +109,7 @@ def shape_of(text: str) -> Shape:
 
 
 def write_case(shape: Shape, number: int, folder: Path) -> Case:
-    """A case's files, whose voxels on the task's grid are of ``shape``."""
+    """Write a case's files, whose voxels on the task's grid are of ``shape``, and open them."""
     files = [
         round((size - 1) * new / old) + 1 for size, new, old in zip(shape, TASK.spacing, FILE_SPACING, strict=True)
     ]
@@ -113,11 +118,11 @@ def write_case(shape: Shape, number: int, folder: Path) -> Case:
     paths = [str(folder / f"{kind}_{'x'.join(map(str, shape))}_{number}.nii.gz") for kind in ("image", "label")]
     for volume, path in zip(volumes, paths, strict=True):
         nib.save(volume, path)
-    return Case(Path(paths[0]).name, (paths[0],), paths[1])
+    return open_case(ListedCase(Path(paths[0]).name, (paths[0],), paths[1]))
 
 
 def measure(shape: Shape, args: argparse.Namespace, folder: Path) -> dict[str, dict]:
-    """All rows of one shape; for each its unit, and the values of published and ours, one a pair."""
+    """Measure all rows of one shape; for each its unit, and the values of published and ours, one a pair."""
     case, name = write_case(shape, 1, folder), "x".join(map(str, shape))  # the phantom's case 1 has axes in RAS
     rows, theirs, ours = measure_caching(case, name, args)
     assert np.array_equal(theirs["label"][0], ours.label) and ours.label.shape == shape, "the two sides differ"
@@ -136,7 +141,7 @@ def row(unit: str, theirs: list[float], ours: list[float]) -> dict:
 
 
 def measure_caching(case: Case, name: str, args: argparse.Namespace) -> tuple[dict[str, dict], dict, Prepared]:
-    """Rows of the time to cache a case and of its parts, and what is cached on either side."""
+    """Measure the rows of the time to cache a case and of its parts; return too what is cached on either side."""
     transforms = published_data.caching(TASK, np.dtype(args.masks_type))
     rows = {label: row("s", [], []) for label in ("cache a case", *(f"- {part}" for part in parts_of_ours(case)))}
     for repeat in range(args.repeats + 1):
@@ -152,18 +157,15 @@ def measure_caching(case: Case, name: str, args: argparse.Namespace) -> tuple[di
 
 
 def parts_of_ours(case: Case) -> dict[str, Callable]:
-    """The calls of `prepare` that take its time, each with what the one before it gave."""
-    given = {}
+    """Return the calls of `prepare` that take its time, each with what the one before it gave."""
+    given, resampling = {}, case.resampling(TASK)
 
     def read() -> None:
-        headers = checked_headers(case, TASK, Leniency())
-        given.update(resampling=headers.resampling(TASK), image=read_image(headers, Leniency())[0])
-        given["label"] = read_label(headers.label, TASK)
+        given.update(image=read_image(case.images, Leniency())[0], label=read_label(case.label, TASK))
 
     def resample() -> None:
-        resampling, image = given["resampling"], given.pop("image")
-        resampling.apply(image)
-        given["label"] = np.ascontiguousarray(resampling.apply(given["label"][None], nearest=True)[0])
+        resampling.apply(given.pop("image"))
+        given["label"] = in_c_order(resampling.apply(given["label"][None], nearest=True), torch.uint8)[0]
 
     return {"read": read, "resample": resample, "masks": lambda: crop_masks(given["label"], TASK.num_classes)}
 
@@ -175,7 +177,7 @@ def timed(call: Callable) -> tuple[float, object]:
 
 
 def note(rows: dict[str, dict], theirs: dict, ours: dict, name: str, repeat: int, repeats: int) -> None:
-    """Add a pair to its rows, but for the first, which warms up."""
+    """Add a pair to its rows, but not the first, which warms up."""
     for label, values in rows.items():
         pair = theirs[label], ours[label]
         if repeat > 0:
@@ -192,16 +194,17 @@ def num_bytes(prepared: Prepared) -> int:
 def measure_samples(
     theirs: dict, ours: Prepared, case: Case, name: str, args: argparse.Namespace, folder: Path
 ) -> dict[str, dict]:
-    """Rows of the time of a training sample: from memory, and ours from the cache on disk."""
+    """Measure the rows of the time of a training sample: from memory, and ours from the cache on disk."""
     transforms = published_data.sampling(TASK).set_random_state(0)
     held = {"training sample": CasesInMemory([ours])}
     held["training sample from disk"] = Cache("disk", folder / "cache", TASK, Leniency(), 1).hold([case], name)
     rows = {label: row("s", [], []) for label in held}
-    samples = {label: data.TrainingSamples(cases, [0], TASK.patch_size, 0, "bench") for label, cases in held.items()}
+    samples = {label: TrainingSamples(cases, [name], [0], TASK.patch_size, 0, "bench") for label, cases in held.items()}
     turns, threads = count(), torch.get_num_threads()
 
     def ours_of(label: str, turn: int) -> None:
-        augmentation.augment(*samples[label][0, turn, 0])
+        *patch, _ = samples[label][0, turn, 0]
+        augment(*patch)
 
     torch.set_num_threads(1)
     for repeat in range(args.repeats + 1):
@@ -218,7 +221,7 @@ def mean_seconds(call: Callable[[int], object], turns: Iterable[int]) -> float:
 
 
 def memory_in_own_process(side: str, case: Case) -> float:
-    """MiB, of `memory_of_caching` in a fresh process with this one's options."""
+    """Run `memory_of_caching` in a fresh process with this one's options."""
     command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", side, *case.files]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -227,35 +230,37 @@ def memory_in_own_process(side: str, case: Case) -> float:
 
 
 def memory_of_caching(args: argparse.Namespace) -> float:
-    """MiB at the peak of caching a case above what was held before, what is cached included."""
+    """Return the MiB at the peak of caching a case above what was held before, what is cached included."""
     side, image, label = args.memory_of
-    case = Case("case", (image,), label)
+    case = open_case(ListedCase("case", (image,), label))
     if side == "ours":
         return steps.memory_of_first_call(lambda: prepare(case, TASK, Leniency()), CPU)
     transforms = published_data.caching(TASK, np.dtype(args.masks_type))
     return steps.memory_of_first_call(lambda: transforms(published_data.files(case)), CPU)
 
 
-def share_of_waiting(args: argparse.Namespace, folder: Path, processes: runtime.Processes) -> str:
+def share_of_waiting(args: argparse.Namespace, folder: Path, processes: Processes) -> str:
     """Train a network on batches of our loader, and tell how long it waited for them."""
     task = replace(TASK, patch_size=(args.patch_size,) * 3)
-    precision = runtime.choose_precision(args.precision, processes)
+    precision = choose_precision(args.precision, processes)
     cases = [write_case((256, 256, 128), number, folder) for number in range(1, args.num_cases + 1)]
-    cache = Cache("disk", folder / "cache", task, Leniency(), runtime.cores_per_process())
-    loader = data.training_loader(cases, "bench", args.iterations, cache, args, processes)
+    cache = Cache("disk", folder / "cache", task, Leniency(), cores_per_process())
+    loader = training_loader(
+        cases, cache, processes, batch_size=2, steps=args.iterations, num_workers=args.num_workers, stream="bench"
+    )
     network = FoundNetwork(steps.typical_architecture(), 1, task.num_classes, args.channel_mul).to(processes.device)
-    model, optimizer = engine.compiled(network, args.compile, processes.device), engine.sgd(network.parameters(), 0.025)
-    settings = engine.segmentation_loss(), optimizer, precision.scaler(), precision
+    model = compiled(network, args.compile, processes.device)
+    training = weights_training(model, network.parameters(), precision, processes, learning_rate=0.025)
     ends, waits, start = [], [], time.perf_counter()  # at each iteration's end, since the first one's start
     for batch in loader.epoch(0):
-        engine.weights_step(model, batch, *settings)
+        weights_step(training, batch)
         steps.synchronise(processes.device)
         ends.append(time.perf_counter() - start)
         waits.append(loader.seconds_waited)
     steady, waited = ends[-1] - ends[0], waits[-1] - waits[0]
     return (
         f"{args.iterations} iterations of batches of 2, patch {args.patch_size}, channel_mul {args.channel_mul:g}, "
-        f"{precision.name}, compile {args.compile}, {data.num_workers(args)} workers, {len(cases)} cases of "
+        f"{precision.name}, compile {args.compile}, {loader.loader.num_workers} workers, {len(cases)} cases of "
         f"256x256x128 on disk: {steps.duration(steady / (len(ends) - 1))} an iteration after the first\n"
         f"waiting: {waited / steady:.2%} without the first batch, {waits[-1] / ends[-1]:.2%} with it "
         f"({steps.duration(waits[0])})"
@@ -263,7 +268,7 @@ def share_of_waiting(args: argparse.Namespace, folder: Path, processes: runtime.
 
 
 def describe_machine(device: torch.device) -> str:
-    """The CPU, which makes the data, and the GPU where there is one."""
+    """Name the CPU, which makes the data, and the GPU where there is one."""
     text = Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*:\s*(.+)", text)
     gpu = f", {torch.cuda.get_device_name()}" if device.type == "cuda" else ""
@@ -274,7 +279,7 @@ def describe_machine(device: torch.device) -> str:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Markdown, one line a row."""
+    """Make a table in Markdown, one line a row."""
     lines = [["", *SIDES, "ratio"], ["---", *["---:"] * 3]]
     for label, values in rows.items():
         ratios = [theirs / ours for theirs, ours in zip(values["published"], values["ours"], strict=True)]

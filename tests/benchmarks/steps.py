@@ -36,10 +36,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import published  # noqa: E402  (the repository is no package: its root must be on the path first)
 
 import search_dints  # noqa: E402
-from dints import engine, runtime  # noqa: E402
-from dints.architecture import Architecture  # noqa: E402
-from dints.network import FoundNetwork, load_weights  # noqa: E402
-from dints.tasks import TASKS  # noqa: E402
+from dints.data.tasks import TASKS  # noqa: E402
+from dints.network.architecture import Architecture  # noqa: E402
+from dints.network.found import FoundNetwork  # noqa: E402
+from dints.network.space import SearchSpace  # noqa: E402
+from dints.network.weights import fitting_state  # noqa: E402
+from dints.running import processes as running  # noqa: E402
+from dints.running.precision import Precision, choose_precision  # noqa: E402
+from dints.training import steps as training  # noqa: E402
+from dints.training.validation import SlidingWindow  # noqa: E402
 
 # Blocks and depths are the published 12 and 4 in both. "small" is what a CPU can do many times.
 SIZES = {
@@ -53,8 +58,8 @@ Call = Callable[[], object]
 
 
 def main(args: argparse.Namespace) -> None:
-    with runtime.started(args.device) as processes:
-        precision = runtime.choose_precision(args.precision, processes)
+    with running.started(args.device) as processes:
+        precision = choose_precision(args.precision, processes)
         rows = build_rows(args, processes, precision)
         if args.memory_of:
             row, side = args.memory_of
@@ -83,7 +88,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_rows(
-    args: argparse.Namespace, processes: runtime.Processes, precision: runtime.Precision
+    args: argparse.Namespace, processes: running.Processes, precision: Precision
 ) -> dict[str, Callable[[], tuple[Call, Call]]]:
     """For each row, what builds its two calls, the published one first; nothing is built before it is measured."""
     size, device = SIZES[args.size], processes.device
@@ -147,20 +152,21 @@ def build_rows(
         return twin_networks(size["train_channel_mul"], device)
 
     def retraining(num_images: int) -> tuple[Call, Call]:
-        samples, criterion, calls = batch(num_images), engine.segmentation_loss(), []
-        theirs, ours = networks()
-        for network, sgd in ((theirs, published.sgd), (engine.compiled(ours, args.compile, device), engine.sgd)):
-            settings = criterion, sgd(network.parameters(), 0.025), precision.scaler(), precision
-            calls.append(lambda network=network, settings=settings: engine.weights_step(network, samples, *settings))
-        return tuple(calls)
+        samples, (theirs, ours) = batch(num_images), networks()
+        ours = training.weights_training(
+            training.compiled(ours, args.compile, device), ours.parameters(), precision, processes, learning_rate=0.025
+        )
+        published_sgd, scaler = published.sgd(theirs.parameters(), 0.025), precision.scaler()
+        theirs = training.WeightsTraining(theirs, published_sgd, scaler, published.criterion(), precision)
+        return lambda: training.weights_step(theirs, samples), lambda: training.weights_step(ours, samples)
 
     def window() -> tuple[Call, Call]:
         theirs, ours = networks()
         image, patch = batch(1)["image"].repeat(1, 1, 2, 1, 1), (size["patch_size"],) * 3
-        sliding = engine.SlidingWindow(patch, overlap=0.625, batch_size=6)
+        sliding = SlidingWindow(patch, overlap=0.625, batch_size=6)
         return (
             inferring(lambda: sliding_window_inference(image, patch, 6, theirs, 0.625, mode="gaussian"), precision),
-            inferring(lambda: sliding(image, engine.compiled(ours, args.compile, device)), precision),
+            inferring(lambda: sliding(image, training.compiled(ours, args.compile, device)), precision),
         )
 
     return {
@@ -195,21 +201,21 @@ def twin_networks(channel_mul: float, device: torch.device) -> tuple[torch.nn.Mo
     architecture = typical_architecture()
     theirs = published.network(architecture, 1, TASK.num_classes, channel_mul)
     ours = FoundNetwork(architecture, 1, TASK.num_classes, channel_mul)
-    load_weights(ours, theirs.state_dict(), "MONAI's network")
+    ours.load_state_dict(fitting_state(ours, theirs.state_dict(), "MONAI's network", ours.unused_stems))
     return theirs.to(device), ours.to(device)
 
 
 def typical_architecture() -> Architecture:
     """What a space with random alphas decodes to: connected, with all five operations, in all 12 blocks."""
     generator = torch.Generator().manual_seed(0)
-    space = search_dints.SearchSpace(channel_mul=0.0625, num_blocks=12, num_depths=4)
+    space = SearchSpace(channel_mul=0.0625, num_blocks=12, num_depths=4)
     with torch.no_grad():
         space.log_alpha_a.normal_(generator=generator)
         space.log_alpha_c.normal_(generator=generator)
     return space.architecture()
 
 
-def inferring(call: Call, precision: runtime.Precision) -> Call:
+def inferring(call: Call, precision: Precision) -> Call:
     def infer() -> None:
         with torch.no_grad(), precision.autocast():
             call()
@@ -325,7 +331,7 @@ def resident_kib(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def describe_machine(device: torch.device, precision: runtime.Precision, args: argparse.Namespace) -> str:
+def describe_machine(device: torch.device, precision: Precision, args: argparse.Namespace) -> str:
     """What the numbers hold for, and the ceilings that they can be held against."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
@@ -344,7 +350,7 @@ def describe_machine(device: torch.device, precision: runtime.Precision, args: a
     )
 
 
-def ceilings(device: torch.device, precision: runtime.Precision) -> tuple[float, float]:
+def ceilings(device: torch.device, precision: Precision) -> tuple[float, float]:
     """TFLOP/s of a large matrix product in this precision, and GB/s (read + written) of a large copy."""
     size, megabytes = (8192, 4096) if device.type == "cuda" else (2048, 512)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.name]

@@ -1,0 +1,234 @@
+"""Batches whose patches depend on seed and place alone, and whole volumes for validation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toys import ALONE, TASK, make_case
+
+from dints.data import augmentation, loaders
+from dints.data.cache import Cache
+from dints.data.cases import Case, prepare
+from dints.data.leniency import Leniency
+from dints.data.loaders import EpochSampler, TrainingLoader, training_loader, validation_loader
+from dints.data.tasks import Task
+from dints.running.processes import Processes
+
+
+def cache_of(mode: str = "ram", folder: Path = Path("unused"), task: Task = TASK) -> Cache:
+    return Cache(mode, folder, task, Leniency(), 1)
+
+
+def rank_of(rank: int, world_size: int) -> Processes:
+    return replace(ALONE, rank=rank, world_size=world_size)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> list[Case]:
+    folder = tmp_path_factory.mktemp("cases")
+    return [make_case(folder / f"{number}", (24, 26, 22), seed=number) for number in range(5)]
+
+
+# Patches
+
+
+@pytest.mark.parametrize("num_channels", [1, 4])
+@pytest.mark.parametrize(
+    "shape", [(20, 20, 20), (16, 16, 16), (40, 9, 17), (5, 20, 4), (3, 4, 2), (20, 20, 1)], ids=str
+)
+def test_patches_have_the_networks_shape_and_type(tmp_path, shape, num_channels):
+    task = replace(TASK, num_channels=num_channels)
+    case = make_case(tmp_path, shape, num_channels)
+    loader = training_loader([case], cache_of(task=task), ALONE, batch_size=3, steps=2, num_workers=0)
+    for epoch in range(3):  # so that each random transform is drawn
+        for batch in loader.epoch(epoch):
+            assert batch["image"].shape == (3, num_channels, 16, 16, 16) and batch["image"].dtype == torch.float32
+            assert batch["label"].shape == (3, 1, 16, 16, 16) and batch["label"].dtype == torch.uint8
+            assert type(batch["image"]) is torch.Tensor and type(batch["label"]) is torch.Tensor
+            assert torch.isfinite(batch["image"]).all() and batch["label"].max() < 3
+            assert batch["cases"] == ["case"] * 3 and set(batch) == {"image", "label", "cases"}
+
+
+def patches(loader: TrainingLoader, epoch: int) -> list[torch.Tensor]:
+    """Return images and labels of an epoch, in order."""
+    return [tensor for batch in loader.epoch(epoch) for tensor in (batch["image"], batch["label"])]
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return len(first) == len(second) > 0 and all(map(torch.equal, first, second))
+
+
+def loader_of(cases, cache=None, processes=ALONE, **options) -> TrainingLoader:
+    return training_loader(
+        cases, cache or cache_of(), processes, **{"batch_size": 2, "steps": 3, "num_workers": 0, **options}
+    )
+
+
+def test_patches_do_not_depend_on_workers_restart_or_cache(cases, tmp_path):
+    straight = loader_of(cases)
+    expected = [patches(straight, epoch) for epoch in range(3)]
+    assert not same(expected[0], expected[1])
+    for num_workers in (1, 2):
+        loader = loader_of(cases, num_workers=num_workers)
+        assert all(same(patches(loader, epoch), expected[epoch]) for epoch in range(3))
+    restarted = loader_of(cases, num_workers=1)
+    assert same(patches(restarted, 2), expected[2])
+    for mode in ("disk", "none"):
+        other = loader_of(cases, cache=cache_of(mode, tmp_path))
+        assert same(patches(other, 1), expected[1])
+
+
+def test_patches_do_not_depend_on_how_far_an_earlier_epoch_was_followed(cases):
+    loader = loader_of(cases, num_workers=1)
+    expected = [patches(loader, epoch) for epoch in range(2)]
+    next(loader.epoch(0))  # as when a run is interrupted
+    assert same(patches(loader, 1), expected[1]) and same(patches(loader, 0), expected[0])
+    batches = loader.epoch(1)
+    taken = [next(batches) for _ in range(3)]  # as the search takes its architecture's
+    assert same([tensor for batch in taken for tensor in (batch["image"], batch["label"])], expected[1])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_goes_on_in_its_middle(cases, workers):
+    expected = patches(loader_of(cases, num_workers=workers, steps=7), 3)  # two turns of five cases, and more
+    for step in (0, 1, 4, 7):
+        rest = [b[key] for b in loader_of(cases, steps=7).epoch(3, step) for key in ("image", "label")]
+        assert len(rest) == 2 * (7 - step) and all(map(torch.equal, rest, expected[2 * step :]))
+
+
+def test_an_epoch_goes_on_where_the_last_one_ended(cases, monkeypatch):
+    """Workers are not started anew: what they prepared meanwhile is used."""
+    loader, straight = loader_of(cases, num_workers=1), loader_of(cases)
+    patches(loader, 0)
+    monkeypatch.setattr(loader, "loader", None)
+    assert same(patches(loader, 1), patches(straight, 1))
+
+
+def test_augmenting_where_the_network_is_gives_the_workers_patches(cases, monkeypatch):
+    """On a GPU the main process does it; here on a CPU that is taken for one."""
+    expected = patches(loader_of(cases), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(loaders, "_augmented_patches", lambda *_: pytest.fail("augmented by the worker"))
+        samples = loader_of(cases).loader.dataset
+        sampler = EpochSampler(5, 6, 0, "weights/0")
+        patch.setattr(TrainingLoader, "on_gpu", True, raising=False)
+        loader = TrainingLoader(samples, sampler, 2, 0, torch.device("meta"))
+        loader.device = ALONE.device
+        assert same(patches(loader, 0), expected)
+
+
+def test_waiting_is_measured(cases, monkeypatch):
+    loader = loader_of(cases)
+    waited = loaders.ShareOfWaiting(loader, loader_of(cases))
+    assert waited.take(1.0) == 0
+    clock = iter(range(100))
+    monkeypatch.setattr(loaders.time, "perf_counter", lambda: next(clock))
+    patches(loader, 0)
+    assert loader.seconds_waited == 3  # a second for each batch
+    assert waited.take(10.0) == 0.3 and waited.take(10.0) == 0
+
+
+def test_patches_differ_between_epochs_turns_streams_seeds_and_cases(cases):
+    one = loader_of(cases[:1] * 2).loader.dataset  # the same case twice
+    seeded, streamed = loader_of(cases[:1], seed=1), loader_of(cases[:1], stream="architecture")
+    samples = [one[0, 0, 0], one[1, 0, 0], one[0, 1, 0], one[0, 0, 1]]
+    samples += [loader.loader.dataset[0, 0, 0] for loader in (seeded, streamed)]
+    images = [augmentation.augment(*sample[:3])[0] for sample in samples]
+    for number, image in enumerate(images):
+        assert not any(torch.equal(image, other) for other in images[number + 1 :]), number
+
+
+def places_of(sampler: EpochSampler, epoch: int) -> list[tuple[int, int, int]]:
+    sampler.start = epoch, 0
+    return [place for place, _ in zip(sampler, range(sampler.length), strict=False)]
+
+
+@pytest.mark.parametrize(("num_cases", "length"), [(1, 1), (1, 4), (5, 3), (5, 5), (5, 13), (20, 20)])
+def test_epoch_sampler_passes_over_all_cases_and_wraps(num_cases, length):
+    sampler = EpochSampler(num_cases, length, 0, "weights/0")
+    for epoch in (0, 7):
+        places = places_of(sampler, epoch)
+        assert len(places) == length == len(set(places))
+        assert {place[0] for place in places} == {epoch}
+        for start in range(0, length, num_cases):
+            turn = places[start : start + num_cases]
+            assert {place[1] for place in turn} == {start // num_cases}
+            assert len({place[2] for place in turn}) == len(turn)
+            assert {place[2] for place in turn} <= set(range(num_cases))
+
+
+def test_epoch_samplers_order_depends_on_seed_stream_and_epoch_only():
+    def order(seed=0, stream="weights/0", epoch=3, length=40):
+        return [index for _, _, index in places_of(EpochSampler(20, length, seed, stream), epoch)]
+
+    assert order() == order() and order(length=17) == order()[:17]
+    orders = [order(), order(seed=1), order(stream="weights/1"), order(epoch=4)]
+    orders += [order()[20:], order(length=20)]  # two turns of one epoch
+    assert len({tuple(o[:20]) for o in orders}) == 5  # the last one is the first's beginning
+
+
+# Ranks
+
+
+@pytest.mark.parametrize(
+    ("num_cases", "world_size", "batch_size"), [(7, 1, 2), (7, 2, 2), (5, 3, 1), (2, 4, 2), (1, 2, 1)]
+)
+@pytest.mark.fault("unequal training steps per rank")
+def test_ranks_share_the_cases_and_take_equal_steps(monkeypatch, num_cases, world_size, batch_size):
+    monkeypatch.setattr(Cache, "hold", lambda self, cases, what: cases)
+    numbered = [Case(f"case{number}", ()) for number in range(num_cases)]
+    steps = loaders.steps_per_epoch(num_cases, batch_size, rank_of(0, world_size))
+    of_ranks = [
+        loader_of(numbered, processes=rank_of(rank, world_size), batch_size=batch_size, steps=steps)
+        for rank in range(world_size)
+    ]
+    assert {len(loader) for loader in of_ranks} == {steps}
+    held = [loader.loader.dataset.numbers for loader in of_ranks]
+    for loader, numbers in zip(of_ranks, held, strict=True):
+        assert loader.loader.dataset.cases == [numbered[number] for number in numbers]
+        # Each is seen in every epoch.
+        assert {index for _, _, index in places_of(loader.sampler, 0)} == set(range(len(numbers)))
+    assert set().union(*held) == set(range(num_cases))
+    if num_cases >= world_size:
+        assert sum(map(len, held)) == num_cases  # no case is prepared twice
+    assert steps == max(1, -(-num_cases // (world_size * batch_size)))
+
+
+def test_ranks_that_hold_the_same_case_draw_different_patches(cases):
+    of_ranks = [loader_of(cases[:1], processes=rank_of(rank, 2), steps=2) for rank in (0, 1)]
+    first, second = (patches(loader, 0) for loader in of_ranks)
+    assert len(first) == len(second) == 4
+    assert not any(torch.equal(a, b) for a in first[::2] for b in second[::2])
+
+
+@pytest.mark.parametrize("mode", ["ram", "disk", "none"])
+def test_validation_cases_are_whole_and_numbered(cases, mode, tmp_path):
+    numbers = []
+    for rank in range(2):
+        loader = validation_loader(cases, cache_of(mode, tmp_path), rank_of(rank, 2))
+        assert len(loader) == (3, 2)[rank]
+        for case in loader:
+            assert case["image"].shape == case["label"].shape == (1, 1, 24, 26, 22)
+            assert case["image"].dtype == torch.float32 and case["label"].dtype == torch.uint8
+            numbers.append(case["number"])
+            expected = prepare(cases[numbers[-1]], TASK, Leniency())
+            assert np.array_equal(case["image"][0].numpy(), expected.image.astype(np.float32))
+            assert np.array_equal(case["label"][0, 0].numpy(), expected.label)
+    assert numbers == [0, 2, 4, 1, 3]
+
+
+@pytest.mark.fault("fewer cases than ranks; a rank without validation cases")
+def test_a_rank_without_validation_cases_has_an_empty_loader(cases):
+    assert list(validation_loader(cases[:1], cache_of(), rank_of(1, 2))) == []
+    assert list(validation_loader([], cache_of(), ALONE)) == []
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_number_of_workers_is_what_is_given_or_what_is_left_of_the_cores(cases, monkeypatch):
+    for cores, given, expected in ((64, None, 6), (64, 0, 0), (64, 9, 9), (4, None, 3), (1, None, 0)):
+        monkeypatch.setattr(loaders, "cores_per_process", lambda cores=cores: cores)
+        assert loader_of(cases[:1], num_workers=given).loader.num_workers == expected

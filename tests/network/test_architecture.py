@@ -1,0 +1,306 @@
+"""Architecture files load, ours and published ones, and of those that do not one line says why."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from architectures import chain, random_architecture
+from monai.networks.nets.dints import TopologyInstance
+
+from dints.errors import UserError
+from dints.network.architecture import Architecture, DecodedCodes, load_architecture, paths, save_architecture
+from dints.network.operations import PUBLISHED
+
+ARRAYS = ("node_a", "arch_code_a", "arch_code_c", "arch_code_a_max")
+ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+INFO = {"iter_num": 600, "epochs": 30, "best_dsc": 0.81, "best_path": None, "factor_ram_cost": 0.8, "seed": 7}
+
+
+def assert_same(one: Architecture, other: Architecture) -> None:
+    for key in ARRAYS:
+        np.testing.assert_array_equal(getattr(one, key), getattr(other, key))
+        assert getattr(one, key) is None or getattr(one, key).dtype == np.int64
+
+
+def with_max(drawn: Architecture, **info) -> Architecture:
+    """Add the most probable paths regardless of neighbours; here all that are not active."""
+    return Architecture(drawn.node_a, drawn.arch_code_a, drawn.arch_code_c, 1 - drawn.arch_code_a, **info)
+
+
+def message_of(path: Path, **wanted) -> str:
+    """Return what loading the file says: one line that names it."""
+    with pytest.raises(UserError) as caught:
+        load_architecture(path, **wanted)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+@pytest.mark.parametrize("num_depths", [2, 3, 4, 5])
+def test_paths_are_those_of_monai(num_depths):
+    one_block = torch.zeros(1, 3 * num_depths - 2).numpy()
+    space = TopologyInstance([one_block, one_block], num_blocks=1, num_depths=num_depths)
+    assert paths(num_depths) == list(zip(space.arch_code2in, space.arch_code2out, strict=True))
+
+
+@pytest.mark.parametrize("size", [(1, 2), (5, 3), (12, 4), (2, 6)], ids=str)
+def test_what_is_saved_is_loaded(tmp_path, size):
+    saved = with_max(random_architecture(1, *size), info=INFO)
+    save_architecture(tmp_path / "code.pth", saved)
+    loaded = load_architecture(tmp_path / "code.pth", *size)
+    assert_same(loaded, saved)
+    assert (loaded.num_blocks, loaded.num_depths, loaded.info) == (*size, INFO)
+
+    content = torch.load(tmp_path / "code.pth", weights_only=True)
+    assert content.keys() == {*ARRAYS, *INFO, "operations"}
+    assert content["operations"] == list(loaded.operations) == list(PUBLISHED)
+    assert all(isinstance(content[key], torch.Tensor) for key in ARRAYS)
+
+
+def published(architecture: Architecture, dtype: type = np.float64) -> dict:
+    """Return the content of a file as the published search wrote it."""
+    return {
+        "node_a": architecture.node_a,
+        "code_a": architecture.arch_code_a.astype(dtype),
+        "code_c": architecture.arch_code_c,
+        "code_a_max": architecture.arch_code_a_max.astype(dtype),
+        "iter_num": np.int64(1430),
+        "best_dsc": np.float32(0.625),
+        "losses": np.array([0.5, 0.25]),
+        "best_path": "search_code_1400.pth",
+    }
+
+
+def save_as_numpy_1(content: object, path: Path, zipped: bool) -> None:
+    """Save under the module names of NumPy 1; in pickle protocol 2 a name ends at its newline, and can be replaced."""
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+
+    def renamed(data: bytes) -> bytes:
+        assert b"numpy._core.multiarray\n" in data
+        return data.replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n")
+
+    if not zipped:
+        path.write_bytes(renamed(path.read_bytes()))
+        return
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in members.items():
+            new.writestr(name, renamed(data) if name.endswith("/data.pkl") else data)
+
+
+def save_as_numpy_2(content: object, path: Path, zipped: bool) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+
+
+@pytest.mark.fault("legacy NumPy files")
+@pytest.mark.skipif(int(np.__version__[0]) < 2, reason="the files are made from what NumPy 2 writes")
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int32, np.uint8, bool, ">i8"], ids=str)
+@ZIPPED
+@pytest.mark.parametrize("save", [save_as_numpy_1, save_as_numpy_2])
+def test_published_files_load_and_what_we_make_of_them_needs_no_allow_list(tmp_path, save, zipped, dtype):
+    architecture = with_max(random_architecture(2, 12, 4))
+    save(published(architecture, dtype), tmp_path / "published.pth", zipped)
+    loaded = load_architecture(tmp_path / "published.pth", num_blocks=12, num_depths=4)
+    assert_same(loaded, architecture)
+    kept = {"iter_num": 1430, "best_dsc": 0.625, "losses": [0.5, 0.25], "best_path": "search_code_1400.pth"}
+    assert loaded.info == kept
+
+    save_architecture(tmp_path / "ours.pth", loaded)
+    assert kept.items() <= torch.load(tmp_path / "ours.pth", weights_only=True).items()
+    assert_same(load_architecture(tmp_path / "ours.pth"), architecture)
+
+
+class Payload:
+    """Runs a shell command when it is unpickled without care."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+class Evaluated(Payload):
+    def __reduce__(self):
+        return eval, (f"__import__('os').mkdir({str(self.marker)!r})",)
+
+
+@pytest.mark.fault("malicious pickle")
+@pytest.mark.parametrize("payload", [Payload, Evaluated])
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle", "inside an array", "beside good arrays"])
+def test_a_malicious_file_runs_nothing(tmp_path, form, payload):
+    file, marker = tmp_path / "code.pth", tmp_path / "it_ran"
+    malicious = payload(marker)
+    wanted = "eval" if payload is Evaluated else "posix.system"
+    fault = f"asks for {wanted} while loading; only tensors and NumPy arrays"
+    if form == "plain pickle":
+        file.write_bytes(pickle.dumps({"node_a": malicious}, protocol=2))
+    elif form == "inside an array":
+        torch.save({"node_a": np.array([malicious], dtype=object)}, file)
+        fault = "is damaged or not a PyTorch file"
+    elif form == "beside good arrays":
+        torch.save({**GOOD, "note": malicious}, file)
+    else:
+        torch.save(malicious, file, _use_new_zipfile_serialization=form == "zip")
+    assert fault in message_of(file)
+    assert not marker.exists()
+
+    # The trap does work: loaded without care, the file runs its payload.
+    pickle.loads(file.read_bytes()) if form == "plain pickle" else torch.load(file, weights_only=False)
+    assert marker.exists()
+
+
+@pytest.mark.fault("truncated, empty or foreign file")
+@ZIPPED
+@pytest.mark.parametrize("keep", [1, 10, 64, 0.25, 0.5, 0.75, 0.9, -1])
+def test_a_truncated_file_is_refused(tmp_path, keep, zipped):
+    file = tmp_path / "code.pth"
+    torch.save(random_architecture(0, 12, 4).to_dict(), file, _use_new_zipfile_serialization=zipped)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+    assert "is damaged or not a PyTorch file" in message_of(file)
+
+
+@pytest.mark.fault("truncated, empty or foreign file")
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    [
+        (lambda path: None, "does not exist"),
+        (Path.mkdir, "is a folder"),
+        (Path.touch, "is damaged or not a PyTorch file"),
+        (lambda path: path.write_text("node_a: [[1, 0], [1, 0]]\n" * 100), "is damaged or not a PyTorch file"),
+        (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1000)), "is damaged or not a PyTorch file"),
+        (lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)), "is damaged or not a PyTorch file"),
+        (lambda path: torch.save([1, 2], path), "holds a list where a dictionary is expected"),
+        (lambda path: torch.save(torch.ones(3), path), "holds a Tensor where a dictionary is expected"),
+        (lambda path: torch.save(torch.nn.Linear(1, 1).state_dict(), path), "has no 'node_a'"),
+        (lambda path: torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)).save(path), "not a PyTorch file"),
+        (lambda path: np.savez(path.open("wb"), **{key: GOOD[key] for key in ARRAYS}), "not a PyTorch file"),
+        (lambda path: np.save(path.open("wb"), GOOD["node_a"]), "not a PyTorch file"),
+    ],
+    ids=["missing", "folder", "empty", "text", "picture", "empty zip", "list", "tensor", "state dict", "script"]
+    + ["npz", "npy"],
+)
+def test_a_foreign_file_is_refused(tmp_path, make, fault):
+    make(tmp_path / "code.pth")
+    assert fault in message_of(tmp_path / "code.pth")
+
+
+def entry(key: str, index: tuple[int, int], value: float) -> dict:
+    """Return the content of ``GOOD`` with one other number."""
+    array = GOOD[key].double()
+    array[index] = value
+    return {**GOOD, key: array}
+
+
+GOOD = {**chain(0, 1, 1, 0, num_depths=3).to_dict(), "arch_code_a_max": torch.zeros(3, 7)}
+LEVEL_1, UP_1 = 3, 1  # the paths of depth 1 to itself, and to depth 0
+
+
+@pytest.mark.fault("missing key, codes, rows, paths, nodes")
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        *(({k: v for k, v in GOOD.items() if k != key}, f"has no '{key}'") for key in ARRAYS[:3]),
+        (entry("arch_code_c", (0, 0), 9), "'arch_code_c' holds 9; values are 0 to 4"),
+        (entry("arch_code_c", (2, 6), -1), "'arch_code_c' holds -1; values are 0 to 4"),
+        (entry("arch_code_c", (1, 3), 1.7), "'arch_code_c' holds 1.7 where only whole numbers"),
+        (entry("arch_code_a", (1, 3), 0.5), "'arch_code_a' holds 0.5 where only whole numbers"),
+        (entry("arch_code_a", (1, 3), 2), "'arch_code_a' holds 2; values are 0 to 1"),
+        (entry("arch_code_a_max", (1, 3), -1), "'arch_code_a_max' holds -1; values are 0 to 1"),
+        (entry("node_a", (0, 0), 3), "'node_a' holds 3; values are 0 to 1"),
+        *((entry(key, (0, 0), np.nan), f"'{key}' holds nan where only whole numbers") for key in ARRAYS),
+        (entry("node_a", (3, 2), -np.inf), "'node_a' holds -inf where only whole numbers"),
+        (entry("arch_code_c", (1, 3), 1e300), "'arch_code_c' holds 1e+300 where only whole numbers"),
+        ({**GOOD, "arch_code_c": torch.full((3, 7), 2**64 - 1, dtype=torch.uint64)}, "holds 1.84467e+19 where only"),
+        ({**GOOD, "arch_code_c": torch.full((3, 7), -(2**63))}, "holds -9223372036854775808; values are 0 to 4"),
+        (entry("arch_code_a", (1, LEVEL_1), 0), "block 1 has no active path"),
+        (entry("arch_code_a", (2, 0), 1), "block 1 ends at depths [1], but block 2 starts from [0, 1]"),
+        (entry("arch_code_a", (1, UP_1), 1), "block 1 ends at depths [0, 1], but block 2 starts from [1]"),
+        (entry("node_a", (0, 1), 1), "row 0 of 'node_a' activates depths [0, 1], but the paths use [0]"),
+        (entry("node_a", (2, 1), 0), "row 2 of 'node_a' activates depths [], but the paths use [1]"),
+        (entry("node_a", (3, 2), 1), "row 3 of 'node_a' activates depths [0, 2], but the paths use [0]"),
+        ({**GOOD, "node_a": GOOD["node_a"].T}, "'node_a' has shape (3, 4), but 'arch_code_a' of 3 blocks and 3 depths"),
+        ({**GOOD, "node_a": GOOD["node_a"][1:]}, "'node_a' has shape (3, 3), but .* asks for (4, 3)"),
+        ({**GOOD, "arch_code_c": torch.ones(5, 7)}, "'arch_code_c' has shape (5, 7), but .* asks for (3, 7)"),
+        ({**GOOD, "arch_code_c": torch.ones(3, 7, 5)}, "'arch_code_c' has shape (3, 7, 5), but .* asks for (3, 7)"),
+        ({**GOOD, "arch_code_a_max": torch.ones(3, 4)}, "'arch_code_a_max' has shape (3, 4), but .* asks for (3, 7)"),
+        *(
+            ({**GOOD, "arch_code_a": torch.ones(shape)}, f"'arch_code_a' has shape {shape}, not (blocks, 3 * depths")
+            for shape in ((), (7,), (0, 7), (3, 0), (3, 1), (3, 8), (3, 7, 1))
+        ),
+        # One number in the file, and 8 GB in memory were it taken as it is
+        ({**GOOD, "arch_code_a": torch.zeros(1).expand(10**9, 7)}, "has shape (1000000000, 7), too large for an"),
+        (
+            {**GOOD, "arch_code_a": torch.ones(1, 3 * 17 - 2)},
+            "it has 1 blocks and 17 depths, more than the 1000 and 16",
+        ),
+        ({**GOOD, "arch_code_a": torch.ones(1001, 4)}, "it has 1001 blocks and 2 depths, more than the 1000 and 16"),
+        *(
+            ({**GOOD, "node_a": value}, "'node_a' is not an array of numbers")
+            for value in (
+                *("four", [[1], [1, 0]], [["1", "0"]], {}, torch.ones(4, 3) * 1j, torch.ones(4, 3).to_sparse()),
+                torch.ones(4, 3, device="meta"),
+                torch.ones(4, 3, dtype=torch.bfloat16),
+                torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+            )
+        ),
+    ],
+)
+def test_what_is_no_network_is_refused(tmp_path, content, fault):
+    torch.save(content, tmp_path / "code.pth")
+    message = message_of(tmp_path / "code.pth")
+    position = 0
+    for part in fault.split(" .* "):
+        position = message.index(part, position)
+    assert "give an arch file as search_dints.py writes it" in message
+
+
+# What NumPy says when it frees an array of a damaged dtype
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@ZIPPED
+@pytest.mark.parametrize("numpy", [False, True], ids=["tensors", "NumPy"])
+def test_a_file_with_any_bytes_changed_loads_or_is_refused(tmp_path, numpy, zipped):
+    """Whatever the damage, there is at most a `UserError` of one line."""
+    file, rng = tmp_path / "code.pth", np.random.default_rng(0)
+    architecture = with_max(random_architecture(0, 3, 3))
+    content = published(architecture) if numpy else architecture.to_dict()
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    whole, refused = file.read_bytes(), 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in rng.integers(len(whole), size=rng.integers(1, 4)):
+            damaged[place] = rng.choice([0, 255, rng.integers(256)])
+        file.write_bytes(damaged)
+        try:
+            load_architecture(file)
+        except UserError as error:
+            refused += 1
+            assert str(file) in str(error) and "\n" not in str(error)
+    assert 90 < refused < 300
+
+
+@pytest.mark.fault("other blocks or depths")
+def test_a_size_that_the_caller_does_not_have_is_refused(tmp_path):
+    file = tmp_path / "code.pth"
+    save_architecture(file, random_architecture(0, 5, 3))
+    assert f"{file} holds 5 blocks, but --num_blocks is 3" in message_of(file, num_blocks=3)
+    assert f"{file} holds 3 depths, but --num_depths is 4" in message_of(file, num_blocks=5, num_depths=4)
+    assert load_architecture(file, num_depths=3).num_blocks == 5
+
+
+def test_changes_of_what_is_decoded_are_counted_and_outlive_a_checkpoint():
+    before, changed = DecodedCodes(), DecodedCodes()
+    before.take(chain(0, 0, 0, num_depths=2, operation=1))
+    changed.load_state_dict(before.state_dict())
+    assert changed.changes(chain(0, 0, 0, num_depths=2, operation=1)) == {"changed_paths": 0, "changed_operations": 0}
+    # The first block's path leads elsewhere and the second's too; of none that was active before is any active now.
+    assert changed.changes(chain(0, 1, 1, num_depths=2, operation=2)) == {"changed_paths": 4, "changed_operations": 0}
+    assert changed.changes(chain(0, 0, 0, num_depths=2, operation=2)) == {"changed_paths": 0, "changed_operations": 2}

@@ -1,0 +1,291 @@
+"""What a network costs is counted by hand for a small one; for others the oracle is a real run on the CPU."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import chain, random_architecture, stand_in
+from torch import nn
+
+from dints.errors import UserError
+from dints.network import cost as module
+from dints.network.architecture import Architecture, load_architecture, save_architecture
+from dints.network.cost import Cost, cost
+from dints.network.cpu_layers import Convolution, InstanceNorm, Upsample
+from dints.network.found import FoundNetwork, count_parameters
+
+CPU = torch.device("cpu")
+SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
+TINY = chain(0, 0, num_depths=2)  # one block with one 3x3x3 convolution at half the image's resolution
+
+
+def test_counts_by_hand():
+    """The layers of ``TINY`` are listed here: 8x8x8 voxels are 512, at half the resolution 64."""
+    weights = {  # input channels * output channels * kernel
+        "stem, full": (512, 1 * 2 * 27),
+        "stem, half": (64, 2 * 4 * 27),
+        "cell": (64, 4 * 4 * 27),
+        "back": (64, 4 * 2 * 27),
+        "full again": (512, 2 * 2 * 27),
+        "classes": (512, 2 * 2 * 1),
+    }
+    norms = (2, 4, 4, 2, 2)  # channels
+    bias = 2
+    kept = (
+        512 * (1 + 2 + 2)  # image as resampled, convolved, activated (the last is also the next one's input)
+        + 64 * (4 + 4 + 4 + 4 + 2)  # convolved, activated; cell convolved, activated; convolved
+        + 512 * (2 + 2 + 2)  # activated, convolved, normalised
+        + 3 * sum(norms)  # mean and deviation of each channel, and the norm's weights, repeated for the batch
+    )
+    found = cost(TINY, 1, 2, (8, 8, 8), SMALL)
+    assert found == Cost(
+        parameters=sum(size for _, size in weights.values()) + 2 * sum(norms) + bias,
+        gmac=sum(voxels * size for voxels, size in weights.values()) / 1e9,
+        activation_mib=4 * kept / 2**20,
+        input_shape=(1, 1, 8, 8, 8),
+        channel_mul=SMALL,
+    )
+    assert found.parameters == 1060 and found.gmac == 140_288e-9 and found.activation_mib == 27_304 / 2**20
+
+
+def run_for_real(network: FoundNetwork, image: torch.Tensor) -> tuple[int, int, int]:
+    """Count parameters, multiply-adds and kept bytes of a forward pass on the CPU."""
+    multiply_adds, kept = [], {}
+
+    def note_convolution(convolution: nn.Conv3d, _, output: torch.Tensor) -> None:
+        multiply_adds.append(output.numel() * convolution.weight[0].numel())
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv3d):
+            layer.register_forward_hook(note_convolution)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        scores = network(image)
+    for parameter in network.parameters():
+        kept.pop(parameter.data_ptr(), None)
+    scores.sum().backward()  # until here, nothing that is kept was freed
+    return count_parameters(network), sum(multiply_adds), sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "channels", "classes", "patch_size", "channel_mul", "batch_size"),
+    [
+        *((random_architecture(seed, 3, 3), 2, 3, (16, 8, 24), 1 / 8, 1) for seed in range(2)),
+        (random_architecture(4, 3, 4), 1, 2, (32, 32, 32), 1 / 4, 1),  # large enough for dints.network.cpu_layers
+        (random_architecture(5, 2, 3), 4, 4, (16, 16, 16), 1 / 2, 3),
+        (chain(1, 0, 1, 2, num_depths=3, operation=0), 1, 3, (16, 16, 16), 0.3, 2),
+    ],
+)
+def test_counts_are_those_of_a_real_run(architecture, channels, classes, patch_size, channel_mul, batch_size):
+    image = torch.randn(batch_size, channels, *patch_size)
+    found = cost(architecture, channels, classes, patch_size, channel_mul, batch_size)
+    network = FoundNetwork(architecture, channels, classes, channel_mul)
+    kept_on_cpu = run_for_real(network, image)[2]
+    for layer in network.modules():  # back to PyTorch's own, as on a GPU
+        if type(layer) in (Convolution, InstanceNorm, Upsample):
+            layer.__class__ = type(layer).__base__
+    parameters, multiply_adds, kept = run_for_real(network, image)
+    assert found.parameters == parameters
+    assert found.gmac * 1e9 == pytest.approx(multiply_adds, rel=1e-12)
+    assert found.activation_mib * 2**20 == kept
+    assert kept_on_cpu == pytest.approx(kept, rel=0.05)
+    assert found.input_shape == image.shape and found.channel_mul == channel_mul
+
+
+def test_a_network_as_large_as_the_published_one():
+    found = cost(stand_in(), 1, 2, (96, 96, 96))
+    amounts, settings = "152.4 M parameters, 334.4 GMAC, 3,836 MiB activations", "at 1x1x96x96x96 (channel_mul 1)"
+    assert found.lines() == [amounts, settings]
+
+
+def test_measured_on_the_cpu():
+    generator = torch.random.get_rng_state()
+    found = cost(TINY, 1, 2, (16, 16, 16), SMALL, device=CPU)
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    assert found.measured_mib is None
+    assert found.device.startswith(f"{torch.get_num_threads()} thread")
+    network = FoundNetwork(TINY, 1, 2, SMALL)
+    start = time.perf_counter()
+    with torch.no_grad():
+        for _ in range(10):
+            network(torch.randn(1, 1, 16, 16, 16))
+    mean_ms = 1e3 * (time.perf_counter() - start) / 10
+    assert mean_ms / 10 < found.latency_ms < 10 * mean_ms  # loose: other processes may take the cores in between
+
+
+class Clock(nn.Module):
+    """Takes its times, one after another, by its own clock, and notes whether gradients were wanted."""
+
+    def __init__(self, *seconds: float):
+        super().__init__()
+        self.now, self.seconds, self.gradients = 0.0, list(seconds), []
+
+    def forward(self, _: torch.Tensor) -> None:
+        self.gradients.append(torch.is_grad_enabled())
+        self.now += self.seconds.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "passes", "expected_ms"),
+    [
+        ((0.2, 0.02, 0.02, 0.2, *[0.02] * 20), 11, 20),  # neither the warm-up nor an outlier counts
+        ((0.6, 0.1), 1, 600),  # no time for a second pass
+        ((0.1, 0.2, 0.4, 0.1), 3, 300),  # a fourth might pass the limit
+    ],
+)
+def test_time_of_a_pass(monkeypatch, seconds, passes, expected_ms):
+    network = Clock(*seconds)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: network.now)
+    assert module._forward_ms(network, torch.zeros(1), limit=1.0) == pytest.approx(expected_ms)
+    assert network.gradients == [False] * passes
+
+
+def test_peak_is_that_of_one_step(monkeypatch):
+    """It is the second step's, whose gradients count, over what was there before; checked where there is no GPU."""
+    network = nn.Linear(2, 2)
+    calls = []
+
+    def allocated(device: torch.device) -> int:
+        calls.append("before" if network.weight.grad is None else "before, with gradients")
+        return 100 * 2**20
+
+    def peak(device: torch.device) -> int:
+        calls.append("peak" if network.weight.grad is not None else "peak, without gradients")
+        return 350 * 2**20
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
+    assert module._peak_mib(network, torch.ones(1, 2)) == 250
+    assert calls == ["reset", "before", "reset", "before", "peak"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_measured_on_a_gpu():
+    architecture = random_architecture(4, 3, 4)
+    generator = torch.cuda.get_rng_state()
+    found = cost(architecture, 1, 2, (64, 64, 64), device=torch.device("cuda", 0))
+    assert torch.equal(torch.cuda.get_rng_state(), generator)
+    assert found.latency_ms > 0 and found.device == torch.cuda.get_device_name(0)
+    gradients_mib = 4 * found.parameters / 2**20
+    assert max(found.activation_mib, gradients_mib) < found.measured_mib
+    assert found.measured_mib < 2 * found.activation_mib + 2 * gradients_mib + 1024  # 1024: work space
+
+
+def test_arch_file_holds_it(tmp_path):
+    found = cost(TINY, 1, 2, (8, 8, 8), SMALL, device=CPU)
+    architecture = Architecture(TINY.node_a, TINY.arch_code_a, TINY.arch_code_c, info={"cost": found.to_dict()})
+    save_architecture(tmp_path / "code.pth", architecture)
+    stored = torch.load(tmp_path / "code.pth", weights_only=True)["cost"]
+    assert stored == load_architecture(tmp_path / "code.pth").info["cost"] == found.to_dict()
+    assert stored["parameters"] == 1060 and stored["input_shape"] == [1, 1, 8, 8, 8]
+    assert Cost(**{**stored, "input_shape": tuple(stored["input_shape"])}) == found
+
+
+@pytest.mark.parametrize(
+    ("found", "lines"),
+    [
+        (
+            Cost(152_360_000, 334.4121, 9876.4, (1, 1, 96, 96, 96), 1.0, "2 threads of AMD EPYC", 812.34),
+            [
+                "152.4 M parameters, 334.4 GMAC, 9,876 MiB activations",
+                "at 1x1x96x96x96 (channel_mul 1), 812.3 ms a forward pass on 2 threads of AMD EPYC",
+            ],
+        ),
+        (
+            Cost(1_052_360_000, 12_334.4, 99_876.4, (2, 4, 96, 96, 32), 0.5, "NVIDIA H200", 14.0, 123_456.7),
+            [
+                "1,052 M parameters, 12,334 GMAC, 99,876 MiB activations, 123,457 MiB measured in a step",
+                "at 2x4x96x96x32 (channel_mul 0.5), 14 ms a forward pass on NVIDIA H200",
+            ],
+        ),
+        (
+            Cost(1060, 0.000140288, 0.026, (1, 1, 8, 8, 8), 0.0625),
+            ["1,060 parameters, 0.0001403 GMAC, 0.026 MiB activations", "at 1x1x8x8x8 (channel_mul 0.0625)"],
+        ),
+        (
+            Cost(999_999, 1.5, 999.96, (16, 4, 128, 128, 128), 0.0625, "16 threads of " + 50 * "x", 123_456.0),
+            [
+                "999,999 parameters, 1.5 GMAC, 1000 MiB activations",
+                "at 16x4x128x128x128 (channel_mul 0.0625), 123,456 ms a forward pass on 16 threads of xxxxxxxxxxxxxx",
+            ],
+        ),
+    ],
+)
+def test_lines(found, lines):
+    assert found.lines() == lines
+    assert all(len(line) < 100 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("AMD EPYC 7763 64-Core Processor", "AMD EPYC 7763"),
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "Intel Xeon Platinum 8481C"),
+        ("13th Gen Intel(R) Core(TM) i9-13900K", "13th Gen Intel Core i9-13900K"),
+    ],
+)
+@pytest.mark.parametrize("threads", ["1 thread", "8 threads"])
+def test_name_of_a_cpu(monkeypatch, model, name, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: int(threads.split()[0]))
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"processor\t: 0\nmodel name\t: {model}\nstepping\t: 1\n")
+    assert module._device_name(CPU) == f"{threads} of {name}"
+
+
+def test_name_of_a_cpu_that_does_not_say(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    monkeypatch.setattr(module.platform, "processor", lambda: "")
+    monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
+    assert module._device_name(CPU).endswith(" of aarch64")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": (8, 8, 6)}, "--patch_size 8 8 6 does not fit 2 depths, .* for example 8 8 8"),
+        ({"patch_size": (4, 4, 4)}, "--patch_size 4 4 4 does not fit"),
+        ({"in_channels": 0}, "in_channels is 0: give at least 1"),
+        ({"num_classes": -1}, "num_classes is -1: give at least 1"),
+        ({"batch_size": 0}, "batch_size is 0: give at least 1"),
+        ({"channel_mul": 0.03}, "channel_mul is 0.03: give at least 0.03125"),
+        ({"channel_mul": float("nan")}, "channel_mul is nan: give"),
+        ({"channel_mul": float("inf")}, "channel_mul inf, .* too large"),
+        ({"channel_mul": 1e300}, r"channel_mul 1e\+300, .* too large"),
+        ({"patch_size": (2**21, 2**21, 2**21)}, "patch_size 2097152 2097152 2097152 .* too large"),
+        ({"in_channels": 10**30}, "in_channels 10{30}, .* too large"),
+        ({"num_classes": 10**18}, "num_classes 10{18}, .* too large"),
+        ({"batch_size": 10**18}, "batch_size 10{18}: .* too large"),
+    ],
+)
+def test_what_no_network_has(change, message):
+    settings = {"in_channels": 1, "num_classes": 2, "patch_size": (8, 8, 8), "channel_mul": SMALL, **change}
+    with pytest.raises(UserError, match=message) as caught:
+        cost(TINY, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_than_the_memory():
+    patch_size = (2**17,) * 3  # an image of 8 PiB, beyond what a processor addresses
+    message = "memory of .* too small .* channel_mul 0.0625 .* 1x1x131072x131072x131072: lower --channel_mul or --patch"
+    with pytest.raises(UserError, match=message):
+        cost(TINY, 1, 2, patch_size, SMALL, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), UserError), (RuntimeError("another fault"), RuntimeError)],
+)
+def test_only_lack_of_memory_is_the_users_affair(monkeypatch, raised, expected):
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr(module, "_forward_ms", fail)
+    with pytest.raises(expected):
+        cost(TINY, 1, 2, (8, 8, 8), SMALL, device=CPU)

@@ -1,0 +1,226 @@
+"""PyTorch's own layers are the oracle of dints/network/cpu_layers.py."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dints.network import cpu_layers
+from dints.network.cpu_layers import Convolution, InstanceNorm, accelerated, convolve_side_by_side
+
+# Batch, input and output channels, kernel, stride, spatial size, and how that is computed in fp32.
+SHAPES = {
+    "many voxels": (1, 16, 16, (3, 3, 3), 1, (16, 16, 16), "oneDNN"),
+    "batch of two": (2, 16, 16, (3, 3, 3), 1, (16, 16, 16), "oneDNN without AVX-512"),
+    "pads the first axis": (1, 32, 32, (3, 3, 1), 1, (16, 8, 16), "oneDNN"),
+    "pads the first and last axis": (1, 32, 32, (3, 1, 3), 1, (8, 16, 16), "oneDNN"),
+    "does not pad the first axis": (1, 32, 32, (1, 3, 3), 1, (8, 16, 16), "oneDNN"),
+    "one row of the kernel": (1, 64, 64, (3, 1, 1), 1, (16, 16, 8), "oneDNN"),
+    "stem": (1, 16, 32, (3, 3, 3), 2, (32, 32, 32), "oneDNN"),
+    "few voxels, many weights": (1, 80, 160, (3, 3, 3), 1, (2, 4, 2), "product"),
+    "few voxels, two images": (2, 80, 80, (3, 1, 3), 1, (2, 4, 2), "product"),
+    "few voxels, stride": (3, 40, 80, (3, 3, 3), 2, (5, 4, 3), "product"),
+    "few voxels in each of many images": (6, 64, 64, (3, 3, 3), 1, (4, 4, 2), "oneDNN without AVX-512"),
+    "few voxels, few weights": (1, 8, 8, (3, 3, 3), 1, (4, 4, 4), "PyTorch"),
+    "one voxel in the kernel": (1, 32, 64, (1, 1, 1), 1, (16, 16, 16), "PyTorch"),
+    "odd sizes": (1, 17, 23, (3, 3, 3), 1, (13, 15, 17), "oneDNN"),
+}
+MANY_AND_FEW_VOXELS = pytest.mark.parametrize("size", [(16, 16, 16), (2, 2, 2)], ids=["many voxels", "few voxels"])
+
+
+@pytest.fixture(params=[True, False], ids=["AVX-512", "AVX2"])
+def has_avx512(request, monkeypatch):
+    """Compute as on processors with and without AVX-512: every one can do both, though not as fast."""
+    monkeypatch.setattr(cpu_layers, "_HAS_AVX512", request.param)
+    return request.param
+
+
+def pair(channels: int, outputs: int, kernel, stride: int = 1, **options) -> tuple[nn.Conv3d, nn.Conv3d]:
+    """Make PyTorch's convolution and ours with the same weights."""
+    torch.manual_seed(0)
+    padding = [size // 2 for size in kernel]
+    plain = nn.Conv3d(channels, outputs, kernel, stride, padding, **{"bias": False, **options})
+    return plain, accelerated(copy.deepcopy(plain))
+
+
+def assert_same(plain, ours, image: torch.Tensor, parameters=((), ()), image_trained=True, tolerance=1e-5) -> None:
+    """Compare results and gradients, by ``parameters`` of both and by the image: equal but for rounding."""
+    results = []
+    for module, trained in zip((plain, ours), parameters, strict=True):
+        own_image = image.clone().requires_grad_(image_trained)
+        result = module(own_image)
+        mix = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
+        wanted = [*([own_image] if image_trained else []), *trained]
+        results.append((result.detach(), *torch.autograd.grad((result * mix).sum(), wanted)))
+    for expected, found in zip(*results, strict=True):
+        assert expected.dtype == found.dtype and expected.shape == found.shape
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=10 * tolerance, atol=tolerance * scale)
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def way(convolution: nn.Module, image: torch.Tensor) -> str:
+    """Tell how a convolution is computed."""
+    with Operations() as operations:
+        convolution(image)
+    ways = {"mkldnn_convolution.default": "oneDNN", "_linear_pointwise.default": "product"}
+    return next((ways[name] for name in operations.names if name in ways), "PyTorch")
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_convolution_is_pytorchs_and_each_shape_goes_its_way(shape, has_avx512):
+    batch, channels, outputs, kernel, stride, size, expected = shape
+    image = torch.randn(batch, channels, *size)
+    for trained in (("image", "weight"), ("image",), ("weight",)):
+        plain, ours = (each.requires_grad_("weight" in trained) for each in pair(channels, outputs, kernel, stride))
+        parameters = [list(each.parameters()) if "weight" in trained else [] for each in (plain, ours)]
+        assert_same(plain, ours, image, parameters, image_trained="image" in trained)
+    if expected == "oneDNN without AVX-512":
+        expected = "PyTorch" if has_avx512 else "oneDNN"
+    # Without oneDNN, on a processor that is not x86 or has no AVX2, everything stays PyTorch's.
+    assert (way(plain, image), way(ours, image)) == ("PyTorch", expected if cpu_layers._HAS_ONEDNN else "PyTorch")
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": True}, {"groups": 2}, {"dilation": 2}, {"padding_mode": "circular"}], ids=str
+)
+def test_other_convolutions_stay_pytorchs(options):
+    plain, ours = pair(32, 32, (3, 3, 3), **options)
+    image = torch.randn(1, 32, 16, 16, 16)
+    assert way(ours, image) == "PyTorch"
+    assert torch.equal(ours(image), plain(image))
+
+
+@MANY_AND_FEW_VOXELS
+def test_other_types_and_places_stay_pytorchs(size):
+    _, ours = pair(64, 64, (3, 3, 3))
+    image = torch.randn(1, 64, *size)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert way(ours, image) == "PyTorch"
+    for there in (torch.float64, torch.bfloat16, "meta"):
+        assert way(copy.deepcopy(ours).to(there), image.to(there)) == "PyTorch"
+    assert ours(image[0]).shape == (64, *size)  # without a batch axis
+
+
+def assert_nearer(result: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor) -> None:
+    """Assert that our bfloat16 is no further from the truth than PyTorch's."""
+    assert result.dtype == theirs.dtype == torch.bfloat16
+    assert (result - truth).abs().max() <= (theirs - truth).abs().max()
+
+
+@pytest.mark.parametrize(("size", "expected"), [((16, 16, 16), "PyTorch"), ((2, 2, 2), "product")], ids=str)
+def test_under_autocast_products_stay_in_fp32(size, expected):
+    """Their results are nearer to the truth than PyTorch's in bf16."""
+    plain, ours = pair(64, 64, (3, 3, 3))
+    image = torch.randn(1, 64, *size).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert way(ours, image) == (expected if cpu_layers._HAS_ONEDNN else "PyTorch")
+        result, theirs = ours(image), plain(image)
+        result.float().square().sum().backward()
+    assert ours.weight.grad.dtype == torch.float32
+    assert_nearer(result, theirs, copy.deepcopy(plain).double()(image.double()))
+
+
+@pytest.mark.parametrize("size", [(16, 8, 8), (4, 4, 4), (2, 2, 2), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 3, 1), (1, 1, 1)], ids=str)
+def test_convolutions_side_by_side_are_those_one_by_one(size, batch, kernel, has_avx512):
+    channels, groups = 40, 3
+    torch.manual_seed(0)
+    plain = [nn.Conv3d(channels, channels, kernel, 1, [k // 2 for k in kernel], bias=False) for _ in range(groups)]
+    ours = accelerated(nn.ModuleList(copy.deepcopy(plain)))
+    assert_same(
+        lambda whole: torch.cat([each(part) for each, part in zip(plain, whole.chunk(groups, 1), strict=True)], 1),
+        lambda whole: convolve_side_by_side(ours, whole),
+        torch.randn(batch, groups * channels, *size),
+        [[convolution.weight for convolution in convolutions] for convolutions in (plain, ours)],
+    )
+
+
+@pytest.mark.parametrize("size", [(16, 8, 8), (2, 2, 2), (3, 1, 1)], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("affine", [True, False])
+def test_instance_norm(size, batch, affine):
+    torch.manual_seed(0)
+    plain = nn.InstanceNorm3d(6, affine=affine)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    ours = accelerated(copy.deepcopy(plain))
+    image = 3 * torch.randn(batch, 6, *size) + 5
+    parameters = [list(norm.parameters()) for norm in (plain, ours)]
+    assert_same(plain, ours, image, parameters, tolerance=1e-4 if size == (3, 1, 1) else 1e-5)
+    torch.testing.assert_close(ours(image[0]), plain(image[0]), rtol=1e-4, atol=1e-5)  # without a batch axis
+
+
+def test_instance_norm_refuses_what_pytorch_refuses():
+    norm = accelerated(nn.InstanceNorm3d(6))
+    for shape, message in (((2, 6, 1, 1, 1), "more than 1 spatial element"), ((2, 6, 1), "expected 4D or 5D input")):
+        with pytest.raises(ValueError, match=message):
+            norm(torch.randn(shape))
+
+
+@pytest.mark.parametrize("size", [(2, 2, 2), (4, 4, 4), (8, 8, 8), (1, 2, 3), (5, 7, 11)], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_upsample(size, batch):
+    torch.manual_seed(0)
+    plain = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True)
+    ours = accelerated(copy.deepcopy(plain))
+    image = torch.randn(batch, 3, *size)
+    assert_same(plain, ours, image)
+    assert torch.equal(ours(image.double()), plain(image.double()))
+    half = image.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result, theirs = ours(half), plain(half)
+    assert_nearer(result, theirs, plain(half.double()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale_factor": 2, "mode": "trilinear"},
+        {"scale_factor": 2},
+        {"scale_factor": 0.5, "mode": "trilinear", "align_corners": True},
+        {"size": 8, "mode": "trilinear", "align_corners": True},
+    ],
+    ids=str,
+)
+def test_other_upsampling_stays_pytorchs(options):
+    assert type(accelerated(nn.Upsample(**options))) is nn.Upsample
+
+
+def test_only_the_class_of_a_layer_changes():
+    layers = [nn.Conv3d(2, 2, 3), nn.Sequential(nn.Conv2d(2, 2, 3)), nn.ConvTranspose3d(2, 2, 3)]
+    layers += [nn.InstanceNorm3d(2, affine=True), nn.InstanceNorm3d(2, track_running_stats=True), nn.InstanceNorm2d(2)]
+    network = nn.Sequential(*layers)
+    state, parameters = network.state_dict(), list(network.parameters())
+    assert accelerated(network) is network
+    types = [nn.Sequential, nn.Conv2d, nn.ConvTranspose3d, InstanceNorm, nn.InstanceNorm3d, nn.InstanceNorm2d]
+    assert [type(layer) for layer in network.modules()][1:] == [Convolution, *types]
+    assert network.state_dict().keys() == state.keys()
+    assert all(mine is given for mine, given in zip(network.parameters(), parameters, strict=True))
+
+
+@MANY_AND_FEW_VOXELS
+def test_the_same_bits_every_time(size):
+    """A continued run must round as the first one did."""
+    _, ours = pair(64, 64, (3, 3, 3))
+    image = torch.randn(1, 64, *size)
+    gradients = []
+    for _ in range(3):
+        ours.zero_grad()
+        ours(image).square().sum().backward()
+        gradients.append(ours.weight.grad)
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])

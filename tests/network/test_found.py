@@ -1,0 +1,188 @@
+"""MONAI's `DiNTS` over a `TopologyInstance` is the oracle of the found network."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import published
+import pytest
+import torch
+from architectures import chain, connected, everything, random_architecture, stand_in
+from monai.networks.nets.dints import DiNTS
+
+from dints.errors import UserError
+from dints.network.architecture import Architecture, load_architecture
+from dints.network.found import FoundNetwork, check_patch_size, count_parameters
+from dints.network.weights import fitting_state
+
+SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
+
+
+def monai_network(architecture: Architecture, channels: int = 2, classes: int = 3, channel_mul: float = SMALL) -> DiNTS:
+    return published.network(architecture, channels, classes, channel_mul)
+
+
+def without_unused_stems(state: dict, architecture: Architecture) -> dict:
+    """Leave of MONAI's keys those that remain when stems at inactive inputs and below the deepest output go."""
+    inputs, outputs = (np.flatnonzero(architecture.node_a[row]) for row in (0, -1))
+    unused = [f"stem_down.{d}." for d in range(architecture.num_depths) if d not in inputs]
+    unused += [f"stem_up.{d}." for d in range(architecture.num_depths) if d > max(outputs)]
+    return {key: value for key, value in state.items() if not key.startswith(tuple(unused))}
+
+
+ARCHITECTURES = {
+    "all paths, 2 depths": everything(3, 2),
+    "all paths, 4 depths": everything(2, 4),
+    "finest nodes only": chain(0, 0, 0, num_depths=3),
+    "deepest nodes only": chain(3, 3, num_depths=4, operation=2),
+    "down and up": chain(0, 1, 2, 1, 0, num_depths=3, operation=4),
+    "up": chain(2, 1, 0, num_depths=4, operation=0),
+    "all inputs, finest output": connected(np.array([[1, 1, 0, 0]]), np.full((1, 4), 3)),
+    **{f"random {seed}": random_architecture(seed, 3, 3) for seed in range(3)},
+    "random, 4 depths": random_architecture(7, 4, 4),
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_it_is_monais_network(architecture, dtype, tolerance):
+    torch.manual_seed(0)
+    theirs, ours = monai_network(architecture), FoundNetwork(architecture, 2, 3, SMALL)
+    ours.load_state_dict(fitting_state(ours, theirs.state_dict(), "MONAI's", ours.unused_stems))
+    theirs, ours = theirs.to(dtype), ours.to(dtype)
+    assert list(ours.state_dict()) == list(without_unused_stems(theirs.state_dict(), architecture))
+
+    voxels = (2 ** (architecture.num_depths + 1),) * 3
+    image = torch.randn(2, 2, *voxels, dtype=dtype, requires_grad=True)
+    mix = torch.randn(2, 3, *voxels, dtype=dtype)
+    results = []
+    for network in (theirs, ours):
+        scores = network(image)
+        (image_gradient,) = torch.autograd.grad((scores * mix).mean(), image, retain_graph=True)
+        (scores * mix).mean().backward()
+        results.append((scores, image_gradient, {name: p.grad for name, p in network.named_parameters()}))
+    (scores, image_gradient, gradients), (found_scores, found_image_gradient, found_gradients) = results
+
+    def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+        atol = tolerance * expected.detach().abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=atol)
+
+    assert_close(found_scores, scores)
+    assert_close(found_image_gradient, image_gradient)
+    for name, gradient in found_gradients.items():
+        assert gradient is not None and gradient.abs().max() > 0, f"{name} does not train"
+        assert_close(gradient, gradients[name])
+    for name in gradients.keys() - found_gradients.keys():  # what we leave out never trains in MONAI's network
+        assert gradients[name] is None or not gradients[name].any(), name
+
+
+def test_the_architectures_above_cover_what_can_be():
+    used = {int(op) for a in ARCHITECTURES.values() for op in a.arch_code_c[a.arch_code_a == 1]}
+    assert used == set(range(5))
+    stems = {(bool(a.node_a[0].all()), bool(a.node_a[-1, -1])) for a in ARCHITECTURES.values()}
+    assert stems == {(True, True), (True, False), (False, True), (False, False)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["random 1", "down and up"])
+def test_it_compiles_as_one_graph(name):
+    """Dynamo traces it alone, without a compiler, as `fullgraph` forbids breaks all the same."""
+    torch.manual_seed(0)
+    network, graphs = FoundNetwork(ARCHITECTURES[name], 2, 3, SMALL), []
+    compiled = torch.compile(
+        network, fullgraph=True, dynamic=False, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    image = torch.randn(1, 2, 16, 16, 16)
+    torch.testing.assert_close(compiled(image), network(image), rtol=1e-4, atol=1e-5)
+    compiled(image).sum().backward()
+    assert len(graphs) == 1
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_it_exports():
+    network = FoundNetwork(ARCHITECTURES["random 1"], 2, 3, SMALL).eval()
+    image = torch.randn(1, 2, 16, 16, 16)
+    exported = torch.export.export(network, (image,))
+    assert not any("mkldnn" in str(node.target) for node in exported.graph.nodes)  # runs on any machine
+    torch.testing.assert_close(exported.module()(image), network(image), rtol=1e-4, atol=1e-5)
+
+
+def test_it_prints_nothing(capsys):
+    FoundNetwork(everything(1, 2), 1, 2, SMALL)
+    assert capsys.readouterr() == ("", "")
+
+
+def on_meta(architecture: Architecture, *settings) -> FoundNetwork:
+    """Make the network without memory for its weights."""
+    with torch.device("meta"):
+        return FoundNetwork(architecture, *settings)
+
+
+def test_a_network_of_the_published_size_has_the_parameters_that_train_in_monais():
+    architecture = random_architecture(0, 12, 4)
+    with torch.device("meta"):
+        expected = without_unused_stems(monai_network(architecture, 1, 2, 1.0).state_dict(), architecture)
+    assert count_parameters(on_meta(architecture, 1, 2)) == sum(value.numel() for value in expected.values())
+
+
+def test_parameters_of_a_stand_in_for_the_published_architecture():
+    """They are 152.36 M, as published; as it uses every stem, MONAI's network of it has as many."""
+    assert f"{count_parameters(on_meta(stand_in(), 1, 2)) / 1e6:.2f}" == "152.36"
+    with torch.device("meta"):
+        assert count_parameters(monai_network(stand_in(), 1, 2, 1.0)) == count_parameters(on_meta(stand_in(), 1, 2))
+
+
+def test_parameters_of_the_published_architecture():
+    """They are counted in the real file, where there is one: it is in no package registry."""
+    file = os.environ.get("DINTS_CVPR_ARCH")
+    if not file:
+        pytest.skip("DINTS_CVPR_ARCH does not name the published architecture file (12 blocks, 4 depths)")
+    architecture = load_architecture(file, num_blocks=12, num_depths=4)
+    with torch.device("meta"):  # MONAI's network, with every stem
+        assert f"{count_parameters(monai_network(architecture, 1, 2, 1.0)) / 1e6:.2f}" == "152.36"
+    assert count_parameters(on_meta(architecture, 1, 2)) <= 152_365_000
+
+
+@pytest.mark.parametrize(
+    ("num_depths", "patch_size"),
+    [
+        (3, (16, 16, 16)),
+        (3, (8, 8, 16)),
+        (3, (48, 8, 24)),
+        (4, (32, 32, 32)),
+        (4, (16, 32, 16)),
+        (4, (96, 96, 96)),
+        (4, (80, 48, 16)),
+    ],
+)
+def test_patch_sizes_that_fit(num_depths, patch_size):
+    check_patch_size(patch_size, num_depths)
+    scores = on_meta(everything(2, num_depths), 1, 2, SMALL)(torch.zeros(1, 1, *patch_size, device="meta"))
+    assert scores.shape == (1, 2, *patch_size)
+
+
+@pytest.mark.parametrize(
+    ("num_depths", "patch_size", "suggestion"),
+    [
+        (3, (8, 8, 8), (16, 16, 16)),
+        (3, (30, 32, 32), (32, 32, 32)),
+        (3, (4, 4, 20), (8, 8, 16)),
+        (3, (32, 32, 0), (32, 32, 8)),
+        (4, (16, 16, 16), (32, 32, 32)),
+        (4, (24, 32, 32), (32, 32, 32)),
+        (4, (96, 96, 90), (96, 96, 96)),
+        (4, (9, 1, 20), (32, 32, 32)),
+        (4, (-32, 32, 32), (16, 32, 32)),
+        (5, (96, 96, 48), (96, 96, 64)),
+    ],
+)
+def test_patch_sizes_that_do_not_fit(num_depths, patch_size, suggestion):
+    with pytest.raises(UserError) as caught:
+        check_patch_size(patch_size, num_depths, "--window")
+    size, suggested = (" ".join(map(str, values)) for values in (patch_size, suggestion))
+    assert str(caught.value).startswith(f"--window {size} does not fit {num_depths} depths")
+    assert str(caught.value).endswith(f"for example {suggested}")
+    check_patch_size(suggestion, num_depths)
+    with pytest.raises((RuntimeError, ValueError)):  # the check refuses nothing that the network could do
+        on_meta(everything(2, num_depths), 1, 2, SMALL)(torch.zeros(1, 1, *patch_size, device="meta"))

@@ -1,0 +1,79 @@
+"""quickstart.sh, from data to scores, with a small budget: on the phantom and on real MRI."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import CHECKOUT
+
+from dints.network.architecture import load_architecture
+from dints.network.model_file import load_model
+
+pytestmark = pytest.mark.slow
+
+
+def quickstart(folder: Path, search_iterations: int, train_iterations: int, **environment: str) -> dict[str, float]:
+    """Run it with the Python that runs this test; return the Dice of each class that it printed."""
+    results = folder / "results"
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "ACTIVE": "1",
+        "OUTPUT_ROOT": str(results),
+        "SEARCH_ITERATIONS": str(search_iterations),
+        "TRAIN_ITERATIONS": str(train_iterations),
+        **environment,
+    }
+    command = ["bash", str(CHECKOUT / "quickstart.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_files(done.stdout, results)
+    return printed_dice(done.stdout, results)
+
+
+def check_files(said: str, results: Path) -> None:
+    """Check that all that is told in the end is there, and fits together."""
+    told = [line.split(str(results)) for line in said.partition("== done")[2].splitlines() if str(results) in line]
+    files = {str(results) + rest.strip() for _, *rests in told for rest in rests}
+    assert len(files) >= 8 and all(Path(file).exists() for file in files), files
+    (code,) = (file for file in files if "search_code_" in file)
+    model = load_model(results / "train" / "best_metric_model.pth")
+    assert model.architecture.codes() == load_architecture(code).codes()
+
+
+def printed_dice(said: str, results: Path) -> dict[str, float]:
+    """Return each class's Dice, which must be the mean of those in scores.csv, of cases that are segmented."""
+    with (results / "segmentations" / "scores.csv").open() as file:
+        scores = list(csv.DictReader(file))
+    assert scores and all((results / "segmentations" / row["case"]).exists() for row in scores)
+    (line,) = re.findall(r"^Dice \S+ \((.*)\)$", said, re.MULTILINE)
+    names = [name for name in scores[0] if name != "case"]
+    dice = {name: float(re.search(rf"{name} (\S+?)(?:,|$| )", line).group(1)) for name in names}
+    for name, value in dice.items():
+        present = [float(row[name]) for row in scores if row[name]]
+        assert abs(sum(present) / len(present) - value) < 1e-3
+    return dice
+
+
+def test_phantom(tmp_path):
+    dice = quickstart(tmp_path, 3, 40, DATA_ROOT=str(tmp_path / "Task00_Phantom"))
+    assert dice["liver"] > 0.2  # guessing one class everywhere gives less than 0.1
+
+
+def test_real_mri(tmp_path, task04):
+    """24 of the 208 cases are enough to learn something within a minute."""
+    root = tmp_path / "Task04_Hippocampus"
+    description = json.loads((task04 / "dataset.json").read_text())
+    description["training"] = description["training"][:24]
+    for path in (path for entry in description["training"] for path in entry.values()):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(task04 / path, root / path)
+    (root / "dataset.json").write_text(json.dumps(description))
+    dice = quickstart(tmp_path, 9, 30, TASK="Task04_Hippocampus", DATA_ROOT=str(root))
+    assert min(dice.values()) > 0.4

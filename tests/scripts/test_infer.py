@@ -1,0 +1,299 @@
+"""infer_dints.py gives segmentations on the grid of their image, and scores; and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from architectures import connected
+from commands import infer
+from threshold import Threshold, knows
+from torch import nn
+
+import infer_dints
+from dints.data.tasks import Task
+from dints.errors import UserError
+from dints.network.found import FoundNetwork
+from dints.network.model_file import save_model
+
+TASK = Task(
+    "Toy", "CT", 1, ("background", "organ"), spacing=(2.0, 2.0, 2.0), intensity=(0.0, 200.0), patch_size=(24,) * 3
+)
+
+
+def rotated(degrees: float) -> np.ndarray:
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+
+
+def centred(axes: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The affine with these axes whose origin is the middle of the volume."""
+    affine = np.eye(4)
+    affine[:3, :3] = axes
+    affine[:3, 3] = -axes @ (np.array(shape) - 1) / 2
+    return affine
+
+
+# Axes of the voxel grids in mm, and shapes that cover some 50 mm.
+GRIDS = {
+    "RAS": (np.diag([2.0, 2, 2]), (26, 24, 25)),
+    "RAS, other spacing": (np.diag([1.5, 1.7, 3.2]), (34, 30, 16)),
+    "LPS": (np.diag([-1.5, -1.5, 2.5]), (34, 35, 20)),
+    "left-handed LAS": (np.diag([-2.0, 2, 1.6]), (25, 26, 32)),
+    "permuted PIR": (np.array([[0, 0, 2.4], [-1.8, 0, 0], [0, -1.4, 0]]), (28, 36, 21)),
+    "oblique": (rotated(17) @ np.diag([-1.6, 1.8, 2.2]), (32, 29, 24)),
+    "finer than the task's": (np.diag([0.9, -0.9, 2.0]), (56, 54, 25)),
+}
+
+
+def body(grid: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image, label and affine of one anatomy without any symmetry, sampled on a grid; HU fall off at its surface."""
+    axes, shape = GRIDS[grid]
+    affine = centred(axes, shape)
+    x, y, z = np.moveaxis(nib.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1)), -1, 0)
+    ball = 13 - np.sqrt((x - 6) ** 2 + (y + 4) ** 2 + (z - 3) ** 2)
+    arm = 5 - np.sqrt((y - 4) ** 2 + (z + 6) ** 2 + np.clip(-16 - x, 0, None) ** 2 + np.clip(x, 0, None) ** 2)
+    depth = np.maximum(ball, arm)  # mm below the surface
+    return np.clip(100 + 15 * depth, 0, 200).astype(np.float32), (depth > 0).astype(np.uint8), affine
+
+
+def save(path: Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, affine), path)
+    return path
+
+
+@pytest.fixture
+def knowing(monkeypatch):
+    """Let the script load a network of the test's choice."""
+    return knows(monkeypatch, TASK)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """Write a model file of one block and two depths, both straight on, with random weights."""
+    straight = np.array([[1, 0, 0, 1]])
+    found = connected(straight, straight)
+    torch.manual_seed(0)
+    task = replace(TASK, num_channels=2, class_names=("background", "a", "b"), patch_size=(16, 16, 16))
+    path = tmp_path_factory.mktemp("model") / "best_metric_model.pth"
+    save_model(path, FoundNetwork(found, 2, 3, 0.125), found, 0.125, task)
+    return path
+
+
+def voxels(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj)
+
+
+def dice(first: np.ndarray, second: np.ndarray, value: int = 1) -> float:
+    first, second = first == value, second == value
+    return 2 * (first & second).sum() / (first.sum() + second.sum())
+
+
+# Segmentations
+
+
+@pytest.mark.parametrize("spacing", [(2.0, 2.0, 2.0), (1.5, 3.0, 2.5), None], ids=str)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_segmentation_lies_where_the_anatomy_is(tmp_path, knowing, grid, spacing):
+    image, label, affine = body(grid)
+    source = save(tmp_path / "images/body.nii.gz", image, affine)
+    knowing(Threshold(), replace(TASK, spacing=spacing))
+    infer(tmp_path / "out", "--input", source)
+    result = nib.load(tmp_path / "out/body.nii.gz")
+    assert result.shape == label.shape and result.get_data_dtype() == np.uint8
+    assert np.allclose(result.affine, affine, atol=1e-5)
+    assert dice(np.asarray(result.dataobj), label) > (0.95 if spacing else 0.9999)
+
+
+class Bands(nn.Module):
+    """Gives each third of the window's values its own row of class scores."""
+
+    def __init__(self, scores: list[list[float]]):
+        super().__init__()
+        self.scores = torch.tensor(scores, dtype=torch.float32)
+
+    def forward(self, image):
+        return self.scores[(image[:, 0] * 3).long().clamp(0, 2)].movedim(-1, 1)
+
+
+def bands(path: Path, width: int, spacing: float) -> Path:
+    image = np.repeat(np.array([20, 100, 190], np.float32), width)[:, None, None] * np.ones((1, 10, 12), np.float32)
+    return save(path, image, np.diag([-spacing, 2, 2, 1]))
+
+
+def test_the_most_probable_of_many_classes_is_taken(tmp_path, knowing):
+    """Whatever the order of the classes' probabilities, and though they are resampled one after another."""
+    source = bands(tmp_path / "a.nii.gz", 8, 1.0)
+    knowing(Bands([[2, 1, 0], [1, 3, 2], [2, 1, 3]]), replace(TASK, class_names=("b", "x", "y")))
+    result = voxels(infer(tmp_path / "out", "--input", source) / "a.nii.gz")
+    assert [np.unique(part).tolist() for part in (result[:7], result[9:15], result[17:])] == [[0], [1], [2]]
+
+
+def test_borders_do_not_depend_on_the_size_of_the_scores(tmp_path, knowing):
+    """A class has at most probability 1 in the resampling, however sure the network is of it."""
+    source = bands(tmp_path / "a.nii.gz", 24, 0.25)
+    results = []
+    for sure in (9, 900):
+        knowing(Bands([[sure, 0], [0, 9], [sure, 0]]))
+        results.append(voxels(infer(tmp_path / str(sure), "--input", source) / "a.nii.gz"))
+    assert np.array_equal(*results) and results[0].any()
+
+
+@pytest.mark.parametrize("name", ["body.nii", "body.nii.gz"])
+def test_header_and_format_are_the_images(tmp_path, knowing, name):
+    image, _, affine = body("oblique")
+    source = nib.Nifti1Image(image, affine)
+    source.set_sform(affine, code="talairach")
+    source.set_qform(affine, code="scanner")
+    source.header.set_xyzt_units("mm")
+    source.header["cal_max"] = 1000  # a display range of labels would hide them
+    nib.save(source, tmp_path / name)
+    knowing(Threshold())
+    path = infer(tmp_path / "out", "--input", tmp_path / name) / name
+    header = nib.load(path).header
+    assert (int(header["sform_code"]), int(header["qform_code"])) == (3, 1)
+    assert header.get_xyzt_units()[0] == "mm" and header["cal_max"] == 0
+    assert np.allclose(header.get_qform(), affine, atol=1e-4) and np.allclose(header.get_sform(), affine)
+    assert (path.read_bytes()[:2] == b"\x1f\x8b") == name.endswith(".gz")
+    if name.endswith(".gz"):
+        assert path.read_bytes()[4:8] == bytes(4)  # no time of day, so that equal segmentations are equal files
+
+
+def test_a_model_file_segments_four_dimensional_images(tmp_path, model):
+    rng = np.random.default_rng(0)
+    axes, shape = GRIDS["LPS"]
+    source = save(tmp_path / "a.nii.gz", rng.normal(100, 50, (*shape, 2)).astype(np.float32), centred(axes, shape))
+    out = infer(tmp_path / "out", "--checkpoint", model, "--input", source)
+    result = nib.load(out / "a.nii.gz")
+    assert result.shape == shape and np.allclose(result.affine, centred(axes, shape))
+    assert set(np.unique(voxels(out / "a.nii.gz"))) <= {0, 1, 2}
+    assert {path.name for path in out.iterdir()} == {"a.nii.gz", ".lock"}  # no labels, no scores
+
+
+def test_folders_and_files_are_segmented_together(tmp_path, knowing):
+    image, _, affine = body("RAS")
+    for name in ("in/a.nii.gz", "in/b.nii", "other/c.nii.gz", "other/d.nii.gz"):
+        save(tmp_path / name, image, affine)
+    for name in ("in/._a.nii.gz", "in/notes.txt", "in/a.nii.gz.json"):
+        (tmp_path / name).write_text("not an image")
+    knowing(Threshold())
+    out = infer(tmp_path / "out", "--input", tmp_path / "in", tmp_path / "other/d.nii.gz")
+    assert {path.name for path in out.iterdir()} == {"a.nii.gz", "b.nii", "d.nii.gz", ".lock"}
+
+
+# Scores
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """Six cases on different grids, three a fold; the third has no foreground."""
+    root = tmp_path_factory.mktemp("data") / "Toy"
+    entries = []
+    for number, grid in enumerate(["LPS", "oblique", "RAS, other spacing", "RAS", "RAS", "RAS"]):
+        image, label, affine = body(grid)
+        save(root / f"imagesTr/case_{number}.nii.gz", image, affine)
+        save(root / f"labelsTr/case_{number}.nii.gz", 0 * label if number == 2 else label, affine)
+        entries.append({"image": f"imagesTr/case_{number}.nii.gz", "label": f"labelsTr/case_{number}.nii.gz"})
+    (root / "dataset.json").write_text(json.dumps({"training": entries}))
+    return root
+
+
+def read_scores(folder: Path) -> list[list[str]]:
+    with open(folder / "scores.csv", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_scores_are_the_dice_of_the_written_files(tmp_path, knowing, dataset, capsys):
+    knowing(Threshold(0.55, num_classes=3), replace(TASK, class_names=("background", "organ", "never found")))
+    out = infer(tmp_path / "out", "--root", dataset, "--num_folds", 2)
+    header, *rows = read_scores(out)
+    assert header == ["case", "organ", "never found"]
+    assert [row[0] for row in rows] == ["case_0.nii.gz", "case_1.nii.gz", "case_2.nii.gz"]
+    expected = [dice(voxels(out / row[0]), voxels(dataset / "labelsTr" / row[0])) for row in rows[:2]]
+    assert [float(row[1]) for row in rows[:2]] == pytest.approx(expected, abs=1e-6)
+    assert all(0.8 < value < 0.97 for value in expected)
+    assert rows[2][1] == "" and [row[2] for row in rows] == ["", "", ""]  # nobody has the class
+    mean = sum(expected) / 2
+    assert (
+        f"Dice {mean:.4f} (organ {mean:.4f} (false positive cases: 1), never found absent)" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(("fold", "expected"), [("1", [3, 4, 5]), ("all", [0, 1, 2, 3, 4, 5])])
+def test_the_folds_validation_cases_are_scored(tmp_path, knowing, dataset, fold, expected):
+    knowing(Threshold())
+    out = infer(tmp_path / "out", "--root", dataset, "--num_folds", 2, "--fold", fold)
+    assert [row[0] for row in read_scores(out)[1:]] == [f"case_{number}.nii.gz" for number in expected]
+
+
+# Refusals
+
+
+def refused(folder: Path, *arguments: object) -> str:
+    with pytest.raises(UserError) as raised:
+        infer(folder, *arguments)
+    assert not list(folder.glob("*.nii*"))
+    return str(raised.value)
+
+
+def test_two_images_of_one_name_are_refused(tmp_path, knowing):
+    image, _, affine = body("RAS")
+    paths = [save(tmp_path / folder / "a.nii.gz", image, affine) for folder in ("one", "two")]
+    knowing(Threshold())
+    message = refused(tmp_path / "out", "--input", *paths)
+    assert "2 images are called a.nii.gz" in message and "--output_root" in message
+
+
+def test_inputs_are_not_overwritten(tmp_path, knowing, dataset):
+    root = shutil.copytree(dataset, tmp_path / "data")
+    knowing(Threshold())
+    for folder, arguments in (
+        ("imagesTr", ["--input", root / "imagesTr/case_0.nii.gz"]),
+        ("imagesTr", ["--root", root, "--num_folds", 2]),
+        ("labelsTr", ["--root", root, "--num_folds", 2]),  # where labels have the images' names, as in MSD
+    ):
+        before = {path: path.read_bytes() for path in root.rglob("*.nii.gz")}
+        with pytest.raises(UserError) as raised:
+            infer(root / folder, *arguments)
+        assert str(root / folder / "case_0.nii.gz") in str(raised.value) and "--output_root" in str(raised.value)
+        assert {path: path.read_bytes() for path in root.rglob("*.nii.gz")} == before
+
+
+@pytest.mark.parametrize("what", ["missing.nii.gz", "empty", "notes.txt"])
+def test_input_without_images_is_refused(tmp_path, knowing, what):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("not an image")
+    knowing(Threshold())
+    message = refused(tmp_path / "out", "--input", tmp_path / what)
+    assert f"--input {tmp_path / what}" in message and ".nii.gz" in message
+
+
+def test_a_bad_label_is_named_before_its_image_is_segmented(tmp_path, knowing, dataset):
+    root = shutil.copytree(dataset, tmp_path / "data")
+    label = root / "labelsTr/case_0.nii.gz"
+    save(label, voxels(label) * 9, nib.load(label).affine)
+    knowing(Threshold())
+    message = refused(tmp_path / "out", "--root", root, "--num_folds", 2)
+    assert message.startswith(f"{label} holds the label 9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--input"),
+        (["--input", "a.nii.gz", "--root", "data"], "--root"),
+        (["--root", "data", "--fold", "5"], "--num_folds 5"),
+    ],
+)
+def test_command_line_is_checked(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as raised:
+        infer_dints.parse_args(["--checkpoint", "model.pth", *arguments])
+    assert raised.value.code == 2 and expected in capsys.readouterr().err

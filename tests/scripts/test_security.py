@@ -1,0 +1,348 @@
+"""Nothing in the project runs what a file says: the linter sees to the source, and hostile files are tried."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import operator
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from architectures import chain, random_architecture
+from commands import CHECKOUT, TINY, only_error, run
+
+import decode_plot
+import infer_dints
+import search_dints
+import train_dints
+from dints.data.tasks import TASKS
+from dints.errors import UserError, exit_on_user_error
+from dints.network.architecture import save_architecture
+from dints.network.found import FoundNetwork
+from dints.network.model_file import save_model
+from dints.torch_files import load_safely
+
+# The source and the packages.
+
+HAZARDS = """
+assert path.exists()
+eval(text)
+exec(text)
+pickle.loads(content)
+marshal.loads(content)
+shelve.open(path)
+dill.loads(content)
+torch.load(path, weights_only=False)
+numpy.load(path, allow_pickle=True)
+yaml.load(text)
+yaml.full_load(text)
+yaml.unsafe_load(text)
+os.system(command)
+subprocess.run(command, shell=True)
+tempfile.mktemp()
+tarfile.open(path).extractall(folder)
+requests.get(url)
+requests.get(url, timeout=None)
+requests.get(url, timeout=5, verify=False)
+urllib.request.urlopen(url)
+"""
+
+
+def test_the_linter_finds_what_runs_unpickles_unpacks_or_waits():
+    """The rules are pyproject.toml's, which tests/run.sh holds against all of the source."""
+    modules = "dill, marshal, numpy, os, pickle, requests, shelve, subprocess, tarfile, tempfile, torch, urllib.request"
+    source = f"import {modules}, yaml{HAZARDS}"
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--output-format",
+        "concise",
+        "--stdin-filename",
+        "dints/new.py",
+        "-",
+    ]
+    found = subprocess.run(command, cwd=CHECKOUT, input=source, capture_output=True, text=True).stdout
+    lines = {int(number) for number in re.findall(r"^\S+?:(\d+):\d+: (?:S\d|TID251)", found, re.MULTILINE)}
+    assert [line for number, line in enumerate(source.splitlines(), 1) if number > 1 and number not in lines] == []
+
+
+# At or above the first versions without an advisory that we know of: torch 2.6 for CVE-2025-32434 (weights_only ran
+# code) and 2.10 for CVE-2026-24747 (it wrote out of bounds); MONAI 1.5.1 for CVE-2025-58755 to -58757 (unpickling, zip
+# members out of the folder) and 1.5.2 for CVE-2026-21851; requests 2.32.4 for CVE-2024-47081 (credentials to another
+# host) and 2.33 for CVE-2026-25645; tqdm 4.66.3 for CVE-2024-34062; PyYAML 5.4 for CVE-2020-14343; NumPy 1.22 for
+# CVE-2021-41496; SciPy 1.10 for CVE-2023-25399.
+FLOORS = {
+    "torch": "2.10",
+    "monai": "1.6.1",
+    "requests": "2.33",
+    "tqdm": "4.66.3",
+    "PyYAML": "5.4",
+    "numpy": "1.22",
+    "scipy": "1.10",
+}
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.match(r"\d+(\.\d+)*", text)[0].split("."))
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_packages_are_past_known_advisories(package):
+    """They are pinned in requirements.txt, and installed, at such versions."""
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (CHECKOUT / "requirements.txt").read_text(), re.MULTILINE))
+    for found in (pins[package], version(package)):
+        assert numbers(found) >= numbers(FLOORS[package]), f"{package} {found}"
+
+
+# Hostile and damaged files, by every way that a script reads one.
+
+
+class Trap:
+    """Makes a folder when it is unpickled without care."""
+
+    def __init__(self, folder: Path, function: Callable = os.mkdir):
+        self.folder, self.function = folder, function
+
+    def __reduce__(self):
+        return self.function, (str(self.folder),)
+
+
+class Called:
+    """Pickles as a call of any function."""
+
+    def __init__(self, function: Callable, *arguments: object):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def malicious(folder: Path, zipped: bool) -> Callable[[Path], None]:
+    """Write a file that has all the keys which any of the scripts asks for."""
+    content = {**chain(0, 1, 0, num_depths=3).to_dict(), "state_dict": {}, "architecture": {}, "channel_mul": 1}
+    content |= {"task": {}, "configuration": {}, "trap": Trap(folder)}
+    return lambda path: torch.save(content, path, _use_new_zipfile_serialization=zipped)
+
+
+def truncated(path: Path) -> None:
+    save_architecture(path, random_architecture(0, 12, 4))
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def too_large(path: Path) -> None:
+    """Write a file that asks for 10 TB."""
+    content = Called(np._core.multiarray._reconstruct, np.ndarray, (10**13,), b"b")
+    torch.save({"node_a": content}, path)
+
+
+DAMAGED = "is damaged or not a PyTorch file"
+FILES = {
+    "missing": (lambda path: None, "does not exist"),
+    "folder": (Path.mkdir, "is a folder"),
+    "empty": (Path.touch, DAMAGED),
+    "text": (lambda path: path.write_text("<html>404</html>\n" * 50), DAMAGED),
+    "truncated": (truncated, DAMAGED),
+    "tensor": (lambda path: torch.save(torch.ones(3), path), "weights|Tensor|model file"),
+    "another dictionary": (lambda path: torch.save({"epoch": 5}, path), "weights|node_a|model file"),
+    "without end": (too_large, DAMAGED),
+    "malicious": (malicious(Path("it ran"), True), "asks for .*mkdir"),
+    "malicious, legacy": (malicious(Path("it ran"), False), "asks for .*mkdir"),
+    "malicious, plain pickle": (lambda path: path.write_bytes(pickle.dumps(Trap(Path("it ran")))), DAMAGED),
+}
+TRAPS = [name for name in FILES if name.startswith("malicious")]
+
+
+@pytest.fixture(scope="module")
+def arch_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("arch") / "search_code_1.pth"
+    save_architecture(path, chain(0, 1, 0, num_depths=3))
+    return path
+
+
+# Scripts and their arguments that read a file: {file}; {arch} and {data} are sound ones.
+RUN = f"--root {{data}} --output_root out {TINY}"
+READERS = {
+    "architecture that is drawn": (decode_plot, "--checkpoint {file} --directory out"),
+    "architecture that is counted": (decode_plot, "--checkpoint {file} --directory out --cost --device cpu"),
+    "architecture that is trained": (train_dints, f"--arch_ckpt {{file}} {RUN}"),
+    "weights to search from": (search_dints, f"--checkpoint {{file}} {RUN} --num_blocks 2 --num_depths 3"),
+    "weights to start from": (train_dints, f"--arch_ckpt {{arch}} --checkpoint {{file}} {RUN}"),
+    "model": (infer_dints, "--checkpoint {file} --input {data}/imagesTs --output_root out --device cpu"),
+}
+ARCHITECTURE_READERS = [name for name in READERS if name.startswith("architecture")]
+
+
+@pytest.fixture
+def refused(phantom, arch_file, tmp_path, monkeypatch, capsys):
+    """Return a function that runs a script in this process, in an empty folder, and returns the line that it says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dints.data.cache.Cache.hold", lambda *_: pytest.fail("it went on"))
+
+    def run_script(reader: str, flags: str = "") -> str:
+        script, arguments = READERS[reader]
+        arguments = arguments.format(file="file.pth", arch=arch_file, data=phantom)
+        monkeypatch.setattr(sys, "argv", [script.__file__, *arguments.split(), *flags.split()])
+        with pytest.raises(SystemExit) as ended:
+            exit_on_user_error(script.main, script.parse_args())
+        assert ended.value.code == 1
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ") and said.err.count("\n") == 1 and said.out == ""
+        assert "file.pth" in said.err and len(said.err) < 500
+        written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+        assert written <= {"file.pth", ".lock"}
+        assert not Path("it ran").exists()
+        return said.err
+
+    return run_script
+
+
+@pytest.mark.fault("truncated, empty or foreign file")
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_bad_file_ends_a_script_with_one_line(refused, reader, name):
+    make, fault = FILES[name]
+    make(Path("file.pth"))
+    assert re.search(fault, refused(reader))
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_the_traps_work(name, tmp_path, monkeypatch):
+    """Loaded without care, the malicious files do run."""
+    monkeypatch.chdir(tmp_path)
+    FILES[name][0](Path("file.pth"))
+    if name == "malicious, plain pickle":
+        pickle.loads(Path("file.pth").read_bytes())
+    else:
+        torch.load("file.pth", weights_only=False)
+    assert Path("it ran").exists()
+
+
+GOOD = chain(0, 1, 1, 0, num_depths=3).to_dict()
+
+
+def entry(key: str, index: tuple[int, int], value: float) -> dict:
+    array = GOOD[key].double()
+    array[index] = value
+    return {**GOOD, key: array}
+
+
+ARCHITECTURES = {
+    "missing key": ({key: value for key, value in GOOD.items() if key != "arch_code_c"}, "has no 'arch_code_c'"),
+    "code 9": (entry("arch_code_c", (0, 0), 9), "holds 9"),
+    "code -1": (entry("arch_code_c", (0, 0), -1), "holds -1"),
+    "code 1.7": (entry("arch_code_c", (0, 0), 1.7), "holds 1.7"),
+    "path 0.5": (entry("arch_code_a", (0, 0), 0.5), "holds 0.5"),
+    "empty row of paths": (entry("arch_code_a", (1, 3), 0), "block 1 has no active path"),
+    "empty row of nodes": (entry("node_a", (1, 1), 0), "row 1 of 'node_a' activates depths []"),
+    "unconnected": (entry("arch_code_a", (1, 1), 1), "block 1 ends at depths [0, 1], but block 2 starts from [1]"),
+    "node that no path uses": (entry("node_a", (0, 2), 1), "row 0 of 'node_a' activates depths [0, 2]"),
+    "shapes": ({**GOOD, "node_a": GOOD["node_a"][1:]}, "'node_a' has shape (3, 3)"),
+}
+
+
+@pytest.mark.fault("missing key, codes, rows, paths, nodes")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_script_says_the_same_of_an_architecture(refused, name):
+    content, fault = ARCHITECTURES[name]
+    torch.save(content, "file.pth")
+    (message,) = {refused(reader) for reader in ARCHITECTURE_READERS}
+    assert fault in message
+
+    model = {"state_dict": {"x": torch.ones(1)}, "architecture": content, "channel_mul": 1.0, "task": {}}
+    torch.save(model, "file.pth")
+    in_model = refused("model")
+    assert in_model == message.replace("file.pth: ", "the architecture in file.pth: ")
+
+
+@pytest.mark.fault("other blocks or depths")
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        ("--num_blocks 2", "holds 3 blocks, but --num_blocks is 2"),
+        ("--num_blocks 3 --num_depths 4", "holds 3 depths, but --num_depths is 4"),
+    ],
+)
+def test_an_architecture_of_another_size_is_not_trained(refused, flags, fault):
+    torch.save(GOOD, "file.pth")
+    assert fault in refused("architecture that is trained", flags)
+
+
+@pytest.mark.fault("weights of another architecture")
+@pytest.mark.parametrize(
+    ("depths", "settings", "fault"),
+    [
+        ((0, 1, 1, 0), (1, 3, 0.125), "6 tensors that the network has"),
+        ((0, 1, 2), (1, 3, 0.125), "tensors that the network (has|lacks)"),
+        ((0, 1, 0), (2, 3, 0.125), "of another shape"),
+        ((0, 1, 0), (1, 2, 0.125), "of another shape"),
+        ((0, 1, 0), (1, 3, 0.25), "of another shape"),
+    ],
+    ids=["blocks", "paths", "channels", "classes", "width"],
+)
+@pytest.mark.parametrize("reader", ["weights to start from", "model"])
+def test_weights_of_another_network_are_refused(refused, reader, depths, settings, fault):
+    channels, classes, channel_mul = settings
+    other = FoundNetwork(chain(*depths, num_depths=3), channels, classes, channel_mul)
+    save_model("file.pth", other, chain(0, 1, 0, num_depths=3), 0.125, TASKS["Task00_Phantom"])
+    assert re.search(fault, refused(reader))
+
+
+@pytest.mark.slow
+@pytest.mark.fault("malicious pickle")
+@pytest.mark.parametrize("reader", ["architecture that is drawn", "checkpoint of the run", "model"])
+def test_a_process_runs_nothing_from_a_malicious_file(phantom, arch_file, tmp_path, reader):
+    runs = {**READERS, "checkpoint of the run": (train_dints, f"--arch_ckpt {{arch}} {RUN}")}
+    script, arguments = runs[reader]
+    file = tmp_path / ("file.pth" if "{file}" in arguments else "out/latest.pth")
+    file.parent.mkdir(exist_ok=True)
+    malicious(tmp_path / "it ran", True)(file)
+    arguments = arguments.format(file="file.pth", arch=arch_file, data=phantom)
+    error = only_error(run(Path(script.__file__), arguments, folder=tmp_path))
+    assert "pth asks for posix.mkdir while loading" in error and "do not trust it" in error
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_an_environment_variable_does_not_open_the_door(tmp_path, monkeypatch):
+    """PyTorch has one that makes unpickling unrestricted wherever a call leaves it open."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    malicious(tmp_path / "it ran", True)(tmp_path / "file.pth")
+    with pytest.raises(UserError, match="asks for posix.mkdir"):
+        load_safely(tmp_path / "file.pth")
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.fault("malicious pickle")
+@pytest.mark.parametrize(
+    "call",
+    [
+        Called(getattr, "text", "format"),
+        Called(np.load, "x.npy"),
+        Called(np.fromfile, "/etc/passwd"),
+        Called(np.memmap, "/etc/passwd"),
+        Called(torch.load, "x.pth"),
+        Called(open, "/etc/passwd"),
+        Called(codecs.decode, b"text", "rot13"),
+        Called(functools.partial, os.mkdir, "it ran"),
+        Called(operator.methodcaller, "mkdir", "it ran"),
+        Called(subprocess.Popen, ["touch", "it ran"]),
+    ],
+    ids=lambda call: f"{call.call[0].__name__} {call.call[1][-1]}",
+)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_only_what_arrays_need_is_called(tmp_path, monkeypatch, call, zipped):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x": call}, "file.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="file.pth (asks for|is damaged)"):
+        load_safely("file.pth")
+    assert os.listdir() == ["file.pth"]

@@ -1,0 +1,267 @@
+"""The two stages on a small dataset, and the files that they leave."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import ON_CPU, SPACE, TINY, copy_checkout, infer, run, search, train, words
+from monai.networks.nets import DiNTS, TopologySearch
+
+import decode_plot
+import search_dints
+from dints.data.tasks import TASKS
+from dints.errors import UserError
+from dints.network.architecture import load_architecture
+from dints.network.cost import Cost, cost
+from dints.network.model_file import load_model
+from dints.network.operations import OPERATIONS, PUBLISHED
+from dints.running.precision import choose_precision
+from dints.running.processes import Processes
+
+SEARCH = "--num_epochs 4 --num_epochs_warmup 2 --num_epochs_per_validation 2 --learning_rate_arch 0.1"
+TRAIN = "--num_epochs 3 --num_epochs_per_validation 2"
+SHORT = "--num_epochs 1 --num_epochs_warmup 0"
+STILL = "--learning_rate 1e-12 --learning_rate_arch 1e-12"
+
+
+@pytest.fixture(scope="module")
+def searched(phantom, tmp_path_factory) -> Path:
+    """Search once, and give the run's folder."""
+    return search(phantom, tmp_path_factory.mktemp("search"), SEARCH)
+
+
+@pytest.fixture(scope="module")
+def code(searched) -> Path:
+    """Take the architecture that was found last."""
+    return searched / "search_code_12.pth"
+
+
+@pytest.fixture(scope="module")
+def trained(phantom, code, tmp_path_factory) -> Path:
+    """Retrain it once, and give the run's folder."""
+    return train(phantom, tmp_path_factory.mktemp("train"), code, TRAIN)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """Read a table."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def parts(path: Path) -> dict:
+    """Read what a checkpoint has the state of."""
+    return torch.load(path, weights_only=True)["parts"]
+
+
+class TestSearch:
+    def test_leaves_what_it_promises(self, searched):
+        expected = {f"search_code_{number}.{kind}" for number in (6, 12) for kind in ("pth", "gv")}
+        expected |= {"latest.pth", "accuracy_history.csv", "loss_history.csv", "progress.yaml", "Events"}
+        expected |= {"training_loss.png", "validation_metric.png", "search.png"}
+        assert expected <= {path.name for path in searched.iterdir()}
+        assert not list(searched.rglob("*.partial"))
+        if shutil.which("dot"):
+            assert (searched / "search_code_12.png").stat().st_size > 1000
+
+    def test_the_found_architecture_says_where_it_came_from(self, code):
+        found = load_architecture(code, num_blocks=2, num_depths=3)
+        assert found.info["iter_num"] == 12 and found.info["epochs"] == 4
+        assert found.info["factor_ram_cost"] == 0.8 and found.info["task"] == "Task00_Phantom"
+        assert torch.load(code, weights_only=True)["node_a"].shape == (3, 3)
+
+    def test_the_architecture_rests_during_the_warm_up_and_moves_after_it(self, searched):
+        losses = rows(searched / "loss_history.csv")
+        assert [row["iteration"] for row in losses] == ["3", "6", "9", "12"]
+        assert [bool(row["architecture_loss"]) for row in losses] == [False, False, True, True]
+        assert losses[0]["ram_ratio"] == losses[1]["ram_ratio"] != losses[3]["ram_ratio"]
+        changed = [int(row["changed_paths"]) + int(row["changed_operations"]) for row in losses]
+        assert changed[:2] == [0, 0] and sum(changed) > 0
+
+    def test_weights_and_architecture_are_disjoint(self, searched):
+        of_run = parts(searched / "latest.pth")
+        assert len(of_run["optimizer"]["param_groups"][0]["params"]) == len(of_run["network"]) - 2
+        alphas = {name for name in of_run["network"] if "alpha" in name}
+        assert alphas == {"dints_space.log_alpha_a", "dints_space.log_alpha_c"}
+
+    def test_scalars_are_on_tensorboard(self, searched):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(searched / "Events"))
+        events.Reload()
+        names = {"loss", "architecture_loss", "entropy_a", "entropy_c", "ram_ratio", "ram_target", "learning_rate"}
+        names = {f"train/{name}" for name in (*names, "seconds_per_iteration")} | {"validation/dice_liver"}
+        assert names <= set(events.Tags()["scalars"])
+        assert [event.step for event in events.Scalars("train/loss")] == [3, 6, 9, 12]
+
+    def test_progress_tells_the_best_validation(self, searched):
+        progress = yaml.safe_load((searched / "progress.yaml").read_text())
+        best = max(rows(searched / "accuracy_history.csv"), key=lambda row: float(row["dice"]))
+        assert progress["best_avg_dice_score"] == pytest.approx(float(best["dice"]))
+        assert progress["best_avg_dice_score_iteration"] == int(best["iteration"])
+
+    def test_the_architecture_says_what_its_network_costs(self, code):
+        found = load_architecture(code)
+        counted, written = cost(found, 1, 3, (16, 16, 16)).to_dict(), found.info["cost"]
+        for key in ("parameters", "gmac", "activation_mib", "input_shape", "channel_mul"):
+            assert written[key] == counted[key], key
+        assert written["latency_ms"] > 0
+        source = code.with_suffix(".gv").read_text()
+        assert all(line in source for line in Cost(**{**written, "input_shape": (1, 1, 16, 16, 16)}).lines())
+        assert f"{found.info['ram_ratio']:.3f} of the memory" in source
+
+    @pytest.mark.slow
+    def test_it_keeps_a_memory_budget(self, phantom, code, tmp_path, caplog):
+        free = load_architecture(code).info["ram_ratio"]
+        with caplog.at_level("INFO"):
+            search(phantom, tmp_path, SHORT, "--ram_budget fixed --max_ram_ratio", 0.5 * free)
+        found = load_architecture(tmp_path / "search_code_3.pth").info["ram_ratio"]
+        assert 0 < found <= 0.5 * free
+        assert f"decoded: {found:.3f} of the memory of every path with its dearest operation" in caplog.text
+        with pytest.raises(UserError, match="--max_ram_ratio 0.0001 is too small for 2 blocks and 3 depths: give at"):
+            search(phantom, tmp_path / "other", SHORT, "--max_ram_ratio", 0.0001)
+
+    @pytest.mark.fault("non-finite loss")
+    def test_a_loss_that_is_not_finite_stops_it(self, phantom, tmp_path):
+        message = r"loss is not finite at iteration 2 \(cases phantom_00.\), and in 5 steps in a row: the training div"
+        with pytest.raises(UserError, match=message):
+            search(phantom, tmp_path, SEARCH, "--learning_rate", 1e30)
+        state = torch.load(tmp_path / "latest.pth", weights_only=True)  # the one that every run begins with
+        assert state["progress"]["iteration"] == 0
+
+
+class TestSearchFromWeights:
+    """``--checkpoint`` of the search; a run's first state becomes previous.pth."""
+
+    @pytest.mark.slow
+    def test_a_searchs_own_checkpoint(self, phantom, searched, tmp_path):
+        search(phantom, tmp_path, SHORT, STILL, "--checkpoint", searched / "latest.pth")
+        stages = searched / "latest.pth", tmp_path / "previous.pth", tmp_path / "latest.pth"
+        given, start, end = (parts(path)["network"] for path in stages)
+        assert given.keys() == start.keys() and all(torch.equal(given[key], start[key]) for key in given)
+        assert all(torch.allclose(given[key], end[key], atol=1e-6) for key in given)
+
+    @pytest.mark.parametrize("prefix", ["", "module."])
+    def test_a_state_dict_of_monais_supernet(self, tmp_path, prefix):
+        torch.manual_seed(1)
+        monais = DiNTS(TopologySearch(channel_mul=0.125, num_blocks=2, num_depths=3), 1, 3).state_dict()
+        torch.save({prefix + key: value for key, value in monais.items()}, tmp_path / "monai.pth")
+        flags = words("--root none --output_root none", TINY, SPACE, "--checkpoint", tmp_path / "monai.pth")
+        processes, task = Processes(0, 1, torch.device("cpu")), TASKS["Task00_Phantom"]
+        precision = choose_precision("fp32", processes)
+        started = search_dints.Supernet(search_dints.parse_args(flags), task, precision, processes)
+        own = started.network.state_dict()
+        assert own.keys() == monais.keys() and all(torch.equal(own[key], monais[key]) for key in monais)
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ("--checkpoint {none}", "none.pth does not exist"),
+            ("--checkpoint {code}", "search_code_12.pth does not hold network weights"),
+            ("--checkpoint {latest} --channel_mul 0.25", "latest.pth do not fit this network: .* of another shape"),
+            ("--checkpoint {latest} --num_blocks 1", "latest.pth do not fit this network: .* that the network lacks"),
+            ("--checkpoint {latest} --operations conv_3x3x3", "latest.pth do not fit this network"),
+            ("--checkpoint {model}", "model.pth do not fit this network: .* that the network has"),
+        ],
+    )
+    @pytest.mark.fault("weights of another architecture")
+    def test_what_does_not_fit_is_refused_before_a_case_is_read(
+        self, phantom, searched, trained, code, tmp_path, monkeypatch, flags, message
+    ):
+        monkeypatch.setattr("dints.data.cache.Cache.hold", lambda *_: pytest.fail("data was read"))
+        files = {"none": tmp_path / "none.pth", "latest": searched / "latest.pth", "code": code}
+        flags = flags.format(**files, model=trained / "best_metric_model.pth")
+        with pytest.raises(UserError, match=message) as refused:
+            search(phantom, tmp_path / "run", SHORT, flags)
+        assert "\n" not in str(refused.value)
+
+
+class TestTrain:
+    def test_the_model_file_needs_nothing_beside(self, trained, code):
+        model = load_model(trained / "best_metric_model.pth")
+        assert model.architecture.codes() == load_architecture(code).codes()
+        assert model.task.name == "Task00_Phantom" and model.task.patch_size == (16, 16, 16)
+        assert model.network(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
+        assert not [key for key in model.network.state_dict() if key.startswith("module.")]
+        best = max(float(row["dice"]) for row in rows(trained / "accuracy_history.csv"))
+        assert model.info["dice"] == pytest.approx(best)
+
+    def test_every_weight_trained(self, trained):
+        state = parts(trained / "latest.pth")["optimizer"]["state"]
+        assert all(values["momentum_buffer"].abs().max() > 0 for values in state.values())
+
+    @pytest.mark.slow
+    def test_fine_tunes_from_a_checkpoint(self, phantom, trained, code, tmp_path):
+        """Without a step to speak of, the fine-tuned network is the one that it started from."""
+        model = trained / "best_metric_model.pth"
+        train(phantom, tmp_path, code, "--num_epochs", 1, "--checkpoint", model, "--learning_rate", 1e-12)
+        start, end = (load_model(folder / model.name).network.state_dict() for folder in (trained, tmp_path))
+        assert all(torch.allclose(start[key], end[key], atol=1e-6) for key in start)
+
+    def test_all_cases_without_validation(self, phantom, code, tmp_path):
+        train(phantom, tmp_path, code, "--fold", "all", "--num_epochs", 1)
+        assert load_model(tmp_path / "best_metric_model.pth").info["dice"] is None
+        assert not (tmp_path / "accuracy_history.csv").exists()
+
+    @pytest.mark.fault("non-empty output folder of another run")
+    def test_another_run_is_not_overwritten(self, phantom, trained, code):
+        with pytest.raises(UserError, match="num_epochs was 3 and is 5"):
+            train(phantom, trained, code, TRAIN, "--num_epochs", 5)
+
+
+class TestOperations:
+    """``--operations`` of the search, and an operation that the table does not have yet."""
+
+    @pytest.mark.slow
+    def test_a_subset_is_searched_written_drawn_retrained_and_segmented_with(self, phantom, tmp_path):
+        chosen = ("conv_1x3x3", "skip_connect")  # in an order that is not the table's
+        search(phantom, tmp_path / "search", SHORT, "--operations", *chosen)
+        (code,) = (tmp_path / "search").glob("search_code_*.pth")
+        found = load_architecture(code)
+        assert found.operations == chosen and torch.load(code, weights_only=True)["operations"] == list(chosen)
+        assert {0, 1} == set(found.arch_code_c[found.arch_code_a == 1].tolist())
+        source = decode_plot.plot_graph(code, directory=tmp_path).source
+        for name, operation in OPERATIONS.items():
+            assert (operation.meaning in source) == (name in chosen)
+
+        model_file = train(phantom, tmp_path / "train", code, "--num_epochs 1") / "best_metric_model.pth"
+        model = load_model(model_file)
+        assert model.architecture.operations == chosen
+        assert any(".op.ops." in name and name.endswith(".conv_1") for name, _ in model.network.named_modules())
+        out = infer(tmp_path / "out", "--checkpoint", model_file, "--input", phantom / "imagesTs")
+        assert len(list(out.glob("*.nii.gz"))) == 2
+
+    @pytest.mark.slow
+    def test_a_sixth_is_one_entry_of_the_table(self, phantom, tmp_path):
+        """It goes through the scripts' command lines, in a copy of the checkout."""
+        copy, name, meaning = copy_checkout(tmp_path / "copy"), "dilated_3x3x3", "dilated convolution"
+        table = copy / "dints" / "network" / "operations.py"
+        text, end = table.read_text(), "}\nPUBLISHED = "
+        entry = (
+            f'    "{name}": Operation("dilated", "#E0D0F0", "{meaning}", 3, _convolutions((3, 3, 3), dilation=2)),\n'
+        )
+        assert text.count(end) == 1
+        table.write_text(text.replace(end, entry + end))
+
+        def script(*command: object) -> str:
+            done = run(*command, folder=copy)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        data, names = ("--root", phantom), (*PUBLISHED, name)
+        code, model = tmp_path / "search" / "search_code_3.pth", tmp_path / "train" / "best_metric_model.pth"
+        searching = TINY, SPACE, SHORT, "--seed 1 --operations", *names
+        script("search_dints.py", *data, *searching, "--output_root", code.parent)
+        content = torch.load(code, weights_only=True)
+        assert content["operations"] == list(names)
+        assert 5 in content["arch_code_c"][content["arch_code_a"] == 1]
+        script("decode_plot.py --checkpoint", code, "--directory", tmp_path)
+        assert meaning in (tmp_path / "graph.gv").read_text()
+        script("train_dints.py", *data, TINY, "--num_epochs 1 --arch_ckpt", code, "--output_root", model.parent)
+        segmenting = "--num_folds 3", ON_CPU, "--output_root", tmp_path / "segmented"
+        said = script("infer_dints.py", *data, "--checkpoint", model, *segmenting)
+        assert said.startswith("Dice ") and len(list((tmp_path / "segmented").glob("*.nii.gz"))) == 2
+        with pytest.raises(UserError, match=f"names the operation '{name}', which this version does not have"):
+            load_architecture(code)  # in this checkout, whose table lacks it
