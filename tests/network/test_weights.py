@@ -43,7 +43,10 @@ def assert_loads(network: nn.Module, content: object, expected: dict, path, unus
 def test_weights_of_monais_networks_and_of_every_file_of_ours_are_loaded(tmp_path, form, prefix):
     theirs = DiNTS(quiet(TopologySearch, channel_mul=SMALL, num_blocks=1, num_depths=2), 1, 2)
     found = FoundNetwork(UP, 2, 3, SMALL)
-    for network, state, unused in ((our_supernet(), theirs.state_dict(), ()), (found, state_of(UP), found.unused_stems)):
+    for network, state, unused in (
+        (our_supernet(), theirs.state_dict(), ()),
+        (found, state_of(UP), found.unused_stems),
+    ):
         prefixed = {prefix + key: value for key, value in state.items()}
         content = {
             "state dict": prefixed,
@@ -72,7 +75,10 @@ MISFITS = {
     "a supernet": (lambda fit: our_supernet().state_dict(), "lacks [0-9]+ tensors that the network has"),
     "one missing": (lambda fit: without(fit, BIAS), f"lacks 1 tensors .*{BIAS}"),
     **{
-        key: (lambda fit, key=key: {**fit, key: torch.ones(2)}, f"has 1 tensors that the network lacks, .*example {key}")
+        key: (
+            lambda fit, key=key: {**fit, key: torch.ones(2)},
+            f"has 1 tensors that the network lacks, .*example {key}",
+        )
         for key in ("head.bias", "stem_down.2.mod.9.bias", "stem_down.4.mod.1.weight")
     },
     "NaN": (lambda fit: {**fit, BIAS: torch.tensor([0, math.nan, 0])}, f"are NaN or infinite in 1 .* {BIAS}: give"),
