@@ -53,8 +53,7 @@ def test_it_is_monais_network(architecture, dtype, tolerance):
     theirs, ours = theirs.to(dtype), ours.to(dtype)
     assert list(ours.state_dict()) == list(without_unused_stems(theirs.state_dict(), architecture))
 
-    step = 2**architecture.num_depths
-    voxels = 2 * step, 2 * step, step
+    voxels = (2 ** (architecture.num_depths + 1),) * 3
     image = torch.randn(2, 2, *voxels, dtype=dtype, requires_grad=True)
     mix = torch.randn(2, 3, *voxels, dtype=dtype)
     results = []
@@ -159,7 +158,7 @@ def test_parameters_of_the_published_architecture():
 )
 def test_patch_sizes_that_fit(num_depths, patch_size):
     check_patch_size(patch_size, num_depths)
-    scores = on_meta(everything(2, num_depths), 1, 2, SMALL)(torch.zeros(1, 1, *patch_size, device="meta"))
+    scores = on_meta(everything(1, num_depths), 1, 2, SMALL)(torch.zeros(1, 1, *patch_size, device="meta"))
     assert scores.shape == (1, 2, *patch_size)
 
 
@@ -186,4 +185,4 @@ def test_patch_sizes_that_do_not_fit(num_depths, patch_size, suggestion):
     assert str(caught.value).endswith(f"for example {suggested}")
     check_patch_size(suggestion, num_depths)
     with pytest.raises((RuntimeError, ValueError)):  # the check refuses nothing that the network could do
-        on_meta(everything(2, num_depths), 1, 2, SMALL)(torch.zeros(1, 1, *patch_size, device="meta"))
+        on_meta(everything(1, num_depths), 1, 2, SMALL)(torch.zeros(1, 1, *patch_size, device="meta"))
