@@ -8,7 +8,7 @@ import io
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceCELoss
-from monai.networks.nets.dints import DiNTS, TopologyInstance, TopologySearch
+from monai.networks.nets.dints import Cell, DiNTS, TopologyInstance, TopologySearch
 from torch import nn
 
 from dints.network.architecture import Architecture
@@ -21,11 +21,14 @@ def quiet(build, *args, **kwargs):
         return build(*args, **kwargs)
 
 
-def network(architecture: Architecture, in_channels: int, num_classes: int, channel_mul: float) -> DiNTS:
-    """Build the found network as MONAI does."""
+def network(
+    architecture: Architecture, in_channels: int, num_classes: int, channel_mul: float, cell: type[Cell] = Cell
+) -> DiNTS:
+    """Build the found network as MONAI does; of other operations than MONAI's with another kind of cell."""
     space = quiet(
         TopologyInstance,
         arch_code=[architecture.arch_code_a, architecture.arch_code_c],
+        cell=cell,
         channel_mul=channel_mul,
         num_blocks=architecture.num_blocks,
         num_depths=architecture.num_depths,

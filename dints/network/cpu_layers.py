@@ -8,6 +8,9 @@
 - An InstanceNorm is two to four times faster as the group norm that it is.
 - Trilinear upsampling is two to six times faster as a product with a small matrix along each axis.
 
+One is not about speed: where the first spatial axis is shorter than the kernel (2 planes for one of 3), the gradient of
+a weight in bfloat16 is what lay in memory before, NaN at times. We pad that axis ourselves.
+
 On a GPU, and on processors other than x86, PyTorch's own calls stay.
 """
 
@@ -68,7 +71,22 @@ class Convolution(nn.Conv3d):
                 return result.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else result
             if _in_fp32(input, weight) and _pays(input, weight, self.stride):
                 return _OneDnnConvolution.apply(input, weight, self.stride, self.padding, 1)
+        if self.padding[0] and _is_wrong_in_bfloat16(input, weight):
+            padded, padding = _padded_first(input, self.padding)
+            return F.conv3d(padded, weight, bias, self.stride, padding, groups=self.groups)
         return super()._conv_forward(input, weight, bias)
+
+
+def _is_wrong_in_bfloat16(image: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Tell whether PyTorch 2.13's gradient of the weight may be that of memory which nobody wrote."""
+    if image.device.type != "cpu" or image.ndim != 5 or image.shape[2] >= weight.shape[2]:
+        return False
+    return image.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+
+
+def _padded_first(image: torch.Tensor, padding: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Pad the first spatial axis; return the image and the padding that is left to do."""
+    return F.pad(image, (0, 0, 0, 0, padding[0], padding[0])), (0, *padding[1:])
 
 
 class InstanceNorm(nn.InstanceNorm3d):
@@ -267,9 +285,8 @@ def _gradient_of_image(gradient, image, weight, stride, padding, groups):
 
 def _gradient_of_weight(gradient, image, weight, stride, padding, groups):
     mask = (False, True, False)
-    first = padding[0]
-    if first and not _HAS_AVX512:  # oneDNN's AVX2 kernel of this gradient does not pad the first axis itself
-        image, padding = F.pad(image, (0, 0, 0, 0, first, first)), (0, *padding[1:])
+    if padding[0] and not _HAS_AVX512:  # oneDNN's AVX2 kernel of this gradient does not pad the first axis itself
+        image, padding = _padded_first(image, padding)
     if groups == 1:
         gradient, image = gradient.to_mkldnn(), image.to_mkldnn()
     return _backward(gradient, image, weight, stride, padding, groups, mask)[1]

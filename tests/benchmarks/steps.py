@@ -90,7 +90,7 @@ def parse_args() -> argparse.Namespace:
 def build_rows(
     args: argparse.Namespace, processes: running.Processes, precision: Precision
 ) -> dict[str, Callable[[], tuple[Call, Call]]]:
-    """For each row, what builds its two calls, the published one first; nothing is built before it is measured."""
+    """Return for each row what builds its two calls, the published one first; nothing is built before its turn."""
     size, device = SIZES[args.size], processes.device
 
     def batch(num_images: int) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ SHAPES = {
     "few voxels in each of many images": (6, 64, 64, (3, 3, 3), 1, (4, 4, 2), "oneDNN without AVX-512"),
     "few voxels, few weights": (1, 8, 8, (3, 3, 3), 1, (4, 4, 4), "PyTorch"),
     "one voxel in the kernel": (1, 32, 64, (1, 1, 1), 1, (16, 16, 16), "PyTorch"),
+    "two planes": (1, 32, 32, (3, 3, 3), 1, (2, 16, 16), "oneDNN"),
     "odd sizes": (1, 17, 23, (3, 3, 3), 1, (13, 15, 17), "oneDNN"),
 }
 MANY_AND_FEW_VOXELS = pytest.mark.parametrize("size", [(16, 16, 16), (2, 2, 2)], ids=["many voxels", "few voxels"])
@@ -132,6 +133,23 @@ def test_under_autocast_products_stay_in_fp32(size, expected):
         result.float().square().sum().backward()
     assert ours.weight.grad.dtype == torch.float32
     assert_nearer(result, theirs, copy.deepcopy(plain).double()(image.double()))
+
+
+@pytest.mark.parametrize("size", [(2, 2, 2), (2, 16, 16), (1, 4, 4), (4, 4, 4)], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 3), (3, 1, 1), (1, 3, 3), (5, 5, 5)], ids=str)
+def test_gradients_in_bf16_are_right_where_pytorchs_are_what_lay_in_memory(size, kernel):
+    plain, ours = pair(16, 16, kernel)
+    image = torch.randn(1, 16, *size)
+    mix = torch.randn(1, 16, *size)
+    (expected,) = torch.autograd.grad((plain(image) * mix).sum(), plain.weight)
+    for _ in range(3):
+        unwritten = [torch.full_like(expected, torch.nan) for _ in range(4)]
+        del unwritten  # the next tensors get their memory
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = ours(image)
+        (found,) = torch.autograd.grad((result.float() * mix).sum(), ours.weight)
+        assert result.dtype == torch.bfloat16
+        assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 @pytest.mark.parametrize("size", [(16, 8, 8), (4, 4, 4), (2, 2, 2), (2, 1, 2)], ids=str)

@@ -1,4 +1,4 @@
-"""Every sequence of children, where few enough to try them all, is the oracle of dints/network/decoding.py."""
+"""Every sequence of children, where there are few enough to try them all, is the oracle of decoding."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_parameters_of_the_published_architecture():
 )
 def test_patch_sizes_that_fit(num_depths, patch_size):
     check_patch_size(patch_size, num_depths)
-    scores = on_meta(everything(2, num_depths), 1, 2, SMALL)(torch.zeros(1, 1, *patch_size, device="meta"))
+    scores = on_meta(everything(1, num_depths), 1, 2, SMALL)(torch.zeros(1, 1, *patch_size, device="meta"))
     assert scores.shape == (1, 2, *patch_size)
 
 
@@ -185,4 +185,4 @@ def test_patch_sizes_that_do_not_fit(num_depths, patch_size, suggestion):
     assert str(caught.value).endswith(f"for example {suggested}")
     check_patch_size(suggestion, num_depths)
     with pytest.raises((RuntimeError, ValueError)):  # the check refuses nothing that the network could do
-        on_meta(everything(2, num_depths), 1, 2, SMALL)(torch.zeros(1, 1, *patch_size, device="meta"))
+        on_meta(everything(1, num_depths), 1, 2, SMALL)(torch.zeros(1, 1, *patch_size, device="meta"))

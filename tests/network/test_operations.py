@@ -1,178 +1,233 @@
-"""The table of operations: MONAI's five, and what one more entry needs, which is nothing else."""
+"""The table of operations builds MONAI's, and one entry more is all that a new operation takes."""
 
 from __future__ import annotations
 
+import html
+import re
+import shutil
+
 import numpy as np
+import published
 import pytest
 import torch
-from architectures import everything
-from monai.networks.nets.dints import Cell
+import torch.nn.functional as F
+from architectures import chain, connected, everything
+from monai.networks.nets.dints import Cell, DiNTS, TopologySearch
 
 from dints.data.tasks import TASKS
 from dints.errors import UserError
-from dints.network import mixing
 from dints.network.architecture import load_architecture, save_architecture
 from dints.network.cells import cell_of
 from dints.network.cost import cost
-from dints.network.drawing import draw_architecture
+from dints.network.drawing import draw_architecture, draw_search_space
 from dints.network.found import FoundNetwork
 from dints.network.model_file import load_model, save_model
-from dints.network.operations import OPERATIONS, PUBLISHED, ActivatedConvolutions, Operation
+from dints.network.operations import OPERATIONS, PUBLISHED, ActivatedConvolutions, Operation, check_names
 from dints.network.space import SearchSpace, supernet
 
-SMALL = 0.125  # times 32, 64, ... channels
-DILATED = Operation(
-    "dilated",
-    "#D9D2F0",
-    "3x3x3 convolution, dilation 2",
-    3,
-    lambda channels: ActivatedConvolutions(channels, [(3, 3, 3)], dilation=2),
-)
-DEPTHWISE = Operation(
-    "5x5x5 dw",
-    "#F0E2D2",
-    "5x5x5 depthwise convolution",
-    3,
-    lambda channels: ActivatedConvolutions(channels, [(5, 5, 5)], groups=channels),
-)
-SEVEN = (*PUBLISHED, "dilated", "depthwise")
+SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
+NEW = {
+    "dilated_3x3x3": Operation(
+        "3x3x3/2", "#DDDDDD", "3x3x3, dilated", 3, lambda c: ActivatedConvolutions(c, [(3, 3, 3)], dilation=2)
+    ),
+    "depthwise_5x5x5": Operation(
+        "DW <5>", "#EEEEEE", "5x5x5, depthwise", 5, lambda c: ActivatedConvolutions(c, [(5, 5, 5)], groups=c)
+    ),
+}
+SEVEN = (*PUBLISHED, *NEW)
+SUBSET = ("depthwise_5x5x5", "conv_1x3x3", "skip_connect", "dilated_3x3x3")  # in another order than the table's
+LISTS = {"seven": SEVEN, "subset": SUBSET, "published, reversed": PUBLISHED[::-1]}
+EACH_LIST = pytest.mark.parametrize("names", LISTS.values(), ids=LISTS)
 
 
 @pytest.fixture
-def seven(monkeypatch) -> tuple[str, ...]:
-    """Add two operations, an entry each, and return all names."""
-    monkeypatch.setitem(OPERATIONS, "dilated", DILATED)
-    monkeypatch.setitem(OPERATIONS, "depthwise", DEPTHWISE)
-    return SEVEN
+def seven(monkeypatch):
+    """Add two operations to the table, one entry each."""
+    for name, operation in NEW.items():
+        monkeypatch.setitem(OPERATIONS, name, operation)
 
 
-def space_of(names: tuple[str, ...]) -> SearchSpace:
-    """Make a small space whose paths and operations have distinct probabilities."""
+def assert_same_state(found: torch.nn.Module, expected: torch.nn.Module) -> None:
+    states = found.state_dict(), expected.state_dict()
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_our_operations_are_monais_to_the_last_bit(name):
     torch.manual_seed(0)
-    space = SearchSpace(SMALL, num_blocks=2, num_depths=3, operations=names)
+    theirs = Cell.OPS3D[name](6)
+    torch.manual_seed(0)
+    ours = OPERATIONS[name].build(6)
+    assert_same_state(ours, theirs)
+    assert OPERATIONS[name].maps == theirs.ram_cost
+    image = torch.randn(2, 6, 8, 4, 6)
+    assert torch.equal(ours(image), theirs(image))
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(-1, 4), (0, 8), (0, 6), (1, 16)])
+def test_a_cell_begins_with_the_weights_of_monais(rate, channels):
+    cells = []
+    for kind in (cell_of(PUBLISHED), Cell):
+        torch.manual_seed(0)
+        cells.append(kind(channels, 8, rate))
+    assert_same_state(*cells)
+
+
+def test_dilation_and_groups_are_the_convolutions():
+    torch.manual_seed(0)
+    image = torch.randn(1, 4, 6, 8, 6)
+    for name, settings in (("dilated_3x3x3", {"dilation": 2}), ("depthwise_5x5x5", {"groups": 4})):
+        operation = NEW[name].build(4)
+        expected = F.instance_norm(F.conv3d(image.relu(), operation.conv.weight, padding=2, **settings))
+        torch.testing.assert_close(operation(image), expected)
+
+
+def spaces(names: tuple[str, ...]) -> tuple[TopologySearch, SearchSpace]:
+    """Make MONAI's space and ours of the same cells, with the same random alphas and weights."""
+    torch.manual_seed(0)
+    theirs = published.quiet(TopologySearch, channel_mul=SMALL, cell=cell_of(names), num_blocks=2, num_depths=3)
+    for alpha in (theirs.log_alpha_a, theirs.log_alpha_c):
+        torch.nn.init.normal_(alpha)
+    ours = SearchSpace(SMALL, 2, 3, names)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+@EACH_LIST
+def test_a_supernet_mixes_any_operations_as_monai_does(seven, names):
+    """MONAI's own way calls each cell with its weights; ours calls new operations only, and joins the published."""
+    theirs, ours = (build(space, 1, 2) for build, space in zip((DiNTS, supernet), spaces(names), strict=True))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    called = set()
+    for cell in ours.dints_space.cell_tree.values():
+        for name, operation in zip(names, cell.op.ops, strict=True):
+            operation.register_forward_hook(lambda *_, name=name: called.add(name))
+
+    image, mix = torch.randn(1, 1, 16, 16, 16), torch.randn(1, 2, 16, 16, 16)
+    expected, scores = theirs(image), ours(image)
+    assert called == set(NEW) & set(names)
+    torch.testing.assert_close(scores, expected, rtol=5e-4, atol=1e-5)
+    for output in (expected, scores):
+        (output * mix).mean().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+        atol = 5e-4 * expected[name].grad.abs().max().item()
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=5e-4, atol=atol, msg=name.__add__)
+
+
+@EACH_LIST
+def test_memory_and_what_is_decoded_are_monais(seven, names):
+    theirs, ours = spaces(names)
+    maps = [OPERATIONS[name].maps for name in names]
+    assert (np.diff(ours.ram_cost) == np.diff(maps)).all()  # beside them, a path has the memory of its change
+    size = (1, 1, 32, 32, 32)
+    torch.testing.assert_close(ours.get_ram_cost_usage(size), theirs.get_ram_cost_usage(size), rtol=1e-5, atol=0)
+    for expected, found in zip(theirs.decode(), ours.decode(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@EACH_LIST
+def test_what_is_decoded_is_written_with_the_names_and_read(seven, tmp_path, names):
+    space, wanted = SearchSpace(SMALL, 3, 3, names), everything(3, 3, names)
     with torch.no_grad():
-        space.log_alpha_a.normal_()
-        space.log_alpha_c.normal_()
-    return space
-
-
-@pytest.mark.parametrize(("name", "theirs"), zip(PUBLISHED, Cell.OPS3D, strict=True))
-def test_the_published_operations_are_monais(name, theirs):
-    torch.manual_seed(0)
-    expected = Cell.OPS3D[theirs](4)
-    torch.manual_seed(0)
-    found = cell_of(PUBLISHED).OPS3D[name](4)
-    assert name == theirs
-    assert list(found.state_dict()) == list(expected.state_dict())
-    for key, value in expected.state_dict().items():
-        assert torch.equal(found.state_dict()[key], value), key
-    image = torch.randn(2, 4, 6, 5, 7)
-    assert torch.equal(found(image), expected(image))
-    assert found.ram_cost == expected.ram_cost == OPERATIONS[name].maps
-
-
-def test_a_space_with_more_operations_mixes_as_its_cells_do(seven, monkeypatch):
-    """The published ones stay side by side; only what cannot be is computed by itself."""
-    space = space_of(seven)
-    images = [torch.randn(1, channels, *[16 // 2**d] * 3) for d, channels in enumerate(space.filter_nums[1:4])]
-    calls, convolved = [], mixing._convolved
-
-    def counted(operations, *rest):
-        calls.append(len(operations))
-        return convolved(operations, *rest)
-
-    monkeypatch.setattr(mixing, "_convolved", counted)
-    outputs = space(images)
-    assert calls and set(calls) == {4}  # the four convolving ones of the five
-
-    weights = space.get_prob_a()[1].unsqueeze(-1) * space.log_alpha_c.softmax(-1)
-    expected = images
-    for block in range(space.num_blocks):
-        sums = [0.0] * space.num_depths
-        for path, (source, target) in enumerate(space.paths):
-            sums[target] = sums[target] + space.cell_tree[str((block, path))](expected[source], weights[block, path])
-        expected = sums
-    for found, wanted in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    sum(output.square().mean() for output in outputs).backward()
-    assert (space.log_alpha_c.grad.abs() > 0).all()  # each operation learns
-
-
-def test_memory_counts_an_operation_by_its_feature_maps(seven):
-    space = space_of(seven)
-    assert space.ram_cost.shape[-1] == 7
-    np.testing.assert_array_equal(space.ram_cost[..., 5:], space.ram_cost[..., 1:2].repeat(2, -1))  # 3 maps, as 3x3x3
-    found = space.architecture(0.5 * (1 + space.feasible_ram_ratio()))
-    assert found.operations == seven and found.info["ram_ratio"] <= 0.5 * (1 + space.feasible_ram_ratio())
-
-
-def test_more_operations_go_all_the_way(seven, tmp_path):
-    """One entry each: decoded, written, read, costed, drawn, built, trained, saved as a model, segmented with."""
-    with torch.no_grad():
-        space = space_of(seven)
-        space.log_alpha_c[..., 5] = 4.0
-        space.log_alpha_c[0, :, 6] = 5.0
-    network = supernet(space, 1, 3)
-    assert torch.isfinite(network(torch.randn(1, 1, 32, 32, 32))).all()
-    found = space.architecture()
-    assert {5, 6} == set(np.unique(found.arch_code_c))
+        space.log_alpha_a.fill_(2.0)
+        space.log_alpha_c.zero_().scatter_(-1, torch.from_numpy(wanted.arch_code_c).unsqueeze(-1), 1.0)
+    found = space.architecture(task="Task05_Prostate")
+    assert (found.operations, found.codes()) == (names, wanted.codes())
+    within = space.architecture(0.7 * found.info["ram_ratio"])
+    assert within.operations == names and within.info["ram_ratio"] <= 0.7 * found.info["ram_ratio"]
+    with pytest.raises(UserError, match="max_ram_ratio 0.001 is below that of the smallest"):
+        space.architecture(0.001)
 
     save_architecture(tmp_path / "code.pth", found)
-    assert list(torch.load(tmp_path / "code.pth", weights_only=True)["operations"]) == list(seven)
+    assert torch.load(tmp_path / "code.pth", weights_only=True)["operations"] == list(names)
     loaded = load_architecture(tmp_path / "code.pth")
-    assert loaded.operations == seven and loaded.codes() == found.codes()
-    assert cost(loaded, 1, 3, (32, 32, 32), SMALL).gmac > 0
-    source = draw_architecture(loaded, "code", tmp_path).source
-    assert DILATED.meaning in source and DEPTHWISE.meaning in source and ">dilated<" in source
+    assert (loaded.operations, loaded.codes(), loaded.info) == (names, found.codes(), found.info)
 
-    retrained = FoundNetwork(loaded, 1, 3, SMALL)
-    kinds = [layer for layer in retrained.modules() if isinstance(layer, torch.nn.Conv3d)]
-    assert any(layer.dilation == (2, 2, 2) for layer in kinds) and any(layer.groups > 1 for layer in kinds)
-    image = torch.randn(1, 1, 32, 32, 32)
-    scores = retrained(image)
+
+@EACH_LIST
+def test_a_found_network_is_monais_and_its_model_file_holds_the_operations(seven, tmp_path, names):
+    architecture = everything(2, 3, names)
+    torch.manual_seed(0)
+    theirs = published.network(architecture, 2, 3, SMALL, cell_of(names))
+    ours, image = FoundNetwork(architecture, 2, 3, SMALL), torch.randn(1, 2, 16, 16, 16)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    scores = ours(image)
+    torch.testing.assert_close(scores, theirs(image), rtol=1e-4, atol=1e-5)
     scores.square().mean().backward()
-    save_model(tmp_path / "model.pth", retrained, loaded, SMALL, TASKS["Task00_Phantom"])
+    assert all(parameter.grad.abs().max() > 0 for parameter in ours.parameters())
+
+    save_model(tmp_path / "model.pth", ours, architecture, SMALL, TASKS["Task05_Prostate"])
     model = load_model(tmp_path / "model.pth")
-    assert model.architecture.operations == seven and torch.equal(model.network(image), scores)
+    assert model.architecture.operations == names and torch.equal(model.network(image), scores)
 
 
-def test_a_subset_in_another_order_is_a_space_too(tmp_path):
-    names = ("conv_3x3x1", "skip_connect")
-    space = space_of(names)
-    found = space.architecture()
-    assert space.log_alpha_c.shape[-1] == 2 and found.operations == names and found.arch_code_c.max() <= 1
-    save_architecture(tmp_path / "code.pth", found)
-    network = FoundNetwork(load_architecture(tmp_path / "code.pth"), 1, 2, SMALL)
-    images = [torch.randn(1, channels, *[8 // 2**d] * 3) for d, channels in enumerate(space.filter_nums[1:4])]
-    assert all(torch.isfinite(output).all() for output in space(images))
-    kernels = {layer.kernel_size for layer in network.dints_space.modules() if isinstance(layer, torch.nn.Conv3d)}
-    assert kernels <= {(3, 3, 1), (1, 1, 3), (1, 1, 1)}  # the last: the changes of resolution
+def test_the_cost_of_a_new_operation_is_counted(seven):
+    """Of c channels, a 3x3x3 convolution has 27 c^2 weights, a depthwise 5x5x5 one 125 c, each used at every voxel."""
+    plain = chain(0, 0, num_depths=2, operation=1)
+    depthwise = connected(plain.arch_code_a, np.full((1, 4), 6), operations=SEVEN)
+    before, after = (cost(architecture, 1, 2, (8, 8, 8), SMALL) for architecture in (plain, depthwise))
+    voxels, more = 4**3, 125 * 4 - 27 * 4**2
+    assert after.parameters - before.parameters == more
+    assert 1e9 * (after.gmac - before.gmac) == pytest.approx(voxels * more)
 
 
-def written(path, **changes) -> None:
-    content = everything(2, 2).to_dict() | changes
-    torch.save({key: value for key, value in content.items() if value is not None}, path)
+def test_a_network_of_new_operations_exports(seven):
+    network, image = FoundNetwork(everything(1, 2, SEVEN[3:]), 1, 2, SMALL).eval(), torch.randn(1, 1, 8, 8, 8)
+    exported = torch.export.export(network, (image,))
+    torch.testing.assert_close(exported.module()(image), network(image), rtol=1e-4, atol=1e-5)
 
 
-def test_a_file_without_names_means_the_five(tmp_path):
-    written(tmp_path / "code.pth", operations=None)
+@pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz's program 'dot' is not installed")
+def test_labels_and_legend_of_a_drawing_are_those_of_its_operations(seven, tmp_path):
+    labels, architecture = [html.escape(OPERATIONS[name].label) for name in SUBSET], everything(3, 2, SUBSET)
+    found = draw_architecture(architecture, "found", tmp_path).source
+    space = draw_search_space(3, 2, "space", tmp_path, operations=SUBSET).source
+    on_paths = [labels[code] for code in architecture.arch_code_c.flat]
+    for source, expected in ((found, on_paths + labels), (space, labels)):
+        assert re.findall("<TD>(.*?)</TD>", source) == expected
+        assert {name for name, operation in OPERATIONS.items() if operation.meaning in source} == set(SUBSET)
+    assert "with one of 4 operations" in space
+
+
+def test_a_file_without_names_means_the_published_five(seven, tmp_path):
+    content = everything(1, 3).to_dict()
+    del content["operations"]
+    torch.save(content, tmp_path / "code.pth")
     assert load_architecture(tmp_path / "code.pth").operations == PUBLISHED
-
-
-@pytest.mark.fault("missing key, codes, rows, paths, nodes")
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["skip_connect", "conv_9x9x9", *PUBLISHED[2:]], "code.pth names the operation 'conv_9x9x9'.*conv_1x3x3"),
-        ([*PUBLISHED[:4], "skip_connect"], "name each operation once"),
-        ([], "name each operation once"),
-        (list(PUBLISHED[:4]), "'arch_code_c' holds 4; values are 0 to 3"),
-        ("skip_connect", "'operations' is not a list of names"),
-        ([*PUBLISHED[:4], 3], "'operations' is not a list of names"),
-    ],
-    ids=["unknown", "twice", "none", "too few for the codes", "one string", "a number"],
-)
-def test_names_that_cannot_be_are_refused(names, message, tmp_path):
-    written(tmp_path / "code.pth", operations=names)
-    with pytest.raises(UserError, match=message):
+    content["arch_code_c"] = content["arch_code_c"] + 1
+    torch.save(content, tmp_path / "code.pth")
+    with pytest.raises(UserError, match="'arch_code_c' holds 5; values are 0 to 4"):
         load_architecture(tmp_path / "code.pth")
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"),
+    [
+        ([*PUBLISHED, "conv_7x7x7"], r"names the operation 'conv_7x7x7', .* not have \(skip_connect, .*, conv_1x3x3\)"),
+        ([*PUBLISHED, "dilated_3x3x3"], "names the operation 'dilated_3x3x3'"),  # in the tests' table only
+        (["conv_3x3x3", "skip_connect", "conv_3x3x3"], "names conv_3x3x3, skip_connect, conv_3x3x3: name each .* once"),
+        ([], "names no operation"),
+        *((value, "'operations' is not a list of names") for value in ("conv_3x3x3", 5, None, {"a": 1}, [1, 2], [[]])),
+    ],
+    ids=str,
+)
+def test_names_that_the_table_lacks_and_what_is_no_list_of_names_are_refused(tmp_path, names, fault):
+    torch.save({**chain(0, 0, num_depths=2, operation=0).to_dict(), "operations": names}, tmp_path / "code.pth")
+    with pytest.raises(UserError, match=f"{tmp_path}/code.pth.* {fault}") as caught:
+        load_architecture(tmp_path / "code.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_names_on_the_command_line_are_checked_as_those_in_files():
+    assert check_names(["conv_3x3x3", "skip_connect"]) == ("conv_3x3x3", "skip_connect")
+    for names, fault in (
+        (["conv"], "--operations names the operation 'conv', which"),
+        ([], "--operations names no op"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            check_names(names)
+        with pytest.raises(UserError, match=fault):
+            SearchSpace(SMALL, 1, 2, names)

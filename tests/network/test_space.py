@@ -68,7 +68,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> 
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
-@pytest.mark.parametrize("size", [(2, 2), (12, 2), (1, 3), (7, 3), (3, 4), (12, 4)], ids=str)
+@pytest.mark.parametrize("size", [(2, 2), (1, 3), (7, 3), (12, 4)], ids=str)
 def test_probabilities_and_regularisers_are_monais(size, spread):
     theirs, ours = twins(size[0], spread, *size)
     expected = searched_values(theirs.double())
@@ -90,8 +90,8 @@ def test_probabilities_and_regularisers_are_monais(size, spread):
     ("size", "spread", "seeds"),
     [
         ((1, 2), 1.0, 5),
-        *((size, spread, 8) for size in ((2, 2), (12, 2)) for spread in (0.01, 1.0, 5.0)),
-        *((size, spread, 2) for size in ((2, 3), (12, 3)) for spread in (0.01, 1.0, 5.0)),
+        *((size, spread, 3) for size in ((2, 2), (12, 2)) for spread in (0.01, 1.0, 5.0)),
+        *((size, spread, 1) for size in ((2, 3), (12, 3)) for spread in (0.01, 1.0, 5.0)),
         *(((2, 4), spread, 1) for spread in (0.01, 1.0, 5.0)),  # at 12 blocks MONAI's matrix has 2 GB
     ],
     ids=str,
