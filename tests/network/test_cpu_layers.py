@@ -84,6 +84,7 @@ def way(convolution: nn.Module, image: torch.Tensor) -> str:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_convolution_is_pytorchs_and_each_shape_goes_its_way(shape, has_avx512):
     batch, channels, outputs, kernel, stride, size, expected = shape
+    torch.manual_seed(0)
     image = torch.randn(batch, channels, *size)
     for trained in (("image", "weight"), ("image",), ("weight",)):
         plain, ours = (each.requires_grad_("weight" in trained) for each in pair(channels, outputs, kernel, stride))
