@@ -11,7 +11,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-arguments=(-n 2 --dist loadgroup)
+# A file's tests share what they set up, so a file is one process's; those with slow tests come first (conftest.py).
+arguments=(-n 2 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do
     if [[ $argument == --quick ]]; then arguments+=(-m "not slow"); else arguments+=("$argument"); fi
 done
