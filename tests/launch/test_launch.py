@@ -250,6 +250,7 @@ STOPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
 def test_a_signal_stops_the_workers_and_starts_none_again(tmp_path):
     runs = {name: Launch(tmp_path / name, "--steps", "9999", *arguments) for name, (arguments, *_) in STOPS.items()}
@@ -267,6 +268,7 @@ def test_a_signal_stops_the_workers_and_starts_none_again(tmp_path):
         assert "Traceback" not in run.said()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
 def test_workers_that_do_not_stop_are_killed_in_time(tmp_path):
     run = Launch(tmp_path, "--steps", "9999", "--deaf", "--alone", SECONDS_TO_SAVE="1")
@@ -276,6 +278,7 @@ def test_workers_that_do_not_stop_are_killed_in_time(tmp_path):
     assert "has not ended in 1 s: killed" in run.said() and not is_running(run.pid(0))
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_workers_begin(tmp_path):
     """The second node never comes; the agent waits for it."""
     run = Launch(tmp_path, NUM_NODES="2")
@@ -285,6 +288,7 @@ def test_a_signal_before_the_workers_begin(tmp_path):
     assert run.codes(LIMIT) == [USR1]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("torchrun --max-restarts")
 def test_the_run_goes_on_after_a_worker_failed_and_after_each_rank_was_killed(tmp_path):
     run = Launch(tmp_path, "--steps", "100", "--fail", "1")
@@ -296,6 +300,7 @@ def test_the_run_goes_on_after_a_worker_failed_and_after_each_rank_was_killed(tm
     assert (first, second) == (0, 10) and third >= 40 and fourth >= 60 and run.starts()[1::2] == run.starts()[::2]
 
 
+@pytest.mark.slow
 def test_workers_that_always_fail_end_the_run_with_their_code(tmp_path):
     """Bad arguments, code 2, are not tried again. The agent's level of C++ messages is not the stage's."""
     arguments = ["--alone", "--always", "--fail"]
@@ -306,6 +311,7 @@ def test_workers_that_always_fail_end_the_run_with_their_code(tmp_path):
     assert (failing.log_level(), bad.log_level()) == ("unset", "INFO")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("port in use")
 def test_a_port_in_use_is_no_matter_on_one_node_and_told_on_several(tmp_path):
     with socket.socket() as taken:
@@ -319,6 +325,7 @@ def test_a_port_in_use_is_no_matter_on_one_node_and_told_on_several(tmp_path):
     assert "address already in use" in several.said() and "Traceback" not in several.said()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
 def test_two_nodes_of_which_one_gets_the_signal(tmp_path):
     """Node 0, which the rendezvous is on, has saved long before node 1."""
@@ -332,6 +339,7 @@ def test_two_nodes_of_which_one_gets_the_signal(tmp_path):
         assert run.codes(LIMIT) == [143, 143] and len(run.starts()) == 2, run.said()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("torchrun --max-restarts")
 def test_two_nodes_go_on_after_one_lost_its_worker_and_after_it_died_and_came_back(tmp_path):
     run = Launch(tmp_path, "--steps", "100", nodes=2, processes=1)
@@ -345,6 +353,7 @@ def test_two_nodes_go_on_after_one_lost_its_worker_and_after_it_died_and_came_ba
     assert run.codes() == [0, 0] and run.steps() == 100, run.said()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("one rank dies or raises")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_node_with_bad_input_ends_both(rank, phantom, tmp_path):
@@ -424,6 +433,7 @@ def test_a_job_that_is_warned_is_queued_again_and_no_other(arguments, sent, code
     assert lines(tmp_path / "starts") == [f"{rank} of 2: 1, 127.0.0.1, 2: {' '.join(arguments)}" for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
 def test_a_search_goes_on_where_its_job_was_interrupted(phantom, tmp_path):
     environment = {"TASK": phantom.name, "DATA_ROOT": str(phantom), "FOLD": "0", "OUTPUT_ROOT": f"{tmp_path}/run"}
