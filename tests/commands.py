@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: in this process, or as processes of their own; and what they say in the end."""
+"""Tests run the scripts with these as a user does: in this process, or as processes of their own."""
 
 from __future__ import annotations
 

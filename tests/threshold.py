@@ -1,4 +1,4 @@
-"""A stand-in for a network that learned its task, put in place of the one in a model file."""
+"""Threshold stands in for a network that learned its task, in place of the one in a model file."""
 
 from __future__ import annotations
 

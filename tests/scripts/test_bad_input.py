@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from commands import infer, only_error, run, words
+from commands import SPACE, TINY, infer, only_error, run, words
 from threshold import Threshold, knows
 
 import search_dints
@@ -239,7 +239,7 @@ def no_rights(root: Path) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """How a dataset is spoiled, and parts of what is said of it: ``{root}`` stands for its folder."""
+    """A way to spoil a dataset, and parts of what is said of it: ``{root}`` stands for its folder."""
 
     spoil: Spoil
     says: tuple[str, ...]
@@ -545,5 +545,5 @@ def test_a_header_with_any_byte_changed_is_read_or_refused(dataset, tmp_path):
 def test_a_process_says_one_line(dataset, tmp_path):
     row = FAULTS["truncated gzip"]
     root = spoilt(dataset, tmp_path, row.spoil)
-    done = run("search_dints.py --device cpu --num_folds 2 --root", root, "--output_root", tmp_path / "run")
+    done = run("search_dints.py", TINY, SPACE, "--root", root, "--output_root", tmp_path / "run")
     assert_tells(only_error(done), root, row)

@@ -1,4 +1,4 @@
-"""The scripts' command lines: help at once, and what is wrong told before any work, in one line."""
+"""The scripts' command lines give help at once, and tell what is wrong before any work, in one line."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def rotated(degrees: float) -> np.ndarray:
 
 
 def centred(axes: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The affine with these axes whose origin is the middle of the volume."""
+    """Return the affine with these axes whose origin is the middle of the volume."""
     affine = np.eye(4)
     affine[:3, :3] = axes
     affine[:3, 3] = -axes @ (np.array(shape) - 1) / 2

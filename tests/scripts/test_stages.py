@@ -1,4 +1,4 @@
-"""The two stages on a small dataset, and the files that they leave."""
+"""The two stages run on a small dataset, and leave what they promise."""
 
 import csv
 import shutil
@@ -194,7 +194,7 @@ class TestTrain:
 
     @pytest.mark.slow
     def test_fine_tunes_from_a_checkpoint(self, phantom, trained, code, tmp_path):
-        """Without a step to speak of, the fine-tuned network is the one that it started from."""
+        """The fine-tuned network is the one that it started from where no step is large enough to speak of."""
         model = trained / "best_metric_model.pth"
         train(phantom, tmp_path, code, "--num_epochs", 1, "--checkpoint", model, "--learning_rate", 1e-12)
         start, end = (load_model(folder / model.name).network.state_dict() for folder in (trained, tmp_path))
