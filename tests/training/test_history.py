@@ -128,10 +128,7 @@ def test_resume_drops_a_line_that_a_kill_cut_short(tmp_path):
         assert iterations(tmp_path / LOSSES) == [10, 20]
     run(tmp_path, range(2, 3))
     assert (tmp_path / LOSSES).read_text() == whole
-
-
-def test_resume_before_the_first_whole_line(tmp_path):
-    (tmp_path / LOSSES).write_text("epoch,iterat")
+    (tmp_path / LOSSES).write_text(whole[:12])  # of the header
     run(tmp_path, range(1, 2))
     assert iterations(tmp_path / LOSSES) == [20]
 
