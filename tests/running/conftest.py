@@ -10,7 +10,7 @@ from theatre import Theatre
 
 @pytest.fixture(scope="session")
 def theatre(tmp_path_factory) -> Iterator[Theatre]:
-    """Data and processes for plays; the runs that nothing stops are begun."""
+    """Data, and a process that starts and stops runs."""
     theatre = Theatre(tmp_path_factory.mktemp("theatre"))
     yield theatre
     theatre.close()

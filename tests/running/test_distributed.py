@@ -28,13 +28,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def trained(theatre) -> Path:
-    return theatre.straight["train", 2].result()
+    return theatre.straight("train", 2)
 
 
 @pytest.mark.fault("unequal training steps per rank")
 @pytest.mark.parametrize("stage", ["search", "train"])
 def test_ranks_hold_identical_states(stage, theatre):
-    folder = theatre.straight[stage, 2].result()
+    folder = theatre.straight(stage, 2)
     first, second = (torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
     assert assert_equal(first, second) > 50
     assert [int(row["iteration"]) for row in rows(folder / "loss_history.csv")] == [3, 6, 9, 12]

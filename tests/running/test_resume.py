@@ -1,8 +1,8 @@
 """Whatever stops a run, the same command continues it, to the same end as if nothing had happened, bit for bit.
 
-A play starts commands and stops them at chosen places (see interrupted.py); two plays go on at a time. Of the sixteen
-combinations of stage, processes, workers and kind of stop, five are played in which each value meets each value of the
-others; DINTS_RESUME_ALL=1 plays all.
+Commands are started, and stopped at chosen places, by interrupted.py. Of the sixteen combinations of stage, processes,
+workers and kind of stop, five are tried in which each value meets each value of the others; DINTS_RESUME_ALL=1 tries
+all.
 """
 
 from __future__ import annotations
@@ -25,26 +25,10 @@ import torch
 from states import assert_equal, assert_same_end, progress_of, rows, scalars
 from theatre import ENVIRONMENT, EPOCH, Theatre
 
+pytestmark = pytest.mark.slow
 CHECKOUT = Path(__file__).resolve().parents[2]
 WITHIN = 25  # seconds that a stop may take
-SIGNAL, RANK, SAVE = "SIGTERM, SIGINT, preemption", "one rank dies or raises", "SIGKILL while saving"
-Play = Callable[[Theatre, Path], None]
-PLAYS: dict[str, tuple[Play, str | None]] = {}  # by what they show: with the name of a fault
-
-
-def play(what: str, fault: str | None = None) -> Callable[[Play], Play]:
-    def register(function: Play) -> Play:
-        PLAYS[what] = function, fault
-        return function
-
-    return register
-
-
-@pytest.fixture(scope="module")
-def plays(request, theatre, tmp_path_factory):
-    """The plays that were asked for, all begun."""
-    wanted = [item.callspec.params["what"] for item in request.session.items if item.path == request.path]
-    return {what: theatre.pool.submit(PLAYS[what][0], theatre, tmp_path_factory.mktemp("play")) for what in wanted}
+SIGNALLED, LOST_RANK = pytest.mark.fault("SIGTERM, SIGINT, preemption"), pytest.mark.fault("one rank dies or raises")
 
 
 def strike(place: str, iteration: int = 0, name: str = "KILL", to: int | str = "all") -> dict:
@@ -76,7 +60,7 @@ def kill(theatre: Theatre, stage: str, folder: Path, processes: int, *more: obje
 def finish(theatre: Theatre, stage: str, folder: Path, processes: int, *more: object) -> str:
     """Run the command to its end, which must be that of the run that nothing stopped; return what rank 0 said."""
     said = theatre.finish(stage, folder, processes, *more)
-    assert_same_end(theatre.straight[stage, processes].result(), folder)
+    assert_same_end(theatre.straight(stage, processes), folder)
     return said
 
 
@@ -89,103 +73,101 @@ def place_of(folder: Path) -> tuple[int, int, int]:
 # Combinations
 
 
-def stopped_run(theatre: Theatre, folder: Path, stage: str, processes: int, workers: int) -> None:
-    """Stop by each of the three signals: in the middle of an epoch, in a validation, and in the last epoch.
+def combinations(manner: str) -> list[tuple[str, int, int]]:
+    """List stages, processes and workers with which runs are stopped, or killed."""
+    covering = {"search 1 0 stopped", "search 2 2 killed", "train 1 2 killed", "train 2 0 killed", "train 2 2 stopped"}
+    values = itertools.product(("search", "train"), (1, 2), (0, 2))
+    every = os.environ.get("DINTS_RESUME_ALL")
+    return [chosen for chosen in values if every or " ".join(map(str, (*chosen, manner))) in covering]
+
+
+@SIGNALLED
+@pytest.mark.parametrize(("stage", "processes", "workers"), combinations("stopped"))
+def test_a_run_that_is_stopped_goes_on(theatre, tmp_path, stage, processes, workers):
+    """By each of the three signals: in the middle of an epoch, in a validation, and in the last epoch.
 
     The state from within a validation is one from which the validation is done again.
     """
     steps, last = EPOCH[processes], processes - 1
-    command = theatre, stage, folder, processes, "--num_workers", workers
+    command = theatre, stage, tmp_path, processes, "--num_workers", workers
     middle, end = steps + steps // 2, 4 * steps - 1
     stop(*command, at=strike("step", middle, "TERM", to=last))
-    assert place_of(folder) == (1, steps // 2, middle)
+    assert place_of(tmp_path) == (1, steps // 2, middle)
     stop(*command, at=strike("validation", 2 * steps, "INT", to=last))
-    assert place_of(folder) == (1, steps, 2 * steps) and not (folder / "accuracy_history.csv").exists()
+    assert place_of(tmp_path) == (1, steps, 2 * steps) and not (tmp_path / "accuracy_history.csv").exists()
     stop(*command, at=strike("step", end, "USR1", to="all"))
-    assert place_of(folder) == (3, steps - 1, end)
+    assert place_of(tmp_path) == (3, steps - 1, end)
     finish(*command)
 
 
-def killed_run(theatre: Theatre, folder: Path, stage: str, processes: int, workers: int) -> None:
-    """Kill after a save within an epoch, one epoch after the last save, and between results and their save."""
+@pytest.mark.fault("SIGKILL in the middle of an epoch")
+@pytest.mark.parametrize(("stage", "processes", "workers"), combinations("killed"))
+def test_a_run_that_is_killed_goes_on(theatre, tmp_path, stage, processes, workers):
+    """After a save within an epoch, one epoch after the last save, and between results and their save."""
     steps = EPOCH[processes]
-    command = theatre, stage, folder, processes, "--num_workers", workers
+    command = theatre, stage, tmp_path, processes, "--num_workers", workers
     middle = steps + steps // 2
     kill(*command, "--save_minutes", 0, at=strike("step", middle + 1))
-    assert place_of(folder) == (1, steps // 2, middle)
+    assert place_of(tmp_path) == (1, steps // 2, middle)
     kill(*command, at=strike("step", 4 * steps))
-    assert place_of(folder) == (2, 0, 2 * steps) and len(rows(folder / "loss_history.csv")) == 3
+    assert place_of(tmp_path) == (2, 0, 2 * steps) and len(rows(tmp_path / "loss_history.csv")) == 3
     kill(*command, "--save_minutes", 0, at=strike("recorded", 4 * steps))
-    assert place_of(folder) == (3, steps, 4 * steps)
+    assert place_of(tmp_path) == (3, steps, 4 * steps)
     finish(*command)
-
-
-VALUES = (("search", "train"), (1, 2), (0, 2), ("stopped", "killed"))
-COVERING = ((0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0))
-for indices in itertools.product((0, 1), repeat=4) if os.environ.get("DINTS_RESUME_ALL") else COVERING:
-    stage, processes, workers, manner = (values[index] for values, index in zip(VALUES, indices, strict=True))
-    fault = SIGNAL if manner == "stopped" else "SIGKILL in the middle of an epoch"
-
-    @play(f"{manner}: {stage}, {processes} processes, {workers} workers", fault)
-    def combination(theatre, folder, manner=manner, rest=(stage, processes, workers)):
-        {"stopped": stopped_run, "killed": killed_run}[manner](theatre, folder, *rest)
 
 
 # Other places and damages
 
 
-@play("stopped while it reads the cases, it dies at once, and starts again", SIGNAL)
-def stopped_in_caching(theatre: Theatre, folder: Path) -> None:
-    done = theatre.run("search", folder, 1, fault=strike("caching", name="TERM"))
+@SIGNALLED
+def test_a_run_that_is_stopped_while_it_reads_the_cases_dies_at_once_and_starts_again(theatre, tmp_path):
+    done = theatre.run("search", tmp_path, 1, fault=strike("caching", name="TERM"))
     assert done["codes"] == [-signal.SIGTERM] and done["seconds"] < WITHIN
-    finish(theatre, "search", folder, 1)
+    finish(theatre, "search", tmp_path, 1)
 
 
-@play("killed in the middle of a write, and between its two renames", SAVE)
-def killed_while_saving(theatre: Theatre, folder: Path) -> None:
+@pytest.mark.fault("SIGKILL while saving")
+def test_a_run_that_is_killed_in_a_write_or_between_its_two_renames_goes_on(theatre, tmp_path):
     def killed(where: str, iteration: int) -> None:
-        kill(theatre, "train", folder, 1, "--save_minutes", 0, at=strike(where, iteration))
+        kill(theatre, "train", tmp_path, 1, "--save_minutes", 0, at=strike(where, iteration))
 
     killed("half written", 0)  # the first save of all
-    assert not (folder / "latest.pth").exists() and list(folder.glob(".latest.pth.*.partial"))
+    assert not (tmp_path / "latest.pth").exists() and list(tmp_path.glob(".latest.pth.*.partial"))
     killed("half written", 7)
-    assert progress_of(folder)["iteration"] == 6 and len(list(folder.glob(".latest.pth.*.partial"))) == 1
+    assert progress_of(tmp_path)["iteration"] == 6 and len(list(tmp_path.glob(".latest.pth.*.partial"))) == 1
     killed("half renamed", 12)
-    assert progress_of(folder, "previous.pth")["iteration"] == 11 and not (folder / "latest.pth").exists()
-    finish(theatre, "train", folder, 1)
+    assert progress_of(tmp_path, "previous.pth")["iteration"] == 11 and not (tmp_path / "latest.pth").exists()
+    finish(theatre, "train", tmp_path, 1)
 
 
-@play("the state before is taken where of the last one a bit is flipped", SAVE)
-def damaged(theatre: Theatre, folder: Path) -> None:
-    middle, latest = EPOCH[2] + 2, folder / "latest.pth"
-    stop(theatre, "train", folder, 2, "--save_minutes", 0, at=strike("step", middle, "TERM"))
+@pytest.mark.fault("SIGKILL while saving")
+def test_a_run_goes_on_from_the_state_before_where_a_bit_of_the_last_is_flipped(theatre, tmp_path):
+    middle, latest = EPOCH[2] + 2, tmp_path / "latest.pth"
+    stop(theatre, "train", tmp_path, 2, "--save_minutes", 0, at=strike("step", middle, "TERM"))
     with zipfile.ZipFile(latest) as archive:
         largest = max(archive.infolist(), key=lambda member: member.file_size)
     content = bytearray(latest.read_bytes())
     content[largest.header_offset + largest.file_size // 2] ^= 1
     latest.write_bytes(content)
-    said = finish(theatre, "train", folder, 2)
-    assert re.search(rf"{latest} is damaged.*; continuing from {folder}/previous.pth", said), said
+    said = finish(theatre, "train", tmp_path, 2)
+    assert re.search(rf"{latest} is damaged.*; continuing from {tmp_path}/previous.pth", said), said
     assert f"continuing after epoch 1, iteration {middle - 1}" in said
 
 
-@play(
-    "another number of processes is refused, or allowed and said to change the result",
-    "world size changes between stop and resume",
-)
-def other_number_of_processes(theatre: Theatre, folder: Path) -> None:
+@pytest.mark.fault("world size changes between stop and resume")
+def test_another_number_of_processes_is_refused_or_said_to_change_the_result(theatre, tmp_path):
     first, more = EPOCH[2], EPOCH[1]
-    stop(theatre, "search", folder, 2, at=strike("step", first + 1, "TERM", to=0))
-    done = theatre.run("search", folder, 1)
+    stop(theatre, "search", tmp_path, 2, at=strike("step", first + 1, "TERM", to=0))
+    done = theatre.run("search", tmp_path, 1)
     assert done["codes"] == [1]
     *_, error = done["said"][0].splitlines()
     assert "processes was 2 and is 1" in error and "--allow_other_num_processes" in error
     assert "Traceback" not in done["said"][0]
-    said = theatre.finish("search", folder, 1, "--allow_other_num_processes")
+    said = theatre.finish("search", tmp_path, 1, "--allow_other_num_processes")
     assert "the run had 2 processes and has 1: it continues, but not to the result that it would have had" in said
     expected = [first + more * epoch for epoch in range(4)]  # the epoch that was begun is begun anew
-    assert [int(row["iteration"]) for row in rows(folder / "loss_history.csv")] == expected
-    assert [step for step, _ in scalars(folder)["train/loss"]] == expected
+    assert [int(row["iteration"]) for row in rows(tmp_path / "loss_history.csv")] == expected
+    assert [step for step, _ in scalars(tmp_path)["train/loss"]] == expected
 
 
 def one_error(said: str) -> str:
@@ -195,72 +177,65 @@ def one_error(said: str) -> str:
     return lines[0]
 
 
-@play("a rank dies: the others say so in one line, and the run goes on", RANK)
-def rank_dies(theatre: Theatre, folder: Path) -> None:
+@LOST_RANK
+def test_where_a_rank_dies_the_others_say_so_in_one_line_and_the_run_goes_on(theatre, tmp_path):
     at = strike("step", EPOCH[2] + 2, to=1)
-    done = theatre.run("train", folder, 2, "--num_workers", 1, "--save_minutes", 0, fault=at)
+    done = theatre.run("train", tmp_path, 2, "--num_workers", 1, "--save_minutes", 0, fault=at)
     assert done["codes"] == [1, -signal.SIGKILL] and done["seconds"] < WITHIN
     assert "[rank 0] the connection to another process broke" in one_error(done["said"][0])
-    finish(theatre, "train", folder, 2)
+    finish(theatre, "train", tmp_path, 2)
 
 
-@play(
-    "a worker is killed: one line says so, and the run goes on",
-    "GPU or host memory exhausted",
-)
-def worker_dies(theatre: Theatre, folder: Path) -> None:
+@pytest.mark.fault("GPU or host memory exhausted")
+def test_where_a_worker_is_killed_one_line_says_so_and_the_run_goes_on(theatre, tmp_path):
     more = ("--num_workers", 1, "--save_minutes", 0)
     at = strike("step", EPOCH[1] + 2, to="worker")
-    done = theatre.run("train", folder, 1, *more, fault=at)
+    done = theatre.run("train", tmp_path, 1, *more, fault=at)
     assert done["codes"] == [1]
     assert "a process that prepares batches died" in one_error(done["said"][0])
-    finish(theatre, "train", folder, 1)
+    finish(theatre, "train", tmp_path, 1)
 
 
-@play("a case that one rank cannot read ends all", RANK)
-def rank_raises(theatre: Theatre, folder: Path) -> None:
-    root = shutil.copytree(theatre.root, folder / "data" / theatre.root.name)
+@LOST_RANK
+def test_a_case_that_one_rank_cannot_read_ends_all(theatre, tmp_path):
+    root = shutil.copytree(theatre.root, tmp_path / "data" / theatre.root.name)
     image = sorted((root / "imagesTr").glob("*.nii.gz"))[3]
     os.truncate(image, image.stat().st_size - 9)
-    done = theatre.run("train", folder / "run", 2, "--root", root, "--fold", "all", "--num_workers", 1)
+    done = theatre.run("train", tmp_path / "run", 2, "--root", root, "--fold", "all", "--num_workers", 1)
     assert done["codes"] == [1, 1]
     errors = [one_error(said) for said in done["said"]]
     assert sum(image.name in error for error in errors) == 1, errors
 
 
-@play("a rank hangs: the others wait for --timeout_minutes and name it", RANK)
-def rank_hangs(theatre: Theatre, folder: Path) -> None:
+@LOST_RANK
+def test_where_a_rank_hangs_the_others_wait_for_timeout_minutes_and_name_it(theatre, tmp_path):
     at = strike("step", EPOCH[2] + 2, "STOP", to=1)
-    done = theatre.run("search", folder, 2, "--num_workers", 1, "--timeout_minutes", 0.1, fault=at)
+    done = theatre.run("search", tmp_path, 2, "--num_workers", 1, "--timeout_minutes", 0.1, fault=at)
     assert done["codes"] == [1, -signal.SIGKILL] and 6 < done["seconds"] < WITHIN
     assert "[rank 0] rank 1 did not answer for --timeout_minutes 0.1" in one_error(done["said"][0])
 
 
-@play(
-    "a loss of one rank that is not finite changes no weights, and many in a row stop all",
-    "non-finite loss on one rank",
-)
-def not_finite_on_one_rank(theatre: Theatre, folder: Path) -> None:
+@pytest.mark.fault("non-finite loss on one rank")
+def test_a_loss_of_one_rank_that_is_not_finite_changes_no_weights_and_many_stop_all(theatre, tmp_path):
     at = strike("step", 4, "NAN", to=1) | {"until": 5}
-    assert theatre.run("train", folder / "two", 2, fault=at)["codes"] == [0, 0]
-    states = [torch.load(folder / "two" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
+    assert theatre.run("train", tmp_path / "two", 2, fault=at)["codes"] == [0, 0]
+    states = [torch.load(tmp_path / "two" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
     assert assert_equal(*states) > 5
-    assert progress_of(folder / "two")["iteration"] == 4 * EPOCH[2]
-    done = theatre.run("train", folder / "many", 2, fault=at | {"until": 99})
+    assert progress_of(tmp_path / "two")["iteration"] == 4 * EPOCH[2]
+    done = theatre.run("train", tmp_path / "many", 2, fault=at | {"until": 99})
     assert done["codes"] == [1, 1]
     errors = {one_error(said).split("] ", 1)[1] for said in done["said"]}
     (error,) = errors  # on both; the cases are those of one rank's batch
     assert re.match(r"the loss is not finite at iteration 4 \(cases phantom_\d+, phantom_\d+\), and in", error), error
-    weights = torch.load(folder / "many" / "latest.pth", weights_only=True)["parts"]["network"]
+    weights = torch.load(tmp_path / "many" / "latest.pth", weights_only=True)["parts"]["network"]
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
 
 
-@play("a number of iterations holds for any number of processes, up to an epoch")
-def number_of_iterations(theatre: Theatre, folder: Path) -> None:
+def test_a_number_of_iterations_holds_for_any_number_of_processes_up_to_an_epoch(theatre, tmp_path):
     ends = []
     for processes in (1, 2):
-        theatre.finish("train", folder / str(processes), processes, "--num_iterations", 11)
-        ends.append(progress_of(folder / str(processes))["iteration"])
+        theatre.finish("train", tmp_path / str(processes), processes, "--num_iterations", 11)
+        ends.append(progress_of(tmp_path / str(processes))["iteration"])
     assert ends == [10, 12]  # 5 and 3 an epoch
 
 
@@ -297,30 +272,21 @@ def complete(arguments: list[str], straight: Path, folder: Path) -> None:
     assert_same_end(straight, folder, ignored="rank")
 
 
-@play("Ctrl-C stops a command and its workers, and the line that it leaves continues it", SIGNAL)
-def plain_command(theatre: Theatre, folder: Path) -> None:
-    arguments = command(theatre, "search", folder, 1, "--num_workers", 2)
-    code, said = signalled(arguments, folder, lambda process: os.killpg(process.pid, signal.SIGINT))
+@SIGNALLED
+def test_ctrl_c_stops_a_command_and_its_workers_and_its_last_line_continues_it(theatre, tmp_path):
+    arguments = command(theatre, "search", tmp_path, 1, "--num_workers", 2)
+    code, said = signalled(arguments, tmp_path, lambda process: os.killpg(process.pid, signal.SIGINT))
     assert code == 130, said
-    assert_stopped(said, folder, progress_of(folder)["iteration"])
+    assert_stopped(said, tmp_path, progress_of(tmp_path)["iteration"])
     line = said.rsplit("the same command continues it: ", 1)[1]
-    complete([sys.executable, *shlex.split(line)], theatre.straight["search", 1].result(), folder)
+    complete([sys.executable, *shlex.split(line)], theatre.straight("search", 1), tmp_path)
 
 
-@play("torchrun passes a signal on to ranks that stop after the same step", SIGNAL)
-def torchrun_command(theatre: Theatre, folder: Path) -> None:
-    arguments = command(theatre, "train", folder, 2, "--num_workers", 1)
-    code, said = signalled(arguments, folder, lambda process: process.send_signal(signal.SIGTERM))
+@SIGNALLED
+def test_torchrun_passes_a_signal_on_to_ranks_that_stop_after_the_same_step(theatre, tmp_path):
+    arguments = command(theatre, "train", tmp_path, 2, "--num_workers", 1)
+    code, said = signalled(arguments, tmp_path, lambda process: process.send_signal(signal.SIGTERM))
     assert code != 0
     lines = [line for line in said.splitlines() if line.startswith("stopped after iteration")]
-    assert len(lines) == 1 and f"stopped after iteration {progress_of(folder)['iteration']}, " in lines[0], said
-    complete(arguments, theatre.straight["train", 2].result(), folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "what",
-    [pytest.param(what, marks=[pytest.mark.fault(name)] if name else []) for what, (_, name) in PLAYS.items()],
-)
-def test_a_run_goes_on(what, plays):
-    plays[what].result()
+    assert len(lines) == 1 and f"stopped after iteration {progress_of(tmp_path)['iteration']}, " in lines[0], said
+    complete(arguments, theatre.straight("train", 2), tmp_path)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from architectures import chain
@@ -24,31 +22,25 @@ EPOCH = {1: 5, 2: 3}  # steps of an epoch on one and two processes, in both stag
 
 
 class Theatre:
-    """Holds data, an architecture, and two processes that start others (interrupted.py), for two plays at a time.
-
-    Attributes:
-        straight: by stage and number of processes, the folder of the run that nothing stopped.
-    """
+    """Holds data, an architecture, runs that nothing stopped, and a process that starts others (interrupted.py)."""
 
     def __init__(self, folder: Path):
-        self.root = write_phantom(folder / "Task00_Phantom", 12, 1, shape=(24, 24, 24))
+        self.folder, self.root = folder, write_phantom(folder / "Task00_Phantom", 12, 1, shape=(24, 24, 24))
         save_architecture(self.root / "arch.pth", chain(0, 1, 0, num_depths=2))
         command = [sys.executable, str(Path(__file__).with_name("interrupted.py"))]
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
-        self.servers, self.pool = queue.Queue(), ThreadPoolExecutor(2)
-        for _ in range(2):
-            self.servers.put(subprocess.Popen(command, **streams))
-        self.straight: dict[tuple[str, int], Future] = {}
-        for stage, processes in (("search", 2), ("train", 2), ("train", 1), ("search", 1)):
-            straight = self.pool.submit(self.run_straight, stage, folder / f"{stage}{processes}", processes)
-            self.straight[stage, processes] = straight
+        self.server = subprocess.Popen(command, **streams)
 
     def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
-        for _ in range(2):
-            server = self.servers.get()
-            server.kill()
-            server.communicate()
+        self.server.kill()
+        self.server.communicate()
+
+    def straight(self, stage: str, processes: int) -> Path:
+        """Return the folder of the run that nothing stopped."""
+        folder = self.folder / f"{stage}{processes}"
+        if not folder.exists():
+            self.finish(stage, folder, processes)
+        return folder
 
     def flags(self, stage: str, folder: Path, *more: object) -> list[str]:
         flags = ["--root", self.root, "--output_root", folder, *COMMON.split()]
@@ -62,12 +54,8 @@ class Theatre:
 
     def command(self, stage: str, processes: int, *flags: object, fault: dict | None = None) -> dict:
         request = {"stage": f"{stage}_dints", "flags": [*map(str, flags)], "world_size": processes, "fault": fault}
-        server = self.servers.get()
-        try:
-            print(json.dumps(request), file=server.stdin, flush=True)
-            done = json.loads(server.stdout.readline())
-        finally:
-            self.servers.put(server)
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        done = json.loads(self.server.stdout.readline())
         assert not done["survivors"], "a worker outlives its run"
         return done
 
@@ -76,7 +64,3 @@ class Theatre:
         done = self.run(stage, folder, processes, *more)
         assert done["codes"] == [0] * processes, "\n".join(done["said"])
         return done["said"][0]
-
-    def run_straight(self, stage: str, folder: Path, processes: int) -> Path:
-        self.finish(stage, folder, processes)
-        return folder
