@@ -18,6 +18,7 @@ from dints.running.machine import cores_per_process
 from dints.running.processes import STOP_SIGNALS, Processes
 from dints.running.seeds import seed_from
 
+SECONDS_TO_HEAR_OF_A_DEATH = 2.0
 Sample = tuple[torch.Tensor, torch.Tensor, dict[str, object], str]
 
 
@@ -132,8 +133,9 @@ class TrainingLoader:
         try:
             return next(self._batches)
         except (ConnectionError, EOFError) as error:
-            # A worker that was killed while it hands over a batch counts as alive for a moment, in which PyTorch does
-            # not yet say what it says of one that is gone.
+            # A worker was killed while it handed over a batch. PyTorch's handler of the signal that tells so raises its
+            # message wherever this process is by then: let that be here.
+            time.sleep(SECONDS_TO_HEAR_OF_A_DEATH)
             raise RuntimeError(
                 f"DataLoader worker (pid unknown) is gone: {str(error) or type(error).__name__}"
             ) from error

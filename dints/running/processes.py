@@ -122,6 +122,7 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
             store = _join(processes, timeout_minutes)
         yield processes
     except (MemoryError, RuntimeError) as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for the next worker that is killed
         explained = explain(error, processes.rank, processes.world_size, store, timeout_minutes)
         if explained is None:
             raise

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +134,32 @@ def test_waiting_is_measured(cases, monkeypatch):
     patches(loader, 0)
     assert loader.seconds_waited == 3  # a second for each batch
     assert waited.take(10.0) == 0.3 and waited.take(10.0) == 0
+
+
+def lost_connection() -> Iterator[None]:
+    raise ConnectionResetError("reset by peer")
+    yield
+
+
+@pytest.mark.fault("GPU or host memory exhausted")
+@pytest.mark.parametrize("told", [True, False])
+def test_what_pytorch_tells_of_a_killed_worker_a_moment_later_is_the_error(cases, monkeypatch, told):
+    loader = loader_of(cases)
+    monkeypatch.setattr(loader, "_batches", lost_connection())
+    monkeypatch.setattr(loader, "_place", (0, 0))
+    monkeypatch.setattr(loaders, "SECONDS_TO_HEAR_OF_A_DEATH", 0.4)
+
+    def tell(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGCHLD, tell)
+    try:
+        if told:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGCHLD)).start()
+        with pytest.raises(RuntimeError, match=r"\(pid 7\)" if told else r"\(pid unknown\) is gone: reset by peer"):
+            next(loader.epoch(0))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_patches_differ_between_epochs_turns_streams_seeds_and_cases(cases):
