@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from states import scalars
+from tensorboard.summary.writer import event_file_writer
 
 from dints.training import curves
 from dints.training.history import History
@@ -27,6 +28,12 @@ def drawn(monkeypatch) -> list[Path]:
     folders = []
     monkeypatch.setattr(curves, "draw_all", folders.append)
     return folders
+
+
+@pytest.fixture(autouse=True)
+def equally_long_names(monkeypatch) -> None:
+    """Event files of one second are read in the order of their names, whose last number is not padded."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
 
 
 def scores(*dice: float) -> Scores:
