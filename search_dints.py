@@ -51,6 +51,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_depths", type=options.number(int, 2), default=4, help="resolutions, each half of the last")
     add("--channel_mul", type=options.number(float, 0.0625), default=0.5, help="times 32, 64, ... channels")
     add(
+        "--use_downsample",
+        choices=("yes", "no", "auto"),
+        help=options.recipe_help(
+            "use_downsample", "halve the image before the first node, as published; auto: unless volumes are small"
+        ),
+    )
+    add(
         "--operations",
         nargs="+",
         metavar="NAME",
@@ -98,6 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         complaints.append(f"--num_epochs_warmup {args.num_epochs_warmup} must be below --num_epochs {args.num_epochs}")
     if complaints:
         parser.error("; ".join(complaints))
+    options.fill_from_recipe(args, "use_downsample", "flip_axes")
     return args
 
 
@@ -114,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def search(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
-    dataset, weights_cases, arch_cases, validation_cases = processes.on_main(prepare, args)
+    dataset, use_downsample, weights_cases, arch_cases, validation_cases = processes.on_main(prepare, args)
     task, used = dataset.task, [*weights_cases, *arch_cases, *validation_cases]
     contents = {"task": task, "cases": data.opening.names(used)}
     configuration = training.checkpoint.configured(options.course(args), processes.world_size, **contents)
@@ -122,7 +130,9 @@ def search(args: argparse.Namespace, processes: Processes, folder: Path) -> None
         training.checkpoint.find_state, folder, configuration, args.resume, args.allow_other_num_processes
     )
     precision = running.precision.choose_precision(found.precision if found else args.precision, processes)
-    supernet = Supernet(args, task, precision, processes)  # first: a --checkpoint that does not fit costs no reading
+    supernet = Supernet(
+        args, task, use_downsample, precision, processes
+    )  # first: a --checkpoint that does not fit costs no reading
 
     processes.on_main(data.fingerprint.write_task, folder, task, dataset.measured)
     cache = data.cache.open_cache(
@@ -133,6 +143,7 @@ def search(args: argparse.Namespace, processes: Processes, folder: Path) -> None
     patches = {"steps": steps, **options.batches(args)}
     weights_loader = data.loaders.training_loader(weights_cases, cache, processes, stream="weights", **patches)
     arch_loader = data.loaders.training_loader(arch_cases, cache, processes, stream="architecture", **patches)
+    data.flips.choose(args.flip_axes, [weights_loader, arch_loader], task, processes)
     volumes = data.loaders.validation_loader(validation_cases, cache, processes)
     window = training.validation.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
@@ -244,16 +255,19 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 # Below: what is made before the loop, and what it writes.
 
 
-def prepare(args: argparse.Namespace) -> tuple[Dataset, list[Case], list[Case], list[Case]]:
+def prepare(args: argparse.Namespace) -> tuple[Dataset, bool, list[Case], list[Case], list[Case]]:
     """Open the dataset and divide its cases for weights, architecture and validation; no voxel is read.
+
+    The second value says whether the supernet halves the image first.
 
     Whatever can be refused before that is refused here.
     """
     network.operations.check_names(args.operations or network.operations.PUBLISHED)
     dataset = data.opening.open_dataset(**options.dataset(args), measured_in=[args.output_root])
-    network.found.check_patch_size(dataset.task.patch_size, args.num_depths)
+    use_downsample = data.fingerprint.use_downsample(args.use_downsample, dataset.cases, dataset.task)
+    network.found.check_patch_size(dataset.task.patch_size, args.num_depths, use_downsample)
     training_cases, validation_cases = data.listing.split_fold(dataset.cases, **options.folds(args))
-    return dataset, *halves(training_cases), validation_cases
+    return dataset, use_downsample, *halves(training_cases), validation_cases
 
 
 def halves(cases: list[Case]) -> tuple[list[Case], list[Case]]:
@@ -271,7 +285,9 @@ class Supernet:
         weights: what trains them, over all processes.
     """
 
-    def __init__(self, args: argparse.Namespace, task: Task, precision: Precision, processes: Processes):
+    def __init__(
+        self, args: argparse.Namespace, task: Task, use_downsample: bool, precision: Precision, processes: Processes
+    ):
         self.precision, self.processes = precision, processes
         self.factor_ram_cost, self.ram_budget = args.factor_ram_cost, args.ram_budget
         self.learning_rate = options.learning_rate(args, processes.world_size)
@@ -279,7 +295,9 @@ class Supernet:
 
         running.seeds.seed_everything(args.seed, "initialisation")
         operations = args.operations or network.operations.PUBLISHED
-        self.space = network.space.SearchSpace(args.channel_mul, args.num_blocks, args.num_depths, operations)
+        self.space = network.space.SearchSpace(
+            args.channel_mul, args.num_blocks, args.num_depths, operations, use_downsample
+        )
         check_max_ram_ratio(args.max_ram_ratio, self.space)
         self.network = network.space.supernet(self.space, task.num_channels, task.num_classes)
         if args.checkpoint is not None:

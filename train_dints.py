@@ -11,6 +11,7 @@ is the network of the best validation; infer_dints.py needs nothing else.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,15 +39,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--arch_ckpt", type=Path, required=True, help="architecture: search_code_*.pth of search_dints.py, or published"
     )
     add("--checkpoint", type=Path, help="weights to start from: a model file or a state dict of this architecture")
+    add(
+        "--use_downsample",
+        choices=("yes", "no", "auto"),
+        help="halve the image before the first node, as published; auto: unless volumes are small "
+        "(default: as ARCH_CKPT was searched)",
+    )
     add("--num_blocks", type=options.number(int, 1), help="blocks that ARCH_CKPT must have")
     add("--num_depths", type=options.number(int, 2), help="resolutions that ARCH_CKPT must have")
     add("--channel_mul", type=options.number(float, 0.0625), default=1.0, help="times 32, 64, ... channels")
-    options.add_training(
+    group = options.add_training(
         parser,
         num_epochs=13500,
         num_epochs_per_validation=500,
         num_images_per_batch=2,
         learning_rate_milestones=(0.2, 0.4, 0.6, 0.8),
+    )
+    group.add_argument(
+        "--learning_rate_schedule",
+        choices=("halvings", "polynomial"),
+        help=options.recipe_help(
+            "learning_rate_schedule", "halvings: at the milestones; polynomial: to 0, as (1 - share done) to the 0.9"
+        ),
+    )
+    group.add_argument(
+        "--average_decay",
+        type=options.number(float, 0, 0.9999),
+        help=options.recipe_help(
+            "average_decay",
+            "validate and keep a moving average of the weights, in which a step's weights count so much less after "
+            "each further step; 0: the weights themselves",
+        ),
     )
     options.add_window(parser, overlap_ratio=0.5)
     options.add_machine(parser)
@@ -55,6 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     complaints = options.training_complaints(args)
     if complaints:
         parser.error("; ".join(complaints))
+    options.fill_from_recipe(args, "flip_axes", "learning_rate_schedule", "average_decay")
     return args
 
 
@@ -88,12 +112,15 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     steps = data.loaders.steps_per_epoch(len(training_cases), args.num_images_per_batch, processes)
     args = options.scaled_to_iterations(args, steps)
     loader = data.loaders.training_loader(training_cases, cache, processes, steps=steps, **options.batches(args))
+    flips = data.flips.choose(args.flip_axes, [loader], task, processes)
     waited = data.loaders.ShareOfWaiting(loader)
     volumes = data.loaders.validation_loader(validation_cases, cache, processes)
     window = training.validation.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
 
     found_network.to(processes.device)
+    average = training.steps.averaged(found_network, args.average_decay)
+    validated_network = found_network if average is None else average.module
     weights = training.steps.weights_training(
         training.steps.compiled(found_network, args.compile, processes.device),
         found_network.parameters(),
@@ -101,9 +128,11 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         processes,
         learning_rate=args.learning_rate,
         max_gradient_norm=args.max_gradient_norm,
+        average=average,
     )
     losses = training.losses.EpochLoss("loss", processes)
     parts = {"network": found_network, "optimizer": weights.optimizer, "scaler": weights.scaler, "loss": losses}
+    parts |= {} if average is None else {"average": average}
     checkpoint = training.checkpoint.Checkpoint(folder, configuration, parts, precision, processes)
     stops = training.stops.Stops(checkpoint, processes, args.save_minutes, args.warning_signal)
     progress = checkpoint.restore(found)
@@ -115,7 +144,9 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     for epoch in range(progress.epoch, args.num_epochs):
         running.seeds.seed_everything(args.seed, epoch, processes.rank)
         start = options.learning_rate(args, processes.world_size)
-        learning_rate = training.steps.halved(start, epoch / args.num_epochs, args.learning_rate_milestones)
+        learning_rate = training.steps.scheduled(
+            args.learning_rate_schedule, start, epoch / args.num_epochs, args.learning_rate_milestones
+        )
         weights.set_learning_rate(learning_rate)
         if progress.step == 0:
             losses.start()
@@ -128,13 +159,14 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
 
         validates = training.steps.is_validation_epoch(epoch, args.num_epochs, args.num_epochs_per_validation)
         if validates:
-            scores = validation.scores(found_network, stops.volumes)
+            scores = validation.scores(validated_network, stops.volumes)
         progress.epoch_done()
         if validates:
             path = folder / "best_metric_model.pth"
             if progress.note_validation(scores and scores.mean, path) and processes.is_main:
                 facts = {"dice": progress.best_dice, "iteration": progress.iteration, "version": __version__}
-                network.model_file.save_model(path, found_network, architecture, args.channel_mul, task, **facts)
+                facts |= {"recipe": args.recipe, "flips": flips.to_dict()}
+                network.model_file.save_model(path, validated_network, architecture, args.channel_mul, task, **facts)
             history.add_validation(progress, scores)
             checkpoint.save()
     history.close()
@@ -149,7 +181,10 @@ def prepare(args: argparse.Namespace) -> tuple[Architecture, Dataset, list[Case]
     architecture = network.architecture.load_architecture(args.arch_ckpt, args.num_blocks, args.num_depths)
     measured_in = [args.output_root, args.arch_ckpt.parent]
     dataset = data.opening.open_dataset(**options.dataset(args), measured_in=measured_in)
-    network.found.check_patch_size(dataset.task.patch_size, architecture.num_depths)
+    if args.use_downsample is not None:
+        use_downsample = data.fingerprint.use_downsample(args.use_downsample, dataset.cases, dataset.task)
+        architecture = dataclasses.replace(architecture, use_downsample=use_downsample)
+    network.found.check_patch_size(dataset.task.patch_size, architecture.num_depths, architecture.use_downsample)
     return architecture, dataset, *data.listing.split_fold(dataset.cases, **options.folds(args))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dints.data.leniency import Leniency
+from dints.recipes import RECIPES
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -85,6 +86,13 @@ def add_preprocessing(arguments: argparse.ArgumentParser) -> None:
     add("--patch_size", type=number(int, 1), nargs=3, metavar=XYZ, help="of training and window (default: the task's)")
 
 
+def recipe_help(name: str, text: str) -> str:
+    """Return an option's help, with the values that the recipes give it."""
+    values = {recipe: values[name] for recipe, values in RECIPES.items()}
+    shown = {recipe: " ".join(value) if isinstance(value, list) else value for recipe, value in values.items()}
+    return f"{text} (default: {shown['published']}; {shown['recommended']} in the recommended recipe)"
+
+
 def add_training(
     arguments: argparse.ArgumentParser,
     *,
@@ -96,6 +104,23 @@ def add_training(
     """Add the numbers that both stages have, with a stage's own published values as defaults."""
     group = arguments.add_argument_group("training")
     add, count, share = group.add_argument, number(int, 1), number(float, 0, 1)
+    add(
+        "--recipe",
+        choices=tuple(RECIPES),
+        default="published",
+        help="a set of options, each of which may also be given; recommended: what gave the best results here",
+    )
+    add(
+        "--flip_axes",
+        nargs="+",
+        choices=("auto", "all", "none", *XYZ),
+        metavar="AXIS",
+        help=recipe_help(
+            "flip_axes",
+            "axes that patches are flipped along: X, Y and Z, all, none; auto: those along which no class keeps to one "
+            "side of another one in the training cases",
+        ),
+    )
     add("--num_epochs", type=count, default=num_epochs, help="passes over the training cases")
     add(
         "--num_epochs_per_validation",
@@ -211,12 +236,21 @@ def training_complaints(args: argparse.Namespace) -> list[str]:
     found = data_complaints(args)
     if args.intensity_range is not None and args.intensity_range[0] >= args.intensity_range[1]:
         found.append("--intensity_range {:g} {:g}: the first must be below the second".format(*args.intensity_range))
+    if args.flip_axes is not None and len(args.flip_axes) > 1 and not {*args.flip_axes} <= {*XYZ}:
+        found.append(f"--flip_axes {' '.join(args.flip_axes)}: give axes, or one of auto, all and none")
     if args.learning_rate_milestones != sorted(args.learning_rate_milestones):
         found.append("--learning_rate_milestones must rise")
     return found
 
 
 # What the parsed options mean. Only here is the command line's Namespace seen: all else takes what it needs by name.
+
+
+def fill_from_recipe(args: argparse.Namespace, *names: str) -> None:
+    """Give the named options their recipe's values, where they are not given."""
+    for name in names:
+        if getattr(args, name) is None:
+            setattr(args, name, RECIPES[args.recipe][name])
 
 
 def dataset(args: argparse.Namespace) -> dict:
@@ -263,6 +297,8 @@ def course(args: argparse.Namespace) -> dict[str, object]:
     manner = {"resume", "save_minutes", "num_workers", "cache", "cache_dir", "check", "local_rank", "device"}
     manner |= {"warning_signal", "timeout_minutes", "allow_other_num_processes"}
     kept = {name: value for name, value in vars(args).items() if name not in places | manner}
+    published = {"recipe": "published", **RECIPES["published"]}  # as None: the runs of before there were recipes go on
+    kept |= {name: None for name, value in published.items() if kept.get(name) == value}
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 

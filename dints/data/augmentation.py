@@ -41,13 +41,19 @@ class Step:
     apply: Callable[[torch.Tensor, torch.Tensor, object], Sample]
 
 
-def draw(seed: int) -> dict[str, object]:
-    """Draw what is to be done to one sample: of each step that is done, by its name, how."""
+def draw(seed: int, flip_axes: Sequence[int] = (0, 1, 2)) -> dict[str, object]:
+    """Draw what is to be done to one sample: of each step that is done, by its name, how.
+
+    Args:
+        flip_axes: the axes along which it may be flipped; all else is drawn as if they were all.
+    """
     drawn = {}
     for step in STEPS:
         rng = np.random.default_rng(seed_from(seed, step.name))
         if rng.random() < step.probability:
             drawn[step.name] = step.draw(rng)
+    if "flip" in drawn:
+        drawn["flip"] = tuple(axis for axis in drawn["flip"] if axis in flip_axes)
     return drawn
 
 

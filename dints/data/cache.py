@@ -224,18 +224,23 @@ class CasesMadeAnew(Sequence):
         return self.prepare_case(self.cases[index])
 
 
-ARRAYS = ("image", "label", "boxes", "starts", "bits")
+ARRAYS = ("image", "label", "boxes", "starts", "bits", "centres")
 
 
 def _arrays(prepared: Prepared) -> tuple[np.ndarray, ...]:
     masks = prepared.masks
-    return prepared.image, prepared.label, masks.boxes, masks.starts, masks.bits
+    return prepared.image, prepared.label, masks.boxes, masks.starts, masks.bits, prepared.centres
 
 
 def _from_arrays(
-    image: np.ndarray, label: np.ndarray, boxes: np.ndarray, starts: np.ndarray, bits: np.ndarray
+    image: np.ndarray,
+    label: np.ndarray,
+    boxes: np.ndarray,
+    starts: np.ndarray,
+    bits: np.ndarray,
+    centres: np.ndarray,
 ) -> Prepared:
-    return Prepared(image, label, CropMasks(boxes, starts, bits))
+    return Prepared(image, label, CropMasks(boxes, starts, bits), centres)
 
 
 def _map_entry(entry: Path) -> Prepared:

@@ -64,11 +64,13 @@ class Prepared:
         image: (channels, x, y, z), float16.
         label: (x, y, z), uint8.
         masks: where patches are cut out.
+        centres: (classes, 3), float32, of the classes' voxels, in voxels; NaN for an absent class.
     """
 
     image: np.ndarray
     label: np.ndarray
     masks: CropMasks
+    centres: np.ndarray
 
 
 def open_cases(listed: Sequence[ListedCase], task: Task, leniency: Leniency) -> list[Case]:
@@ -231,4 +233,14 @@ def prepare(case: Case, task: Task, leniency: Leniency) -> Prepared:
     image = in_c_order(preprocess_image(voxels, resampling, task), torch.float16)
     del voxels
     label = in_c_order(resampling.apply(read_label(case.label, task)[None], nearest=True), torch.uint8)[0]
-    return Prepared(image, label, crop_masks(label, task.num_classes))
+    return Prepared(image, label, crop_masks(label, task.num_classes), class_centres(label, task.num_classes))
+
+
+def class_centres(label: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the mean voxel of each foreground class of a label (x, y, z), uint8: `Prepared.centres`."""
+    centres = np.full((num_classes, 3), np.nan, np.float32)
+    for value in range(1, num_classes):
+        voxels = np.unravel_index(np.flatnonzero(label == value), label.shape)
+        if len(voxels[0]):
+            centres[value] = [along.mean() for along in voxels]
+    return centres

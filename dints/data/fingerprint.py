@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 FILE = "task.json"
 SAMPLES = 10_000  # foreground voxels of a case that the window is measured on, evenly spread
 PERCENTILES = (0.5, 99.5)
+SMALL_VOLUME = 64**3  # voxels up to which the first halving loses more than it saves
 PATCH_STEP, LARGEST_PATCH = 32, 96  # the network halves a patch up to five times
 
 
@@ -89,6 +90,24 @@ def write_task(folder: Path, task: Task, measured: Fingerprint | None) -> None:
     """Keep what a run works with as ``task.json``, and what was measured for it."""
     content = {"task": task.to_dict(), "fingerprint": None if measured is None else asdict(measured)}
     files.write_atomically(folder / FILE, json.dumps(content, indent=2) + "\n")
+
+
+def use_downsample(choice: str, cases: Sequence[Case], task: Task) -> bool:
+    """Tell whether a network is to halve the image first: ``yes``, ``no``, or ``auto``, unless volumes are small.
+
+    Args:
+        cases: what ``auto`` looks at, on the task's grid.
+    """
+    if choice != "auto":
+        return choice == "yes"
+    voxels = int(np.median([np.prod(case.resampling(task).shape) for case in cases]))
+    log.info(
+        "volumes have %d voxels in the median: the network works at %s resolution (up to %d at full; --use_downsample)",
+        voxels,
+        "half" if voxels > SMALL_VOLUME else "full",
+        SMALL_VOLUME,
+    )
+    return voxels > SMALL_VOLUME
 
 
 def _stored(path: Path) -> Fingerprint | None:

@@ -30,6 +30,9 @@ class TrainingSamples(Dataset):
         numbers: each case's number among the cases of all ranks, from which its random stream is seeded.
         stream: tells apart the draws of loaders that share a seed.
 
+    Attributes:
+        flip_axes: that patches are flipped along.
+
     A sample is the patch as it is cached, image and label, what `augmentation.draw` drew for it, and the case's name.
     """
 
@@ -44,6 +47,7 @@ class TrainingSamples(Dataset):
     ):
         self.cases, self.names, self.numbers = cases, names, numbers
         self.patch_size, self.seed, self.stream = patch_size, seed, stream
+        self.flip_axes = (0, 1, 2)
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -54,7 +58,12 @@ class TrainingSamples(Dataset):
         rng = np.random.default_rng(seed)
         case = self.cases[index]
         image, label = cut_patch(case.image, case.label, case.masks.draw_centre(rng), self.patch_size)
-        return torch.from_numpy(image), torch.from_numpy(label), augmentation.draw(seed), self.names[index]
+        return (
+            torch.from_numpy(image),
+            torch.from_numpy(label),
+            augmentation.draw(seed, self.flip_axes),
+            self.names[index],
+        )
 
 
 class EpochSampler(Sampler):
@@ -110,6 +119,14 @@ class TrainingLoader:
 
     def __len__(self) -> int:
         return self.steps
+
+    def own_cases(self) -> Sequence[Prepared]:
+        """Return this rank's cases."""
+        return self.loader.dataset.cases
+
+    def flip_along(self, axes: tuple[int, ...]) -> None:
+        """Flip patches along these axes only; call it before the first epoch."""
+        self.loader.dataset.flip_axes = axes
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, torch.Tensor | list[str]]]:
         """Yield the batches of an epoch, from its step number ``first_step`` on.

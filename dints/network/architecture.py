@@ -43,6 +43,8 @@ class Architecture:
     Attributes:
         node_a, arch_code_a, arch_code_c: integer arrays, see the module's text.
         operations: their names, which ``arch_code_c`` indexes.
+        use_downsample: the network halves the image before its first node, as published; else depth 0 has the image's
+            own resolution.
         arch_code_a_max: (B, 3D - 2), each block's most probable paths regardless of its neighbours; None if unknown.
         info: plain values that help to judge the file later: ``iter_num``, ``epochs``, ``best_dsc``, ``best_path``,
             ``factor_ram_cost``, ``task``, ``seed``, ``version``.
@@ -54,6 +56,7 @@ class Architecture:
     arch_code_c: np.ndarray
     arch_code_a_max: np.ndarray | None = None
     operations: tuple[str, ...] = PUBLISHED
+    use_downsample: bool = True
     info: dict = field(default_factory=dict)
     source: str = "architecture"
 
@@ -75,15 +78,21 @@ class Architecture:
     def num_depths(self) -> int:
         return self.node_a.shape[1]
 
-    def codes(self) -> tuple[list, list]:
+    def codes(self) -> tuple:
         """Return paths and operations as nested lists: equal for equal networks of one list of operations."""
-        return self.arch_code_a.tolist(), self.arch_code_c.tolist()
+        codes = self.arch_code_a.tolist(), self.arch_code_c.tolist()
+        return codes if self.use_downsample else (*codes, "full resolution")
 
     def to_dict(self) -> dict:
         """Return tensors and plain values: what an arch file and a model file hold."""
         arrays = {key: getattr(self, key) for key in (*_ARRAYS, "arch_code_a_max")}
         tensors = {key: torch.from_numpy(array) for key, array in arrays.items() if array is not None}
-        return {**tensors, **self.info, "operations": list(self.operations)}
+        return {
+            **tensors,
+            **self.info,
+            "operations": list(self.operations),
+            "use_downsample": self.use_downsample,
+        }
 
 
 class DecodedCodes:
@@ -144,9 +153,12 @@ def architecture_from_dict(content: object, source: str) -> Architecture:
     operations = content.get("operations", PUBLISHED)  # files without are published, or of before there were others
     if not isinstance(operations, (list, tuple)) or not all(isinstance(name, str) for name in operations):
         raise _unusable(source, "'operations' is not a list of names")
-    known = (*arrays, *_LEGACY_KEYS.values(), "operations")
+    use_downsample = content.get("use_downsample", True)
+    if not isinstance(use_downsample, bool):
+        raise _unusable(source, "'use_downsample' is not True or False")
+    known = (*arrays, *_LEGACY_KEYS.values(), "operations", "use_downsample")
     info = {key: _plain(value) for key, value in content.items() if key not in known}
-    return Architecture(**arrays, operations=tuple(operations), info=info, source=source)
+    return Architecture(**arrays, operations=tuple(operations), use_downsample=use_downsample, info=info, source=source)
 
 
 def save_architecture(path: str | Path, architecture: Architecture) -> None:

@@ -80,7 +80,7 @@ def cost(
     Raises:
         UserError: the patch size does not fit the depths, a number is out of range, or the device lacks the memory.
     """
-    check_patch_size(patch_size, architecture.num_depths)
+    check_patch_size(patch_size, architecture.num_depths, architecture.use_downsample)
     for name, value, least in (
         ("in_channels", in_channels, 1),
         ("num_classes", num_classes, 1),
@@ -130,7 +130,7 @@ def _count(settings: tuple, input_shape: tuple[int, ...]) -> dict[str, float]:
 
 
 def _measure(settings: tuple, input_shape: tuple[int, ...], device: torch.device) -> dict[str, str | float | None]:
-    name = _device_name(device)
+    name = device_name(device, torch.get_num_threads())
     try:
         with torch.random.fork_rng(devices=[]):  # both are drawn on the CPU
             network = FoundNetwork(*settings).to(device)
@@ -171,7 +171,7 @@ def _peak_mib(network: nn.Module, image: torch.Tensor) -> float:
     return (torch.cuda.max_memory_allocated(image.device) - before) / MIB
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device, threads: int) -> str:
     """Return the product's name, without what makers add to it; for a CPU also how many threads compute."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -179,7 +179,6 @@ def _device_name(device: torch.device) -> str:
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     name = model[1] if model else platform.processor() or platform.machine()
     name = " ".join(re.sub(r"\(R\)|\(TM\)|\bCPU\b|@.*|\d+-Core|\bProcessor\b", "", name).split())
-    threads = torch.get_num_threads()
     return f"{threads} thread{'s' * (threads > 1)} of {name}"
 
 

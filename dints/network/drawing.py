@@ -63,6 +63,7 @@ class Grid:
 
     num_blocks: int
     num_depths: int
+    num_halvings: int  # of the image, before depth 0
 
     row_gap = 88.0
     radius = 9.0
@@ -116,7 +117,7 @@ def draw_architecture(
         for block, path in np.argwhere(architecture.arch_code_a == 1).tolist()
     ]
     title = " · ".join(["DiNTS architecture", *_facts(architecture.info)])
-    graph = _graph(architecture.node_a == 1, active, operations, title, caption)
+    graph = _graph(architecture.node_a == 1, active, operations, title, caption, architecture.use_downsample)
     return _write(graph, filename, directory, format)
 
 
@@ -128,6 +129,7 @@ def draw_search_space(
     format: str = "png",
     caption: Sequence[str] = (),
     operations: Sequence[str] = PUBLISHED,
+    use_downsample: bool = True,
 ) -> graphviz.Digraph:
     """Draw all nodes and all paths that a search chooses from; write, return and raise as `draw_architecture`."""
     everything = [ActivePath(block, *ends, None) for block in range(num_blocks) for ends in paths(num_depths)]
@@ -136,7 +138,8 @@ def draw_search_space(
         f"each on or off, with one of {len(operations)} operations"
     )
     all_nodes = np.ones((num_blocks + 1, num_depths), dtype=bool)
-    graph = _graph(all_nodes, everything, [OPERATIONS[name] for name in operations], title, caption)
+    operations = [OPERATIONS[name] for name in operations]
+    graph = _graph(all_nodes, everything, operations, title, caption, use_downsample)
     return _write(graph, filename, directory, format)
 
 
@@ -163,9 +166,10 @@ def _graph(
     operations: Sequence[Operation],
     title: str,
     caption: Sequence[str],
+    use_downsample: bool,
 ) -> graphviz.Digraph:
     """Lay out the drawing; ``active`` (blocks + 1, depths) says which nodes are active."""
-    grid = Grid(active.shape[0] - 1, active.shape[1])
+    grid = Grid(active.shape[0] - 1, active.shape[1], int(use_downsample))
     graph = graphviz.Digraph("dints")
     # nop2: graphviz draws at the given positions and moves nothing.
     graph.attr(layout="nop2", outputorder="nodesfirst", bgcolor="white", pad="0.12", fontname=FONT)
@@ -201,7 +205,8 @@ def _add_headings(graph: graphviz.Digraph, grid: Grid, title: str, caption: Sequ
     _add_text(graph, "resolutions", (grid.left, grid.header + 17), "resolution")
     for depth in range(-1, grid.num_depths):
         height = grid.header if depth < 0 else grid.node(0, depth)[1]
-        _add_text(graph, f"resolution{depth + 1}", (grid.left, height), f"1/{2 ** (depth + 1)}", fontsize=12)
+        part = 1 if depth < 0 else 2 ** (depth + grid.num_halvings)
+        _add_text(graph, f"resolution{depth + 1}", (grid.left, height), f"1/{part}", fontsize=12)
 
 
 def _add_node(graph: graphviz.Digraph, name: str, at: Point, active: bool) -> None:

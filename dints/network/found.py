@@ -35,8 +35,10 @@ class FoundNetwork(DiNTS):
                 channel_mul=channel_mul,
                 num_blocks=architecture.num_blocks,
                 num_depths=architecture.num_depths,
+                use_downsample=architecture.use_downsample,
             )
-        super().__init__(space, in_channels, num_classes, node_a=torch.from_numpy(architecture.node_a))
+        node_a = torch.from_numpy(architecture.node_a)
+        super().__init__(space, in_channels, num_classes, use_downsample=architecture.use_downsample, node_a=node_a)
         ends = paths(architecture.num_depths)
         self.inputs = [int(depth) for depth in architecture.node_a[0].nonzero()[0]]
         self.blocks = [
@@ -67,9 +69,11 @@ class FoundNetwork(DiNTS):
         return self.stem_finals(up)
 
 
-def check_patch_size(patch_size: tuple[int, int, int], num_depths: int, flag: str = "--patch_size") -> None:
+def check_patch_size(
+    patch_size: tuple[int, int, int], num_depths: int, use_downsample: bool = True, flag: str = "--patch_size"
+) -> None:
     """Raise `UserError` unless a network of ``num_depths`` can halve ``patch_size`` down to its deepest level."""
-    step = 2**num_depths
+    step = 2 ** (num_depths if use_downsample else num_depths - 1)
     if any(size <= 0 or size % step for size in patch_size) or all(size <= step for size in patch_size):
         nearest = [max(step, round(size / step) * step) for size in patch_size]
         if all(size <= step for size in nearest):  # InstanceNorm needs more than one voxel at the deepest level

@@ -92,7 +92,7 @@ def _check_task(task: Task, architecture: Architecture) -> None:
     ):
         if not is_sound:
             raise ValueError(f"{key} {getattr(task, key)!r}")
-    check_patch_size(task.patch_size, architecture.num_depths, "patch_size")
+    check_patch_size(task.patch_size, architecture.num_depths, architecture.use_downsample, "patch_size")
 
 
 def _are(values: object, kinds: type | tuple[type, ...], count: int | None = None) -> bool:

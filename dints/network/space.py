@@ -36,6 +36,7 @@ class SearchSpace(TopologySearch):
     Args:
         channel_mul: times 32, 64, ... channels from the full resolution down.
         operations: names in `OPERATIONS`, one of which each path will hold.
+        use_downsample: as in `Architecture`.
     """
 
     def __init__(
@@ -44,10 +45,17 @@ class SearchSpace(TopologySearch):
         num_blocks: int = 6,
         num_depths: int = 3,
         operations: Sequence[str] = PUBLISHED,
+        use_downsample: bool = True,
     ):
         self.operations = check_names(operations)
         with contextlib.redirect_stdout(io.StringIO()):  # MONAI prints its advice about patch sizes
-            super().__init__(channel_mul, cell_of(self.operations), num_blocks=num_blocks, num_depths=num_depths)
+            super().__init__(
+                channel_mul,
+                cell_of(self.operations),
+                num_blocks=num_blocks,
+                num_depths=num_depths,
+                use_downsample=use_downsample,
+            )
         self.paths = paths(self.num_depths)
         leaves, reaches = (np.array(ends) for ends in zip(*self.paths, strict=True))
         # The paths into a node stand side by side.
@@ -201,7 +209,8 @@ class SearchSpace(TopologySearch):
         """Return the decoded architecture with what is to be known about it later, its ``ram_ratio`` included."""
         node_a, arch_code_a, arch_code_c, arch_code_a_max = self.decode(max_ram_ratio)
         info["ram_ratio"] = self.ram_ratio_of(arch_code_a, arch_code_c)
-        return Architecture(node_a, arch_code_a, arch_code_c, arch_code_a_max, self.operations, info)
+        codes = node_a, arch_code_a, arch_code_c, arch_code_a_max
+        return Architecture(*codes, self.operations, self.use_downsample, info)
 
     def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:
         """Mix all paths and operations by their probabilities.
@@ -224,7 +233,8 @@ class SearchSpace(TopologySearch):
 def supernet(space: SearchSpace, in_channels: int, num_classes: int) -> DiNTS:
     """Build MONAI's `DiNTS` around the space: stems before and after it, for images of so many channels."""
     every_node = [[1] * space.num_depths] * (space.num_blocks + 1)  # MONAI's own is a tensor, which does not compile
-    return accelerated(DiNTS(space, in_channels, num_classes, node_a=every_node))
+    network = DiNTS(space, in_channels, num_classes, use_downsample=space.use_downsample, node_a=every_node)
+    return accelerated(network)
 
 
 def _patterns(children: np.ndarray, path_depths: np.ndarray, num_depths: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dints.running.precision import Precision
 from dints.running.processes import Processes
@@ -20,6 +21,7 @@ class WeightsTraining:
     Attributes:
         network: as it computes, compiled and distributed; its state is that of the network that it was made of.
         max_gradient_norm: where all gradients together have a larger norm than this, they are scaled down to it.
+        average: the network with a moving average of the weights, which every step brings up to date.
     """
 
     network: nn.Module
@@ -28,6 +30,7 @@ class WeightsTraining:
     criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     precision: Precision
     max_gradient_norm: float | None = None
+    average: AveragedModel | None = None
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -42,6 +45,7 @@ def weights_training(
     *,
     learning_rate: float,
     max_gradient_norm: float | None = None,
+    average: AveragedModel | None = None,
 ) -> WeightsTraining:
     """Make the published training of ``weights``, parameters of ``network``, distributed over the processes."""
     return WeightsTraining(
@@ -51,6 +55,7 @@ def weights_training(
         segmentation_loss,
         precision,
         max_gradient_norm,
+        average,
     )
 
 
@@ -69,6 +74,8 @@ def weights_step(training: WeightsTraining, batch: dict[str, torch.Tensor]) -> t
         nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
     step_if_finite(optimizer, scaler, optimizer.param_groups[0]["params"][-1].grad)
     scaler.update()
+    if training.average is not None:
+        training.average.update_parameters(training.network)
     return loss.detach()
 
 
@@ -125,6 +132,24 @@ def compiled(network: nn.Module, choice: str, device: torch.device) -> nn.Module
     return torch.compile(
         network, fullgraph=True, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None
     )
+
+
+def averaged(network: nn.Module, decay: float) -> AveragedModel | None:
+    """Make a copy of the network for an exponential moving average of its weights; None where ``decay`` is 0.
+
+    Args:
+        decay: by how much a weight counts less after each step.
+    """
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+
+
+def scheduled(schedule: str, base: float, progress: float, milestones: Sequence[float]) -> float:
+    """Return the learning rate when a share ``progress`` (0 to 1) of the training is done.
+
+    Args:
+        schedule: ``halvings`` at the milestones, as published, or ``polynomial``, to 0 as nnU-Net's.
+    """
+    return halved(base, progress, milestones) if schedule == "halvings" else base * (1 - progress) ** 0.9
 
 
 def halved(base: float, progress: float, milestones: Sequence[float]) -> float:

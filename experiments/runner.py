@@ -1,0 +1,215 @@
+"""Run the trainings behind the README's tables; a line of JSON a training is appended to experiments/results.jsonl.
+
+    python experiments/runner.py --list                        what there is, and what is done
+    python experiments/runner.py                               run all that is not done, two at a time
+    python experiments/runner.py --rows 'recipe/*' --root data_msd/Task04_Hippocampus
+    python experiments/runner.py --rows 'curve/u-*' --jobs 1 --threads 2
+
+Each training is a process of --threads threads on cores of its own. It goes on where it was stopped, so that the runner
+may be stopped at any time, and started again. --again runs rows that are done once more, and adds their lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import csv
+import fnmatch
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+
+from dints import __version__
+from dints.network.cost import device_name
+from dints.torch_files import load_safely
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results.jsonl"
+NUM_FOLDS = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training and its scores.
+
+    Attributes:
+        group: what it is compared with.
+        label: what it differs in.
+        network: an arch file in experiments/architectures, without its ending, or a name in `opponents.OPPONENTS`.
+        flags: of train_dints.py.
+        iterations: of the training.
+    """
+
+    group: str
+    label: str
+    network: str
+    flags: str
+    iterations: int
+    fold: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}/{self.label}-{self.iterations}-fold{self.fold}-seed{self.seed}"
+
+
+# What trainings are of: an arch file, or one of opponents.py; with its --channel_mul.
+NETWORKS = {"u_shaped_5x3": 0.375, "dynunet": 1.0, "segresnet": 1.0}
+# Candidates for the recipe, each against the first of its group; one core, about four minutes each.
+CANDIDATES = {
+    "published": "--recipe published",
+    "polynomial": "--learning_rate_schedule polynomial",
+    "average": "--average_decay 0.99",
+    "flip-x": "--flip_axes X",
+    "flip-none": "--flip_axes none",
+    "half-resolution": "--use_downsample yes --channel_mul 0.75",
+    "recommended": "--recipe recommended",
+}
+
+
+def table() -> dict[str, Row]:
+    """Return all rows by name; the first ones to be run come first."""
+    u = "u_shaped_5x3"
+    rows = [
+        Row("recipe", label, u, flags, 900, fold, seed)
+        for seed in (0, 1)
+        for fold in (0, 1)
+        for label, flags in CANDIDATES.items()
+    ]
+    # How Dice grows with time: each length has its own schedule.
+    for fold in (0, 1):
+        for iterations in (450, 900, 1800, 3600, 7200):
+            rows.append(Row("curve", "u", u, "--recipe recommended", iterations, fold, 0))
+            rows.append(Row("curve", "dynunet", "dynunet", "--recipe recommended", iterations, fold, 0))
+    return {row.name: row for row in rows}
+
+
+def main(args: argparse.Namespace) -> None:
+    done = {result["name"] for result in read_results()}
+    rows = {name: row for name, row in table().items() if fnmatch.fnmatch(name, args.rows)}
+    if args.list:
+        for name in rows:
+            print("done" if name in done else "    ", name)
+        return
+    waiting = [row for name, row in rows.items() if args.again or name not in done]
+    cores = [list(range(job * args.threads, (job + 1) * args.threads)) for job in range(args.jobs)]
+    lock = threading.Lock()
+
+    def work(own_cores: list[int]) -> None:
+        while True:
+            with lock:
+                if not waiting:
+                    return
+                row = waiting.pop(0)
+            result = run(row, args.root, args.work, own_cores, args.jobs)
+            with lock, RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{row.name}: Dice {result['dice']:.4f} after {result['seconds'] / 60:.1f} minutes", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(work, cores))
+
+
+def run(row: Row, root: Path, work: Path, cores: list[int], jobs: int) -> dict:
+    """Train and score a row on these cores; return its line of results."""
+    folder = work / row.name
+    place = f"--root {shlex.quote(str(root))} --fold {row.fold} --num_folds {NUM_FOLDS}"
+    architecture, opponent = row.network, []
+    if not (HERE / "architectures" / f"{architecture}.pth").exists():
+        architecture, opponent = "u_shaped_5x3", [str(HERE / "opponents.py"), row.network]
+    start(
+        [*opponent, "train_dints.py"],
+        f"--arch_ckpt {HERE / 'architectures' / architecture}.pth {place} --output_root {folder} --num_workers 0 "
+        f"--num_epochs 100 --num_epochs_per_validation 100 --num_iterations {row.iterations} --seed {row.seed} "
+        f"--num_images_per_batch 4 --learning_rate 0.05 --channel_mul {NETWORKS[row.network]} "
+        f"--cache_dir {work / 'cache'} --overlap_ratio 0 {row.flags}",
+        cores,
+        folder,
+    )
+    start(
+        [*opponent, "infer_dints.py"],
+        f"--checkpoint {folder / 'best_metric_model.pth'} {place} --output_root {folder / 'segmentations'}",
+        cores,
+        folder,
+    )
+    return summary(row, folder, len(cores), jobs)
+
+
+def start(script: list[str], flags: str, cores: list[int], folder: Path) -> None:
+    """Run a script on the cores, with a thread a core; what it says is added to ``folder``.log."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.log").open("a", encoding="utf-8") as log:
+        subprocess.run(
+            ["taskset", "-c", ",".join(map(str, cores)), sys.executable, *script, *shlex.split(flags)],
+            cwd=HERE.parent,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=True,
+        )
+
+
+def summary(row: Row, folder: Path, threads: int, jobs: int) -> dict:
+    """Gather what is to be known about a row that is done."""
+    with (folder / "loss_history.csv").open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    with (folder / "segmentations" / "scores.csv").open(newline="") as file:
+        cases = {
+            line.pop("case"): {name: float(dice) for name, dice in line.items() if dice}
+            for line in csv.DictReader(file)
+        }
+    names = list(next(iter(cases.values())))
+    classes = {name: statistics.mean(case[name] for case in cases.values() if name in case) for name in names}
+    model = load_safely(folder / "best_metric_model.pth")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
+    )
+    return {
+        "name": row.name,
+        **asdict(row),
+        "dice": statistics.mean(classes.values()),
+        "classes": classes,
+        "cases": cases,
+        "iterations_done": int(last["iteration"]),
+        "seconds": float(last["seconds"]),
+        "parameters": sum(weight.numel() for weight in model["state_dict"].values()),
+        "hardware": device_name(torch.device("cpu"), threads),
+        "side_by_side": jobs,
+        "commit": commit.stdout.strip(),
+        "version": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def read_results() -> list[dict]:
+    """Return the lines of results so far."""
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = os.environ.get("DINTS_TASK04", HERE.parents[1] / "shared" / "data" / "Task04_Hippocampus")
+    parser.add_argument("--list", action="store_true", help="only tell the rows")
+    parser.add_argument("--rows", default="*", help="pattern of the names of rows (default: all)")
+    parser.add_argument("--root", type=Path, default=data, help="Task04_Hippocampus (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "experiments", help="where runs are kept")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="and cores, of each (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="run also what is done")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(parse_args())
