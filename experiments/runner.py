@@ -63,16 +63,14 @@ class Row:
 
 
 # What trainings are of: an arch file, or one of opponents.py; with its --channel_mul.
-NETWORKS = {"u_shaped_5x3": 0.375, "dynunet": 1.0, "segresnet": 1.0}
-# Candidates for the recipe, each against the first of its group; one core, about four minutes each.
-CANDIDATES = {
-    "published": "--recipe published",
-    "polynomial": "--learning_rate_schedule polynomial",
-    "average": "--average_decay 0.99",
-    "flip-x": "--flip_axes X",
-    "flip-none": "--flip_axes none",
-    "half-resolution": "--use_downsample yes --channel_mul 0.75",
+NETWORKS = {"u_shaped_5x3": 0.5, "dynunet": 1.0, "segresnet": 1.0}
+# Each adds to the one before; the last is the recommended recipe, and what it would be at half the resolution.
+STEPS = {
+    "published": "",
+    "flips": "--flip_axes auto",
+    "polynomial": "--flip_axes auto --learning_rate_schedule polynomial",
     "recommended": "--recipe recommended",
+    "half-resolution": "--recipe recommended --use_downsample yes",
 }
 
 
@@ -83,7 +81,7 @@ def table() -> dict[str, Row]:
         Row("recipe", label, u, flags, 900, fold, seed)
         for seed in (0, 1)
         for fold in (0, 1)
-        for label, flags in CANDIDATES.items()
+        for label, flags in STEPS.items()
     ]
     # How Dice grows with time: each length has its own schedule.
     for fold in (0, 1):
