@@ -32,8 +32,10 @@ def network(
         channel_mul=channel_mul,
         num_blocks=architecture.num_blocks,
         num_depths=architecture.num_depths,
+        use_downsample=architecture.use_downsample,
     )
-    return DiNTS(space, in_channels, num_classes, node_a=torch.from_numpy(architecture.node_a))
+    node_a = torch.from_numpy(architecture.node_a)
+    return DiNTS(space, in_channels, num_classes, use_downsample=architecture.use_downsample, node_a=node_a)
 
 
 def criterion() -> nn.Module:

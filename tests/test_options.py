@@ -6,7 +6,13 @@ import argparse
 
 import pytest
 
+import search_dints
+import train_dints
 from dints import options
+from dints.recipes import RECIPES
+
+TRAIN = ["--arch_ckpt", "arch.pth", "--root", "data", "--output_root", "run"]
+SEARCH = TRAIN[2:]
 
 
 @pytest.mark.parametrize(
@@ -28,3 +34,52 @@ def test_a_budget_in_iterations_scales_every_number_of_epochs(steps, iterations,
     assert args.num_epochs == 1000  # what the run is known by
     args.num_iterations = None
     assert options.scaled_to_iterations(args, steps) is args
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("script", "flags", "names"),
+    [
+        (search_dints, SEARCH, {"use_downsample", "flip_axes"}),
+        (train_dints, TRAIN, {"flip_axes", "learning_rate_schedule", "average_decay"}),
+    ],
+    ids=["search", "train"],
+)
+def test_a_recipe_fills_what_is_not_given(script, flags, names, recipe):
+    values = vars(script.parse_args([*flags, "--recipe", recipe]))
+    assert {name: values[name] for name in names} == {name: RECIPES[recipe][name] for name in names}
+    given = vars(script.parse_args([*flags, "--recipe", recipe, "--flip_axes", "X", "Z"]))
+    assert given == {**values, "flip_axes": ["X", "Z"]}
+
+
+def test_the_stages_use_all_of_a_recipe_and_recipes_have_the_same_options():
+    used = {"use_downsample", "flip_axes", "learning_rate_schedule", "average_decay"}
+    assert all(values.keys() == used for values in RECIPES.values())
+
+
+def test_runs_from_before_there_were_recipes_go_on():
+    """Their states lack these options: by the published recipe they are as if none had been given."""
+    for script, flags in ((search_dints, SEARCH), (train_dints, TRAIN)):
+        course = options.course(script.parse_args(flags))
+        assert all(course.get(name) is None for name in ("recipe", *RECIPES["published"]))
+        assert course == options.course(script.parse_args([*flags, "--flip_axes", "all", "--recipe", "published"]))
+        assert options.course(script.parse_args([*flags, "--recipe", "recommended"]))["flip_axes"] == ["auto"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ("--flip_axes auto X", "--flip_axes auto X: give axes, or one of auto, all and none"),
+        ("--flip_axes none all", "--flip_axes none all: give axes"),
+        ("--flip_axes left", "invalid choice: 'left'"),
+        ("--recipe nnunet", "invalid choice: 'nnunet'"),
+        ("--average_decay 1", "1 is not at least 0 and at most 0.9999"),
+        ("--average_decay -0.1", "-0.1 is not at least 0"),
+        ("--learning_rate_schedule cosine", "invalid choice: 'cosine'"),
+        ("--use_downsample maybe", "invalid choice: 'maybe'"),
+    ],
+)
+def test_values_that_no_recipe_takes(flags, complaint, capsys):
+    with pytest.raises(SystemExit):
+        train_dints.parse_args([*TRAIN, *flags.split()])
+    assert complaint in capsys.readouterr().err

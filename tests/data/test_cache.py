@@ -51,7 +51,7 @@ def counted(monkeypatch) -> list:
 
 def assert_same(first: Prepared, second: Prepared) -> None:
     for one, other in zip(cache_module._arrays(first), cache_module._arrays(second), strict=True):
-        assert one.dtype == other.dtype and np.array_equal(one, other)
+        assert one.dtype == other.dtype and np.array_equal(one, other, equal_nan=True)
 
 
 def entries(folder: Path) -> list[Path]:

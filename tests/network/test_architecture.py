@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +59,20 @@ def test_what_is_saved_is_loaded(tmp_path, size):
     assert (loaded.num_blocks, loaded.num_depths, loaded.info) == (*size, INFO)
 
     content = torch.load(tmp_path / "code.pth", weights_only=True)
-    assert content.keys() == {*ARRAYS, *INFO, "operations"}
+    assert content.keys() == {*ARRAYS, *INFO, "operations", "use_downsample"}
     assert content["operations"] == list(loaded.operations) == list(PUBLISHED)
+    assert content["use_downsample"] is loaded.use_downsample is True
     assert all(isinstance(content[key], torch.Tensor) for key in ARRAYS)
+
+
+def test_full_resolution_is_saved_and_loaded(tmp_path):
+    half = random_architecture(1, 3, 3)
+    full = replace(half, use_downsample=False)
+    assert full.codes() != half.codes()  # another network, with which no run of the one goes on
+    save_architecture(tmp_path / "code.pth", full)
+    assert load_architecture(tmp_path / "code.pth").use_downsample is False
+    torch.save({**full.to_dict(), "use_downsample": 2}, tmp_path / "code.pth")
+    assert "'use_downsample' is not True or False" in message_of(tmp_path / "code.pth")
 
 
 def published(architecture: Architecture, dtype: type = np.float64) -> dict:

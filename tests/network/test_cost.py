@@ -110,13 +110,7 @@ def test_measured_on_the_cpu():
     assert torch.equal(torch.random.get_rng_state(), generator)
     assert found.measured_mib is None
     assert found.device.startswith(f"{torch.get_num_threads()} thread")
-    network = FoundNetwork(TINY, 1, 2, SMALL)
-    start = time.perf_counter()
-    with torch.no_grad():
-        for _ in range(10):
-            network(torch.randn(1, 1, 16, 16, 16))
-    mean_ms = 1e3 * (time.perf_counter() - start) / 10
-    assert mean_ms / 10 < found.latency_ms < 10 * mean_ms  # loose: other processes may take the cores in between
+    assert found.latency_ms > 0  # how it is timed: below
 
 
 class Clock(nn.Module):
@@ -231,19 +225,18 @@ def test_lines(found, lines):
         ("13th Gen Intel(R) Core(TM) i9-13900K", "13th Gen Intel Core i9-13900K"),
     ],
 )
-@pytest.mark.parametrize("threads", ["1 thread", "8 threads"])
-def test_name_of_a_cpu(monkeypatch, model, name, threads):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: int(threads.split()[0]))
+@pytest.mark.parametrize(("number", "threads"), [(1, "1 thread"), (8, "8 threads")])
+def test_name_of_a_cpu(monkeypatch, model, name, number, threads):
     monkeypatch.setattr(Path, "exists", lambda path: True)
     monkeypatch.setattr(Path, "read_text", lambda path: f"processor\t: 0\nmodel name\t: {model}\nstepping\t: 1\n")
-    assert module._device_name(CPU) == f"{threads} of {name}"
+    assert module.device_name(CPU, number) == f"{threads} of {name}"
 
 
 def test_name_of_a_cpu_that_does_not_say(monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: False)
     monkeypatch.setattr(module.platform, "processor", lambda: "")
     monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
-    assert module._device_name(CPU).endswith(" of aarch64")
+    assert module.device_name(CPU, 1).endswith(" of aarch64")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def node_width(source: str, row: int, depth: int) -> str:
 )
 def test_drawing_holds_the_architecture(tmp_path, num_blocks, num_depths):
     architecture = random_architecture(num_blocks, num_blocks, num_depths)
+    if num_blocks == 4:
+        architecture = replace(architecture, use_downsample=False)
     source = draw_architecture(architecture, "found", tmp_path).source
 
     ends = ends_of_paths(num_depths)
@@ -63,7 +66,9 @@ def test_drawing_holds_the_architecture(tmp_path, num_blocks, num_depths):
     for (row, depth), active in np.ndenumerate(architecture.node_a):
         assert node_width(source, row, depth) == (active_width if active else inactive_width)
 
-    assert re.findall(r'"?(1/\d+)\\l', source) == [f"1/{2**depth}" for depth in range(num_depths + 1)]
+    assert re.findall(r'"?(1/\d+)\\l', source) == ["1/1"] + [
+        f"1/{2 ** (depth + architecture.use_downsample)}" for depth in range(num_depths)
+    ]
     inputs, outputs = (np.flatnonzero(architecture.node_a[row]).tolist() for row in (0, -1))
     assert [int(depth) for depth in re.findall(r"image -> row0_depth(\d+)", source)] == inputs
     assert re.findall(rf"row{num_blocks}_depth(\d+) -> sum(\d+)", source) == [(str(d), str(d)) for d in outputs]

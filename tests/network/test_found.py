@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import published
@@ -41,6 +43,14 @@ ARCHITECTURES = {
     "all inputs, finest output": connected(np.array([[1, 1, 0, 0]]), np.full((1, 4), 3)),
     **{f"random {seed}": random_architecture(seed, 3, 3) for seed in range(3)},
     "random, 4 depths": random_architecture(7, 4, 4),
+    **{
+        f"full resolution, {name}": replace(architecture, use_downsample=False)
+        for name, architecture in (
+            ("all paths", everything(2, 3)),
+            ("down and up", chain(0, 1, 2, 1, 0, num_depths=3)),
+            ("up", chain(2, 1, 0, num_depths=3, operation=4)),
+        )
+    },
 }
 
 
@@ -162,6 +172,22 @@ def test_patch_sizes_that_fit(num_depths, patch_size):
     assert scores.shape == (1, 2, *patch_size)
 
 
+@pytest.mark.parametrize("num_depths", [2, 3, 4])
+def test_at_full_resolution_patch_sizes_are_halved_once_less(num_depths):
+    full = replace(everything(1, num_depths), use_downsample=False)
+    step = 2 ** (num_depths - 1)
+    for sizes, fits in (((step, step, 2 * step), True), ((3 * step,) * 3, True), ((step,) * 3, False)):
+        run = partial(on_meta(full, 1, 2, SMALL), torch.zeros(1, 1, *sizes, device="meta"))
+        if fits:
+            check_patch_size(sizes, num_depths, use_downsample=False)
+            assert run().shape == (1, 2, *sizes)
+        else:
+            with pytest.raises(UserError, match=f"need multiples of {step} and more than {step}"):
+                check_patch_size(sizes, num_depths, use_downsample=False)
+            with pytest.raises((RuntimeError, ValueError)):
+                run()
+
+
 @pytest.mark.parametrize(
     ("num_depths", "patch_size", "suggestion"),
     [
@@ -179,7 +205,7 @@ def test_patch_sizes_that_fit(num_depths, patch_size):
 )
 def test_patch_sizes_that_do_not_fit(num_depths, patch_size, suggestion):
     with pytest.raises(UserError) as caught:
-        check_patch_size(patch_size, num_depths, "--window")
+        check_patch_size(patch_size, num_depths, flag="--window")
     size, suggested = (" ".join(map(str, values)) for values in (patch_size, suggestion))
     assert str(caught.value).startswith(f"--window {size} does not fit {num_depths} depths")
     assert str(caught.value).endswith(f"for example {suggested}")

@@ -27,8 +27,8 @@ def quick_oracle():
 
 
 @cache
-def _twins(num_blocks: int, num_depths: int) -> tuple[TopologySearch, SearchSpace]:
-    size = {"num_blocks": num_blocks, "num_depths": num_depths, "channel_mul": SMALL}
+def _twins(num_blocks: int, num_depths: int, use_downsample: bool = True) -> tuple[TopologySearch, SearchSpace]:
+    size = {"num_blocks": num_blocks, "num_depths": num_depths, "channel_mul": SMALL, "use_downsample": use_downsample}
     return quiet(TopologySearch, **size), SearchSpace(**size)
 
 
@@ -68,7 +68,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> 
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
-@pytest.mark.parametrize("size", [(2, 2), (1, 3), (7, 3), (12, 4)], ids=str)
+@pytest.mark.parametrize("size", [(2, 2), (1, 3), (7, 3), (12, 4), (7, 3, False)], ids=str)
 def test_probabilities_and_regularisers_are_monais(size, spread):
     theirs, ours = twins(size[0], spread, *size)
     expected = searched_values(theirs.double())
@@ -140,10 +140,11 @@ def test_whatever_is_decoded_is_a_network(size, spread):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-4), (torch.float64, 1e-9)], ids=str)
-@pytest.mark.parametrize("size", [(3, 2), (2, 3), (2, 4)], ids=str)
+@pytest.mark.parametrize("size", [(3, 2), (2, 3), (2, 4), (2, 3, False)], ids=str)
 def test_the_supernet_and_its_gradients_are_monais(size, dtype, tolerance):
     theirs, ours = twins(0, 1.0, *size)
-    networks = [build(space, 2, 3).to(dtype) for build, space in ((DiNTS, theirs), (supernet, ours))]
+    monais = DiNTS(theirs, 2, 3, use_downsample=theirs.use_downsample)
+    networks = [network.to(dtype) for network in (monais, supernet(ours, 2, 3))]
     networks[1].load_state_dict(networks[0].state_dict())
     torch.manual_seed(1)
     voxels = (max(16, 2 ** (size[1] + 1)),) * 3

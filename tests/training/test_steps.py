@@ -14,8 +14,10 @@ from dints.running.processes import Processes
 from dints.training.losses import EpochLoss
 from dints.training.steps import (
     WeightsTraining,
+    averaged,
     halved,
     is_validation_epoch,
+    scheduled,
     sgd,
     weights_step,
     weights_training,
@@ -129,6 +131,27 @@ def test_the_learning_rate_halves_at_each_milestone():
     expected = {0: 8, 0.2: 8, 0.21: 4, 0.4: 4, 0.6: 2, 0.8: 2, 0.81: 1, 1: 1}
     assert {share: halved(8, share, (0.2, 0.4, 0.8)) for share in expected} == expected
     assert halved(0.025, 1.0, ()) == 0.025
+
+
+def test_the_polynomial_schedule_is_nnunets():
+    assert scheduled("polynomial", 0.01, 0.0, (0.5,)) == 0.01
+    assert scheduled("polynomial", 0.01, 0.25, (0.5,)) == pytest.approx(0.01 * (1 - 250 / 1000) ** 0.9)
+    assert scheduled("polynomial", 0.01, 1.0, ()) == 0
+    assert scheduled("halvings", 8, 0.6, (0.2, 0.5)) == halved(8, 0.6, (0.2, 0.5)) == 2
+
+
+def test_weights_are_averaged_after_every_step():
+    torch.manual_seed(0)
+    network = nn.Conv3d(1, 2, 1)
+    average = averaged(network, 0.75)
+    training, expected = training_of(network, average=average), None
+    for _ in range(4):
+        weights_step(training, batch_of())
+        now = network.weight.detach().clone()
+        expected = now if expected is None else 0.75 * expected + 0.25 * now
+    torch.testing.assert_close(average.module.weight.detach(), expected)
+    assert not torch.equal(average.module.weight, network.weight)
+    assert averaged(network, 0.0) is None
 
 
 @pytest.mark.parametrize(
