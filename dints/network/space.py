@@ -10,7 +10,6 @@ import contextlib
 import io
 import math
 from collections.abc import Sequence
-from itertools import product
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from dints.errors import UserError
 from dints.network import decoding
 from dints.network.architecture import Architecture, paths
 from dints.network.cells import cell_of
+from dints.network.children import depth_sizes, patterns, switchings
 from dints.network.cpu_layers import accelerated
 from dints.network.mixing import mix
 from dints.network.operations import PUBLISHED, check_names
@@ -60,8 +60,8 @@ class SearchSpace(TopologySearch):
         leaves, reaches = (np.array(ends) for ends in zip(*self.paths, strict=True))
         # The paths into a node stand side by side.
         self.paths_into = [range(*np.searchsorted(reaches, (depth, depth + 1))) for depth in range(self.num_depths)]
-        self.starts = _patterns(self.child_list, leaves, self.num_depths)
-        self.ends = _patterns(self.child_list, reaches, self.num_depths)
+        self.starts = patterns(self.child_list, leaves, self.num_depths)
+        self.ends = patterns(self.child_list, reaches, self.num_depths)
         num_patterns = 2**self.num_depths - 1
         for name, constant in (
             ("child_switches", torch.from_numpy(np.hstack([self.child_list, 1 - self.child_list])).float()),  # on, off
@@ -72,16 +72,12 @@ class SearchSpace(TopologySearch):
         ):
             self.register_buffer(name, constant, persistent=False)
         # A depth's feature map relative to others', and with these every path active with its dearest operation.
-        self.depth_sizes = [
-            channels / 2 ** (self._spatial_dims * depth)
-            for depth, channels in enumerate(self.filter_nums[: self.num_depths])
-        ]
+        self.depth_sizes = depth_sizes(self.filter_nums[: self.num_depths])
         self.dearest_memory = ((1 + self.ram_cost.max(-1)) * np.array(self.depth_sizes)[reaches]).sum()
 
     def gen_mtx(self, depth: int) -> tuple[dict, list[tuple], list[tuple]]:
         """Return all node patterns and children in MONAI's order; its table of transfer matrices is not needed here."""
-        patterns, children = (list(product((0, 1), repeat=length))[1:] for length in (depth, 3 * depth - 2))
-        return {}, patterns, children
+        return {}, switchings(depth), switchings(3 * depth - 2)
 
     def get_prob_a(self, child: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the path probabilities, given that each block has at least one active path.
@@ -235,9 +231,3 @@ def supernet(space: SearchSpace, in_channels: int, num_classes: int) -> DiNTS:
     every_node = [[1] * space.num_depths] * (space.num_blocks + 1)  # MONAI's own is a tensor, which does not compile
     network = DiNTS(space, in_channels, num_classes, use_downsample=space.use_downsample, node_a=every_node)
     return accelerated(network)
-
-
-def _patterns(children: np.ndarray, path_depths: np.ndarray, num_depths: int) -> np.ndarray:
-    """Return for each child the index, in node_act_list, of the set of nodes at that end of its active paths."""
-    touched = np.stack([children[:, path_depths == depth].any(-1) for depth in range(num_depths)], -1)
-    return touched @ (2 ** np.arange(num_depths)[::-1]) - 1
