@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -79,19 +80,19 @@ def random_architecture(
     high: float,
     generator: np.random.Generator,
     operations: Sequence[str] = PUBLISHED,
-    full_resolution: bool = False,
+    keep_finest: bool = False,
 ) -> Architecture:
     """Draw uniformly from the connected architectures whose `ram_ratio` is from ``low`` to ``high``.
 
     Two are the same if they have the same active paths with the same operations on them.
 
     Args:
-        full_resolution: draw only from those that keep the path along depth 0 active in every block.
+        keep_finest: draw only from those that keep the path along depth 0 active in every block.
 
     Raises:
         UserError: a size is out of range, or no architecture is found in the band; the message names what is possible.
     """
-    draws = random_architectures(num_blocks, num_depths, low, high, generator, operations, full_resolution)
+    draws = random_architectures(num_blocks, num_depths, low, high, generator, operations, keep_finest)
     return next(draws)
 
 
@@ -102,20 +103,20 @@ def random_architectures(
     high: float,
     generator: np.random.Generator,
     operations: Sequence[str] = PUBLISHED,
-    full_resolution: bool = False,
+    keep_finest: bool = False,
 ) -> Iterator[Architecture]:
     """Draw as `random_architecture` does, one after another without end; most of the work is done once."""
     operations = _checked(num_blocks, num_depths, operations)
-    choice = _Choice(num_blocks, num_depths, operations, full_resolution)
+    choice = _Choice(num_blocks, num_depths, operations, keep_finest)
     possible = (
         f"with {num_blocks} blocks, {num_depths} depths and the operations {', '.join(operations)}"
-        f"{' at full resolution' * full_resolution}, ratios from {_rounded_up(choice.least_ratio)} to 1 are possible"
+        f"{', the finest path kept' * keep_finest}, ratios from {_rounded_up(choice.least_ratio)} to 1 are possible"
     )
     if not (low <= high and low <= 1 and high >= choice.least_ratio):
         raise UserError(f"--ram_ratio {low:g} {high:g} is no band with an architecture in it: {possible}")
     tilt, edge = _tilt_to(choice, low, high)
     tilted, draws_in_vain = _Tilted(choice, tilt), 0
-    made = {"unsearched": "random", "ram_ratio_band": [float(low), float(high)], "full_resolution": full_resolution}
+    made = {"unsearched": "random", "ram_ratio_band": [float(low), float(high)], "keep_finest": keep_finest}
     while draws_in_vain < MAX_DRAWS:
         arch_code_a, arch_code_c = tilted.draw(generator, BATCH)
         ratios = _ratios(choice.costs, arch_code_a, arch_code_c)
@@ -189,10 +190,10 @@ class _Choice:
         least_ratio: of the smallest architecture.
     """
 
-    def __init__(self, num_blocks: int, num_depths: int, operations: tuple[str, ...], full_resolution: bool):
+    def __init__(self, num_blocks: int, num_depths: int, operations: tuple[str, ...], keep_finest: bool):
         self.num_blocks = num_blocks
         children = np.array(switchings(3 * num_depths - 2))
-        if full_resolution:  # path 0 leads from depth 0 to depth 0
+        if keep_finest:  # path 0 leads from depth 0 to depth 0
             children = children[children[:, 0] == 1]
         starts, ends = (patterns(children, depths, num_depths) for depths in np.array(paths(num_depths)).T)
         order = starts.argsort(kind="stable")
@@ -343,7 +344,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--random", type=int, metavar="N", help="write random_<seed>_<number>.pth, numbers from 0 to N - 1"
     )
     add("--ram_ratio", type=float, nargs=2, metavar=("LOW", "HIGH"), help="band of the random ones' memory, up to 1")
-    add("--full_resolution", action="store_true", help="random ones: keep the path along depth 0 in every block")
+    add("--keep_finest", action="store_true", help="random ones: keep the path along depth 0 in every block")
+    add(
+        "--use_downsample",
+        choices=("yes", "no"),
+        default="yes",
+        help="whether the network halves the image before its first node, as published (default: %(default)s)",
+    )
     add("--seed", type=int, help="of the random ones; a number's architecture does not depend on N (default: 0)")
     add("--num_blocks", type=int, default=12, help="blocks, one after another (default: %(default)s)")
     add("--num_depths", type=int, default=4, help="resolutions, each half of the last (default: %(default)s)")
@@ -360,8 +367,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.random is None) != (args.ram_ratio is None):
         parser.error("--random and --ram_ratio go together")
-    if args.random is None and (args.full_resolution or args.seed is not None):
-        parser.error("--full_resolution and --seed go with --random")
+    if args.random is None and (args.keep_finest or args.seed is not None):
+        parser.error("--keep_finest and --seed go with --random")
     if (args.memory_mib is None) != (args.patch_size is None):
         parser.error("--memory_mib and --patch_size go together")
     for name, least in (("random", 1), ("seed", 0), ("num_channels", 1), ("num_classes", 1)):
@@ -378,12 +385,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         makers = {f"{kind.__name__}_{args.num_blocks}x{args.num_depths}": partial(kind, **sizes)}
     else:
         (low, high), seed = args.ram_ratio, args.seed or 0
-        make = partial(_numbered, seed, low=low, high=high, full_resolution=args.full_resolution, **sizes)
+        make = partial(_numbered, seed, low=low, high=high, keep_finest=args.keep_finest, **sizes)
         makers = {f"random_{seed}_{number}": partial(make, number) for number in range(args.random)}
     files = {args.output_root / f"{name}.pth": make for name, make in makers.items()}
     _refuse_existing(files)
     for path, make in files.items():
-        architecture = make()
+        architecture = replace(make(), use_downsample=args.use_downsample == "yes")
         architecture.info["version"] = __version__
         line = f"{path}: {_describe(architecture, args.num_channels, args.num_classes)}"
         if args.memory_mib is not None:

@@ -123,17 +123,17 @@ def every_architecture() -> dict[tuple[int, ...], float]:
     return found
 
 
-@pytest.mark.parametrize("full_resolution", [False, True])
+@pytest.mark.parametrize("keep_finest", [False, True])
 @pytest.mark.parametrize("band", [(0, 0.25), (0.3, 0.4), (0.6, 0.65), (0.8, 1)], ids=str)
-def test_every_architecture_in_the_band_is_drawn_equally_often(band, full_resolution):
+def test_every_architecture_in_the_band_is_drawn_equally_often(band, keep_finest):
     wanted = {
         combination
         for combination, ratio in every_architecture().items()
-        if band[0] <= ratio <= band[1] and not (full_resolution and -1 in (combination[0], combination[4]))
+        if band[0] <= ratio <= band[1] and not (keep_finest and -1 in (combination[0], combination[4]))
     }
     assert len(wanted) > 10
     expected = 20
-    draws = random_architectures(2, 2, *band, np.random.default_rng(0), TWO, full_resolution)
+    draws = random_architectures(2, 2, *band, np.random.default_rng(0), TWO, keep_finest)
     counts = Counter(map(codes, islice(draws, expected * len(wanted))))
     assert counts.keys() <= wanted
     statistic = sum((counts[combination] - expected) ** 2 / expected for combination in wanted)
@@ -141,24 +141,24 @@ def test_every_architecture_in_the_band_is_drawn_equally_often(band, full_resolu
     assert lowest < statistic < highest
 
 
-@pytest.mark.parametrize("full_resolution", [False, True])
+@pytest.mark.parametrize("keep_finest", [False, True])
 @pytest.mark.parametrize("band", [(0.04, 0.05), (0.1, 0.12), (0.47, 0.5), (0.75, 0.76), (0.95, 1), (1, 1)], ids=str)
-def test_tails_of_the_published_size_are_reached(band, full_resolution):
+def test_tails_of_the_published_size_are_reached(band, keep_finest):
     generator = np.random.default_rng(1)
-    draws = random_architectures(12, 4, *band, generator, full_resolution=full_resolution)
+    draws = random_architectures(12, 4, *band, generator, keep_finest=keep_finest)
     for architecture in islice(draws, 5):
         assert band[0] <= ram_ratio(architecture) == architecture.info["ram_ratio"] <= band[1]
-        assert architecture.arch_code_a[:, 0].all() or not full_resolution
+        assert architecture.arch_code_a[:, 0].all() or not keep_finest
         assert architecture.arch_code_c[architecture.arch_code_a == 0].sum() == 0
 
 
-@pytest.mark.parametrize("full_resolution", [False, True])
-def test_the_smallest_and_a_ratio_that_was_drawn_are_bands_too(full_resolution):
-    smallest = 0.5 / 800.5 if not full_resolution else 32 / 800.5  # skip_connect at depth 3, or at depth 0
-    architecture = random_architecture(12, 4, 0, smallest, np.random.default_rng(0), full_resolution=full_resolution)
-    assert ends(architecture) == [[(0, 0) if full_resolution else (3, 3)]] * 12
-    ratio = random_architecture(3, 2, 0.2, 0.3, np.random.default_rng(0), TWO, full_resolution).info["ram_ratio"]
-    again = random_architecture(3, 2, ratio, ratio, np.random.default_rng(1), TWO, full_resolution)
+@pytest.mark.parametrize("keep_finest", [False, True])
+def test_the_smallest_and_a_ratio_that_was_drawn_are_bands_too(keep_finest):
+    smallest = 0.5 / 800.5 if not keep_finest else 32 / 800.5  # skip_connect at depth 3, or at depth 0
+    architecture = random_architecture(12, 4, 0, smallest, np.random.default_rng(0), keep_finest=keep_finest)
+    assert ends(architecture) == [[(0, 0) if keep_finest else (3, 3)]] * 12
+    ratio = random_architecture(3, 2, 0.2, 0.3, np.random.default_rng(0), TWO, keep_finest).info["ram_ratio"]
+    again = random_architecture(3, 2, ratio, ratio, np.random.default_rng(1), TWO, keep_finest)
     assert again.info["ram_ratio"] == ratio
 
 
@@ -173,14 +173,14 @@ def test_a_generators_state_decides():
 
 
 def test_bad_bands_are_refused_with_what_is_possible():
-    def draw(low: float, high: float, full_resolution: bool = False) -> None:
-        random_architecture(12, 4, low, high, np.random.default_rng(0), full_resolution=full_resolution)
+    def draw(low: float, high: float, keep_finest: bool = False) -> None:
+        random_architecture(12, 4, low, high, np.random.default_rng(0), keep_finest=keep_finest)
 
     for band in ((0.4, 0.3), (1.01, 2), (-1, 0), (0, 0.0006), (float("nan"), 1), (0, float("nan"))):
         with pytest.raises(UserError, match=r"is no band .* ratios from 0\.00063 to 1 are possible"):
             draw(*band)
-    with pytest.raises(UserError, match=r"is no band .* at full resolution, ratios from 0\.04 to 1 are possible"):
-        draw(0, 0.039, full_resolution=True)
+    with pytest.raises(UserError, match=r"is no band .*, the finest path kept, ratios from 0\.04 to 1 are possible"):
+        draw(0, 0.039, keep_finest=True)
     # The sums of 12 blocks' costs are multiples of 1/2 of 9606.
     with pytest.raises(UserError, match=r"none of 100,000 draws .* wider band; .* from 0\.00063 to 1 are possible"):
         draw(0.50001, 0.50002)
@@ -246,15 +246,16 @@ def test_the_command_numbers_random_ones(tmp_path):
     assert list(three) == [f"random_7_{number}.pth" for number in range(3)]
     assert codes(three["random_7_0.pth"]) == codes(one["random_7_0.pth"])
     assert len(set(map(codes, three.values()))) == 3
-    full = write("full", 2, "--full_resolution")
+    full = write("full", 2, "--keep_finest", "--use_downsample", "no")
     assert list(full) == ["random_0_0.pth", "random_0_1.pth"]
     for number, architecture in enumerate(full.values()):
+        assert not architecture.use_downsample and one["random_7_0.pth"].use_downsample
         assert architecture.arch_code_a[:, 0].all() and 0.1 <= architecture.info["ram_ratio"] <= 0.2
         assert architecture.info == {
             "unsearched": "random",
             "ram_ratio": ram_ratio(architecture),
             "ram_ratio_band": [0.1, 0.2],
-            "full_resolution": True,
+            "keep_finest": True,
             "seed": 0,
             "number": number,
             "version": __version__,
@@ -271,8 +272,8 @@ def test_the_command_numbers_random_ones(tmp_path):
         (["--u_shaped", "--all_paths"], "not allowed with"),
         (["--random", "1"], "--random and --ram_ratio go together"),
         (["--u_shaped", "--ram_ratio", "0", "1"], "--random and --ram_ratio go together"),
-        (["--u_shaped", "--full_resolution"], "--full_resolution and --seed go with --random"),
-        (["--all_paths", "--seed", "0"], "--full_resolution and --seed go with --random"),
+        (["--u_shaped", "--keep_finest"], "--keep_finest and --seed go with --random"),
+        (["--all_paths", "--seed", "0"], "--keep_finest and --seed go with --random"),
         (["--u_shaped", "--memory_mib", "9"], "--memory_mib and --patch_size go together"),
         (["--random", "0", "--ram_ratio", "0", "1"], "--random must be at least 1"),
         (["--random", "1", "--ram_ratio", "0", "1", "--seed", "-1"], "--seed must be at least 0"),
