@@ -41,6 +41,8 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
 
 log = logging.getLogger("search")
 
+OF_RECIPES = ("use_downsample", "flip_axes")  # options whose values a recipe gives
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options.parser(__doc__)
@@ -105,7 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         complaints.append(f"--num_epochs_warmup {args.num_epochs_warmup} must be below --num_epochs {args.num_epochs}")
     if complaints:
         parser.error("; ".join(complaints))
-    options.fill_from_recipe(args, "use_downsample", "flip_axes")
+    options.fill_from_recipe(args, *OF_RECIPES)
     return args
 
 
@@ -154,6 +156,7 @@ def search(args: argparse.Namespace, processes: Processes, folder: Path) -> None
     stops = training.stops.Stops(checkpoint, processes, args.save_minutes, args.warning_signal)
     progress = checkpoint.restore(found)
     history = training.history.History(folder, task.class_names, progress.recorded_iteration, processes.is_main)
+    log.info("%s", options.recipe_line(args, *OF_RECIPES))
     log.info("%s: cases %d + %d, validation %d", task.name, *map(len, (weights_cases, arch_cases, validation_cases)))
     log.info("%d iterations an epoch on %s", steps, precision.describe(processes))
 
@@ -325,10 +328,9 @@ class Supernet:
         """All that has state, for the checkpoint."""
         return {
             "network": self.network,
-            "optimizer": self.weights.optimizer,
+            **self.weights.parts,
             "optimizer_a": self.arch_optimizers[0],
             "optimizer_c": self.arch_optimizers[1],
-            "scaler": self.weights.scaler,
             "arch_scaler": self.arch_scaler,
         }
 

@@ -25,9 +25,13 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from dints.data.tasks import Task
     from dints.network.architecture import Architecture
     from dints.network.found import FoundNetwork
+    from dints.running.precision import Precision
     from dints.running.processes import Processes
+    from dints.training.steps import WeightsTraining
 
 log = logging.getLogger("train")
+
+OF_RECIPES = ("flip_axes", "learning_rate_schedule", "average_decay")  # options whose values a recipe gives
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     complaints = options.training_complaints(args)
     if complaints:
         parser.error("; ".join(complaints))
-    options.fill_from_recipe(args, "flip_axes", "learning_rate_schedule", "average_decay")
+    options.fill_from_recipe(args, *OF_RECIPES)
     return args
 
 
@@ -118,25 +122,15 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     window = training.validation.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
 
-    found_network.to(processes.device)
-    average = training.steps.averaged(found_network, args.average_decay)
-    validated_network = found_network if average is None else average.module
-    weights = training.steps.weights_training(
-        training.steps.compiled(found_network, args.compile, processes.device),
-        found_network.parameters(),
-        precision,
-        processes,
-        learning_rate=args.learning_rate,
-        max_gradient_norm=args.max_gradient_norm,
-        average=average,
-    )
+    weights = weights_training(args, found_network, precision, processes)
+    kept_network = found_network if weights.average is None else weights.average.module  # validated and written
     losses = training.losses.EpochLoss("loss", processes)
-    parts = {"network": found_network, "optimizer": weights.optimizer, "scaler": weights.scaler, "loss": losses}
-    parts |= {} if average is None else {"average": average}
+    parts = {"network": found_network, **weights.parts, "loss": losses}
     checkpoint = training.checkpoint.Checkpoint(folder, configuration, parts, precision, processes)
     stops = training.stops.Stops(checkpoint, processes, args.save_minutes, args.warning_signal)
     progress = checkpoint.restore(found)
     history = training.history.History(folder, task.class_names, progress.recorded_iteration, processes.is_main)
+    log.info("%s", options.recipe_line(args, *OF_RECIPES))
     log.info("%s: %d training cases, %d validation cases", task.name, len(training_cases), len(validation_cases))
     parameters = network.found.count_parameters(found_network) / 1e6
     log.info("%.2f million parameters, %d iterations an epoch on %s", parameters, steps, precision.describe(processes))
@@ -159,14 +153,14 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
 
         validates = training.steps.is_validation_epoch(epoch, args.num_epochs, args.num_epochs_per_validation)
         if validates:
-            scores = validation.scores(validated_network, stops.volumes)
+            scores = validation.scores(kept_network, stops.volumes)
         progress.epoch_done()
         if validates:
             path = folder / "best_metric_model.pth"
             if progress.note_validation(scores and scores.mean, path) and processes.is_main:
                 facts = {"dice": progress.best_dice, "iteration": progress.iteration, "version": __version__}
                 facts |= {"recipe": args.recipe, "flips": flips.to_dict()}
-                network.model_file.save_model(path, validated_network, architecture, args.channel_mul, task, **facts)
+                network.model_file.save_model(path, kept_network, architecture, args.channel_mul, task, **facts)
             history.add_validation(progress, scores)
             checkpoint.save()
     history.close()
@@ -195,6 +189,22 @@ def build(args: argparse.Namespace, architecture: Architecture, task: Task) -> F
     if args.checkpoint is not None:
         network.weights.load_weights(found_network, args.checkpoint, found_network.unused_stems)
     return found_network
+
+
+def weights_training(
+    args: argparse.Namespace, found_network: FoundNetwork, precision: Precision, processes: Processes
+) -> WeightsTraining:
+    """Move the network to its device, and make what trains it there."""
+    found_network.to(processes.device)
+    return training.steps.weights_training(
+        training.steps.compiled(found_network, args.compile, processes.device),
+        found_network.parameters(),
+        precision,
+        processes,
+        learning_rate=args.learning_rate,
+        max_gradient_norm=args.max_gradient_norm,
+        average=training.steps.averaged(found_network, args.average_decay),
+    )
 
 
 if __name__ == "__main__":

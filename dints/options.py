@@ -104,23 +104,7 @@ def add_training(
     """Add the numbers that both stages have, with a stage's own published values as defaults."""
     group = arguments.add_argument_group("training")
     add, count, share = group.add_argument, number(int, 1), number(float, 0, 1)
-    add(
-        "--recipe",
-        choices=tuple(RECIPES),
-        default="published",
-        help="a set of options, each of which may also be given; recommended: what gave the best results here",
-    )
-    add(
-        "--flip_axes",
-        nargs="+",
-        choices=("auto", "all", "none", *XYZ),
-        metavar="AXIS",
-        help=recipe_help(
-            "flip_axes",
-            "axes that patches are flipped along: X, Y and Z, all, none; auto: those along which no class keeps to one "
-            "side of another one in the training cases",
-        ),
-    )
+    add_recipe(group)
     add("--num_epochs", type=count, default=num_epochs, help="passes over the training cases")
     add(
         "--num_epochs_per_validation",
@@ -160,6 +144,28 @@ def add_training(
         help="scale the weights' gradients down to this norm where they exceed it (default: as they are)",
     )
     return group
+
+
+def add_recipe(group: argparse._ArgumentGroup) -> None:
+    """Add the choice of a recipe, and of its options those that both stages have."""
+    add = group.add_argument
+    add(
+        "--recipe",
+        choices=tuple(RECIPES),
+        default="published",
+        help="a set of options, each of which may also be given; recommended: what gave the best results here",
+    )
+    add(
+        "--flip_axes",
+        nargs="+",
+        choices=("auto", "all", "none", *XYZ),
+        metavar="AXIS",
+        help=recipe_help(
+            "flip_axes",
+            "axes that patches are flipped along: X, Y and Z, all, none; auto: those along which no class keeps to one "
+            "side of another one in the training cases",
+        ),
+    )
 
 
 def add_window(arguments: argparse.ArgumentParser, *, overlap_ratio: float) -> None:
@@ -251,6 +257,15 @@ def fill_from_recipe(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) is None:
             setattr(args, name, RECIPES[args.recipe][name])
+
+
+def recipe_line(args: argparse.Namespace, *names: str) -> str:
+    """Tell people which recipe a run has and, where it is the published one, what the other would change."""
+    if args.recipe != "published":
+        return f"recipe: {args.recipe}"
+    other = RECIPES["recommended"]
+    changes = [f"--{name} {' '.join(other[name]) if isinstance(other[name], list) else other[name]}" for name in names]
+    return f"recipe: published, as in the paper's scripts; --recipe recommended trains with {', '.join(changes)}"
 
 
 def dataset(args: argparse.Namespace) -> dict:

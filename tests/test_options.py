@@ -53,7 +53,7 @@ def test_a_recipe_fills_what_is_not_given(script, flags, names, recipe):
 
 
 def test_the_stages_use_all_of_a_recipe_and_recipes_have_the_same_options():
-    used = {"use_downsample", "flip_axes", "learning_rate_schedule", "average_decay"}
+    used = {*search_dints.OF_RECIPES, *train_dints.OF_RECIPES}
     assert all(values.keys() == used for values in RECIPES.values())
 
 
@@ -83,3 +83,11 @@ def test_values_that_no_recipe_takes(flags, complaint, capsys):
     with pytest.raises(SystemExit):
         train_dints.parse_args([*TRAIN, *flags.split()])
     assert complaint in capsys.readouterr().err
+
+
+def test_a_run_by_the_published_recipe_is_told_of_the_other():
+    args = train_dints.parse_args(TRAIN)
+    line = options.recipe_line(args, *train_dints.OF_RECIPES)
+    assert "--recipe recommended trains with --flip_axes auto, --learning_rate_schedule polynomial" in line
+    args = train_dints.parse_args([*TRAIN, "--recipe", "recommended"])
+    assert options.recipe_line(args, *train_dints.OF_RECIPES) == "recipe: recommended"

@@ -32,6 +32,12 @@ class WeightsTraining:
     max_gradient_norm: float | None = None
     average: AveragedModel | None = None
 
+    @property
+    def parts(self) -> dict[str, object]:
+        """All that has state beside the network, for a checkpoint."""
+        parts = {"optimizer": self.optimizer, "scaler": self.scaler}
+        return parts if self.average is None else {**parts, "average": self.average}
+
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

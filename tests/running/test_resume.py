@@ -154,6 +154,21 @@ def test_a_run_goes_on_from_the_state_before_where_a_bit_of_the_last_is_flipped(
     assert f"continuing after epoch 1, iteration {middle - 1}" in said
 
 
+@SIGNALLED
+def test_a_run_with_averaged_weights_goes_on(theatre, tmp_path):
+    recommended, straight, stopped = ("--recipe", "recommended"), tmp_path / "straight", tmp_path / "stopped"
+    theatre.finish("train", straight, 1, *recommended)
+    stop(theatre, "train", stopped, 1, *recommended, at=strike("step", EPOCH[1] + 2, "TERM"))
+    theatre.finish("train", stopped, 1, *recommended)
+    assert_same_end(straight, stopped)
+    parts = torch.load(stopped / "latest.pth", weights_only=True)["parts"]
+    best = torch.load(stopped / "best_metric_model.pth", weights_only=True)
+    kept = {name.removeprefix("module."): value for name, value in parts["average"].items() if name != "n_averaged"}
+    assert best["iteration"] == 4 * EPOCH[1] and assert_equal(best["state_dict"], kept) > 5
+    name = next(iter(kept))
+    assert not torch.equal(kept[name], parts["network"][name])
+
+
 @pytest.mark.fault("world size changes between stop and resume")
 def test_another_number_of_processes_is_refused_or_said_to_change_the_result(theatre, tmp_path):
     first, more = EPOCH[2], EPOCH[1]
