@@ -8,6 +8,7 @@
 #   TASK, DATA_ROOT    the dataset: Task00_Phantom, made on the spot, unless another one is named
 #   OUTPUT_ROOT        folder for everything that is made (./runs/quickstart_TASK); running again continues there
 #   SEARCH_ITERATIONS, TRAIN_ITERATIONS   the budget; more is better
+#   FACTOR_RAM_COST    memory that the search aims at, as a share of every path's (0.5)
 #   ACTIVE=1           use the active Python environment instead of .venv, see install.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -34,8 +35,10 @@ source launch/launch.sh
 require_data "$TASK" "$DATA_ROOT"
 
 step "3 of 6: search"
-# Epochs are scaled to the iterations: a third of them is warm-up.
-OUTPUT_ROOT="$results/search" bash search_dints.sh \
+# Epochs are scaled to the iterations: a third of them is warm-up. At half the resolution a search takes a third of the
+# time; what it finds is retrained at the full one where volumes are small.
+OUTPUT_ROOT="$results/search" FACTOR_RAM_COST="${FACTOR_RAM_COST:-0.5}" bash search_dints.sh \
+  --recipe recommended --use_downsample yes \
   --num_blocks 4 --num_depths 3 --channel_mul 0.25 --num_images_per_batch 2 --learning_rate_arch 0.02 \
   --num_iterations "${SEARCH_ITERATIONS:-180}" --num_epochs 100 --num_epochs_warmup 33 --num_epochs_per_validation 34 \
   --overlap_ratio 0.25
@@ -49,8 +52,9 @@ step "4 of 6: drawing"
 
 step "5 of 6: retraining"
 OUTPUT_ROOT="$results/train" bash train_dints.sh \
+  --recipe recommended --use_downsample auto \
   --channel_mul 0.5 --num_images_per_batch 4 --learning_rate 0.05 \
-  --num_iterations "${TRAIN_ITERATIONS:-360}" --num_epochs 100 --num_epochs_per_validation 21 --overlap_ratio 0.25
+  --num_iterations "${TRAIN_ITERATIONS:-360}" --num_epochs 100 --num_epochs_per_validation 34 --overlap_ratio 0.25
 
 step "6 of 6: segmentation and scores"
 "$PYTHON" infer_dints.py --checkpoint "$results/train/best_metric_model.pth" \

@@ -5,8 +5,9 @@
     python experiments/runner.py --rows 'recipe/*' --root data_msd/Task04_Hippocampus
     python experiments/runner.py --rows 'curve/u-*' --jobs 1 --threads 2
 
-Each training is a process of --threads threads on cores of its own. It goes on where it was stopped, so that the runner
-may be stopped at any time, and started again. --again runs rows that are done once more, and adds their lines.
+All are of Task04_Hippocampus, on a CPU. Each training is a process of --threads threads on cores of its own. It goes on
+where it was stopped, so that the runner may be stopped at any time, and started again. --again runs rows that are done
+once more, and adds their lines.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import csv
 import fnmatch
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -33,7 +33,7 @@ from dints.network.cost import device_name
 from dints.torch_files import load_safely
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results.jsonl"
+RESULTS, ARCHITECTURES = HERE / "results.jsonl", HERE / "architectures"
 NUM_FOLDS = 4
 
 
@@ -64,6 +64,9 @@ class Row:
 
 # What trainings are of: an arch file, or one of opponents.py; with its --channel_mul.
 NETWORKS = {"u_shaped_5x3": 0.5, "dynunet": 1.0, "segresnet": 1.0}
+# One validation, at the end: each training has the whole of its time.
+TRAINING = "--num_images_per_batch 4 --learning_rate 0.05 --num_epochs 100 --num_epochs_per_validation 100"
+TRAINING += " --overlap_ratio 0 --num_workers 0 --cache ram"
 # Each adds to the one before; the last is the recommended recipe, and what it would be at half the resolution.
 STEPS = {
     "published": "",
@@ -108,47 +111,43 @@ def main(args: argparse.Namespace) -> None:
                 if not waiting:
                     return
                 row = waiting.pop(0)
-            result = run(row, args.root, args.work, own_cores, args.jobs)
+            try:
+                result = run(row, args.root, args.work, own_cores, args.jobs)
+            except subprocess.CalledProcessError as error:
+                with lock:
+                    waiting.clear()
+                sys.exit(f"{row.name} failed (exit code {error.returncode}): see {args.work / row.name}.log")
             with lock, RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
             print(f"{row.name}: Dice {result['dice']:.4f} after {result['seconds'] / 60:.1f} minutes", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(work, cores))
+        for job in [pool.submit(work, own_cores) for own_cores in cores]:
+            job.result()
 
 
 def run(row: Row, root: Path, work: Path, cores: list[int], jobs: int) -> dict:
     """Train and score a row on these cores; return its line of results."""
     folder = work / row.name
-    place = f"--root {shlex.quote(str(root))} --fold {row.fold} --num_folds {NUM_FOLDS}"
-    architecture, opponent = row.network, []
-    if not (HERE / "architectures" / f"{architecture}.pth").exists():
-        architecture, opponent = "u_shaped_5x3", [str(HERE / "opponents.py"), row.network]
-    start(
-        [*opponent, "train_dints.py"],
-        f"--arch_ckpt {HERE / 'architectures' / architecture}.pth {place} --output_root {folder} --num_workers 0 "
-        f"--num_epochs 100 --num_epochs_per_validation 100 --num_iterations {row.iterations} --seed {row.seed} "
-        f"--num_images_per_batch 4 --learning_rate 0.05 --channel_mul {NETWORKS[row.network]} "
-        f"--cache_dir {work / 'cache'} --overlap_ratio 0 {row.flags}",
-        cores,
-        folder,
-    )
-    start(
-        [*opponent, "infer_dints.py"],
-        f"--checkpoint {folder / 'best_metric_model.pth'} {place} --output_root {folder / 'segmentations'}",
-        cores,
-        folder,
-    )
+    architecture, opponent = ARCHITECTURES / f"{row.network}.pth", []
+    if not architecture.exists():  # an opponent's stages read some architecture and do not build it
+        architecture, opponent = ARCHITECTURES / "u_shaped_5x3.pth", [HERE / "opponents.py", row.network]
+    data = ["--root", root, "--fold", row.fold, "--num_folds", NUM_FOLDS]
+    train = ["--arch_ckpt", architecture, "--channel_mul", NETWORKS[row.network], "--output_root", folder]
+    train += ["--num_iterations", row.iterations, "--seed", row.seed, *TRAINING.split(), *row.flags.split()]
+    infer = ["--checkpoint", folder / "best_metric_model.pth", "--output_root", folder / "segmentations"]
+    start([*opponent, "train_dints.py", *data, *train], cores, folder)
+    start([*opponent, "infer_dints.py", *data, *infer], cores, folder)
     return summary(row, folder, len(cores), jobs)
 
 
-def start(script: list[str], flags: str, cores: list[int], folder: Path) -> None:
-    """Run a script on the cores, with a thread a core; what it says is added to ``folder``.log."""
+def start(command: list[object], cores: list[int], folder: Path) -> None:
+    """Run a Python script on the cores, with a thread a core; what it says is added to ``folder``.log."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.log").open("a", encoding="utf-8") as log:
         subprocess.run(
-            ["taskset", "-c", ",".join(map(str, cores)), sys.executable, *script, *shlex.split(flags)],
+            ["taskset", "-c", ",".join(map(str, cores)), sys.executable, *map(str, command)],
             cwd=HERE.parent,
             env=environment,
             stdout=log,
@@ -166,9 +165,11 @@ def summary(row: Row, folder: Path, threads: int, jobs: int) -> dict:
             line.pop("case"): {name: float(dice) for name, dice in line.items() if dice}
             for line in csv.DictReader(file)
         }
-    names = list(next(iter(cases.values())))
+    names = {name: None for case in cases.values() for name in case}
     classes = {name: statistics.mean(case[name] for case in cases.values() if name in case) for name in names}
     model = load_safely(folder / "best_metric_model.pth")
+    # By address: DynUNet's has layers under two names.
+    weights = {weight.data_ptr(): weight.numel() for weight in model["state_dict"].values()}
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
     )
@@ -180,7 +181,7 @@ def summary(row: Row, folder: Path, threads: int, jobs: int) -> dict:
         "cases": cases,
         "iterations_done": int(last["iteration"]),
         "seconds": float(last["seconds"]),
-        "parameters": sum(weight.numel() for weight in model["state_dict"].values()),
+        "parameters": sum(weights.values()),
         "hardware": device_name(torch.device("cpu"), threads),
         "side_by_side": jobs,
         "commit": commit.stdout.strip(),
