@@ -132,9 +132,8 @@ def search(args: argparse.Namespace, processes: Processes, folder: Path) -> None
         training.checkpoint.find_state, folder, configuration, args.resume, args.allow_other_num_processes
     )
     precision = running.precision.choose_precision(found.precision if found else args.precision, processes)
-    supernet = Supernet(
-        args, task, use_downsample, precision, processes
-    )  # first: a --checkpoint that does not fit costs no reading
+    # First, so that a --checkpoint that does not fit costs no reading.
+    supernet = Supernet(args, task, precision, processes, use_downsample)
 
     processes.on_main(data.fingerprint.write_task, folder, task, dataset.measured)
     cache = data.cache.open_cache(
@@ -289,7 +288,12 @@ class Supernet:
     """
 
     def __init__(
-        self, args: argparse.Namespace, task: Task, use_downsample: bool, precision: Precision, processes: Processes
+        self,
+        args: argparse.Namespace,
+        task: Task,
+        precision: Precision,
+        processes: Processes,
+        use_downsample: bool = True,
     ):
         self.precision, self.processes = precision, processes
         self.factor_ram_cost, self.ram_budget = args.factor_ram_cost, args.ram_budget

@@ -377,6 +377,10 @@ def _write(graph: graphviz.Digraph, filename: str, directory: str | Path, format
     except graphviz.CalledProcessError as error:
         reason = (error.stderr or b"").decode(errors="replace")
         raise UserError(f"{source} is written, but graphviz's 'dot' could not draw {picture}: {reason}") from error
+    except BrokenPipeError as error:
+        raise UserError(
+            f"{source} is written, but graphviz's 'dot' could not draw {picture}: it ended before it had read all"
+        ) from error
     with replacing(picture) as file:
         file.write(content)
     logger.info("drawn: %s", picture)

@@ -254,7 +254,8 @@ def test_what_is_wrong_is_said_in_one_line(machine, prepare, arguments, environm
 
 def third_party_imports() -> dict[str, str]:
     """Find the top-level modules that the project's Python files import, each with a file that does."""
-    files = [*PROJECT.glob("*.py"), *(PROJECT / "dints").rglob("*.py"), *(PROJECT / "tests").rglob("*.py")]
+    folders = ("dints", "experiments", "tests")
+    files = [*PROJECT.glob("*.py"), *(path for folder in folders for path in (PROJECT / folder).rglob("*.py"))]
     own = {"dints", *(path.stem for path in files)}
     found = {}
     for path in files:
