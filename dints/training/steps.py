@@ -144,9 +144,15 @@ def averaged(network: nn.Module, decay: float) -> AveragedModel | None:
     """Make a copy of the network for an exponential moving average of its weights; None where ``decay`` is 0.
 
     Args:
-        decay: by how much a weight counts less after each step.
+        decay: a step's weights count so many times as much after each further step; at first less, for otherwise the
+            start would linger in short trainings.
     """
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+
+    def update(averages: list[torch.Tensor], weights: list[torch.Tensor], steps: torch.Tensor) -> None:
+        early = (1 + int(steps)) / (10 + int(steps))
+        get_ema_multi_avg_fn(min(decay, early))(averages, weights, steps)
+
+    return AveragedModel(network, multi_avg_fn=update) if decay else None
 
 
 def scheduled(schedule: str, base: float, progress: float, milestones: Sequence[float]) -> float:

@@ -143,12 +143,12 @@ def test_the_polynomial_schedule_is_nnunets():
 def test_weights_are_averaged_after_every_step():
     torch.manual_seed(0)
     network = nn.Conv3d(1, 2, 1)
-    average = averaged(network, 0.75)
+    average = averaged(network, 0.25)
     training, expected = training_of(network, average=average), None
-    for _ in range(4):
+    for decay in (None, 2 / 11, 3 / 12, 0.25, 0.25):  # the second's would be 0.25 were it not so early
         weights_step(training, batch_of())
         now = network.weight.detach().clone()
-        expected = now if expected is None else 0.75 * expected + 0.25 * now
+        expected = now if decay is None else decay * expected + (1 - decay) * now
     torch.testing.assert_close(average.module.weight.detach(), expected)
     assert not torch.equal(average.module.weight, network.weight)
     assert averaged(network, 0.0) is None
