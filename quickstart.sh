@@ -54,7 +54,7 @@ step "5 of 6: retraining"
 OUTPUT_ROOT="$results/train" bash train_dints.sh \
   --recipe recommended --use_downsample auto \
   --channel_mul 0.5 --num_images_per_batch 4 --learning_rate 0.05 \
-  --num_iterations "${TRAIN_ITERATIONS:-360}" --num_epochs 100 --num_epochs_per_validation 34 --overlap_ratio 0.25
+  --num_iterations "${TRAIN_ITERATIONS:-300}" --num_epochs 100 --num_epochs_per_validation 34 --overlap_ratio 0.25
 
 step "6 of 6: segmentation and scores"
 "$PYTHON" infer_dints.py --checkpoint "$results/train/best_metric_model.pth" \
