@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments"))
 import opponents
 import runner
+import tables
 
 from dints.data.phantom import write_phantom
 from dints.network.architecture import load_architecture
@@ -72,3 +73,17 @@ def test_the_u_of_the_experiments_is_ours_at_full_resolution():
 @pytest.mark.parametrize(("name", "parameters"), [("dynunet", 1_355_971), ("segresnet", 1_152_003)])
 def test_opponents_are_monais_networks_of_three_resolutions(name, parameters):
     assert parameters_of(name, 1.0) == parameters
+
+
+def test_a_table_has_a_row_a_setting_and_a_column_a_fold():
+    def result(fold: int, dice: float, seconds: float | None = 90.0) -> dict:
+        return {"fold": fold, "dice": dice, "seconds": seconds, "parameters": 421_475}
+
+    settings = {
+        ("flips", 900): [result(0, 0.8), result(0, 0.9, 150.0), result(1, 0.7)],
+        ("u", 1800): [result(1, 0.5, None)],
+    }
+    assert tables.table("recipe", settings)[2:] == [
+        "| flips | 0.42 M | 900 | 1.8 | 0.8500 (0.8000 to 0.9000) | 0.7000 |",
+        "| u | 0.42 M | 1,800 | - | - | 0.5000 |",
+    ]
