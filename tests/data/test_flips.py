@@ -56,6 +56,13 @@ def test_an_axis_with_a_class_always_on_one_side_of_another_is_left_out(one_side
     assert all(reason in caplog.text for reason in found.reasons)
 
 
+def test_symmetric_labels_are_flipped_along_all_axes(tmp_path):
+    corners = ([(2, 2, 2), (12, 12, 12)], [(12, 12, 2), (2, 2, 12)], [(2, 12, 12), (12, 2, 2)])
+    cases = [case_of(tmp_path / f"{a}{b}", *blocks[::b]) for a, blocks in enumerate(corners) for b in (1, -1)]
+    found = flips.choose(["auto"], [loader_of(cases)], TASK, ALONE)
+    assert found.axes == (0, 1, 2) and all("in 3 of 6 cases" in reason for reason in found.reasons)
+
+
 def test_patches_are_flipped_along_the_chosen_axes_only(one_sided):
     drawn = {}
     for axes in ((0, 1, 2), (0, 2), ()):
