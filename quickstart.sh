@@ -40,7 +40,7 @@ step "3 of 6: search"
 OUTPUT_ROOT="$results/search" FACTOR_RAM_COST="${FACTOR_RAM_COST:-0.5}" bash search_dints.sh \
   --recipe recommended --use_downsample yes \
   --num_blocks 4 --num_depths 3 --channel_mul 0.25 --num_images_per_batch 2 --learning_rate_arch 0.02 \
-  --num_iterations "${SEARCH_ITERATIONS:-180}" --num_epochs 100 --num_epochs_warmup 33 --num_epochs_per_validation 34 \
+  --num_iterations "${SEARCH_ITERATIONS:-150}" --num_epochs 100 --num_epochs_warmup 33 --num_epochs_per_validation 34 \
   --overlap_ratio 0.25
 # shellcheck disable=SC2012  # the names are ours: no newline, no glob character
 ARCH_CKPT="$(ls -t "$results"/search/search_code_*.pth | head -n 1)"
@@ -54,7 +54,7 @@ step "5 of 6: retraining"
 OUTPUT_ROOT="$results/train" bash train_dints.sh \
   --recipe recommended --use_downsample auto \
   --channel_mul 0.5 --num_images_per_batch 4 --learning_rate 0.05 \
-  --num_iterations "${TRAIN_ITERATIONS:-300}" --num_epochs 100 --num_epochs_per_validation 34 --overlap_ratio 0.25
+  --num_iterations "${TRAIN_ITERATIONS:-270}" --num_epochs 100 --num_epochs_per_validation 34 --overlap_ratio 0.25
 
 step "6 of 6: segmentation and scores"
 "$PYTHON" infer_dints.py --checkpoint "$results/train/best_metric_model.pth" \
