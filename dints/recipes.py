@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # By the options' names; an option that is given overrides its recipe's value. What each was measured to bring:
-# experiments/README.md.
+# docs/recipes.md.
 RECIPES = {
     "published": {
         "use_downsample": "yes",

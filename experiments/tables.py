@@ -19,7 +19,7 @@ from runner import read_results
 
 def main(args: argparse.Namespace) -> None:
     groups = defaultdict(lambda: defaultdict(list))
-    for result in read_results():
+    for result in {result["name"]: result for result in read_results()}.values():  # of rows run again, the last
         if fnmatch.fnmatch(result["name"], args.rows):
             groups[result["group"]][result["label"], result["iterations"]].append(result)
     for group, settings in groups.items():
