@@ -73,7 +73,7 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     outputs = processes.on_main(segmentation_paths, selected, folder)
     cases = processes.on_main(data.cases.open_cases, selected, task, leniency)
     precision = running.precision.choose_precision(args.precision, processes)
-    window = training.validation.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
+    window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
     log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision.name)
 
     overlaps = training.validation.Overlaps(len(cases), task.num_classes, processes)

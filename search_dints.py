@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from torch import nn
 
     from dints.data.cases import Case
+    from dints.data.loaders import TrainingLoader, ValidationLoader
     from dints.data.opening import Dataset
     from dints.data.tasks import Task
     from dints.network.architecture import Architecture
@@ -48,6 +49,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options.parser(__doc__)
     options.add_data(parser)
     options.add_preprocessing(parser)
+    add_search_space(parser)
+    add_training(parser)
+    options.add_window(parser, overlap_ratio=0.625)
+    options.add_machine(parser)
+    options.add_run(parser)
+    args = parser.parse_args(argv)
+    complaints = options.training_complaints(args)
+    if args.num_epochs_warmup >= args.num_epochs:
+        complaints.append(f"--num_epochs_warmup {args.num_epochs_warmup} must be below --num_epochs {args.num_epochs}")
+    if complaints:
+        parser.error("; ".join(complaints))
+    options.fill_from_recipe(args, *OF_RECIPES)
+    return args
+
+
+def add_search_space(parser: argparse.ArgumentParser) -> None:
+    """Add what a search chooses from, and from which weights it starts."""
     add = parser.add_argument_group("search space").add_argument
     add("--num_blocks", type=options.number(int, 1), default=12, help="blocks, one after another")
     add("--num_depths", type=options.number(int, 2), default=4, help="resolutions, each half of the last")
@@ -70,14 +88,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="weights to start from: latest.pth of a search in this space, or a state dict of MONAI's supernet",
     )
-    training_group = options.add_training(
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Add how weights and architecture are trained: the published search's numbers, and the memory aimed at."""
+    add = options.add_training(
         parser,
         num_epochs=1430,
         num_epochs_per_validation=100,
         num_images_per_batch=1,
         learning_rate_milestones=(0.4, 0.8),
-    )
-    add = training_group.add_argument
+    ).add_argument
     add("--num_epochs_warmup", type=options.number(int, 0), default=715, help="epochs before the architecture learns")
     add("--learning_rate_arch", type=options.positive, default=1e-3, help="of the architecture")
     add(
@@ -98,17 +119,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=options.number(float, 0, 1),
         help="write the most probable architecture within this share of the fixed budget (default: the most probable)",
     )
-    options.add_window(parser, overlap_ratio=0.625)
-    options.add_machine(parser)
-    options.add_run(parser)
-    args = parser.parse_args(argv)
-    complaints = options.training_complaints(args)
-    if args.num_epochs_warmup >= args.num_epochs:
-        complaints.append(f"--num_epochs_warmup {args.num_epochs_warmup} must be below --num_epochs {args.num_epochs}")
-    if complaints:
-        parser.error("; ".join(complaints))
-    options.fill_from_recipe(args, *OF_RECIPES)
-    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -136,17 +146,11 @@ def search(args: argparse.Namespace, processes: Processes, folder: Path) -> None
     supernet = Supernet(args, task, precision, processes, use_downsample)
 
     processes.on_main(data.fingerprint.write_task, folder, task, dataset.measured)
-    cache = data.cache.open_cache(
-        used, task, options.cache_folder(args), processes, mode=args.cache, leniency=dataset.leniency
-    )
-    steps = data.loaders.steps_per_epoch(len(weights_cases), args.num_images_per_batch, processes)
+    weights_loader, arch_loader, volumes = read(args, dataset, weights_cases, arch_cases, validation_cases, processes)
+    steps = weights_loader.steps
     args = options.scaled_to_iterations(args, steps)
-    patches = {"steps": steps, **options.batches(args)}
-    weights_loader = data.loaders.training_loader(weights_cases, cache, processes, stream="weights", **patches)
-    arch_loader = data.loaders.training_loader(arch_cases, cache, processes, stream="architecture", **patches)
     data.flips.choose(args.flip_axes, [weights_loader, arch_loader], task, processes)
-    volumes = data.loaders.validation_loader(validation_cases, cache, processes)
-    window = training.validation.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
+    window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
 
     row = EpochRow(supernet, data.loaders.ShareOfWaiting(weights_loader, arch_loader))
@@ -270,6 +274,26 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, bool, list[Case], list[C
     network.found.check_patch_size(dataset.task.patch_size, args.num_depths, use_downsample)
     training_cases, validation_cases = data.listing.split_fold(dataset.cases, **options.folds(args))
     return dataset, use_downsample, *halves(training_cases), validation_cases
+
+
+def read(
+    args: argparse.Namespace,
+    dataset: Dataset,
+    weights_cases: list[Case],
+    arch_cases: list[Case],
+    validation_cases: list[Case],
+    processes: Processes,
+) -> tuple[TrainingLoader, TrainingLoader, ValidationLoader]:
+    """Prepare the cases: patches to train weights on, others for the architecture, and whole volumes to validate on."""
+    used = [*weights_cases, *arch_cases, *validation_cases]
+    cache = data.cache.open_cache(
+        used, dataset.task, options.cache_folder(args), processes, mode=args.cache, leniency=dataset.leniency
+    )
+    steps = data.loaders.steps_per_epoch(len(weights_cases), args.num_images_per_batch, processes)
+    patches = {"steps": steps, **options.batches(args)}
+    weights_loader = data.loaders.training_loader(weights_cases, cache, processes, stream="weights", **patches)
+    arch_loader = data.loaders.training_loader(arch_cases, cache, processes, stream="architecture", **patches)
+    return weights_loader, arch_loader, data.loaders.validation_loader(validation_cases, cache, processes)
 
 
 def halves(cases: list[Case]) -> tuple[list[Case], list[Case]]:

@@ -21,6 +21,7 @@ from dints.errors import exit_on_user_error
 
 if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, after the command line is read
     from dints.data.cases import Case
+    from dints.data.loaders import TrainingLoader, ValidationLoader
     from dints.data.opening import Dataset
     from dints.data.tasks import Task
     from dints.network.architecture import Architecture
@@ -38,6 +39,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options.parser(__doc__)
     options.add_data(parser)
     options.add_preprocessing(parser)
+    add_network(parser)
+    add_training(parser)
+    options.add_window(parser, overlap_ratio=0.5)
+    options.add_machine(parser)
+    options.add_run(parser)
+    args = parser.parse_args(argv)
+    complaints = options.training_complaints(args)
+    if complaints:
+        parser.error("; ".join(complaints))
+    options.fill_from_recipe(args, *OF_RECIPES)
+    return args
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Add which network is trained, from which weights."""
     add = parser.add_argument_group("network").add_argument
     add(
         "--arch_ckpt", type=Path, required=True, help="architecture: search_code_*.pth of search_dints.py, or published"
@@ -52,21 +68,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_blocks", type=options.number(int, 1), help="blocks that ARCH_CKPT must have")
     add("--num_depths", type=options.number(int, 2), help="resolutions that ARCH_CKPT must have")
     add("--channel_mul", type=options.number(float, 0.0625), default=1.0, help="times 32, 64, ... channels")
-    group = options.add_training(
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Add how it is trained: the published retraining's numbers, and what recipes choose."""
+    add = options.add_training(
         parser,
         num_epochs=13500,
         num_epochs_per_validation=500,
         num_images_per_batch=2,
         learning_rate_milestones=(0.2, 0.4, 0.6, 0.8),
-    )
-    group.add_argument(
+    ).add_argument
+    add(
         "--learning_rate_schedule",
         choices=("halvings", "polynomial"),
         help=options.recipe_help(
             "learning_rate_schedule", "halvings: at the milestones; polynomial: to 0, as (1 - share done) to the 0.9"
         ),
     )
-    group.add_argument(
+    add(
         "--average_decay",
         type=options.number(float, 0, 0.9999),
         help=options.recipe_help(
@@ -75,15 +95,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "each further step; 0: the weights themselves",
         ),
     )
-    options.add_window(parser, overlap_ratio=0.5)
-    options.add_machine(parser)
-    options.add_run(parser)
-    args = parser.parse_args(argv)
-    complaints = options.training_complaints(args)
-    if complaints:
-        parser.error("; ".join(complaints))
-    options.fill_from_recipe(args, *OF_RECIPES)
-    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -110,16 +121,11 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     precision = running.precision.choose_precision(found.precision if found else args.precision, processes)
 
     processes.on_main(data.fingerprint.write_task, folder, task, dataset.measured)
-    cache = data.cache.open_cache(
-        used, task, options.cache_folder(args), processes, mode=args.cache, leniency=dataset.leniency
-    )
-    steps = data.loaders.steps_per_epoch(len(training_cases), args.num_images_per_batch, processes)
-    args = options.scaled_to_iterations(args, steps)
-    loader = data.loaders.training_loader(training_cases, cache, processes, steps=steps, **options.batches(args))
+    loader, volumes = read(args, dataset, training_cases, validation_cases, processes)
+    args = options.scaled_to_iterations(args, loader.steps)
     flips = data.flips.choose(args.flip_axes, [loader], task, processes)
     waited = data.loaders.ShareOfWaiting(loader)
-    volumes = data.loaders.validation_loader(validation_cases, cache, processes)
-    window = training.validation.SlidingWindow(task.patch_size, args.overlap_ratio, args.num_sw_batch_size)
+    window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
 
     weights = weights_training(args, found_network, precision, processes)
@@ -133,7 +139,9 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     log.info("%s", options.recipe_line(args, *OF_RECIPES))
     log.info("%s: %d training cases, %d validation cases", task.name, len(training_cases), len(validation_cases))
     parameters = network.found.count_parameters(found_network) / 1e6
-    log.info("%.2f million parameters, %d iterations an epoch on %s", parameters, steps, precision.describe(processes))
+    log.info(
+        "%.2f million parameters, %d iterations an epoch on %s", parameters, loader.steps, precision.describe(processes)
+    )
 
     for epoch in range(progress.epoch, args.num_epochs):
         running.seeds.seed_everything(args.seed, epoch, processes.rank)
@@ -180,6 +188,23 @@ def prepare(args: argparse.Namespace) -> tuple[Architecture, Dataset, list[Case]
         architecture = dataclasses.replace(architecture, use_downsample=use_downsample)
     network.found.check_patch_size(dataset.task.patch_size, architecture.num_depths, architecture.use_downsample)
     return architecture, dataset, *data.listing.split_fold(dataset.cases, **options.folds(args))
+
+
+def read(
+    args: argparse.Namespace,
+    dataset: Dataset,
+    training_cases: list[Case],
+    validation_cases: list[Case],
+    processes: Processes,
+) -> tuple[TrainingLoader, ValidationLoader]:
+    """Prepare the cases: patches to train on, and whole volumes to validate on."""
+    used = [*training_cases, *validation_cases]
+    cache = data.cache.open_cache(
+        used, dataset.task, options.cache_folder(args), processes, mode=args.cache, leniency=dataset.leniency
+    )
+    steps = data.loaders.steps_per_epoch(len(training_cases), args.num_images_per_batch, processes)
+    patches = data.loaders.training_loader(training_cases, cache, processes, steps=steps, **options.batches(args))
+    return patches, data.loaders.validation_loader(validation_cases, cache, processes)
 
 
 def build(args: argparse.Namespace, architecture: Architecture, task: Task) -> FoundNetwork:

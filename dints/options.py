@@ -297,6 +297,11 @@ def batches(args: argparse.Namespace) -> dict:
     return {"batch_size": args.num_images_per_batch, "num_workers": args.num_workers, "seed": args.seed}
 
 
+def window(args: argparse.Namespace) -> dict:
+    """Return what `dints.training.validation.SlidingWindow` takes, beside the patch size."""
+    return {"overlap": args.overlap_ratio, "batch_size": args.num_sw_batch_size}
+
+
 def cache_folder(args: argparse.Namespace) -> Path:
     """Return the folder of prepared cases: that of the option, or one beside the run's."""
     return args.cache_dir or args.output_root.parent / "dints_cache"

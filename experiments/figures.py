@@ -1,9 +1,11 @@
-"""Draw the README's opening picture: what a search chooses from, and a case as a found network segments it.
+"""Draw the README's pictures.
 
-    python experiments/figures.py --root data_msd/Task04_Hippocampus --segmentations segmentations
+    python experiments/figures.py opening --root data_msd/Task04_Hippocampus --segmentations segmentations
+    python experiments/figures.py time
 
-SEGMENTATIONS is what infer_dints.py wrote with --root: the case is the one whose mean Dice is the median of scores.csv,
-so that the picture flatters nobody.
+opening: what a search chooses from, and a case as a found network segments it. SEGMENTATIONS is what infer_dints.py
+wrote with --root: the case is the one whose mean Dice is the median of scores.csv, so that the picture flatters nobody.
+time: Dice of results.jsonl's curves against the minutes of their trainings.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import csv
 import statistics
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -22,14 +25,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from runner import read_results
+
 from dints import files
 from dints.data.formats import read_dataset
 from dints.network.drawing import draw_search_space
 
+FIGURES = Path(__file__).resolve().parents[1] / "Figures"
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442")  # of Okabe and Ito; one a class
 
 
-def main(args: argparse.Namespace) -> None:
+def draw_opening(args: argparse.Namespace) -> None:
     task, cases = read_dataset(args.root)
     name, dice = median_case(args.segmentations / "scores.csv")
     (case,) = (case for case in cases if Path(case.images[0]).name == name)
@@ -51,6 +57,36 @@ def main(args: argparse.Namespace) -> None:
     below.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     with files.replacing(args.output) as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def draw_time(args: argparse.Namespace) -> None:
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, points) in enumerate(time_to_dice(read_results()).items()):
+        minutes, dice = zip(*points, strict=True)
+        axes.plot(minutes, dice, "o-", color=f"C{number}", label=label)
+    axes.set_xscale("log")
+    ticks = [tick for tick in (2, 4, 8, 15, 30, 60, 120) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    axes.set_xlabel("minutes of training on one core")
+    axes.set_ylabel("Dice, mean of both classes")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    with files.replacing(args.output) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def time_to_dice(results: list[dict]) -> dict[str, list[tuple[float, float]]]:
+    """Return the points (minutes, Dice) of each label of the curves, each the mean over folds and seeds."""
+    points = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        if result["group"] == "curve" and result["seconds"] is not None:
+            points[result["label"]][result["iterations"]].append((result["seconds"] / 60, result["dice"]))
+    return {
+        label: [tuple(map(statistics.mean, zip(*runs, strict=True))) for _, runs in sorted(lengths.items())]
+        for label, lengths in points.items()
+    }
 
 
 def median_case(scores: Path) -> tuple[str, float]:
@@ -89,11 +125,22 @@ def show_plane(axes: Axes, image: np.ndarray, mask: np.ndarray | None, title: st
     axes.set_axis_off()
 
 
-if __name__ == "__main__":
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True, help="the dataset")
-    parser.add_argument("--segmentations", type=Path, required=True, help="output folder of infer_dints.py --root")
-    parser.add_argument("--output", type=Path, default=Path("Figures/opening.png"), help="the picture")
-    parser.add_argument("--num_blocks", type=int, default=12, help="of the space that is drawn")
-    parser.add_argument("--num_depths", type=int, default=4, help="of the space that is drawn")
-    main(parser.parse_args())
+    pictures = parser.add_subparsers(required=True)
+    opening = pictures.add_parser("opening", help="search space, and a segmentation")
+    opening.set_defaults(draw=draw_opening)
+    opening.add_argument("--root", type=Path, required=True, help="the dataset")
+    opening.add_argument("--segmentations", type=Path, required=True, help="output folder of infer_dints.py --root")
+    opening.add_argument("--output", type=Path, default=FIGURES / "opening.png", help="the picture")
+    opening.add_argument("--num_blocks", type=int, default=12, help="of the space that is drawn")
+    opening.add_argument("--num_depths", type=int, default=4, help="of the space that is drawn")
+    time = pictures.add_parser("time", help="Dice against minutes")
+    time.set_defaults(draw=draw_time)
+    time.add_argument("--output", type=Path, default=FIGURES / "time_to_dice.png", help="the picture")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    arguments.draw(arguments)

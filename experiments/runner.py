@@ -23,18 +23,23 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
+from opponents import OPPONENTS
 
 from dints import __version__
-from dints.network.cost import device_name
+from dints.data.tasks import Task
+from dints.network.architecture import architecture_from_dict
+from dints.network.cost import counts, device_name
+from dints.network.found import FoundNetwork
 from dints.torch_files import load_safely
 
 HERE = Path(__file__).resolve().parent
 RESULTS, ARCHITECTURES = HERE / "results.jsonl", HERE / "architectures"
-NUM_FOLDS = 4
+NUM_FOLDS, BATCH_SIZE = 4, 4
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Row:
 # What trainings are of: an arch file, or one of opponents.py; with its --channel_mul.
 NETWORKS = {"u_shaped_5x3": 0.5, "dynunet": 1.0, "segresnet": 1.0}
 # One validation, at the end: each training has the whole of its time.
-TRAINING = "--num_images_per_batch 4 --learning_rate 0.05 --num_epochs 100 --num_epochs_per_validation 100"
+TRAINING = f"--num_images_per_batch {BATCH_SIZE} --learning_rate 0.05 --num_epochs 100 --num_epochs_per_validation 100"
 TRAINING += " --overlap_ratio 0 --num_workers 0 --cache ram"
 RECOMMENDED = "--recipe recommended"
 # Each adds to the one before; the last is the recommended recipe, and what it would be at half the resolution.
@@ -169,9 +174,6 @@ def summary(row: Row, folder: Path, threads: int, jobs: int) -> dict:
         }
     names = {name: None for case in cases.values() for name in case}
     classes = {name: statistics.mean(case[name] for case in cases.values() if name in case) for name in names}
-    model = load_safely(folder / "best_metric_model.pth")
-    # By address: DynUNet's has layers under two names.
-    weights = {weight.data_ptr(): weight.numel() for weight in model["state_dict"].values()}
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
     )
@@ -183,7 +185,7 @@ def summary(row: Row, folder: Path, threads: int, jobs: int) -> dict:
         "cases": cases,
         "iterations_done": int(last["iteration"]),
         "seconds": float(last["seconds"]),
-        "parameters": sum(weights.values()),
+        **counted(row, load_safely(folder / "best_metric_model.pth")),
         "hardware": device_name(torch.device("cpu"), threads),
         "side_by_side": jobs,
         "commit": commit.stdout.strip(),
@@ -192,11 +194,23 @@ def summary(row: Row, folder: Path, threads: int, jobs: int) -> dict:
     }
 
 
+def counted(row: Row, model: dict) -> dict[str, float]:
+    """Count parameters, and the multiply-adds and activations of a training step's forward pass."""
+    task = Task.from_dict(model["task"])
+    settings = task.num_channels, task.num_classes, model["channel_mul"]
+    if row.network in OPPONENTS:
+        make = partial(OPPONENTS[row.network], *settings)
+    else:
+        make = partial(FoundNetwork, architecture_from_dict(model["architecture"], row.network), *settings)
+    return counts(make, (BATCH_SIZE, task.num_channels, *task.patch_size))
+
+
 def read_results() -> list[dict]:
-    """Return the lines of results so far."""
+    """Return the results so far: of a row that was run again, its last."""
     if not RESULTS.exists():
         return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    lines = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
+    return list({line["name"]: line for line in lines}.values())
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,7 +4,8 @@
     python experiments/tables.py --rows 'recipe/*'
 
 A cell is the mean Dice of the classes, over the fold's 52 cases; with several seeds their mean, with the smallest and
-the largest. Minutes are those of training alone; "-" where other work shared the cores.
+the largest. GMAC are the multiply-adds of a batch's forward pass, in 10^9. Minutes are those of training alone; "-"
+where other work shared the cores.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from runner import read_results
 
 def main(args: argparse.Namespace) -> None:
     groups = defaultdict(lambda: defaultdict(list))
-    for result in {result["name"]: result for result in read_results()}.values():  # of rows run again, the last
+    for result in read_results():
         if fnmatch.fnmatch(result["name"], args.rows):
             groups[result["group"]][result["label"], result["iterations"]].append(result)
     for group, settings in groups.items():
@@ -30,14 +31,15 @@ def table(group: str, settings: dict[tuple[str, int], list[dict]]) -> list[str]:
     """Return the lines of a group's table; ``settings`` are the results of each label and number of iterations."""
     folds = sorted({result["fold"] for results in settings.values() for result in results})
     lines = [
-        f"| {group} | parameters | iterations | minutes | {' | '.join(f'fold {fold}' for fold in folds)} |",
-        f"| --- | ---: | ---: | ---: | {' | '.join('---:' for _ in folds)} |",
+        f"| {group} | parameters | GMAC | iterations | minutes | {' | '.join(f'fold {fold}' for fold in folds)} |",
+        f"| --- | ---: | ---: | ---: | ---: | {' | '.join('---:' for _ in folds)} |",
     ]
     for (label, iterations), results in settings.items():
         minutes = [result["seconds"] / 60 for result in results if result["seconds"] is not None]
         cells = [
             label,
             f"{results[0]['parameters'] / 1e6:.2f} M",
+            f"{results[0]['gmac']:.1f}",
             f"{iterations:,}",
             f"{mean(minutes):.1f}" if minutes else "-",
             *(dice([result["dice"] for result in results if result["fold"] == fold]) for fold in folds),

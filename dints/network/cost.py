@@ -6,7 +6,9 @@ import platform
 import re
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,24 +94,28 @@ def cost(
     settings = (architecture, in_channels, num_classes, channel_mul)
     input_shape = (batch_size, in_channels, *patch_size)
     try:
-        counts = _count(settings, input_shape)
+        counted = counts(partial(FoundNetwork, *settings), input_shape)
     except (OverflowError, RuntimeError, TypeError) as error:  # torch's three ways to say that a size has no 64 bits
         raise UserError(
             f"no network has in_channels {in_channels}, num_classes {num_classes}, channel_mul {channel_mul:g}, "
             f"patch_size {' '.join(map(str, patch_size))} and batch_size {batch_size}: one of these is too large"
         ) from error
     measured = {} if device is None else _measure(settings, input_shape, device)
-    return Cost(**counts, input_shape=input_shape, channel_mul=channel_mul, **measured)
+    return Cost(**counted, input_shape=input_shape, channel_mul=channel_mul, **measured)
 
 
-def _count(settings: tuple, input_shape: tuple[int, ...]) -> dict[str, float]:
-    """Count parameters, multiply-adds and activations in a pass on the meta device, which has shapes but no numbers.
+def counts(make: Callable[[], nn.Module], input_shape: tuple[int, ...]) -> dict[str, float]:
+    """Count what a network costs: ``parameters``, ``gmac`` and ``activation_mib`` of `Cost`.
 
+    It is made and passed through on the meta device, which has shapes but no numbers: that takes seconds and no memory.
     There the layers compute in PyTorch's own way, as on a GPU. The FLOP counter knows it, unlike that of
     `dints.network.cpu_layers`, which on a CPU keeps a few percent more or less.
+
+    Args:
+        input_shape: (batch, channels, *patch_size).
     """
     with torch.device("meta"):
-        network = FoundNetwork(*settings)
+        network = make()
         image = torch.empty(input_shape)
     kept = []  # holds the tensors, so that no two storages have one address
 

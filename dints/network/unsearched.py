@@ -1,10 +1,11 @@
 """Make architectures without a search: what a searched one has to beat, and a start for those who do not search.
 
-    python -m dints.network.unsearched --output_root runs/unsearched --u_shaped --num_blocks 5 --num_depths 3
+    python -m dints.network.unsearched --output_root runs/unsearched --u_shaped_skip --num_blocks 9 --num_depths 3
     python -m dints.network.unsearched --output_root runs/unsearched --random 5 --ram_ratio 0.2 0.3 --seed 0
     python -m dints.network.unsearched --output_root runs/unsearched --all_paths --memory_mib 8000 --patch_size 96 96 96
 
-Each is an arch file for train_dints.py. A U shape and all paths hold 3x3x3 convolutions. Random ones are drawn
+Each is an arch file for train_dints.py. A U shape and all paths hold 3x3x3 convolutions, and --u_shaped_skip makes the
+U's long paths skip connections. Random ones are drawn
 uniformly from all connected architectures whose memory is within a band, as a share of every path active with its
 dearest operation: the share that a search with --ram_budget fixed and --max_ram_ratio goes by. With --memory_mib it is
 also told which width (--channel_mul) fills that memory, so that architectures can be compared at equal memory.
@@ -35,7 +36,7 @@ from dints.network.architecture import Architecture, paths, save_architecture
 from dints.network.children import depth_sizes, patterns, switchings
 from dints.network.operations import OPERATIONS, PUBLISHED, check_names
 
-CONVOLUTION = "conv_3x3x3"
+CONVOLUTION, SKIP = "conv_3x3x3", "skip_connect"
 MAX_BLOCKS, MAX_DEPTHS = 1000, 6  # at 7 depths a block has half a million children
 MAX_DRAWS, BATCH = 100_000, 500
 # Only the smallest or largest are left at this tilt, and logarithms of probabilities are still right to 7 digits.
@@ -44,23 +45,34 @@ MAX_TILT = 1e9
 CHANGES_OF_RESOLUTION = {0: 0, -1: 6, 1: 7}
 
 
-def u_shaped(num_blocks: int, num_depths: int, operations: Sequence[str] = PUBLISHED) -> Architecture:
+def u_shaped(
+    num_blocks: int, num_depths: int, operations: Sequence[str] = PUBLISHED, skip_connections: bool = False
+) -> Architecture:
     """Make a U: down a depth a block, along the bottom while blocks are left, and up; every depth on the way goes on.
 
     It starts and ends at depth 0. Where the blocks are too few for the deepest level, it reaches ``num_blocks // 2``.
     Every path holds conv_3x3x3.
 
+    Args:
+        skip_connections: above the bottom, let a depth's first and last path hold conv_3x3x3 and those between
+            skip_connect, which cost nothing: a U-Net's skip connections. More blocks then are more convolutions at
+            the bottom, where they are cheap.
+
     Raises:
-        UserError: a size is out of range, or the operations lack conv_3x3x3.
+        UserError: a size is out of range, or the operations lack conv_3x3x3, or skip_connect where that is asked for.
     """
     operations = _checked(num_blocks, num_depths, operations)
     bottom = [min(row, num_blocks - row, num_depths - 1) for row in range(num_blocks + 1)]
     arch_code_a = np.zeros((num_blocks, 3 * num_depths - 2), dtype=np.int64)
+    passed_by = np.zeros(arch_code_a.shape, dtype=bool)
     for block, (before, after) in enumerate(zip(bottom, bottom[1:], strict=False)):
         for path, (source, target) in enumerate(paths(num_depths)):
             goes_on = source == target <= min(before, after)
             arch_code_a[block, path] = goes_on or (source, target) == (before, after)
-    return _convolutional(arch_code_a, operations, "u_shaped")
+            passed_by[block, path] = source == target < min(before, after)
+    if not skip_connections:
+        return _convolutional(arch_code_a, operations, "u_shaped")
+    return _convolutional(arch_code_a, operations, "u_shaped_skip", skipping=passed_by)
 
 
 def all_paths(num_blocks: int, num_depths: int, operations: Sequence[str] = PUBLISHED) -> Architecture:
@@ -305,10 +317,17 @@ def _architecture(
     return Architecture(node_a, arch_code_a, arch_code_c, operations=operations, info={"ram_ratio": ratio, **made})
 
 
-def _convolutional(arch_code_a: np.ndarray, operations: tuple[str, ...], kind: str) -> Architecture:
-    if CONVOLUTION not in operations:
-        raise UserError(f"--operations {' '.join(operations)} lacks {CONVOLUTION}, which every path is to hold: add it")
-    return _architecture(arch_code_a, arch_code_a * operations.index(CONVOLUTION), operations, {"unsearched": kind})
+def _convolutional(
+    arch_code_a: np.ndarray, operations: tuple[str, ...], kind: str, skipping: np.ndarray | None = None
+) -> Architecture:
+    """Make the architecture with a convolution on every active path, but for those of ``skipping`` (as arch_code_a)."""
+    for name in (CONVOLUTION, *[SKIP] * (skipping is not None)):
+        if name not in operations:
+            raise UserError(f"--operations {' '.join(operations)} lacks {name}, which paths are to hold: add it")
+    arch_code_c = arch_code_a * operations.index(CONVOLUTION)
+    if skipping is not None:
+        arch_code_c[skipping] = operations.index(SKIP)
+    return _architecture(arch_code_a, arch_code_c, operations, {"unsearched": kind})
 
 
 def _checked(num_blocks: int, num_depths: int, operations: Sequence[str]) -> tuple[str, ...]:
@@ -339,6 +358,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output_root", type=Path, required=True, help="folder to write into, made if absent")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--u_shaped", action="store_true", help="write u_shaped_<blocks>x<depths>.pth")
+    kind.add_argument(
+        "--u_shaped_skip",
+        action="store_true",
+        help="write u_shaped_skip_<blocks>x<depths>.pth, a U whose long paths are skip connections",
+    )
     kind.add_argument("--all_paths", action="store_true", help="write all_paths_<blocks>x<depths>.pth")
     kind.add_argument(
         "--random", type=int, metavar="N", help="write random_<seed>_<number>.pth, numbers from 0 to N - 1"
@@ -381,8 +405,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     sizes = {"num_blocks": args.num_blocks, "num_depths": args.num_depths, "operations": args.operations}
     if args.random is None:
-        kind = u_shaped if args.u_shaped else all_paths
-        makers = {f"{kind.__name__}_{args.num_blocks}x{args.num_depths}": partial(kind, **sizes)}
+        kinds = {
+            "u_shaped": u_shaped,
+            "u_shaped_skip": partial(u_shaped, skip_connections=True),
+            "all_paths": all_paths,
+        }
+        (kind,) = (name for name in kinds if getattr(args, name))
+        makers = {f"{kind}_{args.num_blocks}x{args.num_depths}": partial(kinds[kind], **sizes)}
     else:
         (low, high), seed = args.ram_ratio, args.seed or 0
         make = partial(_numbered, seed, low=low, high=high, keep_finest=args.keep_finest, **sizes)

@@ -44,6 +44,7 @@ def test_rows_are_run_once_and_their_lines_tell_what_was_measured(monkeypatch, t
     both, dynunet = run(monkeypatch, tmp_path), parameters_of("dynunet", 0.125)
     assert [line["name"] for line in both] == [ROW.name, OPPONENT.name] and both[0] == first
     assert both[1]["parameters"] == dynunet != both[0]["parameters"]
+    assert both[1]["gmac"] > both[0]["gmac"] > 0 and both[0]["activation_mib"] > 0
     assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[1]) == both[1]
     capsys.readouterr()
     assert len(run(monkeypatch, tmp_path, "--list")) == 2
@@ -77,13 +78,13 @@ def test_opponents_are_monais_networks_of_three_resolutions(name, parameters):
 
 def test_a_table_has_a_row_a_setting_and_a_column_a_fold():
     def result(fold: int, dice: float, seconds: float | None = 90.0) -> dict:
-        return {"fold": fold, "dice": dice, "seconds": seconds, "parameters": 421_475}
+        return {"fold": fold, "dice": dice, "seconds": seconds, "parameters": 421_475, "gmac": 10.14}
 
     settings = {
         ("flips", 900): [result(0, 0.8), result(0, 0.9, 150.0), result(1, 0.7)],
         ("u", 1800): [result(1, 0.5, None)],
     }
     assert tables.table("recipe", settings)[2:] == [
-        "| flips | 0.42 M | 900 | 1.8 | 0.8500 (0.8000 to 0.9000) | 0.7000 |",
-        "| u | 0.42 M | 1,800 | - | - | 0.5000 |",
+        "| flips | 0.42 M | 10.1 | 900 | 1.8 | 0.8500 (0.8000 to 0.9000) | 0.7000 |",
+        "| u | 0.42 M | 10.1 | 1,800 | - | - | 0.5000 |",
     ]

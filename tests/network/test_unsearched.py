@@ -66,6 +66,23 @@ def test_the_u_shape_of_five_blocks_and_three_depths():
     ]
 
 
+def test_its_long_paths_may_be_skip_connections():
+    names = ("conv_3x3x3", "conv_1x3x3", "skip_connect")
+    architecture, plain = u_shaped(6, 3, names, skip_connections=True), u_shaped(6, 3, names)
+    assert architecture.info["unsearched"] == "u_shaped_skip" and ends(architecture) == ends(plain)
+    skipping = [
+        [path for path, operation in zip(block, codes[active == 1], strict=True) if names[operation] == "skip_connect"]
+        for block, codes, active in zip(
+            ends(architecture), architecture.arch_code_c, architecture.arch_code_a, strict=True
+        )
+    ]
+    assert skipping == [[], [(0, 0)], [(0, 0), (1, 1)], [(0, 0), (1, 1)], [(0, 0)], []]
+    assert not plain.arch_code_c.any()  # conv_3x3x3 on all, as before
+    assert is_network(architecture, 16)
+    with pytest.raises(UserError, match="lacks skip_connect"):
+        u_shaped(6, 3, ("conv_3x3x3",), skip_connections=True)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_u_shapes_are_symmetric_and_as_deep_as_they_can_be(size):
     architecture = u_shaped(*size)
@@ -231,6 +248,10 @@ def test_the_command_writes_and_tells(tmp_path, capsys):
     assert f" {count_parameters(FoundNetwork(made, 2, 3)):,} parameters at channel_mul 1; channel_mul 0.15625 " in said
     with pytest.raises(UserError, match=r"u_shaped_3x2\.pth exists"):
         main([*small, "--u_shaped"])
+    main([*small, "--u_shaped_skip"])
+    assert codes(load_architecture(tmp_path / "made" / "u_shaped_skip_3x2.pth")) == codes(
+        u_shaped(3, 2, skip_connections=True)
+    )
     main([*small, "--all_paths", "--operations", "conv_3x3x3"])
     assert load_architecture(tmp_path / "made" / "all_paths_3x2.pth").operations == ("conv_3x3x3",)
 
@@ -268,7 +289,7 @@ def test_the_command_numbers_random_ones(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ([], "one of the arguments --u_shaped --all_paths --random is required"),
+        ([], "one of the arguments --u_shaped --u_shaped_skip --all_paths --random is required"),
         (["--u_shaped", "--all_paths"], "not allowed with"),
         (["--random", "1"], "--random and --ram_ratio go together"),
         (["--u_shaped", "--ram_ratio", "0", "1"], "--random and --ram_ratio go together"),
