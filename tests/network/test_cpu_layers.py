@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from monai.networks.blocks.dints_block import FactorizedIncreaseBlock
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -204,6 +205,35 @@ def test_upsample(size, batch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result, theirs = ours(half), plain(half)
     assert_nearer(result, theirs, plain(half.double()))
+
+
+@pytest.mark.parametrize("size", [(2, 2, 2), (8, 8, 8), (5, 7, 11)], ids=str)
+def test_doubling_before_a_convolution(size):
+    torch.manual_seed(0)
+    plain = FactorizedIncreaseBlock(6, 3)
+    ours = accelerated(copy.deepcopy(plain))
+    image = torch.randn(2, 6, *size)
+    assert_same(plain, ours, image, (tuple(plain.parameters()), tuple(ours.parameters())), tolerance=1e-4)
+    exact = copy.deepcopy(plain).double()
+    gradients = []
+    for block, kind in ((exact, torch.float64), (plain, torch.bfloat16), (ours, torch.bfloat16)):
+        given = image.bfloat16().to(kind).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind is torch.bfloat16):
+            result = block(given)
+        assert result.is_contiguous() and result.dtype == kind
+        mix = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
+        wanted = [given, *block.parameters()]
+        gradients.append([result.detach(), *torch.autograd.grad((result * mix).sum(), wanted)])
+    for expected, theirs, found in zip(*gradients, strict=True):
+        errors = [(value - expected).norm() / expected.norm() for value in (found, theirs)]
+        assert errors[0] < max(1.5 * errors[1], 0.01)  # bfloat16 keeps 0.004
+
+
+@pytest.mark.parametrize("mode", ["trilinear", "nearest"])
+def test_upsampling_by_one_is_nothing(mode):
+    plain = nn.Upsample(scale_factor=1 / 2**0, mode=mode, align_corners=True if mode == "trilinear" else None)
+    image = torch.randn(2, 3, 5, 7, 11)
+    assert torch.equal(plain(image), image) and accelerated(copy.deepcopy(plain))(image) is image
 
 
 @pytest.mark.parametrize(
