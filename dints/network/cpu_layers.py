@@ -9,6 +9,7 @@
 - Trilinear upsampling is two to six times faster as a product with a small matrix along each axis. In bfloat16, where a
   1x1x1 convolution comes after it, both together are faster still with the channels last, in which oneDNN need not
   bring the volume into another layout.
+- A 1x1x1 convolution with a stride is two to four times faster when the voxels that it looks at are copied first.
 - MONAI's stems also "upsample" by a factor of 1.
 
 One is not about speed: where the first spatial axis is shorter than the kernel (2 planes for one of 3), the gradient of
@@ -72,17 +73,26 @@ class Convolution(nn.Conv3d):
     """`torch.nn.Conv3d` without dilation, in the fastest of the ways above."""
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        stride = self.stride
+        if _sees_single_voxels(weight, stride) and not any(self.padding) and _can_take(input):
+            input = input[(..., *(slice(None, None, step) for step in stride))].contiguous()
+            stride = (1, 1, 1)
         if bias is None and self.groups == 1 and _can_take(input):
-            if _is_product(input, weight, self.stride):
+            if _is_product(input, weight, stride):
                 # Under autocast too in fp32: to read the weights once takes less time than to cast them.
-                result = _Product.apply(input.float(), weight, self.stride, self.padding)
+                result = _Product.apply(input.float(), weight, stride, self.padding)
                 return result.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else result
-            if _in_fp32(input, weight) and _pays(input, weight, self.stride):
-                return _OneDnnConvolution.apply(input, weight, self.stride, self.padding, 1)
-        if self.padding[0] and _is_wrong_in_bfloat16(input, weight):
-            padded, padding = _padded_first(input, self.padding)
-            return F.conv3d(padded, weight, bias, self.stride, padding, groups=self.groups)
-        return super()._conv_forward(input, weight, bias)
+            if _in_fp32(input, weight) and _pays(input, weight, stride):
+                return _OneDnnConvolution.apply(input, weight, stride, self.padding, 1)
+        padding = self.padding
+        if padding[0] and _is_wrong_in_bfloat16(input, weight):
+            input, padding = _padded_first(input, padding)
+        return F.conv3d(input, weight, bias, stride, padding, groups=self.groups)
+
+
+def _sees_single_voxels(weight: torch.Tensor, stride: tuple[int, ...]) -> bool:
+    """Tell whether the convolution looks at single voxels, and leaves some out."""
+    return weight[0, 0].numel() == 1 and math.prod(stride) > 1
 
 
 def _is_wrong_in_bfloat16(image: torch.Tensor, weight: torch.Tensor) -> bool:

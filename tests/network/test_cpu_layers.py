@@ -28,6 +28,7 @@ SHAPES = {
     "few voxels in each of many images": (6, 64, 64, (3, 3, 3), 1, (4, 4, 2), "oneDNN without AVX-512"),
     "few voxels, few weights": (1, 8, 8, (3, 3, 3), 1, (4, 4, 4), "PyTorch"),
     "one voxel in the kernel": (1, 32, 64, (1, 1, 1), 1, (16, 16, 16), "PyTorch"),
+    "one voxel in the kernel, stride": (2, 16, 8, (1, 1, 1), 2, (9, 8, 7), "PyTorch"),
     "two planes": (1, 32, 32, (3, 3, 3), 1, (2, 16, 16), "oneDNN"),
     "odd sizes": (1, 17, 23, (3, 3, 3), 1, (13, 15, 17), "oneDNN"),
 }
@@ -205,6 +206,18 @@ def test_upsample(size, batch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result, theirs = ours(half), plain(half)
     assert_nearer(result, theirs, plain(half.double()))
+
+
+def test_single_voxels_with_a_stride_and_padding():
+    plain = nn.Conv3d(4, 6, 1, (2, 1, 3), padding=(1, 0, 1))
+    image = torch.randn(2, 4, 5, 6, 7)
+    assert_same(plain, accelerated(copy.deepcopy(plain)), image)
+    plain.padding = (0, 0, 0)
+    ours = accelerated(copy.deepcopy(plain))
+    assert_same(plain, ours, image, (tuple(plain.parameters()), tuple(ours.parameters())))
+    with Operations() as operations:
+        ours(image)
+    assert "clone.default" in operations.names or not cpu_layers._HAS_ONEDNN
 
 
 @pytest.mark.parametrize("size", [(2, 2, 2), (8, 8, 8), (5, 7, 11)], ids=str)
