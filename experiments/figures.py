@@ -5,7 +5,7 @@
 
 opening: what a search chooses from, and a case as a found network segments it. SEGMENTATIONS is what infer_dints.py
 wrote with --root: the case is the one whose mean Dice is the median of scores.csv, so that the picture flatters nobody.
-time: Dice of results.jsonl's curves against the minutes of their trainings.
+time: Dice against the minutes of training, from results.jsonl.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def draw_opening(args: argparse.Namespace) -> None:
 def draw_time(args: argparse.Namespace) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for number, (label, points) in enumerate(time_to_dice(read_results()).items()):
+    for number, (network, points) in enumerate(time_to_dice(read_results()).items()):
         minutes, dice = zip(*points, strict=True)
-        axes.plot(minutes, dice, "o-", color=f"C{number}", label=label)
+        axes.plot(minutes, dice, "o-", color=f"C{number}", label=network)
     axes.set_xscale("log")
     ticks = [tick for tick in (2, 4, 8, 15, 30, 60, 120) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, map(str, ticks))
@@ -78,14 +78,14 @@ def draw_time(args: argparse.Namespace) -> None:
 
 
 def time_to_dice(results: list[dict]) -> dict[str, list[tuple[float, float]]]:
-    """Return the points (minutes, Dice) of each label of the curves, each the mean over folds and seeds."""
+    """Return the points (minutes, Dice) of each network, by the recommended recipe: means over folds and seeds."""
     points = defaultdict(lambda: defaultdict(list))
     for result in results:
-        if result["group"] == "curve" and result["seconds"] is not None:
-            points[result["label"]][result["iterations"]].append((result["seconds"] / 60, result["dice"]))
+        if (result["recipe"], result["processes"]) == ("recommended", 1) and result["seconds"] is not None:
+            points[result["network"]][result["minutes"]].append((result["seconds"] / 60, result["dice"]))
     return {
-        label: [tuple(map(statistics.mean, zip(*runs, strict=True))) for _, runs in sorted(lengths.items())]
-        for label, lengths in points.items()
+        network: [tuple(map(statistics.mean, zip(*runs, strict=True))) for _, runs in sorted(lengths.items())]
+        for network, lengths in points.items()
     }
 
 

@@ -2,12 +2,12 @@
 
     python experiments/runner.py --list                        what there is, and what is done
     python experiments/runner.py                               run all that is not done, two at a time
-    python experiments/runner.py --rows 'recipe/*' --root data_msd/Task04_Hippocampus
-    python experiments/runner.py --rows 'curve/u-*' --jobs 1 --threads 2
+    python experiments/runner.py --rows '*fold0*' --root data_msd/Task04_Hippocampus
+    python experiments/runner.py --rows dynunet/recommended-6min-fold0-seed0 --again
 
-All are of Task04_Hippocampus, on a CPU. Each training is a process of --threads threads on cores of its own. It goes on
-where it was stopped, so that the runner may be stopped at any time, and started again. --again runs rows that are done
-once more, and adds their lines.
+All are of Task04_Hippocampus, on a CPU. A training is a process of one thread on a core of its own; those of several
+processes, which have as many cores, come last, one after another. A training goes on where it was stopped, so that the
+runner may be stopped at any time, and started again. --again runs rows that are done once more, and adds their lines.
 """
 
 from __future__ import annotations
@@ -39,7 +39,42 @@ from dints.torch_files import load_safely
 
 HERE = Path(__file__).resolve().parent
 RESULTS, ARCHITECTURES = HERE / "results.jsonl", HERE / "architectures"
-NUM_FOLDS, BATCH_SIZE = 4, 4
+NUM_FOLDS, BATCH_SIZE = 4, 2
+
+
+@dataclass(frozen=True)
+class Network:
+    """What trainings are of.
+
+    Attributes:
+        channel_mul: of an arch file in experiments/architectures, or of one of opponents.py.
+        seconds: of a step of `BATCH_SIZE` patches on one idle core of an AMD EPYC (Zen 4): how many steps a row has.
+    """
+
+    channel_mul: float
+    seconds: float
+
+
+U = "u_shaped_skip_9x3"
+NETWORKS = {
+    U: Network(0.5, 0.174),
+    "u_shaped_5x3": Network(0.5, 0.224),
+    "dynunet": Network(1.0, 0.418),
+    "segresnet": Network(1.0, 0.190),
+}
+# Recipes, and of those that take another time a step how many times as much.
+RECIPES = {
+    "published": "",
+    "flips": "--flip_axes auto",
+    "polynomial": "--flip_axes auto --learning_rate_schedule polynomial",
+    "recommended": "--recipe recommended",
+    "half-resolution": "--recipe recommended --use_downsample yes",
+}
+TIMES_AS_LONG = {"half-resolution": 0.59}
+SPEEDUP_OF_TWO = 1.3  # of two processes on two cores over one on one, the other idle
+# One validation, at the end: each training has the whole of its time.
+TRAINING = "--learning_rate 0.05 --learning_rate_scaling none --num_epochs 100 --num_epochs_per_validation 100"
+TRAINING += " --overlap_ratio 0 --num_workers 0 --cache ram"
 
 
 @dataclass(frozen=True)
@@ -47,57 +82,49 @@ class Row:
     """A training and its scores.
 
     Attributes:
-        group: what it is compared with.
-        label: what it differs in.
-        network: an arch file in experiments/architectures, without its ending, or a name in `opponents.OPPONENTS`.
-        flags: of train_dints.py.
-        iterations: of the training.
+        network: a key of `NETWORKS`.
+        recipe: a key of `RECIPES`.
+        minutes: that it would take on idle cores; side by side with others it takes longer.
+        processes: that share it and its batches.
     """
 
-    group: str
-    label: str
     network: str
-    flags: str
-    iterations: int
+    recipe: str
+    minutes: float
     fold: int
     seed: int
+    processes: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.group}/{self.label}-{self.iterations}-fold{self.fold}-seed{self.seed}"
+        shared = f"-{self.processes}processes" if self.processes > 1 else ""
+        return f"{self.network}/{self.recipe}-{self.minutes:g}min-fold{self.fold}-seed{self.seed}{shared}"
 
-
-# What trainings are of: an arch file, or one of opponents.py; with its --channel_mul.
-NETWORKS = {"u_shaped_5x3": 0.5, "dynunet": 1.0, "segresnet": 1.0}
-# One validation, at the end: each training has the whole of its time.
-TRAINING = f"--num_images_per_batch {BATCH_SIZE} --learning_rate 0.05 --num_epochs 100 --num_epochs_per_validation 100"
-TRAINING += " --overlap_ratio 0 --num_workers 0 --cache ram"
-RECOMMENDED = "--recipe recommended"
-# Each adds to the one before; the last is the recommended recipe, and what it would be at half the resolution.
-STEPS = {
-    "published": "",
-    "flips": "--flip_axes auto",
-    "polynomial": "--flip_axes auto --learning_rate_schedule polynomial",
-    "recommended": RECOMMENDED,
-    "half-resolution": f"{RECOMMENDED} --use_downsample yes",
-}
+    @property
+    def iterations(self) -> int:
+        """The steps of so many minutes, to two digits."""
+        seconds = NETWORKS[self.network].seconds * TIMES_AS_LONG.get(self.recipe, 1)
+        seconds /= SPEEDUP_OF_TWO if self.processes == 2 else 1
+        return int(float(f"{60 * self.minutes / seconds:.2g}"))
 
 
 def table() -> dict[str, Row]:
-    """Return all rows by name; the first ones to be run come first."""
-    u, rows = "u_shaped_5x3", []
-    for seed in (0, 1):
-        for fold in (0, 1):
-            rows += [Row("recipe", label, u, flags, 900, fold, seed) for label, flags in STEPS.items()]
-            # As many as take the time of the 900: 0.47 s each on one idle core of an AMD EPYC (Zen 4), 0.83 and 0.37 s.
-            rows.append(Row("recipe", "half-resolution", u, STEPS["half-resolution"], 1800, fold, seed))
-            rows.append(Row("equal-time", "dynunet", "dynunet", RECOMMENDED, 510, fold, seed))
-            rows.append(Row("equal-time", "segresnet", "segresnet", RECOMMENDED, 1150, fold, seed))
-    # How Dice grows with time: each length has its own schedule.
-    for fold in (0, 1):
-        for iterations in (450, 1800, 3600, 7200):
-            rows.append(Row("curve", "u", u, RECOMMENDED, iterations, fold, 0))
-            rows.append(Row("curve", "dynunet", "dynunet", RECOMMENDED, round(iterations * 0.57), fold, 0))
+    """Return all rows by name; the first ones to be run come first.
+
+    Folds 0 and 1 take part in choices; 2 and 3 in none, and only what was chosen is reported on them.
+    """
+    opponents = [network for network in NETWORKS if network != U]
+    rows = []
+    for fold, seed in ((0, 0), (1, 0), (0, 1)):
+        rows += [Row(U, recipe, 6, fold, seed) for recipe in RECIPES]
+        rows += [Row(network, "recommended", 6, fold, seed) for network in opponents]
+    for fold in (2, 3):
+        rows += [Row(U, recipe, 6, fold, 0) for recipe in ("published", "recommended")]
+        rows += [Row(network, "recommended", 6, fold, 0) for network in opponents]
+    for minutes in (3, 12, 24, 48):  # how Dice grows with time: each length has its own schedule
+        rows += [Row(network, "recommended", minutes, 0, 0) for network in (U, "dynunet", "segresnet")]
+    for fold in (0, 2, 3):
+        rows += [Row(U, "recommended", minutes, fold, 0, processes=2) for minutes in (10, 60)]
     return {row.name: row for row in rows}
 
 
@@ -109,17 +136,25 @@ def main(args: argparse.Namespace) -> None:
             print("done" if name in done else "    ", name)
         return
     waiting = [row for name, row in rows.items() if args.again or name not in done]
-    cores = [list(range(job * args.threads, (job + 1) * args.threads)) for job in range(args.jobs)]
+    alone = [row for row in waiting if row.processes == 1]
+    carry_out(alone, [[core] for core in range(args.jobs)], args)
+    for row in waiting:
+        if row.processes > 1:
+            carry_out([row], [list(range(row.processes))], args)
+
+
+def carry_out(waiting: list[Row], cores_of_jobs: list[list[int]], args: argparse.Namespace) -> None:
+    """Run the rows, as many at a time as there are lists of cores; add the line of each that is done."""
     lock = threading.Lock()
 
-    def work(own_cores: list[int]) -> None:
+    def work(cores: list[int]) -> None:
         while True:
             with lock:
                 if not waiting:
                     return
                 row = waiting.pop(0)
             try:
-                result = run(row, args.root, args.work, own_cores, args.jobs)
+                result = run(row, args.root, args.work, cores, len(cores_of_jobs))
             except subprocess.CalledProcessError as error:
                 with lock:
                     waiting.clear()
@@ -128,8 +163,8 @@ def main(args: argparse.Namespace) -> None:
                 file.write(json.dumps(result) + "\n")
             print(f"{row.name}: Dice {result['dice']:.4f} after {result['seconds'] / 60:.1f} minutes", flush=True)
 
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for job in [pool.submit(work, own_cores) for own_cores in cores]:
+    with concurrent.futures.ThreadPoolExecutor(len(cores_of_jobs)) as pool:
+        for job in [pool.submit(work, cores) for cores in cores_of_jobs]:
             job.result()
 
 
@@ -138,19 +173,22 @@ def run(row: Row, root: Path, work: Path, cores: list[int], jobs: int) -> dict:
     folder = work / row.name
     architecture, opponent = ARCHITECTURES / f"{row.network}.pth", []
     if not architecture.exists():  # an opponent's stages read some architecture and do not build it
-        architecture, opponent = ARCHITECTURES / "u_shaped_5x3.pth", [HERE / "opponents.py", row.network]
+        architecture, opponent = ARCHITECTURES / f"{U}.pth", [HERE / "opponents.py", row.network]
     data = ["--root", root, "--fold", row.fold, "--num_folds", NUM_FOLDS]
-    train = ["--arch_ckpt", architecture, "--channel_mul", NETWORKS[row.network], "--output_root", folder]
-    train += ["--num_iterations", row.iterations, "--seed", row.seed, *TRAINING.split(), *row.flags.split()]
+    train = ["--arch_ckpt", architecture, "--channel_mul", NETWORKS[row.network].channel_mul, "--seed", row.seed]
+    train += ["--num_images_per_batch", BATCH_SIZE // row.processes, "--num_iterations", row.iterations]
+    train += [*TRAINING.split(), *RECIPES[row.recipe].split(), "--output_root", folder]
     infer = ["--checkpoint", folder / "best_metric_model.pth", "--output_root", folder / "segmentations"]
-    start([*opponent, "train_dints.py", *data, *train], cores, folder)
-    start([*opponent, "infer_dints.py", *data, *infer], cores, folder)
-    return summary(row, folder, len(cores), jobs)
+    launched = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", row.processes]
+    launched = launched if row.processes > 1 else []
+    start([*launched, *opponent, "train_dints.py", *data, *train], cores, folder)
+    start([*opponent, "infer_dints.py", *data, *infer], cores[:1], folder)
+    return summary(row, folder, jobs)
 
 
 def start(command: list[object], cores: list[int], folder: Path) -> None:
-    """Run a Python script on the cores, with a thread a core; what it says is added to ``folder``.log."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
+    """Run a Python script on the cores, a thread a process; what it says is added to ``folder``.log."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.log").open("a", encoding="utf-8") as log:
         subprocess.run(
@@ -163,7 +201,7 @@ def start(command: list[object], cores: list[int], folder: Path) -> None:
         )
 
 
-def summary(row: Row, folder: Path, threads: int, jobs: int) -> dict:
+def summary(row: Row, folder: Path, jobs: int) -> dict:
     """Gather what is to be known about a row that is done."""
     with (folder / "loss_history.csv").open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
@@ -180,13 +218,14 @@ def summary(row: Row, folder: Path, threads: int, jobs: int) -> dict:
     return {
         "name": row.name,
         **asdict(row),
+        "iterations": row.iterations,
         "dice": statistics.mean(classes.values()),
         "classes": classes,
         "cases": cases,
         "iterations_done": int(last["iteration"]),
         "seconds": float(last["seconds"]),
         **counted(row, load_safely(folder / "best_metric_model.pth")),
-        "hardware": device_name(torch.device("cpu"), threads),
+        "hardware": device_name(torch.device("cpu"), threads=1),
         "side_by_side": jobs,
         "commit": commit.stdout.strip(),
         "version": __version__,
@@ -221,7 +260,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=data, help="Task04_Hippocampus (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "experiments", help="where runs are kept")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="and cores, of each (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="run also what is done")
     return parser.parse_args()
 
