@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
 
 log = logging.getLogger("search")
 
-OF_RECIPES = ("use_downsample", "flip_axes")  # options whose values a recipe gives
+OF_RECIPES = ("use_downsample", "flip_axes", "augmentation")  # options whose values a recipe gives
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -149,7 +149,9 @@ def search(args: argparse.Namespace, processes: Processes, folder: Path) -> None
     weights_loader, arch_loader, volumes = read(args, dataset, weights_cases, arch_cases, validation_cases, processes)
     steps = weights_loader.steps
     args = options.scaled_to_iterations(args, steps)
-    data.flips.choose(args.flip_axes, [weights_loader, arch_loader], task, processes)
+    flips = data.flips.choose(args.flip_axes, [weights_loader, arch_loader], task, processes)
+    for loader in (weights_loader, arch_loader):
+        loader.augment_by(data.augmentation.chain(args.augmentation, flips.axes))
     window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
 

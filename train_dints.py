@@ -32,7 +32,12 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
 
 log = logging.getLogger("train")
 
-OF_RECIPES = ("flip_axes", "learning_rate_schedule", "average_decay")  # options whose values a recipe gives
+OF_RECIPES = (
+    "flip_axes",
+    "augmentation",
+    "learning_rate_schedule",
+    "average_decay",
+)  # options whose values a recipe gives
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -124,6 +129,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     loader, volumes = read(args, dataset, training_cases, validation_cases, processes)
     args = options.scaled_to_iterations(args, loader.steps)
     flips = data.flips.choose(args.flip_axes, [loader], task, processes)
+    loader.augment_by(data.augmentation.chain(args.augmentation, flips.axes))
     waited = data.loaders.ShareOfWaiting(loader)
     window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)

@@ -45,6 +45,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
 positive = number(float, 0, above=True)
 finite = number(float, -1e30, 1e30)
 XYZ = ("X", "Y", "Z")
+AUGMENTATIONS = ("published", "nnunet")  # `dints.data.augmentation.CHAINS`, which -h need not import
 
 
 def fold(text: str) -> int | str:
@@ -165,6 +166,11 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
             "axes that patches are flipped along: X, Y and Z, all, none; auto: those along which no class keeps to one "
             "side of another one in the training cases",
         ),
+    )
+    add(
+        "--augmentation",
+        choices=AUGMENTATIONS,
+        help=recipe_help("augmentation", "random changes of patches beside flips: the published chain, or nnU-Net's"),
     )
 
 

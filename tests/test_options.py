@@ -9,6 +9,7 @@ import pytest
 import search_dints
 import train_dints
 from dints import options
+from dints.data.augmentation import CHAINS
 from dints.recipes import RECIPES
 
 TRAIN = ["--arch_ckpt", "arch.pth", "--root", "data", "--output_root", "run"]
@@ -40,8 +41,8 @@ def test_a_budget_in_iterations_scales_every_number_of_epochs(steps, iterations,
 @pytest.mark.parametrize(
     ("script", "flags", "names"),
     [
-        (search_dints, SEARCH, {"use_downsample", "flip_axes"}),
-        (train_dints, TRAIN, {"flip_axes", "learning_rate_schedule", "average_decay"}),
+        (search_dints, SEARCH, {"use_downsample", "flip_axes", "augmentation"}),
+        (train_dints, TRAIN, {"flip_axes", "augmentation", "learning_rate_schedule", "average_decay"}),
     ],
     ids=["search", "train"],
 )
@@ -55,6 +56,10 @@ def test_a_recipe_fills_what_is_not_given(script, flags, names, recipe):
 def test_the_stages_use_all_of_a_recipe_and_recipes_have_the_same_options():
     used = {*search_dints.OF_RECIPES, *train_dints.OF_RECIPES}
     assert all(values.keys() == used for values in RECIPES.values())
+
+
+def test_all_chains_of_augmentations_may_be_chosen():
+    assert tuple(CHAINS) == options.AUGMENTATIONS
 
 
 def test_runs_from_before_there_were_recipes_go_on():
@@ -72,6 +77,7 @@ def test_runs_from_before_there_were_recipes_go_on():
         ("--flip_axes auto X", "--flip_axes auto X: give axes, or one of auto, all and none"),
         ("--flip_axes none all", "--flip_axes none all: give axes"),
         ("--flip_axes left", "invalid choice: 'left'"),
+        ("--augmentation none", "invalid choice: 'none'"),
         ("--recipe nnunet", "invalid choice: 'nnunet'"),
         ("--average_decay 1", "1 is not at least 0 and at most 0.9999"),
         ("--average_decay -0.1", "-0.1 is not at least 0"),
@@ -88,6 +94,6 @@ def test_values_that_no_recipe_takes(flags, complaint, capsys):
 def test_a_run_by_the_published_recipe_is_told_of_the_other():
     args = train_dints.parse_args(TRAIN)
     line = options.recipe_line(args, *train_dints.OF_RECIPES)
-    assert "--recipe recommended trains with --flip_axes auto, --learning_rate_schedule polynomial" in line
+    assert "--recipe recommended trains with --flip_axes auto, --augmentation nnunet, --learning_rate" in line
     args = train_dints.parse_args([*TRAIN, "--recipe", "recommended"])
     assert options.recipe_line(args, *train_dints.OF_RECIPES) == "recipe: recommended"

@@ -1,13 +1,14 @@
-"""The published random chain on a patch: rotate, zoom, smooth, scale, shift, noise, flip.
+"""Random chains on a patch: the published one (rotate, zoom, smooth, scale, shift, noise, flip), and nnU-Net's.
 
-`STEPS`, at the end, is the chain. What is drawn is apart from what is done with it: a process may draw and any device
-apply. Each step draws from a stream of its own, so that one more, or one less, does not change what the others draw.
-Each gives what MONAI's transform of that name gives, in less time: one sampling grid for image and label, sums of
-shifted copies in place of convolutions, no metadata.
+`CHAINS`, at the end, lists their steps. What is drawn is apart from what is done with it: a process may draw and any
+device apply. Each step draws from a stream of its own, so that one more, or one less, does not change what the others
+draw. Each of the published ones gives what MONAI's transform of that name gives, in less time: one sampling grid for
+image and label, sums of shifted copies in place of convolutions, no metadata.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from dints.running.seeds import seed_from
 
+SPATIAL, TINY = (1, 2, 3), 1e-7
 Sample = tuple[torch.Tensor, torch.Tensor]  # image (channels, *spatial), float32, and label (1, *spatial), uint8
 
 
@@ -41,24 +43,18 @@ class Step:
     apply: Callable[[torch.Tensor, torch.Tensor, object], Sample]
 
 
-def draw(seed: int, flip_axes: Sequence[int] = (0, 1, 2)) -> dict[str, object]:
-    """Draw what is to be done to one sample: of each step that is done, by its name, how.
-
-    Args:
-        flip_axes: the axes along which it may be flipped; all else is drawn as if they were all.
-    """
+def draw(seed: int, steps: Sequence[Step]) -> dict[str, object]:
+    """Draw what is to be done to one sample: of each step that is done, by its name, how."""
     drawn = {}
-    for step in STEPS:
+    for step in steps:
         rng = np.random.default_rng(seed_from(seed, step.name))
         if rng.random() < step.probability:
             drawn[step.name] = step.draw(rng)
-    if "flip" in drawn:
-        drawn["flip"] = tuple(axis for axis in drawn["flip"] if axis in flip_axes)
     return drawn
 
 
-def augment(image: torch.Tensor, label: torch.Tensor, drawn: Mapping[str, object]) -> Sample:
-    """Do what was drawn; call it outside autocast, which would round the coordinates of a rotation.
+def augment(image: torch.Tensor, label: torch.Tensor, drawn: Mapping[str, object], steps: Sequence[Step]) -> Sample:
+    """Do what was drawn of the steps; call it outside autocast, which would round the coordinates of a rotation.
 
     The noise depends on the kind of device, all else on what was drawn only.
 
@@ -71,10 +67,26 @@ def augment(image: torch.Tensor, label: torch.Tensor, drawn: Mapping[str, object
     """
     image = image.to(torch.float32, copy=True)
     label = label.clone()
-    for step in STEPS:
+    for step in steps:
         if step.name in drawn:
             image, label = step.apply(image, label, drawn[step.name])
     return image.contiguous(), label.contiguous()
+
+
+def chain(name: str = "published", flip_axes: Sequence[int] = (0, 1, 2)) -> tuple[Step, ...]:
+    """Return the steps of a chain.
+
+    Args:
+        name: a key of `CHAINS`.
+        flip_axes: the axes along which it may flip; all else is drawn as if they were all.
+    """
+    return (*CHAINS[name], Step("flip", 1.0, partial(_draw_flips, axes=tuple(flip_axes)), _flip))
+
+
+def _draw_flips(rng: np.random.Generator, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Draw each axis as often as not, and of these keep the given ones."""
+    flipped = [axis for axis in range(3) if rng.random() < 0.5]
+    return tuple(axis for axis in flipped if axis in axes)
 
 
 def _rotate(image: torch.Tensor, label: torch.Tensor, angles: Sequence[float]) -> Sample:
@@ -128,9 +140,12 @@ def _smooth(image: torch.Tensor, label: torch.Tensor, sigmas: Sequence[float]) -
 
 def _add_noise(image: torch.Tensor, label: torch.Tensor, deviation_and_seed: tuple[float, int]) -> Sample:
     deviation, seed = deviation_and_seed
+    return image.add_(_noise(image, seed), alpha=deviation), label
+
+
+def _noise(image: torch.Tensor, seed: int) -> torch.Tensor:
     generator = torch.Generator(image.device).manual_seed(seed)
-    noise = torch.randn(image.shape, generator=generator, device=image.device)
-    return image.add_(noise, alpha=deviation), label
+    return torch.randn(image.shape, generator=generator, device=image.device)
 
 
 def _flip(image: torch.Tensor, label: torch.Tensor, axes: Sequence[int]) -> Sample:
@@ -138,17 +153,71 @@ def _flip(image: torch.Tensor, label: torch.Tensor, axes: Sequence[int]) -> Samp
     return image.flip(axes), label.flip(axes)
 
 
-# With the published probabilities and ranges.
-STEPS = (
-    # By up to 0.3 radians about each axis.
-    Step("rotate", 0.2, lambda rng: tuple(rng.uniform(-0.3, 0.3, 3).tolist()), _rotate),
-    # By one factor for all axes.
-    Step("zoom", 0.16, lambda rng: rng.uniform(0.8, 1.2), _zoom),
-    # By a standard deviation in voxels for each axis.
-    Step("smooth", 0.15, lambda rng: tuple(rng.uniform(0.5, 1.15, 3).tolist()), _smooth),
-    Step("scale", 0.5, lambda rng: rng.uniform(0.7, 1.3), lambda image, label, factor: (image.mul_(factor), label)),
-    Step("shift", 0.5, lambda rng: rng.uniform(-0.1, 0.1), lambda image, label, offset: (image.add_(offset), label)),
-    Step("noise", 0.15, lambda rng: (rng.uniform(0, 0.01), int(rng.integers(2**32))), _add_noise),
-    # Each axis as often as not.
-    Step("flip", 1.0, lambda rng: tuple(axis for axis in range(3) if rng.random() < 0.5), _flip),
-)
+def _scale(image: torch.Tensor, label: torch.Tensor, factor: float) -> Sample:
+    return image.mul_(factor), label
+
+
+def _shift(image: torch.Tensor, label: torch.Tensor, offset: float) -> Sample:
+    return image.add_(offset), label
+
+
+def _add_relative_noise(image: torch.Tensor, label: torch.Tensor, variance_and_seed: tuple[float, int]) -> Sample:
+    """Add noise of a variance, that of the patch being one."""
+    variance, seed = variance_and_seed
+    return image + _noise(image, seed) * (variance**0.5 * image.std()), label
+
+
+def _contrast(image: torch.Tensor, label: torch.Tensor, factor: float) -> Sample:
+    """Bring intensities nearer to each channel's mean, or further from it, within the range that they had."""
+    low, high = image.amin(SPATIAL, keepdim=True), image.amax(SPATIAL, keepdim=True)
+    mean = image.mean(SPATIAL, keepdim=True)
+    return ((image - mean) * factor + mean).clamp(low, high), label
+
+
+def _gamma(image: torch.Tensor, label: torch.Tensor, exponent: float) -> Sample:
+    """Raise each channel's intensities, its range being 0 to 1, to a power; keep its mean and standard deviation."""
+    deviation, mean = torch.std_mean(image, SPATIAL, keepdim=True)
+    low, high = image.amin(SPATIAL, keepdim=True), image.amax(SPATIAL, keepdim=True)
+    raised = ((image - low) / (high - low + TINY)).clamp(0, 1) ** exponent
+    new_deviation, new_mean = torch.std_mean(raised, SPATIAL, keepdim=True)
+    return (raised - new_mean) / (new_deviation + TINY) * deviation + mean, label
+
+
+def _inverted_gamma(image: torch.Tensor, label: torch.Tensor, exponent: float) -> Sample:
+    return -_gamma(-image, label, exponent)[0], label
+
+
+def _lower_resolution(image: torch.Tensor, label: torch.Tensor, factor: float) -> Sample:
+    """Sample the image by its nearest voxels to a factor of its size, and interpolate it back."""
+    shape = image.shape[1:]
+    smaller = [max(1, round(extent * factor)) for extent in shape]
+    sampled = F.interpolate(image[None], smaller, mode="nearest-exact")
+    return F.interpolate(sampled, shape, mode="trilinear")[0], label
+
+
+CHAINS = {
+    # With the published probabilities and ranges.
+    "published": (
+        # By up to 0.3 radians about each axis.
+        Step("rotate", 0.2, lambda rng: tuple(rng.uniform(-0.3, 0.3, 3).tolist()), _rotate),
+        # By one factor for all axes.
+        Step("zoom", 0.16, lambda rng: rng.uniform(0.8, 1.2), _zoom),
+        # By a standard deviation in voxels for each axis.
+        Step("smooth", 0.15, lambda rng: tuple(rng.uniform(0.5, 1.15, 3).tolist()), _smooth),
+        Step("scale", 0.5, lambda rng: rng.uniform(0.7, 1.3), _scale),
+        Step("shift", 0.5, lambda rng: rng.uniform(-0.1, 0.1), _shift),
+        Step("noise", 0.15, lambda rng: (rng.uniform(0, 0.01), int(rng.integers(2**32))), _add_noise),
+    ),
+    # With nnU-Net's ranges (Isensee et al., Nature Methods 2021, supplementary note 4; as of its version 2).
+    "nnunet": (
+        Step("rotate", 0.2, lambda rng: tuple(rng.uniform(-math.pi / 6, math.pi / 6, 3).tolist()), _rotate),
+        Step("zoom", 0.2, lambda rng: rng.uniform(0.7, 1.4), _zoom),
+        Step("noise", 0.1, lambda rng: (rng.uniform(0, 0.1), int(rng.integers(2**32))), _add_relative_noise),
+        Step("smooth", 0.2, lambda rng: tuple(rng.uniform(0.5, 1.0, 3).tolist()), _smooth),
+        Step("scale", 0.15, lambda rng: rng.uniform(0.75, 1.25), _scale),
+        Step("contrast", 0.15, lambda rng: rng.uniform(0.75, 1.25), _contrast),
+        Step("lower_resolution", 0.25, lambda rng: rng.uniform(0.5, 1.0), _lower_resolution),
+        Step("inverted_gamma", 0.1, lambda rng: rng.uniform(0.7, 1.5), _inverted_gamma),
+        Step("gamma", 0.3, lambda rng: rng.uniform(0.7, 1.5), _gamma),
+    ),
+}

@@ -44,7 +44,7 @@ class Flips:
 
 
 def choose(choice: Sequence[str], loaders: Sequence[TrainingLoader], task: Task, processes: Processes) -> Flips:
-    """Choose the axes for all ``loaders``, and have them flip patches along these only.
+    """Choose the axes along which patches are to be flipped.
 
     Args:
         choice: ``all``, ``none`` or ``auto``, or names of axes.
@@ -54,11 +54,8 @@ def choose(choice: Sequence[str], loaders: Sequence[TrainingLoader], task: Task,
         flips = allowed(processes.sum(sides_of(loaders, task, processes)).cpu().numpy(), task)
         for reason in flips.reasons:
             log.info("%s", reason)
-    else:
-        flips = Flips(tuple(axis for axis in ALL if "all" in choice or AXES[axis] in choice))
-    for loader in loaders:
-        loader.flip_along(flips.axes)
-    return flips
+        return flips
+    return Flips(tuple(axis for axis in ALL if "all" in choice or AXES[axis] in choice))
 
 
 def sides_of(loaders: Sequence[TrainingLoader], task: Task, processes: Processes) -> torch.Tensor:

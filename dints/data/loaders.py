@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dints.data import augmentation
+from dints.data.augmentation import Step
 from dints.data.cache import Cache
 from dints.data.cases import Case, Prepared
 from dints.data.crops import cut_patch
@@ -31,7 +32,7 @@ class TrainingSamples(Dataset):
         stream: tells apart the draws of loaders that share a seed.
 
     Attributes:
-        flip_axes: that patches are flipped along.
+        steps: by which patches are augmented; the published chain, until another is set.
 
     A sample is the patch as it is cached, image and label, what `augmentation.draw` drew for it, and the case's name.
     """
@@ -47,7 +48,7 @@ class TrainingSamples(Dataset):
     ):
         self.cases, self.names, self.numbers = cases, names, numbers
         self.patch_size, self.seed, self.stream = patch_size, seed, stream
-        self.flip_axes = (0, 1, 2)
+        self.steps = augmentation.chain()
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -61,9 +62,13 @@ class TrainingSamples(Dataset):
         return (
             torch.from_numpy(image),
             torch.from_numpy(label),
-            augmentation.draw(seed, self.flip_axes),
+            augmentation.draw(seed, self.steps),
             self.names[index],
         )
+
+    def augmented_patches(self, samples: list[Sample]) -> dict[str, torch.Tensor | list[str]]:
+        """Make a batch of samples, on the CPU."""
+        return augmented(_patches(samples), torch.device("cpu"), self.steps)
 
 
 class EpochSampler(Sampler):
@@ -111,7 +116,7 @@ class TrainingLoader:
             sampler=sampler,
             num_workers=num_workers,
             worker_init_fn=_ignore_signals,
-            collate_fn=_patches if self.on_gpu else _augmented_patches,
+            collate_fn=_patches if self.on_gpu else samples.augmented_patches,
             pin_memory=device.type == "cuda",
         )
         self.seconds_waited = 0.0
@@ -124,9 +129,9 @@ class TrainingLoader:
         """Return this rank's cases."""
         return self.loader.dataset.cases
 
-    def flip_along(self, axes: tuple[int, ...]) -> None:
-        """Flip patches along these axes only; call it before the first epoch."""
-        self.loader.dataset.flip_axes = axes
+    def augment_by(self, steps: Sequence[Step]) -> None:
+        """Augment patches by these steps; call it before the first epoch."""
+        self.loader.dataset.steps = steps
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, torch.Tensor | list[str]]]:
         """Yield the batches of an epoch, from its step number ``first_step`` on.
@@ -142,7 +147,7 @@ class TrainingLoader:
             batch = self._next()
             self._place = (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0)
             if self.on_gpu:
-                batch = augmented(batch, self.device)
+                batch = augmented(batch, self.device, self.loader.dataset.steps)
             self.seconds_waited += time.perf_counter() - start
             yield batch
 
@@ -172,15 +177,11 @@ def _patches(samples: list[Sample]) -> Patches:
     return list(images), list(labels), list(draws), list(names)
 
 
-def _augmented_patches(samples: list[Sample]) -> dict[str, torch.Tensor | list[str]]:
-    return augmented(_patches(samples), torch.device("cpu"))
-
-
-def augmented(patches: Patches, device: torch.device) -> dict[str, torch.Tensor | list[str]]:
-    """Make a batch of patches, each changed as was drawn for it, on ``device``."""
+def augmented(patches: Patches, device: torch.device, steps: Sequence[Step]) -> dict[str, torch.Tensor | list[str]]:
+    """Make a batch of patches, each changed as was drawn for it of the steps, on ``device``."""
     *patches, names = patches
     samples = [
-        augmentation.augment(image.to(device, non_blocking=True), label.to(device, non_blocking=True), drawn)
+        augmentation.augment(image.to(device, non_blocking=True), label.to(device, non_blocking=True), drawn, steps)
         for image, label, drawn in zip(*patches, strict=True)
     ]
     images, labels = zip(*samples, strict=True)

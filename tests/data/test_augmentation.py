@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from monai.transforms import (
+    AdjustContrast,
     Compose,
     MapTransform,
     RandFlipd,
@@ -20,12 +21,14 @@ from monai.transforms import (
     RandRotated,
     RandScaleIntensityd,
     RandShiftIntensityd,
+    RandSimulateLowResolution,
     RandZoomd,
+    ScaleIntensityFixedMean,
 )
 from scipy.stats import kstest
 
 from dints.data import augmentation
-from dints.data.augmentation import Step, augment, draw
+from dints.data.augmentation import CHAINS, Step, chain, draw
 
 SHAPES = [(1, 32, 32, 32), (1, 24, 40, 16), (3, 19, 32, 10)]
 EVERYTHING = {
@@ -71,7 +74,12 @@ PUBLISHED: dict[str, tuple[Callable[[], MapTransform], Callable[[MapTransform], 
 
 @pytest.fixture(scope="module")
 def draws() -> list[dict]:
-    return [draw(seed) for seed in range(10000)]
+    return [draw(seed, chain()) for seed in range(10000)]
+
+
+def augment(image: torch.Tensor, label: torch.Tensor, drawn: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what was drawn of the published chain."""
+    return augmentation.augment(image, label, drawn, chain())
 
 
 def sample(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,7 +232,7 @@ def test_monai_draws_the_width_of_noise_uniformly():
 
 
 def test_draws_depend_on_the_seed_and_travel(draws: list[dict]):
-    assert [draw(5) for _ in range(3)] == [draws[5]] * 3
+    assert [draw(5, chain()) for _ in range(3)] == [draws[5]] * 3
     pickled = [pickle.dumps(d) for d in [*draws, EVERYTHING]]
     assert len(set(pickled)) > 0.8 * len(draws)  # in 12 of 100 nothing is drawn but the flips
     noises = [d["noise"][1] for d in draws if "noise" in d]
@@ -234,15 +242,104 @@ def test_draws_depend_on_the_seed_and_travel(draws: list[dict]):
     assert {type(n) for value in values for n in (value if isinstance(value, tuple) else [value])} == {int, float}
 
 
-@pytest.mark.parametrize("place", [0, 3, 7])
+@pytest.mark.parametrize("place", [0, 3, 6])
 def test_one_more_step_is_an_entry_that_changes_no_others_draws(monkeypatch, draws: list[dict], place: int):
     more = Step("invert", 0.5, lambda rng: rng.uniform(1, 2), lambda image, label, value: (value - image, label))
-    table = augmentation.STEPS
-    monkeypatch.setattr(augmentation, "STEPS", (*table[:place], more, *table[place:]))
-    longer = [draw(seed) for seed in range(200)]
+    table = CHAINS["published"]
+    monkeypatch.setitem(CHAINS, "published", (*table[:place], more, *table[place:]))
+    longer = [draw(seed, chain()) for seed in range(200)]
     assert 70 < sum("invert" in d for d in longer) < 130
     assert [{name: value for name, value in d.items() if name != "invert"} for d in longer] == draws[:200]
     image, label = sample((1, 8, 8, 8))
     torch.testing.assert_close(augment(image, label, {"invert": 2.0})[0], 2 - image)
     shifted = augment(image, label, {"invert": 2.0, "shift": 0.5})[0]
     torch.testing.assert_close(shifted, 2 - (image + 0.5) if place == len(table) else 2 - image + 0.5)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_flips_are_drawn_along_the_given_axes_only(name: str):
+    free = [draw(seed, chain(name)) for seed in range(50)]
+    for axes in ((0, 2), ()):
+        for drawn, given in zip((draw(seed, chain(name, axes)) for seed in range(50)), free, strict=True):
+            assert drawn == {**given, "flip": tuple(axis for axis in given["flip"] if axis in axes)}
+
+
+# nnU-Net's chain
+
+# What each step is in MONAI's words; each sees one value of its range.
+NNUNET = {
+    "contrast": lambda value: ScaleIntensityFixedMean(
+        value - 1, preserve_range=True, fixed_mean=True, channel_wise=True
+    ),
+    "gamma": lambda value: AdjustContrast(value, retain_stats=True),
+    "inverted_gamma": lambda value: AdjustContrast(value, invert_image=True, retain_stats=True),
+}
+NNUNET_RANGES = {
+    "zoom": (0.2, 0.7, 1.4),
+    "scale": (0.15, 0.75, 1.25),
+    "contrast": (0.15, 0.75, 1.25),
+    "lower_resolution": (0.25, 0.5, 1),
+    "inverted_gamma": (0.1, 0.7, 1.5),
+    "gamma": (0.3, 0.7, 1.5),
+}
+
+
+def of_nnunet(name: str, value: object, image: torch.Tensor) -> torch.Tensor:
+    label = torch.zeros(1, *image.shape[1:], dtype=torch.uint8)
+    result, kept = augmentation.augment(image, label, {name: value}, chain("nnunet"))
+    assert torch.equal(kept, label) and result.shape == image.shape and result.dtype == torch.float32
+    return result
+
+
+@pytest.mark.parametrize("value", [0.75, 1.3])
+@pytest.mark.parametrize("name", NNUNET)
+def test_intensities_change_as_in_monai(name: str, value: float):
+    image = 3 * sample((1, 12, 10, 14))[0] - 1
+    expected = torch.as_tensor(NNUNET[name](value)(image))
+    torch.testing.assert_close(of_nnunet(name, value, image), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NNUNET)
+def test_channels_change_by_themselves(name: str):
+    image = torch.stack([sample((1, 8, 8, 8))[0][0], 50 + 7 * sample((1, 8, 8, 8))[0][0]])
+    both = of_nnunet(name, 1.2, image)
+    for channel in (0, 1):
+        torch.testing.assert_close(both[channel], of_nnunet(name, 1.2, image[channel : channel + 1])[0])
+
+
+@pytest.mark.parametrize("step", CHAINS["nnunet"], ids=lambda step: step.name)
+def test_an_image_without_contrast_stays_finite(step: Step):
+    for value in (0.0, -3.0):
+        for seed in range(5):
+            drawn = step.draw(np.random.default_rng(seed))
+            assert of_nnunet(step.name, drawn, torch.full((1, 8, 9, 10), value)).isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.7, 0.97])
+def test_a_lower_resolution_is_monais(factor: float):
+    transform = RandSimulateLowResolution(1.0, downsample_mode="nearest-exact", zoom_range=(factor, factor))
+    transform.set_random_state(0)
+    image = sample((1, 20, 16, 24))[0]
+    expected = torch.as_tensor(transform(image))
+    found = of_nnunet("lower_resolution", factor, image)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found, image)
+
+
+def test_noise_is_relative_to_the_patch():
+    image = torch.randn(1, 24, 24, 24, generator=torch.Generator().manual_seed(0))
+    changes = [of_nnunet("noise", (0.04, 3), scale * image) - scale * image for scale in (1, 50)]
+    assert abs(changes[0].std() - 0.2) < 0.01
+    torch.testing.assert_close(changes[1], 50 * changes[0], rtol=1e-3, atol=1e-3)
+
+
+def test_nnunets_steps_have_its_probabilities_and_ranges():
+    drawn = [draw(seed, chain("nnunet")) for seed in range(10000)]
+    for name, (probability, low, high) in NNUNET_RANGES.items():
+        values = np.array([d[name] for d in drawn if name in d])
+        assert abs(len(values) / len(drawn) - probability) < 4.5 * (probability * (1 - probability) / len(drawn)) ** 0.5
+        assert kstest(values, "uniform", args=(low, high - low)).pvalue > 1e-4
+    angles = np.array([d["rotate"] for d in drawn if "rotate" in d])
+    assert kstest(np.degrees(angles).flatten(), "uniform", args=(-30, 60)).pvalue > 1e-4
+    variances = [d["noise"][0] for d in drawn if "noise" in d]
+    assert kstest(variances, "uniform", args=(0, 0.1)).pvalue > 1e-4

@@ -10,6 +10,7 @@ import torch
 from toys import ALONE, TASK, open_pair, save
 
 from dints.data import flips
+from dints.data.augmentation import chain
 from dints.data.cache import Cache
 from dints.data.cases import Case, class_centres
 from dints.data.leniency import Leniency
@@ -67,7 +68,7 @@ def test_patches_are_flipped_along_the_chosen_axes_only(one_sided):
     drawn = {}
     for axes in ((0, 1, 2), (0, 2), ()):
         loader = loader_of(one_sided)
-        loader.flip_along(axes)
+        loader.augment_by(chain(flip_axes=axes))
         samples = loader.loader.dataset
         drawn[axes] = [samples[epoch, 0, index][2] for epoch in range(20) for index in range(6)]
     for axes, draws in drawn.items():
@@ -92,9 +93,7 @@ def test_all_loaders_and_all_ranks_count(one_sided):
     ("choice", "axes"), [(["all"], (0, 1, 2)), (["none"], ()), (["X"], (0,)), (["Z", "X"], (0, 2)), (["Y"], (1,))]
 )
 def test_what_is_given_is_not_measured(one_sided, choice, axes):
-    loader = loader_of(one_sided)
-    assert flips.choose(choice, [loader], TASK, ALONE) == flips.Flips(axes)
-    assert loader.loader.dataset.flip_axes == axes
+    assert flips.choose(choice, [loader_of(one_sided)], TASK, ALONE) == flips.Flips(axes)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from dints.data import augmentation, loaders
 from dints.data.cache import Cache
 from dints.data.cases import Case, prepare
 from dints.data.leniency import Leniency
-from dints.data.loaders import EpochSampler, TrainingLoader, training_loader, validation_loader
+from dints.data.loaders import EpochSampler, TrainingLoader, TrainingSamples, training_loader, validation_loader
 from dints.data.tasks import Task
 from dints.running.processes import Processes
 
@@ -116,7 +116,7 @@ def test_augmenting_where_the_network_is_gives_the_workers_patches(cases, monkey
     """On a GPU the main process does it; here on a CPU that is taken for one."""
     expected = patches(loader_of(cases), 0)
     with monkeypatch.context() as patch:
-        patch.setattr(loaders, "_augmented_patches", lambda *_: pytest.fail("augmented by the worker"))
+        patch.setattr(TrainingSamples, "augmented_patches", lambda *_: pytest.fail("augmented by the worker"))
         samples = loader_of(cases).loader.dataset
         sampler = EpochSampler(5, 6, 0, "weights/0")
         patch.setattr(TrainingLoader, "on_gpu", True, raising=False)
@@ -167,7 +167,7 @@ def test_patches_differ_between_epochs_turns_streams_seeds_and_cases(cases):
     seeded, streamed = loader_of(cases[:1], seed=1), loader_of(cases[:1], stream="architecture")
     samples = [one[0, 0, 0], one[1, 0, 0], one[0, 1, 0], one[0, 0, 1]]
     samples += [loader.loader.dataset[0, 0, 0] for loader in (seeded, streamed)]
-    images = [augmentation.augment(*sample[:3])[0] for sample in samples]
+    images = [augmentation.augment(*sample[:3], augmentation.chain())[0] for sample in samples]
     for number, image in enumerate(images):
         assert not any(torch.equal(image, other) for other in images[number + 1 :]), number
 
