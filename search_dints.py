@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
 
 log = logging.getLogger("search")
 
-OF_RECIPES = ("use_downsample", "flip_axes", "augmentation")  # options whose values a recipe gives
+OF_RECIPES = ("use_downsample", "flip_axes")  # options whose values a recipe gives
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -8,14 +8,12 @@ RECIPES = {
     "published": {
         "use_downsample": "yes",
         "flip_axes": ["all"],
-        "augmentation": "published",
         "learning_rate_schedule": "halvings",
         "average_decay": 0.0,
     },
     "recommended": {
         "use_downsample": "auto",
         "flip_axes": ["auto"],
-        "augmentation": "nnunet",
         "learning_rate_schedule": "polynomial",
         "average_decay": 0.99,
     },
