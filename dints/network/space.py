@@ -162,7 +162,6 @@ class SearchSpace(TopologySearch):
         dearest = self._memory_of_paths(self.ram_cost.argmax(-1)) @ self.child_list.T
         return decoding.least_memory(dearest, self.starts, self.ends) / self.dearest_memory
 
-    @torch.no_grad()
     def decode(self, max_ram_ratio: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Find the most probable sequence of children in which each starts from the nodes where the one before ends.
 
@@ -176,21 +175,34 @@ class SearchSpace(TopologySearch):
         Raises:
             UserError: no connected architecture is within ``max_ram_ratio``.
         """
+        ((codes, _),) = self._most_probable(1, max_ram_ratio)
+        return codes
+
+    @torch.no_grad()
+    def _most_probable(self, count: int, max_ram_ratio: float | None) -> list[tuple[tuple[np.ndarray, ...], float]]:
+        """Return the arrays of `decode` for so many sequences, each with the ``log_probability`` of `architectures`."""
         probs = self.get_prob_a(child=True)[0].cpu().numpy()
         arch_code_c = self.log_alpha_c.argmax(-1).cpu().numpy()
         lengths = (-np.log(probs + 1e-5) + 0.001).astype(np.float64)  # MONAI's edge lengths
         if max_ram_ratio is None:
-            children = decoding.shortest_sequence(lengths, self.starts, self.ends)
+            sequences = decoding.shortest_sequences(count, lengths, self.starts, self.ends)
         else:
-            children = self._decode_within(max_ram_ratio, lengths, arch_code_c)
-        arch_code_a = self.child_list[children]
-        node_a = np.zeros((self.num_blocks + 1, self.num_depths), dtype=np.int64)
-        for block, path in np.argwhere(arch_code_a):
-            source, target = self.paths[path]
-            node_a[block, source] = node_a[block + 1, target] = 1
-        return node_a, arch_code_a, arch_code_c, self.child_list[probs.argmax(-1)]
+            sequences = self._shortest_within(max_ram_ratio, count, lengths, arch_code_c)
+        arch_code_a_max = self.child_list[probs.argmax(-1)]
+        found = []
+        for children in sequences:
+            arch_code_a = self.child_list[children]
+            node_a = np.zeros((self.num_blocks + 1, self.num_depths), dtype=np.int64)
+            for block, path in np.argwhere(arch_code_a):
+                source, target = self.paths[path]
+                node_a[block, source] = node_a[block + 1, target] = 1
+            log_probability = (0.001 - lengths[np.arange(self.num_blocks), children]).sum()
+            found.append(((node_a, arch_code_a, arch_code_c, arch_code_a_max), float(log_probability)))
+        return found
 
-    def _decode_within(self, max_ram_ratio: float, lengths: np.ndarray, arch_code_c: np.ndarray) -> np.ndarray:
+    def _shortest_within(
+        self, max_ram_ratio: float, count: int, lengths: np.ndarray, arch_code_c: np.ndarray
+    ) -> np.ndarray:
         memory = self._memory_of_paths(arch_code_c) @ self.child_list.T
         least = decoding.least_memory(memory, self.starts, self.ends)
         budget = max_ram_ratio * self.dearest_memory * (1 + 1e-9)  # a ratio that `ram_ratio_of` gave must be enough
@@ -199,13 +211,31 @@ class SearchSpace(TopologySearch):
                 f"max_ram_ratio {max_ram_ratio:g} is below that of the smallest connected architecture: give at least "
                 f"{math.ceil(least / self.dearest_memory * 1e4) / 1e4:g}"
             )
-        return decoding.shortest_sequence_within(budget, lengths, memory, self.starts, self.ends)
+        return decoding.shortest_sequences_within(count, budget, lengths, memory, self.starts, self.ends)
 
     def architecture(self, max_ram_ratio: float | None = None, **info) -> Architecture:
         """Return the decoded architecture with what is to be known about it later, its ``ram_ratio`` included."""
-        node_a, arch_code_a, arch_code_c, arch_code_a_max = self.decode(max_ram_ratio)
+        return self._architecture(self.decode(max_ram_ratio), info)
+
+    def architectures(self, count: int, max_ram_ratio: float | None = None, **info) -> list[Architecture]:
+        """Return the ``count`` most probable architectures, or all where there are fewer; the first: `architecture`.
+
+        Their operations are the most probable ones, so that they differ in paths. Each one's info also holds its
+        ``rank``, from 1, and what decides it: as ``log_probability`` the sum of log(p + 1e-5) over its children.
+
+        Raises:
+            UserError: the count is below 1, or no connected architecture is within ``max_ram_ratio``.
+        """
+        if count < 1:
+            raise UserError(f"{count} architectures cannot be decoded: give 1 or more")
+        return [
+            self._architecture(codes, {**info, "rank": rank, "log_probability": log_probability})
+            for rank, (codes, log_probability) in enumerate(self._most_probable(count, max_ram_ratio), start=1)
+        ]
+
+    def _architecture(self, codes: tuple[np.ndarray, ...], info: dict) -> Architecture:
+        _, arch_code_a, arch_code_c, _ = codes
         info["ram_ratio"] = self.ram_ratio_of(arch_code_a, arch_code_c)
-        codes = node_a, arch_code_a, arch_code_c, arch_code_a_max
         return Architecture(*codes, self.operations, self.use_downsample, info)
 
     def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:
