@@ -78,6 +78,12 @@ def add_search_space(parser: argparse.ArgumentParser) -> None:
         ),
     )
     add(
+        "--keep_finest",
+        action="store_true",
+        default=None,  # not False, so that runs from before it go on: see `options.course`
+        help="keep the path along the finest resolution active in every block (default: a path like any other)",
+    )
+    add(
         "--operations",
         nargs="+",
         metavar="NAME",
@@ -328,9 +334,8 @@ class Supernet:
 
         running.seeds.seed_everything(args.seed, "initialisation")
         operations = args.operations or network.operations.PUBLISHED
-        self.space = network.space.SearchSpace(
-            args.channel_mul, args.num_blocks, args.num_depths, operations, use_downsample
-        )
+        size = args.channel_mul, args.num_blocks, args.num_depths
+        self.space = network.space.SearchSpace(*size, operations, use_downsample, bool(args.keep_finest))
         check_max_ram_ratio(args.max_ram_ratio, self.space)
         self.network = network.space.supernet(self.space, task.num_channels, task.num_classes)
         if args.checkpoint is not None:
@@ -370,8 +375,8 @@ def check_max_ram_ratio(max_ram_ratio: float | None, space: SearchSpace) -> None
     least = space.feasible_ram_ratio()
     if max_ram_ratio is not None and max_ram_ratio < least:
         raise UserError(
-            f"--max_ram_ratio {max_ram_ratio:g} is too small for {space.num_blocks} blocks and "
-            f"{space.num_depths} depths: give at least {math.ceil(least * 1e4) / 1e4:g}"
+            f"--max_ram_ratio {max_ram_ratio:g} is too small for {space.num_blocks} blocks and {space.num_depths} "
+            f"depths{' with --keep_finest' * space.keep_finest}: give at least {math.ceil(least * 1e4) / 1e4:g}"
         )
 
 

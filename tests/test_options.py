@@ -71,6 +71,13 @@ def test_runs_from_before_there_were_recipes_go_on():
         assert options.course(script.parse_args([*flags, "--recipe", "recommended"]))["flip_axes"] == ["auto"]
 
 
+def test_a_run_from_before_the_finest_path_could_be_kept_goes_on():
+    courses = [options.course(search_dints.parse_args([*SEARCH, *more])) for more in ([], ["--keep_finest"])]
+    assert [course["keep_finest"] for course in courses] == [None, True]  # None: as if it were not there
+    for recipe in RECIPES:
+        assert not search_dints.parse_args([*SEARCH, "--recipe", recipe]).keep_finest
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [

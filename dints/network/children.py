@@ -12,9 +12,14 @@ from itertools import product
 import numpy as np
 
 
-def switchings(count: int) -> list[tuple[int, ...]]:
-    """List the ways to switch ``count`` nodes or paths on and off, without that of all off, in MONAI's order."""
-    return list(product((0, 1), repeat=count))[1:]
+def switchings(count: int, first_on: bool = False) -> list[tuple[int, ...]]:
+    """List the ways to switch ``count`` nodes or paths on and off, without that of all off, in MONAI's order.
+
+    Args:
+        first_on: only those with the first one on.
+    """
+    ways = list(product((0, 1), repeat=count))[1:]
+    return [way for way in ways if way[0] == 1] if first_on else ways
 
 
 def patterns(children: np.ndarray, path_depths: np.ndarray, num_depths: int) -> np.ndarray:

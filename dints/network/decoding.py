@@ -1,11 +1,12 @@
-"""Decoding: the most probable sequence of children, one per block, each starting from the nodes where the last ends.
+"""Decoding: the most probable sequences of children, one per block, each starting from the nodes where the last ends.
 
 A child's length is the negative logarithm of its probability, so that the most probable sequence is the shortest one.
 Of the blocks so far, all that the next one needs to know is the pattern of nodes in which they end. In common:
 
     lengths       (blocks, children)  positive
     memory        (blocks, children)  of the feature maps on a child's paths, in any unit
-    starts, ends  (children,)         the patterns, counted from 0, from which a child starts and in which it ends
+    starts, ends  (children,)         the patterns, counted from 0, from which a child starts and in which it ends;
+                                      some child starts from each of them, and some child ends in it
 """
 
 from __future__ import annotations
@@ -18,45 +19,66 @@ import numpy as np
 TOLERANCE = 1e-9  # sequences whose lengths differ by less are equally good; rounding errors are far below it
 
 
-def shortest_sequence(lengths: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return the children (blocks,) of the shortest sequence; of equally short ones, MONAI's choice."""
-    shortest = np.zeros(starts.max() + 1)
-    last_children = []  # per block: on the shortest way to each pattern, the child that arrives there
+def shortest_sequences(count: int, lengths: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return the children of the ``count`` shortest sequences, shortest first: (count or all that there are, blocks).
+
+    The first one is the same for any ``count``; of equally short ones, it is MONAI's choice.
+    """
+    # Of the sequences so far that end in a pattern, the shortest ones; fewer are filled up with infinite lengths.
+    shortest = np.full((starts.max() + 1, count), np.inf)
+    shortest[:, 0] = 0.0
+    steps = []  # per block, for each of them: the child with which it ends, and the rank of what it continues
     for block in lengths:
-        total = shortest[starts] + block
-        order = total.argsort(kind="stable")
-        _, shortest_to_pattern = np.unique(ends[order], return_index=True)  # some child ends in each pattern
-        last_children.append(order[shortest_to_pattern])
-        shortest = total[last_children[-1]]
-    children, pattern = [], shortest.argmin()
-    for last_child in reversed(last_children):
-        children.append(last_child[pattern])
-        pattern = starts[children[-1]]
-    return np.array(children[::-1])
+        totals = (shortest[starts] + block[:, None]).ravel()
+        order = totals.argsort(kind="stable")
+        order = order[ends[order // count].argsort(kind="stable")]  # pattern by pattern
+        first = np.searchsorted(ends[order // count], np.arange(len(shortest)))
+        kept = order[first[:, None] + np.arange(count)]
+        steps.append(np.divmod(kept, count))
+        shortest = totals[kept]
+    best = shortest.argsort(axis=None, kind="stable")[:count]
+    pattern, rank = np.divmod(best[np.isfinite(shortest.flat[best])], count)
+    sequences = np.zeros((len(pattern), len(lengths)), dtype=np.int64)
+    for row in reversed(range(len(lengths))):
+        child, rank_before = steps[row]
+        sequences[:, row], rank = child[pattern, rank], rank_before[pattern, rank]
+        pattern = starts[sequences[:, row]]
+    return sequences
 
 
 def least_memory(memory: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> float:
     """Return the memory of the smallest sequence."""
-    return _ways_on(_useful_children(np.ones_like(memory), memory, starts, ends), math.inf).costs[0].min()
+    return _ways_on(_useful_children(np.ones_like(memory), memory, starts, ends, 1), math.inf).costs[0].min()
 
 
-def shortest_sequence_within(
-    budget: float, lengths: np.ndarray, memory: np.ndarray, starts: np.ndarray, ends: np.ndarray
+def shortest_sequences_within(
+    count: int, budget: float, lengths: np.ndarray, memory: np.ndarray, starts: np.ndarray, ends: np.ndarray
 ) -> np.ndarray:
-    """Return the children (blocks,) of the shortest sequence of at most ``budget`` memory, not below `least_memory`.
+    """Return what `shortest_sequences` does, of the sequences of at most ``budget`` memory, not below `least_memory`.
 
-    A constrained shortest path, found exactly, after Handler and Zang (Networks 10, 1980): a price on memory gives a
-    sequence that fits, and for every beginning of a sequence a bound on how short it can become. The beginnings that
-    may still become shorter than the shortest known sequence are extended block by block, all at once.
+    Constrained shortest paths, found exactly, after Handler and Zang (Networks 10, 1980): a price on memory gives
+    sequences that fit, and for every beginning of a sequence a bound on how short it can become. The beginnings that
+    may still become shorter than the last of ``count`` known sequences are extended block by block, all at once.
     """
-    shortest = shortest_sequence(lengths, starts, ends)
-    if memory[np.arange(len(memory)), shortest].sum() <= budget:
+    shortest = shortest_sequences(count, lengths, starts, ends)
+    if (_sums(memory, shortest) <= budget).all():
         return shortest
-    blocks = _useful_children(lengths, memory, starts, ends)
-    price, found = _price(blocks, budget)
-    for width in (300, None):  # the first search is quick, and with what it finds the second has little left to follow
-        found = _search(blocks, budget, price, found, width)
-    return np.array([block.children[index] for block, index in zip(blocks, found.indices, strict=True)])
+    blocks = _useful_children(lengths, memory, starts, ends, count)
+    price, fits = _price(blocks, budget)
+    known = _Known(fits.children[None], np.array([fits.length]))
+    if count > 1:
+        first = shortest_sequences_within(1, budget, lengths, memory, starts, ends)
+        # No sequence that is equally short may come before it: it is the first one for any count.
+        known = _Known(first, _sums(lengths, first) - TOLERANCE)
+        smallest = shortest_sequences(count, memory, starts, ends)
+        cheapest = shortest_sequences(count, lengths + price * memory, starts, ends)
+        more = np.concatenate([shortest, smallest, cheapest])
+        more = more[_sums(memory, more) <= budget]
+        known = known.joined(more, _sums(lengths, more), count)
+    # The first search is quick, and with what it finds the second has little left to follow.
+    for width in (max(300, 10 * count), None):
+        known = _search(blocks, budget, price, known, count, width)
+    return known.children
 
 
 class _Block(NamedTuple):
@@ -73,9 +95,27 @@ class _Block(NamedTuple):
 
 
 class _Sequence(NamedTuple):
-    indices: list[int]  # of a child in each `_Block`
+    children: np.ndarray
     length: float
     memory: float
+
+
+class _Known(NamedTuple):
+    """The shortest sequences that are known, in order of their lengths."""
+
+    children: np.ndarray  # (sequences, blocks)
+    lengths: np.ndarray
+
+    def limit(self, count: int) -> float:
+        """Return what another one's length has to be below, to make it one of the ``count`` shortest."""
+        return self.lengths[-1] if len(self.lengths) == count else math.inf
+
+    def joined(self, children: np.ndarray, lengths: np.ndarray, count: int) -> _Known:
+        """Return the ``count`` shortest of these and others; of equally short ones, those that were known before."""
+        children, lengths = np.concatenate([self.children, children]), np.concatenate([self.lengths, lengths])
+        distinct = np.sort(np.unique(children, axis=0, return_index=True)[1])
+        shortest = distinct[lengths[distinct].argsort(kind="stable")[:count]]
+        return _Known(children[shortest], lengths[shortest])
 
 
 class _WaysOn(NamedTuple):
@@ -86,27 +126,42 @@ class _WaysOn(NamedTuple):
     memory: np.ndarray
     indices: np.ndarray  # of the first child on the way in its `_Block`; (blocks, patterns)
 
-    def follow(self, blocks: list[_Block], row: int, pattern: int) -> list[int]:
-        """Return the indices of the children from ``pattern`` before block ``row`` to the end."""
-        indices = []
+    def follow(self, blocks: list[_Block], row: int, patterns: np.ndarray) -> list[np.ndarray]:
+        """Return the children from each of ``patterns`` before block ``row`` to the end, block by block."""
+        children = []
         for block, index in zip(blocks[row:], self.indices[row:], strict=True):
-            indices.append(index[pattern])
-            pattern = block.ends[indices[-1]]
-        return indices
+            children.append(block.children[index[patterns]])
+            patterns = block.ends[index[patterns]]
+        return children
 
 
-def _undominated(groups: np.ndarray, lengths: np.ndarray, memory: np.ndarray) -> np.ndarray:
-    """Return the indices, group by group, of the entries that are shorter than all smaller ones of their group."""
+def _sums(values: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+    """Add up the ``values`` (blocks, children) of each sequence's children."""
+    return values[np.arange(len(values)), sequences].sum(-1)
+
+
+def _undominated(groups: np.ndarray, lengths: np.ndarray, memory: np.ndarray, count: int) -> np.ndarray:
+    """Return the indices, group by group, of the entries that the ``count`` shortest sequences may need.
+
+    They can do without an entry for which there are ``count`` others in its group, neither longer nor larger. A round
+    takes the entries that are shorter than all smaller ones of their group; what is left after it is neither shorter
+    nor smaller than one that it took. So what ``count`` rounds leave is not needed.
+    """
     order = np.lexsort((lengths, memory, groups))
     # Each group is shifted below the one before, so that the running minimum starts afresh.
     shifted = lengths[order] - groups[order] * (lengths.max(initial=0) + 1)
-    return order[np.diff(np.minimum.accumulate(shifted), prepend=np.inf) < 0]
+    left = np.arange(len(order))
+    for _ in range(min(count, len(order))):
+        left = left[np.diff(np.minimum.accumulate(shifted[left]), prepend=np.inf) >= 0]
+    return np.delete(order, left)
 
 
-def _useful_children(lengths: np.ndarray, memory: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[_Block]:
+def _useful_children(
+    lengths: np.ndarray, memory: np.ndarray, starts: np.ndarray, ends: np.ndarray, count: int
+) -> list[_Block]:
     blocks = []
     for block_lengths, block_memory in zip(lengths, memory, strict=True):
-        kept = _undominated(starts * (ends.max() + 1) + ends, block_lengths, block_memory)
+        kept = _undominated(starts * (ends.max() + 1) + ends, block_lengths, block_memory, count)
         blocks.append(_Block(kept, starts[kept], ends[kept], block_lengths[kept], block_memory[kept]))
     return blocks
 
@@ -130,12 +185,15 @@ def _ways_on(blocks: list[_Block], price: float) -> _WaysOn:
 def _cheapest(blocks: list[_Block], price: float) -> _Sequence:
     ways_on = _ways_on(blocks, price)
     pattern = ways_on.costs[0].argmin()
-    return _Sequence(ways_on.follow(blocks, 0, pattern), ways_on.lengths[0, pattern], ways_on.memory[0, pattern])
+    children = np.array(ways_on.follow(blocks, 0, pattern))
+    return _Sequence(children, ways_on.lengths[0, pattern], ways_on.memory[0, pattern])
 
 
 def _price(blocks: list[_Block], budget: float) -> tuple[float, _Sequence]:
     """Find the price of memory that gives the best bound, and the shortest sequence met on the way that fits."""
     too_large, fits = _cheapest(blocks, 0.0), _cheapest(blocks, math.inf)
+    if too_large.memory <= budget:  # where only some of the shortest sequences are too large
+        return 0.0, too_large
     while True:
         price = (fits.length - too_large.length) / (too_large.memory - fits.memory)  # at which they cost the same
         cheaper = _cheapest(blocks, price)
@@ -149,45 +207,58 @@ def _price(blocks: list[_Block], budget: float) -> tuple[float, _Sequence]:
             too_large = cheaper
 
 
-def _search(blocks: list[_Block], budget: float, price: float, found: _Sequence, width: int | None) -> _Sequence:
-    """Find the shortest sequence that fits, given ``found``; with a ``width``, follow only so many beginnings."""
+def _search(blocks: list[_Block], budget: float, price: float, known: _Known, count: int, width: int | None) -> _Known:
+    """Find the ``count`` shortest sequences that fit; with a ``width``, follow only so many beginnings."""
     ways_on, least_memory = _ways_on(blocks, price), _ways_on(blocks, math.inf).costs
     ends = np.arange(ways_on.costs.shape[1])  # of the beginnings so far; there is one of no blocks in each pattern
     lengths, memory = np.zeros((2, len(ends)))
     steps = []  # per block, for each beginning: which one it continues, and by which child
     for row, block in enumerate(blocks, start=1):
-        before, index = _continuations(ends, block.starts)
+        slack = known.limit(count) - lengths - price * (memory - budget)
+        before, index = _continuations(ends, slack, block, block.costs(price) + ways_on.costs[row][block.ends])
         lengths, memory = lengths[before] + block.lengths[index], memory[before] + block.memory[index]
         ends = block.ends[index]
-        steps.append((before, index))
-        # Each beginning with its cheapest way on is a sequence; where that one fits, it may be the shortest yet.
+        steps.append((before, block.children[index]))
+        # Each beginning with its cheapest way on is a sequence; where that one fits, it may be one of the shortest.
         totals = np.where(memory + ways_on.memory[row][ends] <= budget, lengths + ways_on.lengths[row][ends], np.inf)
-        if totals.min(initial=np.inf) < found.length:
-            best = totals.argmin()
-            indices = _retrace(steps, best) + ways_on.follow(blocks, row, ends[best])
-            found = _Sequence(indices, totals[best], memory[best] + ways_on.memory[row, ends[best]])
+        best = totals.argsort(kind="stable")[:count]
+        best = best[totals[best] < known.limit(count)]
+        children = np.stack(_retrace(steps, best) + ways_on.follow(blocks, row, ends[best]), -1)
+        known = known.joined(children, totals[best], count)
         bounds = lengths + ways_on.costs[row][ends] + price * (memory - budget)
-        kept = np.flatnonzero((bounds < found.length - TOLERANCE) & (memory + least_memory[row][ends] <= budget))
-        kept = kept[_undominated(ends[kept], lengths[kept], memory[kept])]
+        limit = known.limit(count) - TOLERANCE
+        kept = np.flatnonzero((bounds < limit) & (memory + least_memory[row][ends] <= budget))
+        kept = kept[_undominated(ends[kept], lengths[kept], memory[kept], count)]
         if width is not None and len(kept) > width:
             kept = kept[bounds[kept].argpartition(width)[:width]]
         lengths, memory, ends = lengths[kept], memory[kept], ends[kept]
-        steps[-1] = before[kept], index[kept]
-    return found
+        steps[-1] = tuple(step[kept] for step in steps[-1])
+    return known
 
 
-def _continuations(ends: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """List all pairs (index into ``ends``, index into the sorted ``starts``) of equal entries."""
-    first, last = np.searchsorted(starts, ends), np.searchsorted(starts, ends, side="right")
+def _continuations(
+    ends: np.ndarray, slack: np.ndarray, block: _Block, costs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """List the pairs (index of a beginning, index of a child that starts where it ends and costs less than its slack).
+
+    Args:
+        ends, slack: (beginnings,)
+        costs: of the block's children, positive.
+    """
+    shift = costs.max() + 1  # sets the starts apart, so that one order holds for all
+    order = np.lexsort((costs, block.starts))
+    first = np.searchsorted(block.starts, ends)
+    last = np.searchsorted(block.starts * shift + costs[order], ends * shift + slack.clip(0, shift))
     counts = last - first
     before = np.repeat(np.arange(len(ends)), counts)
-    return before, np.arange(len(before)) - np.repeat(counts.cumsum() - counts - first, counts)
+    index = order[np.arange(len(before)) - np.repeat(counts.cumsum() - counts - first, counts)]
+    return before, index[np.lexsort((index, before))]
 
 
-def _retrace(steps: list[tuple[np.ndarray, np.ndarray]], beginning: int) -> list[int]:
-    """Return the indices of the children of a beginning that is an entry of the last step."""
-    indices = []
-    for before, index in reversed(steps):
-        indices.append(index[beginning])
-        beginning = before[beginning]
-    return indices[::-1]
+def _retrace(steps: list[tuple[np.ndarray, np.ndarray]], beginnings: np.ndarray) -> list[np.ndarray]:
+    """Return the children, block by block, of beginnings that are entries of the last step."""
+    children = []
+    for before, child in reversed(steps):
+        children.append(child[beginnings])
+        beginnings = before[beginnings]
+    return children[::-1]

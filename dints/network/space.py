@@ -2,6 +2,8 @@
 
 A block has ``P = 3 * depths - 2`` paths between the nodes of two neighbouring rows. A *child* is one way to switch them
 on or off (all off excluded, so ``2**P - 1`` of them); a *pattern* is a set of active nodes (``2**depths - 1`` of them).
+Where the path along depth 0 is kept in every block, a child is one way to switch the others, and node 0 is in every
+pattern: ``2**(P - 1)`` children, ``2**(depths - 1)`` patterns.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from dints.network.cpu_layers import accelerated
 from dints.network.mixing import mix
 from dints.network.operations import PUBLISHED, check_names
 
+CERTAIN = 1000.0  # an alpha at which a path's probability is 1 to the last bit, and its complement 0
+
 
 class SearchSpace(TopologySearch):
     """MONAI's search space; state dicts move both ways.
@@ -37,6 +41,8 @@ class SearchSpace(TopologySearch):
         channel_mul: times 32, 64, ... channels from the full resolution down.
         operations: names in `OPERATIONS`, one of which each path will hold.
         use_downsample: as in `Architecture`.
+        keep_finest: only children with the path along depth 0 active; all probabilities are conditional on that, and
+            no gradient reaches its alphas. The parameters are the same.
     """
 
     def __init__(
@@ -46,8 +52,9 @@ class SearchSpace(TopologySearch):
         num_depths: int = 3,
         operations: Sequence[str] = PUBLISHED,
         use_downsample: bool = True,
+        keep_finest: bool = False,
     ):
-        self.operations = check_names(operations)
+        self.operations, self.keep_finest = check_names(operations), keep_finest
         with contextlib.redirect_stdout(io.StringIO()):  # MONAI prints its advice about patch sizes
             super().__init__(
                 channel_mul,
@@ -60,9 +67,9 @@ class SearchSpace(TopologySearch):
         leaves, reaches = (np.array(ends) for ends in zip(*self.paths, strict=True))
         # The paths into a node stand side by side.
         self.paths_into = [range(*np.searchsorted(reaches, (depth, depth + 1))) for depth in range(self.num_depths)]
-        self.starts = patterns(self.child_list, leaves, self.num_depths)
-        self.ends = patterns(self.child_list, reaches, self.num_depths)
-        num_patterns = 2**self.num_depths - 1
+        starts, ends = (patterns(self.child_list, depths, self.num_depths) for depths in (leaves, reaches))
+        self.starts, self.ends = starts - starts.min(), ends - starts.min()  # patterns without node 0 come first
+        num_patterns = self.starts.max() + 1
         for name, constant in (
             ("child_switches", torch.from_numpy(np.hstack([self.child_list, 1 - self.child_list])).float()),  # on, off
             ("child_starts", F.one_hot(torch.from_numpy(self.starts), num_patterns).float()),
@@ -76,16 +83,17 @@ class SearchSpace(TopologySearch):
         self.dearest_memory = ((1 + self.ram_cost.max(-1)) * np.array(self.depth_sizes)[reaches]).sum()
 
     def gen_mtx(self, depth: int) -> tuple[dict, list[tuple], list[tuple]]:
-        """Return all node patterns and children in MONAI's order; its table of transfer matrices is not needed here."""
-        return {}, switchings(depth), switchings(3 * depth - 2)
+        """Return node patterns and children in MONAI's order; its table of transfer matrices is not needed here."""
+        return {}, *(switchings(count, self.keep_finest) for count in (depth, 3 * depth - 2))
 
     def get_prob_a(self, child: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Return the path probabilities, given that each block has at least one active path.
+        """Return the path probabilities, given that each block has an active path: with ``keep_finest``, its first one.
 
         Returns:
             the children's probabilities (blocks, children) if ``child``, else None, and the paths' (blocks, paths).
         """
-        log_on, log_off = F.logsigmoid(self.log_alpha_a), F.logsigmoid(-self.log_alpha_a)
+        alphas = F.pad(self.log_alpha_a[:, 1:], (1, 0), value=CERTAIN) if self.keep_finest else self.log_alpha_a
+        log_on, log_off = F.logsigmoid(alphas), F.logsigmoid(-alphas)
         # Some path is active: either the first is, or it is not and the second is, ... This sum keeps the digits that
         # 1 - prod(1 - p) loses when all p are small.
         all_before_off = F.pad(log_off.cumsum(-1)[:, :-1], (1, 0))
@@ -162,7 +170,6 @@ class SearchSpace(TopologySearch):
         dearest = self._memory_of_paths(self.ram_cost.argmax(-1)) @ self.child_list.T
         return decoding.least_memory(dearest, self.starts, self.ends) / self.dearest_memory
 
-    @torch.no_grad()
     def decode(self, max_ram_ratio: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Find the most probable sequence of children in which each starts from the nodes where the one before ends.
 
@@ -176,21 +183,34 @@ class SearchSpace(TopologySearch):
         Raises:
             UserError: no connected architecture is within ``max_ram_ratio``.
         """
+        ((codes, _),) = self._most_probable(1, max_ram_ratio)
+        return codes
+
+    @torch.no_grad()
+    def _most_probable(self, count: int, max_ram_ratio: float | None) -> list[tuple[tuple[np.ndarray, ...], float]]:
+        """Return the arrays of `decode` for so many sequences, each with the ``log_probability`` of `architectures`."""
         probs = self.get_prob_a(child=True)[0].cpu().numpy()
         arch_code_c = self.log_alpha_c.argmax(-1).cpu().numpy()
         lengths = (-np.log(probs + 1e-5) + 0.001).astype(np.float64)  # MONAI's edge lengths
         if max_ram_ratio is None:
-            children = decoding.shortest_sequence(lengths, self.starts, self.ends)
+            sequences = decoding.shortest_sequences(count, lengths, self.starts, self.ends)
         else:
-            children = self._decode_within(max_ram_ratio, lengths, arch_code_c)
-        arch_code_a = self.child_list[children]
-        node_a = np.zeros((self.num_blocks + 1, self.num_depths), dtype=np.int64)
-        for block, path in np.argwhere(arch_code_a):
-            source, target = self.paths[path]
-            node_a[block, source] = node_a[block + 1, target] = 1
-        return node_a, arch_code_a, arch_code_c, self.child_list[probs.argmax(-1)]
+            sequences = self._shortest_within(max_ram_ratio, count, lengths, arch_code_c)
+        arch_code_a_max = self.child_list[probs.argmax(-1)]
+        found = []
+        for children in sequences:
+            arch_code_a = self.child_list[children]
+            node_a = np.zeros((self.num_blocks + 1, self.num_depths), dtype=np.int64)
+            for block, path in np.argwhere(arch_code_a):
+                source, target = self.paths[path]
+                node_a[block, source] = node_a[block + 1, target] = 1
+            log_probability = (0.001 - lengths[np.arange(self.num_blocks), children]).sum()
+            found.append(((node_a, arch_code_a, arch_code_c, arch_code_a_max), float(log_probability)))
+        return found
 
-    def _decode_within(self, max_ram_ratio: float, lengths: np.ndarray, arch_code_c: np.ndarray) -> np.ndarray:
+    def _shortest_within(
+        self, max_ram_ratio: float, count: int, lengths: np.ndarray, arch_code_c: np.ndarray
+    ) -> np.ndarray:
         memory = self._memory_of_paths(arch_code_c) @ self.child_list.T
         least = decoding.least_memory(memory, self.starts, self.ends)
         budget = max_ram_ratio * self.dearest_memory * (1 + 1e-9)  # a ratio that `ram_ratio_of` gave must be enough
@@ -199,13 +219,33 @@ class SearchSpace(TopologySearch):
                 f"max_ram_ratio {max_ram_ratio:g} is below that of the smallest connected architecture: give at least "
                 f"{math.ceil(least / self.dearest_memory * 1e4) / 1e4:g}"
             )
-        return decoding.shortest_sequence_within(budget, lengths, memory, self.starts, self.ends)
+        return decoding.shortest_sequences_within(count, budget, lengths, memory, self.starts, self.ends)
 
     def architecture(self, max_ram_ratio: float | None = None, **info) -> Architecture:
         """Return the decoded architecture with what is to be known about it later, its ``ram_ratio`` included."""
-        node_a, arch_code_a, arch_code_c, arch_code_a_max = self.decode(max_ram_ratio)
+        return self._architecture(self.decode(max_ram_ratio), info)
+
+    def architectures(self, count: int, max_ram_ratio: float | None = None, **info) -> list[Architecture]:
+        """Return the ``count`` most probable architectures, or all where there are fewer; the first: `architecture`.
+
+        Their operations are the most probable ones, so that they differ in paths. Each one's info also holds its
+        ``rank``, from 1, and what decides it: as ``log_probability`` the sum of log(p + 1e-5) over its children.
+
+        Raises:
+            UserError: the count is below 1, or no connected architecture is within ``max_ram_ratio``.
+        """
+        if count < 1:
+            raise UserError(f"{count} architectures cannot be decoded: give 1 or more")
+        return [
+            self._architecture(codes, {**info, "rank": rank, "log_probability": log_probability})
+            for rank, (codes, log_probability) in enumerate(self._most_probable(count, max_ram_ratio), start=1)
+        ]
+
+    def _architecture(self, codes: tuple[np.ndarray, ...], info: dict) -> Architecture:
+        _, arch_code_a, arch_code_c, _ = codes
         info["ram_ratio"] = self.ram_ratio_of(arch_code_a, arch_code_c)
-        codes = node_a, arch_code_a, arch_code_c, arch_code_a_max
+        if self.keep_finest:
+            info["keep_finest"] = True
         return Architecture(*codes, self.operations, self.use_downsample, info)
 
     def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -204,9 +204,7 @@ class _Choice:
 
     def __init__(self, num_blocks: int, num_depths: int, operations: tuple[str, ...], keep_finest: bool):
         self.num_blocks = num_blocks
-        children = np.array(switchings(3 * num_depths - 2))
-        if keep_finest:  # path 0 leads from depth 0 to depth 0
-            children = children[children[:, 0] == 1]
+        children = np.array(switchings(3 * num_depths - 2, keep_finest))  # path 0 leads from depth 0 to depth 0
         starts, ends = (patterns(children, depths, num_depths) for depths in np.array(paths(num_depths)).T)
         order = starts.argsort(kind="stable")
         used, self.starts = np.unique(starts[order], return_inverse=True)

@@ -68,6 +68,57 @@ def test_no_architecture_within_the_budget_is_more_probable(size, spread):
             space.decode(0.99 * ratios.min())
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0])
+@pytest.mark.parametrize("size", [(1, 2), (3, 2), (2, 3)], ids=str)
+def test_the_most_probable_architectures_are_those_of_all(size, spread):
+    """At spread 0 all are equally probable. 500 are more than some of the spaces and budgets have."""
+    space = with_alphas(0, spread, *size)
+    lengths, ratios = all_architectures(space)
+    for budget in [None, ratios.min(), *np.quantile(ratios, [0.05, 0.3, 0.8]), 1.0]:
+        fitting = np.sort(lengths[ratios <= (1 if budget is None else budget) * (1 + 1e-9)])
+        for count in (1, 2, 30, 500):
+            found = space.architectures(count, budget, seed=7)
+            assert len({one.arch_code_a.tobytes() for one in found}) == len(found)
+            logs = [one.info["log_probability"] for one in found]
+            np.testing.assert_allclose(logs, -fitting[:count], rtol=0, atol=1e-5)  # float32
+            np.testing.assert_array_equal(found[0].arch_code_a, space.decode(budget)[1])
+            for rank, one in enumerate(found, start=1):
+                assert budget is None or one.info["ram_ratio"] <= budget * (1 + 1e-8)
+                assert one.info["ram_ratio"] == space.ram_ratio_of(one.arch_code_a, one.arch_code_c)
+                assert (one.info["rank"], one.info["seed"]) == (rank, 7)
+            for one in found[:: max(1, len(found) // 5)]:
+                assert length(space, one.arch_code_a) == pytest.approx(-one.info["log_probability"], abs=1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+def test_within_a_budget_are_those_of_many_that_fit(spread):
+    """At the published size, where all cannot be tried: the budget is such that half of many architectures fit."""
+    space = with_alphas(0, spread, 12, 4)
+    many = space.architectures(300)
+    budget = np.median([one.info["ram_ratio"] for one in many])
+    fitting = [one.arch_code_a.tolist() for one in many if one.info["ram_ratio"] <= budget * (1 + 1e-9)]
+    found = [one.arch_code_a.tolist() for one in space.architectures(64, budget)]
+    assert 64 < len(fitting) < 300 and found == fitting[:64]
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0, 1000.0])
+def test_of_equally_probable_ones_the_same_are_taken_again_and_the_first_is_the_decoded_one(spread):
+    """At spread 30, children's probabilities round to 0 or 1, and sequences of the same length abound."""
+    for seed in range(2):
+        space = with_alphas(seed, spread, 12, 4)
+        free = space.architecture().info["ram_ratio"]
+        for budget in (None, *(max(share * free, space.feasible_ram_ratio()) for share in (0.5, 0.7, 0.9))):
+            found, again = ([one.arch_code_a.tolist() for one in space.architectures(20, budget)] for _ in range(2))
+            assert found == again and found[0] == space.decode(budget)[1].tolist()
+            assert len(set(map(str, found))) == len(found)
+
+
+def test_none_is_no_number_of_architectures():
+    for count in (0, -1):
+        with pytest.raises(UserError, match=f"{count} architectures cannot be decoded: give 1 or more"):
+            space_of(1, 2).architectures(count)
+
+
 def test_a_loose_budget_changes_nothing_and_a_ratio_that_was_reported_can_be_kept():
     for seed in range(5):
         space = with_alphas(seed, 1.0, 12, 4)

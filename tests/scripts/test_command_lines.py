@@ -74,6 +74,10 @@ OF_SEARCH = {
         f"--operations names the operation 'conv_9', which this version does not have ({', '.join(OPERATIONS)})",
     ),
     "operation twice": ("--operations conv_3x3x3 conv_3x3x3", "name each operation once"),
+    "no room for the finest path": (
+        "--keep_finest --max_ram_ratio 0.05",
+        "--max_ram_ratio 0.05 is too small for 2 blocks and 3 depths with --keep_finest: give at least",
+    ),
     "one training case": ("--num_folds 2 --json {tmp}/two.json", "1 training case cannot be halved"),
 }
 FAULTS = {"fold", "negative fold", "more folds than cases"}

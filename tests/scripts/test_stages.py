@@ -123,6 +123,28 @@ class TestSearch:
         with pytest.raises(UserError, match="--max_ram_ratio 0.0001 is too small for 2 blocks and 3 depths: give at"):
             search(phantom, tmp_path / "other", SHORT, "--max_ram_ratio", 0.0001)
 
+    @pytest.mark.slow
+    def test_it_keeps_the_finest_path(self, phantom, searched, tmp_path):
+        """The search aims at no memory at all, with steps so large that this path, which needs most, is dropped."""
+        flags = "--num_epochs 2 --num_epochs_warmup 0 --num_epochs_per_validation 1 --factor_ram_cost 0"
+        flags += " --learning_rate_arch 3"
+        found = {}
+        for name, more in (("free", ""), ("kept", "--keep_finest")):
+            codes = sorted(search(phantom, tmp_path / name, flags, more).glob("search_code_*.pth"))
+            found[name] = [load_architecture(code) for code in codes]
+        assert len(found["kept"]) == 2 and all(one.arch_code_a[:, 0].all() for one in found["kept"])
+        assert not found["free"][-1].arch_code_a[:, 0].all()
+        assert [one.info.get("keep_finest") for one in (found["kept"][0], found["free"][0])] == [True, None]
+        of_runs = {name: parts(tmp_path / name / "latest.pth") for name in found}
+        shapes = [{key: value.shape for key, value in of_run["network"].items()} for of_run in of_runs.values()]
+        assert shapes[0] == shapes[1]
+        momentum = of_runs["kept"]["optimizer_a"]["state"][0]["exp_avg"]
+        assert (momentum[:, 0] == 0).all() and (momentum[:, 1:] != 0).all()
+        with pytest.raises(UserError, match="keep_finest was True and is None"):
+            search(phantom, tmp_path / "kept", flags)
+        with pytest.raises(UserError, match="keep_finest was None and is True"):
+            search(phantom, searched, SEARCH, "--keep_finest")
+
     @pytest.mark.fault("non-finite loss")
     def test_a_loss_that_is_not_finite_stops_it(self, phantom, tmp_path):
         message = r"loss is not finite at iteration 2 \(cases phantom_00.\), and in 5 steps in a row: the training div"
