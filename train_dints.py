@@ -32,12 +32,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
 
 log = logging.getLogger("train")
 
-OF_RECIPES = (
-    "flip_axes",
-    "augmentation",
-    "learning_rate_schedule",
-    "average_decay",
-)  # options whose values a recipe gives
+OF_RECIPES = ("flip_axes", "learning_rate_schedule", "average_decay")  # options whose values a recipe gives
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

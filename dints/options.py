@@ -171,7 +171,7 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
         "--augmentation",
         choices=AUGMENTATIONS,
         default="published",
-        help="random changes of patches beside flips: the published ones, or nnU-Net's stronger ones, for long trainings",
+        help="random changes of patches beside flips: the published chain, or nnU-Net's, for long trainings",
     )
 
 

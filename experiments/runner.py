@@ -69,6 +69,7 @@ RECIPES = {
     "polynomial": "--flip_axes auto --learning_rate_schedule polynomial",
     "recommended": "--recipe recommended",
     "half-resolution": "--recipe recommended --use_downsample yes",
+    "nnunet": "--recipe recommended --augmentation nnunet",
 }
 TIMES_AS_LONG = {"half-resolution": 0.59}
 SPEEDUP_OF_TWO = 1.3  # of two processes on two cores over one on one, the other idle
@@ -121,6 +122,8 @@ def table() -> dict[str, Row]:
     for fold in (2, 3):
         rows += [Row(U, recipe, 6, fold, 0) for recipe in ("published", "recommended")]
         rows += [Row(network, "recommended", 6, fold, 0) for network in opponents]
+    rows += [Row(U, recipe, 24, 1, 0) for recipe in ("recommended", "nnunet")]
+    rows.append(Row(U, "nnunet", 24, 0, 0))
     for minutes in (3, 12, 24, 48):  # how Dice grows with time: each length has its own schedule
         rows += [Row(network, "recommended", minutes, 0, 0) for network in (U, "dynunet", "segresnet")]
     for fold in (0, 2, 3):
