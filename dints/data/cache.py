@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from dints.data.leniency import Leniency
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.running import machine
+from dints.running.machine import threads
 from dints.running.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Cache:
             return []
         log.info("reading %d cases (%s)", len(cases), what)
         silent = None if log.isEnabledFor(logging.INFO) else True
-        with ThreadPool(self.num_threads) as pool:
+        with threads(self.num_threads) as pool:
             return list(tqdm(pool.imap(function, cases), what, len(cases), unit="case", leave=False, disable=silent))
 
     def _prepare(self, case: Case) -> Prepared:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from dints.data.listing import ListedCase
 from dints.data.nifti import Header, read_header, read_voxels
 from dints.data.tasks import Task
 from dints.errors import UserError
+from dints.running.machine import threads
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def open_cases(listed: Sequence[ListedCase], task: Task, leniency: Leniency) -> 
         except UserError as error:
             return error
 
-    with ThreadPool(8) as pool:  # they wait for the disk more than they compute
+    with threads(8) as pool:  # they wait for the disk more than they compute
         results = pool.map(attempt, listed)
     _raise_first([result for result in results if isinstance(result, UserError)], len(listed))
     return results

@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import nibabel as nib
@@ -23,7 +22,7 @@ from dints.data.nifti import Header, read_header
 from dints.data.opening import overridden
 from dints.data.tasks import TASKS, Task
 from dints.errors import UserError
-from dints.running.machine import cores_per_process
+from dints.running.machine import cores_per_process, threads
 from dints.running.processes import start_logging
 
 AT_ONCE = 4  # cases in memory, however many cores there are
@@ -99,7 +98,7 @@ def check_dataset(
     Returns:
         the findings and the summary, for people; whether a training would go right.
     """
-    with ThreadPool(min(num_threads, AT_ONCE)) as pool:
+    with threads(min(num_threads, AT_ONCE)) as pool:
         judged = pool.imap(lambda case: judge_case(case, task, leniency), cases)
         reports = list(tqdm(judged, "checking", len(cases), unit="case", leave=False, disable=None))
     _compare_voxels(cases, folds, reports)

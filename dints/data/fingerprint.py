@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from dints.data.cases import Case, read_image, read_label
 from dints.data.leniency import Leniency
 from dints.data.tasks import Task
 from dints.errors import UserError
+from dints.running.machine import threads
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _window(cases: Sequence[Case], task: Task, leniency: Leniency, num_threads: 
         return values[:: max(1, len(values) // SAMPLES)].astype(np.float32)
 
     silent = None if log.isEnabledFor(logging.INFO) else True
-    with ThreadPool(num_threads) as pool:
+    with threads(num_threads) as pool:
         samples = list(tqdm(pool.imap(sample, cases), "intensities", len(cases), unit="case", disable=silent))
     values = np.concatenate(samples)
     if not len(values):

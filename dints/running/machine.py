@@ -6,6 +6,9 @@ import ctypes
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -14,6 +17,21 @@ from dints import launcher
 from dints.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+@contextmanager
+def threads(number: int) -> Iterator[ThreadPool]:
+    """Give a pool of threads, all of which have ended afterwards, whatever happened.
+
+    A plain `ThreadPool` leaves an error without waiting for them; where the program ends at once, one that is within
+    PyTorch then aborts it ("terminate called without an active exception").
+    """
+    pool = ThreadPool(number)
+    try:
+        yield pool
+    finally:
+        pool.terminate()
+        pool.join()
 
 
 def choose_device(name: str = "auto") -> torch.device:

@@ -53,6 +53,8 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch_is_told(error):
         def __getitem__(self, place):
             raise error  # as the main process does then, before the worker counts as dead
 
+        augmented_patches = None
+
     loader = TrainingLoader(Samples(), EpochSampler(1, 1, 0, ""), 1, 0, torch.device("cpu"))
     with pytest.raises(ProcessLost, match="a process that prepares batches died .*start the same"), started("cpu"):
         next(loader.epoch(0))
