@@ -324,11 +324,8 @@ def course(args: argparse.Namespace) -> dict[str, object]:
     manner = {"resume", "save_minutes", "num_workers", "cache", "cache_dir", "check", "local_rank", "device"}
     manner |= {"warning_signal", "timeout_minutes", "allow_other_num_processes"}
     kept = {name: value for name, value in vars(args).items() if name not in places | manner}
-    published = {
-        "recipe": "published",
-        "augmentation": "published",
-        **RECIPES["published"],
-    }  # as None: the runs of before there were recipes go on
+    # As None, so that the runs of before there were recipes go on.
+    published = {"recipe": "published", "augmentation": "published", **RECIPES["published"]}
     kept |= {name: None for name, value in published.items() if kept.get(name) == value}
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 

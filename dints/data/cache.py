@@ -28,7 +28,6 @@ from dints.data.leniency import Leniency
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.running import machine
-from dints.running.machine import threads
 from dints.running.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ class Cache:
             return []
         log.info("reading %d cases (%s)", len(cases), what)
         silent = None if log.isEnabledFor(logging.INFO) else True
-        with threads(self.num_threads) as pool:
+        with machine.threads(self.num_threads) as pool:
             return list(tqdm(pool.imap(function, cases), what, len(cases), unit="case", leave=False, disable=silent))
 
     def _prepare(self, case: Case) -> Prepared:

@@ -5,10 +5,10 @@
     python -m dints.network.unsearched --output_root runs/unsearched --all_paths --memory_mib 8000 --patch_size 96 96 96
 
 Each is an arch file for train_dints.py. A U shape and all paths hold 3x3x3 convolutions, and --u_shaped_skip makes the
-U's long paths skip connections. Random ones are drawn
-uniformly from all connected architectures whose memory is within a band, as a share of every path active with its
-dearest operation: the share that a search with --ram_budget fixed and --max_ram_ratio goes by. With --memory_mib it is
-also told which width (--channel_mul) fills that memory, so that architectures can be compared at equal memory.
+U's long paths skip connections. Random ones are drawn uniformly from all connected architectures whose memory is within
+a band, as a share of every path active with its dearest operation: the share that a search with --ram_budget fixed and
+--max_ram_ratio goes by. With --memory_mib it is also told which width (--channel_mul) fills that memory, so that
+architectures can be compared at equal memory.
 
 Nearly all architectures have about the same memory, so that waiting for one in a band far from it would be in vain.
 Therefore they are drawn with probabilities proportional to exp(tilt * memory), whose bulk the tilt moves to the band;
