@@ -133,7 +133,7 @@ def table() -> dict[str, Row]:
 
 def main(args: argparse.Namespace) -> None:
     done = {result["name"] for result in read_results()}
-    rows = {name: row for name, row in table().items() if fnmatch.fnmatch(name, args.rows)}
+    rows = {name: row for pattern in args.rows for name, row in table().items() if fnmatch.fnmatch(name, pattern)}
     if args.list:
         for name in rows:
             print("done" if name in done else "    ", name)
@@ -259,7 +259,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = os.environ.get("DINTS_TASK04", HERE.parents[1] / "shared" / "data" / "Task04_Hippocampus")
     parser.add_argument("--list", action="store_true", help="only tell the rows")
-    parser.add_argument("--rows", default="*", help="pattern of the names of rows (default: all)")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of names, run in this order (default: all)")
     parser.add_argument("--root", type=Path, default=data, help="Task04_Hippocampus (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "experiments", help="where runs are kept")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side (default: %(default)s)")
