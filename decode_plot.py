@@ -76,7 +76,11 @@ def add_cost(parser: argparse.ArgumentParser) -> None:
     )
     add("--in_channels", type=at_least_1, metavar="N", help="image channels (default: the known task's, else 1)")
     add("--num_classes", type=at_least_1, metavar="N", help="background included (default: the known task's, else 2)")
-    add("--channel_mul", type=options.number(float, 0.0625), help="times 32, 64, ... channels (default: 1)")
+    add(
+        "--channel_mul",
+        type=options.number(float, 0.0625),
+        help="times 32, 64, ... channels (default: the width that it was judged at, else 1)",
+    )
     add("--device", choices=("auto", "cuda", "cpu"), help="that is timed (default: auto, a GPU where there is one)")
 
 
@@ -133,7 +137,7 @@ def cost_lines(architecture: Architecture, args: argparse.Namespace) -> list[str
             args.in_channels or channels,
             args.num_classes or classes,
             tuple(args.patch_size or patch_size),
-            args.channel_mul or 1.0,
+            args.channel_mul or architecture.channel_mul,
             device=processes.device,
         ).lines()
     print("\n".join(lines), flush=True)

@@ -9,6 +9,10 @@ warm. Three more terms push the probabilities towards a decision, a connected to
 probable connected network is written at every validation as OUTPUT_ROOT/search_code_<iteration>.pth, which
 train_dints.py retrains.
 
+With --candidates, what comes of that competes: with U shapes, random architectures and mutants of the best, each as
+wide as fills --memory_mib. Short trainings judge them, on cases of the training folds. The winner is written as
+OUTPUT_ROOT/search_code_winner.pth, and candidates.csv has all results.
+
 He et al., DiNTS: Differentiable Neural Network Topology Search for 3D Medical Image Segmentation, CVPR 2021.
 """
 
@@ -21,15 +25,17 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from dints import __version__, data, network, options, running, training
+from dints import __version__, candidates, data, network, options, running, training
 from dints.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, after the command line is read
     import torch
     from torch import nn
 
+    from dints.candidates.halving import Ledger
+    from dints.candidates.proposals import Limits
     from dints.data.cases import Case
     from dints.data.loaders import TrainingLoader, ValidationLoader
     from dints.data.opening import Dataset
@@ -43,6 +49,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
 log = logging.getLogger("search")
 
 OF_RECIPES = ("use_downsample", "flip_axes")  # options whose values a recipe gives
+PROPOSALS = ("gradient", "by_hand", "random")  # `candidates.proposals.KINDS`, which -h need not import
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,6 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_preprocessing(parser)
     add_search_space(parser)
     add_training(parser)
+    add_candidates(parser)
     options.add_window(parser, overlap_ratio=0.625)
     options.add_machine(parser)
     options.add_run(parser)
@@ -58,6 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     complaints = options.training_complaints(args)
     if args.num_epochs_warmup >= args.num_epochs:
         complaints.append(f"--num_epochs_warmup {args.num_epochs_warmup} must be below --num_epochs {args.num_epochs}")
+    complaints += candidates_complaints(args)
     if complaints:
         parser.error("; ".join(complaints))
     options.fill_from_recipe(args, *OF_RECIPES)
@@ -127,6 +136,45 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_candidates(parser: argparse.ArgumentParser) -> None:
+    """Add what competes after the gradient search, and how it is judged."""
+    add = parser.add_argument_group("candidates").add_argument
+    add(
+        "--candidates",
+        type=options.number(int, 0),
+        default=0,
+        help="architectures that compete in short trainings: half of them proposed, half mutants of the best of these; "
+        "a quarter reaches the second rung, an eighth the third; 0: none do, as published",
+    )
+    add(
+        "--proposals",
+        nargs="+",
+        choices=PROPOSALS,
+        default=list(PROPOSALS),
+        help="what is proposed, in turn; without gradient there is no gradient search",
+    )
+    add(
+        "--memory_mib",
+        type=options.positive,
+        help="memory that each candidate's width fills: activations of a training step, in fp32",
+    )
+    add("--candidate_iterations", type=options.number(int, 4), default=4000, help="of a training of the last rung")
+    add("--candidate_learning_rate", type=options.positive, default=0.05, help="at the start of a candidate's training")
+    add("--candidate_images_per_batch", type=options.number(int, 1), default=2, help="patches a step of a candidate")
+
+
+def candidates_complaints(args: argparse.Namespace) -> list[str]:
+    """List what is wrong with the options of `add_candidates` taken together."""
+    found = []
+    if args.candidates == 1:
+        found.append("--candidates 1 has nothing to compete with: give 2 or more")
+    if args.candidates and args.memory_mib is None:
+        found.append("--candidates needs --memory_mib, which all of them fill")
+    if not args.candidates and "gradient" not in args.proposals:
+        found.append(f"--proposals {' '.join(args.proposals)} needs --candidates")
+    return found
+
+
 def main(args: argparse.Namespace) -> None:
     if args.check:
         data.check.check(**options.dataset(args), **options.folds(args))
@@ -136,11 +184,16 @@ def main(args: argparse.Namespace) -> None:
         running.processes.started(args.device, args.timeout_minutes) as processes,
         running.run_folder.opened(args.output_root, processes) as folder,
     ):
-        search(args, processes, folder)
+        prepared = processes.on_main(prepare, args)
+        space = search(args, prepared, processes, folder) if "gradient" in args.proposals else None
+        if args.candidates:
+            compete(args, prepared, space, processes, folder)
 
 
-def search(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
-    dataset, use_downsample, weights_cases, arch_cases, validation_cases = processes.on_main(prepare, args)
+def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, folder: Path) -> SearchSpace:
+    """Search by gradient descent; return the space with the probabilities that were found."""
+    dataset, use_downsample, training_cases, validation_cases = prepared
+    weights_cases, arch_cases = halves(training_cases)
     task, used = dataset.task, [*weights_cases, *arch_cases, *validation_cases]
     contents = {"task": task, "cases": data.opening.names(used)}
     configuration = training.checkpoint.configured(options.course(args), processes.world_size, **contents)
@@ -164,7 +217,8 @@ def search(args: argparse.Namespace, processes: Processes, folder: Path) -> None
     row = EpochRow(supernet, data.loaders.ShareOfWaiting(weights_loader, arch_loader))
     parts = {**supernet.parts, **row.parts}
     checkpoint = training.checkpoint.Checkpoint(folder, configuration, parts, precision, processes)
-    stops = training.stops.Stops(checkpoint, processes, args.save_minutes, args.warning_signal)
+    requests = training.stops.Requests(args.warning_signal)
+    stops = training.stops.Stops(checkpoint, processes, requests, args.save_minutes)
     progress = checkpoint.restore(found)
     history = training.history.History(folder, task.class_names, progress.recorded_iteration, processes.is_main)
     log.info("%s", options.recipe_line(args, *OF_RECIPES))
@@ -200,6 +254,7 @@ def search(args: argparse.Namespace, processes: Processes, folder: Path) -> None
             checkpoint.save()
     history.close()
     log.info("found: %s; train_dints.py --arch_ckpt retrains it", folder / f"search_code_{progress.iteration}.pth")
+    return supernet.space
 
 
 def weights_step(supernet: Supernet, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -266,13 +321,49 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def compete(
+    args: argparse.Namespace, prepared: Prepared, space: SearchSpace | None, processes: Processes, folder: Path
+) -> None:
+    """Let candidates compete in short trainings, rung by rung, and write the winner."""
+    limits = limits_of_candidates(args, prepared)
+    first, *others = candidates.halving.rungs(args.candidates, args.candidate_iterations)
+    ledger = open_ledger(args, prepared, processes, folder)
+
+    count = -(-first.count // 2)
+    members = processes.on_main(candidates.proposals.proposed, count, args.proposals, limits, space, args.seed)
+    results = ledger.results(members, first.iterations)
+    parents = candidates.halving.best(members, results, max(1, first.count // 4))
+    count = first.count - count
+    mutants = processes.on_main(candidates.proposals.mutants, count, parents, members, limits, args.seed)
+    members, results = [*members, *mutants], results | ledger.results(mutants, first.iterations)
+    for rung in others:
+        members = candidates.halving.best(members, results, rung.count)
+        results = ledger.results(members, rung.iterations)
+    (winner,) = candidates.halving.best(members, results, 1)
+
+    path = folder / "search_code_winner.pth"
+    if processes.is_main:
+        task, dice = prepared.dataset.task, results[winner.name].dice
+        facts = {"task": task.name, "seed": args.seed, "memory_mib": args.memory_mib, "version": __version__}
+        write_architecture(path, winner.described(dice, **facts), task, processes.device)
+        training.curves.draw_candidates(folder)
+    log.info("the winner is %s: %s; train_dints.py --arch_ckpt retrains it", winner.name, path)
+
+
 # Below: what is made before the loop, and what it writes.
 
 
-def prepare(args: argparse.Namespace) -> tuple[Dataset, bool, list[Case], list[Case], list[Case]]:
-    """Open the dataset and divide its cases for weights, architecture and validation; no voxel is read.
+class Prepared(NamedTuple):
+    """The dataset, whether the supernet halves the image first, and the cases that train and that validate."""
 
-    The second value says whether the supernet halves the image first.
+    dataset: Dataset
+    use_downsample: bool
+    training_cases: list[Case]
+    validation_cases: list[Case]
+
+
+def prepare(args: argparse.Namespace) -> Prepared:
+    """Open the dataset and divide its cases; no voxel is read.
 
     Whatever can be refused before that is refused here.
     """
@@ -281,7 +372,62 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, bool, list[Case], list[C
     use_downsample = data.fingerprint.use_downsample(args.use_downsample, dataset.cases, dataset.task)
     network.found.check_patch_size(dataset.task.patch_size, args.num_depths, use_downsample)
     training_cases, validation_cases = data.listing.split_fold(dataset.cases, **options.folds(args))
-    return dataset, use_downsample, *halves(training_cases), validation_cases
+    halves(training_cases)
+    return Prepared(dataset, use_downsample, training_cases, validation_cases)
+
+
+def limits_of_candidates(args: argparse.Namespace, prepared: Prepared) -> Limits:
+    """Gather what every candidate keeps to."""
+    task = prepared.dataset.task
+    return candidates.proposals.Limits(
+        args.memory_mib,
+        args.num_blocks,
+        args.num_depths,
+        tuple(args.operations or network.operations.PUBLISHED),
+        prepared.use_downsample,
+        bool(args.keep_finest),
+        (args.candidate_images_per_batch, task.num_channels, *task.patch_size),
+        task.num_classes,
+    )
+
+
+def open_ledger(args: argparse.Namespace, prepared: Prepared, processes: Processes, folder: Path) -> Ledger:
+    """Prepare the trainings of candidates, and find those that are done."""
+    dataset, task = prepared.dataset, prepared.dataset.task
+    training_cases, judging_cases = candidates.trainings.divided(prepared.training_cases)
+    names = [name for name in vars(args) if name.startswith("candidate")] + ["proposals", "memory_mib"]
+    facts = {name: getattr(args, name) for name in names}
+    contents = {"task": task, "cases": data.opening.names(prepared.training_cases)}
+    configuration = training.checkpoint.configured({**options.course(args), **facts}, 1, **contents)
+    precision = running.precision.choose_precision(args.precision, processes)
+    chosen = processes.on_main(
+        candidates.halving.open_folder, folder / "candidates", configuration, precision.name, args.resume
+    )
+    precision = running.precision.choose_precision(chosen, processes)
+
+    alone = processes.alone()  # each rank trains other candidates
+    cache = data.cache.open_cache(
+        prepared.training_cases,
+        task,
+        options.cache_folder(args),
+        processes,
+        mode=args.cache,
+        leniency=dataset.leniency,
+        on_every_rank=True,
+    )
+    batches = {**options.batches(args), "batch_size": args.candidate_images_per_batch}
+    steps = data.loaders.steps_per_epoch(len(training_cases), batches["batch_size"], alone)
+    loader = data.loaders.training_loader(training_cases, cache, alone, stream="candidates", steps=steps, **batches)
+    flips = data.flips.choose(args.flip_axes, [loader], task, alone)
+    loader.augment_by(data.augmentation.chain(args.augmentation, flips.axes))
+    window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
+    volumes = data.loaders.validation_loader(judging_cases, cache, alone)
+    validation = training.validation.Validation(volumes, task.num_classes, window, precision, alone)
+    requests = training.stops.Requests(args.warning_signal)
+    short = candidates.trainings.ShortTrainings(
+        task, loader, validation, requests, args.candidate_learning_rate, args.seed, args.save_minutes
+    )
+    return candidates.halving.Ledger(folder, processes, requests, short, rows=[])
 
 
 def read(
@@ -432,7 +578,7 @@ def decode(space: SearchSpace, progress: Progress, args: argparse.Namespace, tas
 
 def write_architecture(path: Path, found: Architecture, task: Task, device: torch.device) -> None:
     """Write a found architecture with what it costs by default in train_dints.py, say that, and draw it beside."""
-    size = found, task.num_channels, task.num_classes, task.patch_size
+    size = found, task.num_channels, task.num_classes, task.patch_size, found.channel_mul
     try:
         cost = network.cost.cost(*size, device=device)
     except UserError as error:  # beside a large supernet there may be no memory to measure it

@@ -67,7 +67,11 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     )
     add("--num_blocks", type=options.number(int, 1), help="blocks that ARCH_CKPT must have")
     add("--num_depths", type=options.number(int, 2), help="resolutions that ARCH_CKPT must have")
-    add("--channel_mul", type=options.number(float, 0.0625), default=1.0, help="times 32, 64, ... channels")
+    add(
+        "--channel_mul",
+        type=options.number(float, 1 / 32),
+        help="times 32, 64, ... channels (default: the width that ARCH_CKPT was judged at, else 1)",
+    )
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +115,7 @@ def main(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     architecture, dataset, training_cases, validation_cases = processes.on_main(prepare, args)
+    args = with_width(args, architecture)
     task, used = dataset.task, [*training_cases, *validation_cases]
     found_network = build(args, architecture, task)
     contents = {"task": task, "cases": data.opening.names(used), "architecture": architecture.codes()}
@@ -134,7 +139,8 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     losses = training.losses.EpochLoss("loss", processes)
     parts = {"network": found_network, **weights.parts, "loss": losses}
     checkpoint = training.checkpoint.Checkpoint(folder, configuration, parts, precision, processes)
-    stops = training.stops.Stops(checkpoint, processes, args.save_minutes, args.warning_signal)
+    requests = training.stops.Requests(args.warning_signal)
+    stops = training.stops.Stops(checkpoint, processes, requests, args.save_minutes)
     progress = checkpoint.restore(found)
     history = training.history.History(folder, task.class_names, progress.recorded_iteration, processes.is_main)
     log.info("%s", options.recipe_line(args, *OF_RECIPES))
@@ -189,6 +195,12 @@ def prepare(args: argparse.Namespace) -> tuple[Architecture, Dataset, list[Case]
         architecture = dataclasses.replace(architecture, use_downsample=use_downsample)
     network.found.check_patch_size(dataset.task.patch_size, architecture.num_depths, architecture.use_downsample)
     return architecture, dataset, *data.listing.split_fold(dataset.cases, **options.folds(args))
+
+
+def with_width(args: argparse.Namespace, architecture: Architecture) -> argparse.Namespace:
+    """Return the options with the width that the architecture was judged at, where none is given."""
+    channel_mul = architecture.channel_mul if args.channel_mul is None else args.channel_mul
+    return argparse.Namespace(**{**vars(args), "channel_mul": channel_mul})
 
 
 def read(

@@ -323,7 +323,9 @@ def course(args: argparse.Namespace) -> dict[str, object]:
     places = {"output_root", "root", "json", "arch_ckpt", "allow_outside_root"}
     manner = {"resume", "save_minutes", "num_workers", "cache", "cache_dir", "check", "local_rank", "device"}
     manner |= {"warning_signal", "timeout_minutes", "allow_other_num_processes"}
-    kept = {name: value for name, value in vars(args).items() if name not in places | manner}
+    after = {"candidates", "proposals", "memory_mib"}  # the gradient search's end, so that they may follow any
+    kept = {name: value for name, value in vars(args).items() if name not in places | manner | after}
+    kept = {name: value for name, value in kept.items() if not name.startswith("candidate_")}
     # As None, so that the runs of before there were recipes go on.
     published = {"recipe": "published", "augmentation": "published", **RECIPES["published"]}
     kept |= {name: None for name, value in published.items() if kept.get(name) == value}

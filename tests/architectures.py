@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dints.network.architecture import Architecture, paths
+from dints.network.architecture import Architecture, from_codes, paths
 from dints.network.operations import PUBLISHED
 
 # As large as the published network (96x96x96 voxels, 1 channel, 2 classes): 152.36 M parameters, every stem used, and
@@ -67,9 +67,4 @@ def connected(
     arch_code_a: np.ndarray, arch_code_c: np.ndarray, info: dict | None = None, operations: Sequence[str] = PUBLISHED
 ) -> Architecture:
     """Make the architecture of these paths and operations, with the nodes that the paths use."""
-    num_blocks, num_depths = len(arch_code_a), (arch_code_a.shape[1] + 2) // 3
-    node_a = np.zeros((num_blocks + 1, num_depths), dtype=int)
-    for block, path in np.argwhere(arch_code_a):
-        source, target = paths(num_depths)[path]
-        node_a[block, source] = node_a[block + 1, target] = 1
-    return Architecture(node_a, arch_code_a, arch_code_c, operations=tuple(operations), info=info or {})
+    return from_codes(np.asarray(arch_code_a), np.asarray(arch_code_c), operations, info=info)

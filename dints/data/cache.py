@@ -134,6 +134,7 @@ def open_cache(
     *,
     mode: str = "auto",
     leniency: Leniency = Leniency(),
+    on_every_rank: bool = False,
 ) -> Cache:
     """Choose where the cases of a run are kept, and say how much memory that takes and how much there is.
 
@@ -141,12 +142,14 @@ def open_cache(
         cases: of all ranks, for training and validation.
         folder: for ``disk``.
         mode: ``ram``, ``disk``, ``none``, or ``auto``, which chooses.
+        on_every_rank: each rank will hold all of them, and not its share.
 
     Raises:
         UserError: what ``mode`` asks for does not fit.
     """
     voxels = [max(int(np.prod(case.shape)), int(np.prod(case.resampling(task).shape))) for case in cases]
-    needed = int(sum(voxels) * (2 * task.num_channels + 1 + task.num_classes / 8)) // processes.num_nodes
+    needed = int(sum(voxels) * (2 * task.num_channels + 1 + task.num_classes / 8))
+    needed = needed * (processes.world_size if on_every_rank else 1) // processes.num_nodes
     mode = processes.on_main(_choose_mode, mode, len(cases), needed, folder.absolute(), processes.num_nodes)
     at_once = max(1, WORKING_MEMORY // (max(voxels, default=1) * task.num_channels * WORKING_BYTES))
     return Cache(mode, folder.absolute(), task, leniency, min(machine.cores_per_process(), at_once))

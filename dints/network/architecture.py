@@ -12,6 +12,7 @@ This module needs torch and NumPy only, so that drawing a file does not wait for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from dints.network.operations import PUBLISHED, check_names
 _ARRAYS = ("node_a", "arch_code_a", "arch_code_c")
 # Far above any network that fits a machine, and low enough that checking a file costs nothing.
 _MAX_BLOCKS, _MAX_DEPTHS = 1000, 16
+_MAX_CHANNEL_MUL = 64
 
 _LEGACY_KEYS = {"arch_code_a": "code_a", "arch_code_c": "code_c", "arch_code_a_max": "code_a_max"}
 
@@ -78,6 +80,14 @@ class Architecture:
     def num_depths(self) -> int:
         return self.node_a.shape[1]
 
+    @property
+    def channel_mul(self) -> float:
+        """The width that it was judged at, if it was, else 1."""
+        value = self.info.get("channel_mul", 1.0)
+        if not isinstance(value, (int, float)) or not 1 / 32 <= value <= _MAX_CHANNEL_MUL:
+            raise _unusable(self.source, f"'channel_mul' is {value!r}, not a number from 1/32 to {_MAX_CHANNEL_MUL}")
+        return float(value)
+
     def codes(self) -> tuple:
         """Return paths and operations as nested lists: equal for equal networks of one list of operations."""
         codes = self.arch_code_a.tolist(), self.arch_code_c.tolist()
@@ -93,6 +103,24 @@ class Architecture:
             "operations": list(self.operations),
             "use_downsample": self.use_downsample,
         }
+
+
+def from_codes(
+    arch_code_a: np.ndarray,
+    arch_code_c: np.ndarray,
+    operations: Sequence[str] = PUBLISHED,
+    use_downsample: bool = True,
+    info: dict | None = None,
+) -> Architecture:
+    """Make the architecture of these paths and operations, with the nodes that the paths use."""
+    num_blocks, num_depths = len(arch_code_a), (arch_code_a.shape[1] + 2) // 3
+    node_a = np.zeros((num_blocks + 1, num_depths), dtype=np.int64)
+    sources, targets = np.array(paths(num_depths)).T
+    blocks, active = arch_code_a.nonzero()
+    node_a[blocks, sources[active]] = node_a[blocks + 1, targets[active]] = 1
+    return Architecture(
+        node_a, arch_code_a, arch_code_c, None, tuple(operations), use_downsample, {} if info is None else info
+    )
 
 
 class DecodedCodes:

@@ -21,7 +21,7 @@ import argparse
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from scipy.special import logsumexp, softmax
 from dints import __version__, network  # the package: MONAI's import waits until a network is costed
 from dints.errors import UserError, exit_on_user_error
 from dints.network import decoding
-from dints.network.architecture import Architecture, paths, save_architecture
+from dints.network.architecture import Architecture, from_codes, paths, save_architecture
 from dints.network.children import depth_sizes, patterns, switchings
 from dints.network.operations import OPERATIONS, PUBLISHED, check_names
 
@@ -151,6 +151,13 @@ def ram_ratio(architecture: Architecture) -> float:
     return float(_ratios(costs, architecture.arch_code_a, architecture.arch_code_c))
 
 
+def least_ram_ratio(
+    num_blocks: int, num_depths: int, operations: Sequence[str] = PUBLISHED, keep_finest: bool = False
+) -> float:
+    """Return the `ram_ratio` of the smallest architecture that `random_architecture` may draw."""
+    return _Choice(num_blocks, num_depths, _checked(num_blocks, num_depths, operations), keep_finest).least_ratio
+
+
 def fitting_channel_mul(
     architecture: Architecture,
     memory_mib: float,
@@ -161,32 +168,25 @@ def fitting_channel_mul(
 ) -> float:
     """Return the largest ``channel_mul``, in steps of 1/32, at which activations stay within ``memory_mib``.
 
-    Activations are those of `dints.network.cost.cost`: parameters, gradients and work space come on top. It takes the
-    time of about four counts.
+    Activations are those of `dints.network.cost.cost`: parameters, gradients and work space come on top. In steps of
+    1/32 every feature map has a whole number of channels, and all of them grow in proportion to the width, so that two
+    widths tell all.
 
     Raises:
         UserError: even the smallest is too large, the patch size does not fit, or a number is out of range.
     """
     if not 0 < memory_mib < math.inf:
         raise UserError(f"--memory_mib is {memory_mib:g}: give a positive number of MiB")
-
-    @cache
-    def memory(steps: int) -> float:
-        costs = network.cost.cost(architecture, in_channels, num_classes, patch_size, steps / 32, batch_size)
-        return costs.activation_mib
-
-    if memory(1) > memory_mib:
+    one, two = (
+        network.cost.cost(architecture, in_channels, num_classes, patch_size, steps / 32, batch_size).activation_mib
+        for steps in (1, 2)
+    )
+    if one > memory_mib:
         raise UserError(
             f"--memory_mib {memory_mib:g} is too small: at the smallest channel_mul, 1/32, activations take "
-            f"{memory(1):.4g} MiB; give at least that, or a smaller --patch_size or --num_images_per_batch"
+            f"{one:.4g} MiB; give at least that, or a smaller --patch_size or --num_images_per_batch"
         )
-    # Feature maps grow in proportion to the width, the image does not: a line through two points leads there.
-    steps = 1 + int((memory_mib - memory(1)) / (memory(2) - memory(1)))
-    while memory(steps) > memory_mib:
-        steps -= 1
-    while memory(steps + 1) <= memory_mib:
-        steps += 1
-    return steps / 32
+    return (1 + int((memory_mib - one) / (two - one) * (1 + 1e-12))) / 32
 
 
 class _Choice:
@@ -305,14 +305,10 @@ def _ratios(costs: np.ndarray, arch_code_a: np.ndarray, arch_code_c: np.ndarray)
 def _architecture(
     arch_code_a: np.ndarray, arch_code_c: np.ndarray, operations: tuple[str, ...], made: dict
 ) -> Architecture:
-    """Make the architecture with the nodes that the paths use; it knows how it was ``made``, and its ``ram_ratio``."""
-    num_blocks, num_depths = len(arch_code_a), (arch_code_a.shape[1] + 2) // 3
-    node_a = np.zeros((num_blocks + 1, num_depths), dtype=np.int64)
-    sources, targets = np.array(paths(num_depths)).T
-    blocks, active = arch_code_a.nonzero()
-    node_a[blocks, sources[active]] = node_a[blocks + 1, targets[active]] = 1
+    """Make the architecture of these paths; it knows how it was ``made``, and its ``ram_ratio``."""
+    num_depths = (arch_code_a.shape[1] + 2) // 3
     ratio = float(_ratios(_path_costs(num_depths, operations), arch_code_a, arch_code_c))
-    return Architecture(node_a, arch_code_a, arch_code_c, operations=operations, info={"ram_ratio": ratio, **made})
+    return from_codes(arch_code_a, arch_code_c, operations, info={"ram_ratio": ratio, **made})
 
 
 def _convolutional(

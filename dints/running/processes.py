@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache
 
@@ -31,6 +31,7 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
+    board: dist.Store = field(default_factory=dist.HashStore, compare=False)  # where each may write, and all may read
 
     @property
     def is_main(self) -> bool:
@@ -44,6 +45,10 @@ class Processes:
     def share(self, count: int) -> range:
         """Return this rank's share of ``count`` things: every ``world_size``-th number, from its rank on."""
         return range(self.rank, count, self.world_size)
+
+    def alone(self) -> Processes:
+        """Return this process as if it were the only one."""
+        return Processes(0, 1, self.device)
 
     def gather(self, value: object) -> list:
         """Return every rank's value, a plain one, on every rank."""
@@ -120,6 +125,7 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
     try:
         if processes.world_size > 1:
             store = _join(processes, timeout_minutes)
+            processes = replace(processes, board=dist.PrefixStore("board", store))
         yield processes
     except (MemoryError, RuntimeError) as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for the next worker that is killed

@@ -27,6 +27,10 @@ LATEST, PREVIOUS = "latest.pth", "previous.pth"
 RESULTS = ("Events", "*_history.csv", "search_code_*.pth", "best_metric_model.pth", "progress.yaml")
 
 
+class Diverged(UserError):
+    """A training's weights are not finite."""
+
+
 class Found(NamedTuple):
     """The state that a run continues from.
 
@@ -55,8 +59,7 @@ def find_state(
     latest, previous = folder / LATEST, folder / PREVIOUS
     stored = [path for path in (latest, previous) if path.exists()]
     if resume == "never":
-        for path in stored:  # or a run that is killed early would continue the old one
-            path.unlink()
+        remove_states(folder)  # or a run that is killed early would continue the old one
         return None
     if not stored:
         if resume == "must":
@@ -64,10 +67,16 @@ def find_state(
         _refuse_results(folder)
         return None
     path, state = _newest_whole(stored)
-    _compare(path, state["configuration"], configuration, allow_other_num_processes)
+    compare(path, state["configuration"], configuration, allow_other_num_processes)
     if path == previous and latest.exists():  # a damaged one must not take the place of this one
         latest.unlink()
     return Found(path, state["precision"])
+
+
+def remove_states(folder: Path) -> None:
+    """Remove the states that a run in ``folder`` would continue from."""
+    for name in (LATEST, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def configured(flags: Mapping[str, object], num_processes: int, **contents: object) -> dict:
@@ -100,7 +109,8 @@ def _refuse_results(folder: Path) -> None:
         )
 
 
-def _compare(path: Path, stored: dict, wanted: dict, allow_other_num_processes: bool) -> None:
+def compare(path: Path, stored: dict, wanted: dict, allow_other_num_processes: bool = False) -> None:
+    """Raise `UserError` where the configuration stored in ``path`` is not the wanted one, with all that differs."""
     keys = sorted({*stored, *wanted})
     differing = [key for key in keys if stored.get(key) != wanted.get(key)]
     if differing == ["processes"] and allow_other_num_processes:
@@ -228,7 +238,7 @@ def _check_finite(parts: Mapping[str, object]) -> None:
     """Raise rather than let a state take the place of a good one that no training recovers from."""
     for tensor in _tensors(parts):
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(
+            raise Diverged(
                 "the training diverged: weights are not finite, and are not saved; lower --learning_rate, set "
                 "--max_gradient_norm, or try --precision fp32. latest.pth is from before"
             )

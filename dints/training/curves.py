@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which would choose a window system and keep every figure
 
 from dints import files
-from dints.training.tables import ACCURACY, LOSSES, Rows, read_rows
+from dints.training.tables import ACCURACY, CANDIDATES, LOSSES, Rows, read_rows
 
 MARKED, SMOOTHED = 40, 200  # up to so many rows each point is marked; beyond so many points a running mean is drawn
 
@@ -33,6 +33,33 @@ def draw_all(folder: Path) -> None:
         _save(figure, folder / "validation_metric.png")
     if is_search:
         _save(_course_of_search(losses), folder / "search.png")
+
+
+KINDS = {"gradient": "tab:blue", "by_hand": "tab:orange", "random": "tab:green", "mutant": "tab:purple"}
+
+
+def draw_candidates(folder: Path) -> None:
+    """Draw ``candidates.png``: Dice of each candidate at each rung of a competition, a line a candidate."""
+    rows = read_rows(folder / CANDIDATES)
+    lines: dict[str, Rows] = {}
+    for row in rows:
+        lines.setdefault(row["candidate"], []).append(row)
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes, named = figure.subplots(), set()
+    for name, of_one in lines.items():
+        kind, points = of_one[0]["kind"], [(float(row["iterations"]), float(row["dice"])) for row in of_one]
+        label = None if kind in named else kind.replace("_", " ")
+        named.add(kind)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=KINDS[kind], label=label, alpha=0.8)
+        if name == rows[-1]["candidate"] or len(points) == max(map(len, lines.values())):
+            axes.annotate(name.replace("_", " "), points[-1], xytext=(5, 0), textcoords="offset points", va="center")
+    axes.set_ylabel("Dice of the cases that judge")
+    axes.legend(frameon=False, loc="lower right")
+    axes.margins(x=0.15)
+    axes.set_xlabel("iterations of a training")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, folder / "candidates.png")
 
 
 def _over_iterations_and_time(rows: Rows, names: Mapping[str, str], label: str, corner: str = "upper right") -> Figure:

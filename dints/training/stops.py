@@ -15,26 +15,45 @@ from dints.training.checkpoint import Checkpoint
 Batch = TypeVar("Batch")
 
 
-class Stops:
-    """The places of a training at which it may stop or save: between two steps, and between two volumes.
-
-    SIGTERM, SIGINT and the warning signal are heeded from here on. A run that stops is saved, and raises `Stopped` on
-    all ranks.
+class Requests:
+    """Notes that this process was asked to stop, from here on: by SIGTERM, SIGINT or the warning signal.
 
     Args:
-        checkpoint: what is saved.
-        save_minutes: longest time between two saves.
         warning_signal: name without SIG, which schedulers send ahead of a time limit.
+
+    Attributes:
+        received: the first signal's number, once there was one.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, processes: Processes, save_minutes: float = 10.0, warning_signal: str = "USR1"
-    ):
-        self.checkpoint, self.processes, self.save_minutes = checkpoint, processes, save_minutes
-        self.received: int | None = None  # signal, and when
+    def __init__(self, warning_signal: str = "USR1"):
+        self.received: int | None = None
         self.received_at = 0.0
         for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, f"SIG{warning_signal}")):
             signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        # A second Ctrl-C does not wait; but a launcher may pass on what the scheduler has sent to all.
+        if self.received == number == signal.SIGINT and now - self.received_at > 1:
+            raise KeyboardInterrupt
+        if self.received is None:
+            self.received, self.received_at = number, now
+
+
+class Stops:
+    """The places of a training at which it may stop or save: between two steps, and between two volumes.
+
+    A run that stops is saved, and raises `Stopped` on all ranks.
+
+    Args:
+        checkpoint: what is saved.
+        requests: to stop, which may have begun before the training.
+        save_minutes: longest time between two saves.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, processes: Processes, requests: Requests, save_minutes: float = 10.0):
+        self.checkpoint, self.processes, self.save_minutes = checkpoint, processes, save_minutes
+        self.requests = requests
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield an epoch's batches; before each, save if it is time, and stop if any rank was asked to."""
@@ -43,7 +62,8 @@ class Stops:
             while True:
                 batch = self._next(batches)
                 is_due = time.monotonic() - self.checkpoint.saved_at >= 60 * self.save_minutes
-                stop, save = self.processes.largest([self.received or 0, int(is_due and self.processes.is_main)])
+                saves = int(is_due and self.processes.is_main)
+                stop, save = self.processes.largest([self.requests.received or 0, saves])
                 if stop:
                     raise Stopped(stop)
                 if save:
@@ -56,26 +76,18 @@ class Stops:
         """Yield a validation's cases until this rank is asked to stop; then stop if any rank was."""
         with self._saved_when_stopped(), self.checkpoint.progress.timed():
             for case in cases:
-                if self.received is not None:
+                if self.requests.received is not None:
                     break
                 yield case
-            (stop,) = self.processes.largest([self.received or 0])
+            (stop,) = self.processes.largest([self.requests.received or 0])
             if stop:
                 raise Stopped(stop)
-
-    def _note(self, number: int, _frame: object) -> None:
-        now = time.monotonic()
-        # A second Ctrl-C does not wait; but a launcher may pass on what the scheduler has sent to all.
-        if self.received == number == signal.SIGINT and now - self.received_at > 1:
-            raise KeyboardInterrupt
-        if self.received is None:
-            self.received, self.received_at = number, now
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         try:
             return next(batches, None)
         except RuntimeError:  # a worker was stopped by the signal too
-            if self.received is None:
+            if self.requests.received is None:
                 raise
             return None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dints import files
 
-LOSSES, ACCURACY = "loss_history.csv", "accuracy_history.csv"
+LOSSES, ACCURACY, CANDIDATES = "loss_history.csv", "accuracy_history.csv", "candidates.csv"
 Rows = Sequence[Mapping[str, str]]
 
 

@@ -39,7 +39,7 @@ from dints.running.processes import Processes, started  # noqa: E402
 from dints.training import steps  # noqa: E402
 from dints.training.checkpoint import Checkpoint, find_state  # noqa: E402
 from dints.training.losses import EpochLoss  # noqa: E402
-from dints.training.stops import Stops  # noqa: E402
+from dints.training.stops import Requests, Stops  # noqa: E402
 
 TASK, FP32 = TASKS["Task07_Pancreas"], Precision("fp32", torch.device("cpu"))
 CHANNEL_MUL = {"published": 0.5, "small": 0.125}
@@ -98,7 +98,7 @@ def measure_steps(options: argparse.Namespace, processes: Processes) -> None:
     """Tell time and bytes of each kind of step, from random data that differ between the ranks."""
     supernet = search_dints.Supernet(options, TASK, FP32, processes)
     with new_checkpoint({}, processes) as checkpoint:
-        stops, count = Stops(checkpoint, processes), 1000
+        stops, count = Stops(checkpoint, processes, Requests()), 1000
         added = timed(lambda: [None for _ in stops.steps(range(count))]) / count
     lines = [f"{processes.world_size} processes of one thread; between two steps: {1e6 * added:.1f} us"]
     torch.manual_seed(processes.rank)
@@ -138,7 +138,7 @@ def measure_guards(options: argparse.Namespace, processes: Processes, at_least: 
             progress.step_done()
 
     with new_checkpoint({}, processes) as checkpoint:
-        stops = Stops(checkpoint, processes)
+        stops = Stops(checkpoint, processes, Requests())
         bare(), guarded(stops)
         pairs, deadline = [], time.monotonic() + at_least
         while len(pairs) < 3 or time.monotonic() < deadline:

@@ -33,10 +33,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 import torch  # noqa: E402  the checkout comes first on the path
 import torch._dynamo  # noqa: E402  which the first optimizer imports, for half of a run's time
 
-from dints import data, errors, network, running, training  # noqa: E402
+from dints import candidates, data, errors, network, running, training  # noqa: E402
 
 STAGES = {name: importlib.import_module(name) for name in ("search_dints", "train_dints", "infer_dints")}
-for wing in (data, network, running, training):
+for wing in (candidates, data, network, running, training):
     for module in pkgutil.iter_modules(wing.__path__):
         importlib.import_module(f"{wing.__name__}.{module.name}")
 LIMIT = 120  # seconds that a command may take
@@ -88,7 +88,7 @@ def become_rank(rank: int, world_size: int, port: int, pids: list[int], said: in
     os.dup2(said, 2)
     sys.stdin = open(os.devnull)  # noqa: SIM115  the requests that were read ahead are the server's
     training.curves.draw_all = network.drawing.draw_architecture = lambda *_, **__: None
-    network.cost.cost = lambda *_, **__: SimpleNamespace(to_dict=dict, lines=list)
+    replace(network.cost, "cost", cost_unless_measured)
     replace(training.checkpoint.Checkpoint, "save", save_on_every_rank)
 
 
@@ -96,6 +96,10 @@ def replace(owner: type | ModuleType, name: str, function: Callable) -> None:
     """Put ``function(self, original, ...)``, or ``function(original, ...)`` in a module, in place of a function."""
     partial = functools.partialmethod if isinstance(owner, type) else functools.partial
     setattr(owner, name, partial(function, getattr(owner, name)))
+
+
+def cost_unless_measured(original: Callable, *settings: object, device: object = None) -> object:
+    return original(*settings) if device is None else SimpleNamespace(to_dict=dict, lines=list)
 
 
 def save_on_every_rank(checkpoint: training.checkpoint.Checkpoint, original: Callable) -> None:

@@ -15,7 +15,7 @@ from dints.errors import Stopped
 from dints.running.precision import Precision
 from dints.running.processes import STOP_SIGNALS, Processes, started
 from dints.training.checkpoint import Checkpoint, find_state
-from dints.training.stops import Stops
+from dints.training.stops import Requests, Stops
 
 CPU = torch.device("cpu")
 SETTINGS = {"processes": 1}
@@ -34,7 +34,7 @@ def begun(folder: Path, save_minutes: float = 1000.0, warning_signal: str = "USR
     processes = Processes(0, 1, CPU)
     checkpoint = Checkpoint(folder, SETTINGS, {}, Precision("fp32", CPU), processes)
     checkpoint.restore(find_state(folder, SETTINGS))
-    return Stops(checkpoint, processes, save_minutes, warning_signal)
+    return Stops(checkpoint, processes, Requests(warning_signal), save_minutes)
 
 
 def ask_to_stop(number: int = signal.SIGTERM) -> None:
@@ -89,9 +89,9 @@ def test_a_second_interrupt_does_not_wait_unless_it_is_the_same_one(tmp_path):
     stops, heeded = begun(tmp_path), []
     with pytest.raises(KeyboardInterrupt):
         for seconds_later in (0, 0, 2):  # the second is the first one, which a launcher passed on
-            stops.received_at -= seconds_later
+            stops.requests.received_at -= seconds_later
             ask_to_stop(signal.SIGINT)
-            heeded.append(stops.received)
+            heeded.append(stops.requests.received)
     assert heeded == [signal.SIGINT] * 2
 
 

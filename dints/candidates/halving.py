@@ -1,0 +1,150 @@
+"""Successive halving: many candidates are trained for a short time, the best of them for longer, until one is left.
+
+Karnin et al., Almost Optimal Exploration in Multi-Armed Bandits, ICML 2013; Jamieson and Talwalkar, Non-stochastic Best
+Arm Identification and Hyperparameter Optimization, AISTATS 2016. Each training starts afresh and has a schedule of its
+own length, for that tells more than a stage of a longer one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dints import files
+from dints.candidates.proposals import Candidate
+from dints.candidates.trainings import Result
+from dints.errors import Stopped, UserError
+from dints.running.processes import Processes
+from dints.training.checkpoint import compare
+from dints.training.stops import Requests
+from dints.training.tables import CANDIDATES, write_rows
+
+log = logging.getLogger(__name__)
+
+FEWER = ((1, 4), (4, 2), (8, 1))  # of each rung: by which candidates and iterations are divided
+SECONDS_BETWEEN_LOOKS = 0.5  # at what other ranks have done
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """How many candidates are trained for how many iterations."""
+
+    count: int
+    iterations: int
+
+
+def rungs(count: int, iterations: int) -> list[Rung]:
+    """Return the rungs for so many candidates, the last ones of which are trained for ``iterations``.
+
+    A quarter of them reaches the second rung, an eighth the third; none decides between one and itself.
+    """
+    steps = [Rung(-(-count // fewer), max(1, iterations // shorter)) for fewer, shorter in FEWER]
+    return [rung for rung in steps if rung.count > 1]
+
+
+def best(candidates: Sequence[Candidate], results: Mapping[str, Result], count: int) -> list[Candidate]:
+    """Return the ``count`` candidates of the highest Dice, best first; of equal ones the first."""
+    return sorted(candidates, key=lambda candidate: -results[candidate.name].dice)[:count]
+
+
+def open_folder(folder: Path, configuration: dict, precision: str, resume: str) -> str:
+    """Make the candidates' folder, or find one of the same settings; return the precision that its trainings have.
+
+    Raises:
+        UserError: its trainings had other settings; each that differs is named.
+    """
+    settings = folder / SETTINGS
+    if resume == "never":
+        shutil.rmtree(folder, ignore_errors=True)
+    elif settings.exists():
+        stored = _read(settings)
+        compare(settings, stored["configuration"], configuration)
+        return stored["precision"]
+    files.write_atomically(settings, json.dumps({"configuration": configuration, "precision": precision}, indent=2))
+    return precision
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and its training is done again") from error
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Has candidates trained by all ranks, and keeps every result in a file: what is done is never done again.
+
+    A rank takes the next candidate when it has done with one. Which rank trains it makes no difference to its result.
+
+    Attributes:
+        folder: of the run.
+        train: trains a candidate for so many iterations in a folder of its own.
+        rows: of the table ``candidates.csv``, a line a training.
+    """
+
+    folder: Path
+    processes: Processes
+    requests: Requests
+    train: Callable[[Candidate, int, Path], Result]
+    rows: list[dict]
+
+    def results(self, candidates: Sequence[Candidate], iterations: int) -> dict[str, Result]:
+        """Return each one's result by name, the same on every rank; every rank must call it."""
+        files_of = {one.name: self.folder / "candidates" / one.name / f"{iterations}.json" for one in candidates}
+        known = {name: _read(path) for name, path in files_of.items() if path.exists()}
+        known = {name: values for of_rank in self.processes.gather(known) for name, values in of_rank.items()}
+        waiting = [candidate for candidate in candidates if candidate.name not in known]
+        keys = {candidate.name: f"{iterations}/{candidate.name}" for candidate in waiting}
+        for number in self._turns(f"{iterations}/{len(self.rows)}", len(waiting)):
+            candidate = waiting[number]
+            path = files_of[candidate.name]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result = self.train(candidate, iterations, path.parent)
+            files.write_atomically(path, json.dumps(result.to_dict()))
+            self.processes.board.set(keys[candidate.name], json.dumps(result.to_dict()))
+        self._wait_for(list(keys.values()))
+        known |= {name: json.loads(self.processes.board.get(key)) for name, key in keys.items()}
+        self.processes.gather(None)  # the board goes with the process that holds it: let all have read it
+        results = {candidate.name: Result(**known[candidate.name]) for candidate in candidates}
+        self._write(candidates, results)
+        return results
+
+    def _turns(self, what: str, count: int) -> Iterator[int]:
+        """Yield numbers below ``count`` that no other rank gets, until all are given."""
+        while (number := self.processes.board.add(f"{what}/taken", 1) - 1) < count:
+            if self.requests.received is not None:
+                raise Stopped(self.requests.received, f"before another candidate, with what is done in {self.folder}")
+            yield number
+
+    def _wait_for(self, keys: Sequence[str]) -> None:
+        """Wait until all ranks' results are there; no collective, for trainings may take longer than its timeout."""
+        while not self.processes.board.check(list(keys)):
+            if self.requests.received is not None:
+                raise Stopped(self.requests.received, f"after its last candidate, with what is done in {self.folder}")
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _write(self, candidates: Sequence[Candidate], results: Mapping[str, Result]) -> None:
+        """Add these trainings to the table, and tell them, best first."""
+        for candidate in best(candidates, results, len(candidates)):
+            result = results[candidate.name]
+            self.rows.append(
+                {
+                    "candidate": candidate.name,
+                    "kind": candidate.kind,
+                    "parent": candidate.parent or "",
+                    "channel_mul": candidate.channel_mul,
+                    "blocks": candidate.architecture.num_blocks,
+                    "paths": int(candidate.architecture.arch_code_a.sum()),
+                    **result.to_dict(),
+                }
+            )
+            log.info("%d iterations: %s has Dice %.4f", result.iterations, candidate.name, result.dice)
+        if self.processes.is_main:
+            write_rows(self.folder / CANDIDATES, self.rows)

@@ -1,0 +1,146 @@
+"""Rungs, who reaches the next one, and results that are kept and shared out."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from architectures import chain
+
+from dints.candidates.halving import Ledger, Rung, best, open_folder, rungs
+from dints.candidates.proposals import Candidate
+from dints.candidates.trainings import Result, divided
+from dints.errors import Stopped, UserError
+from dints.running.processes import Processes
+from dints.training.curves import draw_candidates
+from dints.training.tables import read_rows
+
+CPU = torch.device("cpu")
+CANDIDATES = [Candidate(f"random_{number}", "random", chain(0, 0, num_depths=2), 0.5) for number in range(6)]
+
+
+class Requests:
+    """Stands for a process that was, or was not, asked to stop."""
+
+    received: int | None = None
+
+
+class Trainings:
+    """Stands for trainings whose Dice is the last digit of the candidate's name; it counts them."""
+
+    def __init__(self, raises_at: int = 1000):
+        self.done, self.raises_at = [], raises_at
+
+    def __call__(self, candidate: Candidate, iterations: int, folder: Path) -> Result:
+        if len(self.done) == self.raises_at:
+            raise KeyboardInterrupt
+        assert folder.is_dir()
+        self.done.append(candidate.name)
+        return Result(int(candidate.name[-1]) / 10, iterations, 1.5)
+
+
+def ledger(folder: Path, train: Trainings, requests: Requests | None = None, board: dist.Store | None = None) -> Ledger:
+    processes = Processes(0, 1, CPU, board or dist.HashStore())
+    return Ledger(folder, processes, requests or Requests(), train, rows=[])
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (16, [Rung(16, 250), Rung(4, 500), Rung(2, 1000)]),
+        (20, [Rung(20, 250), Rung(5, 500), Rung(3, 1000)]),
+        (8, [Rung(8, 250), Rung(2, 500)]),
+        (2, [Rung(2, 250)]),
+    ],
+)
+def test_rungs(count, expected):
+    assert rungs(count, 1000) == expected
+
+
+def test_the_best_are_those_of_the_highest_dice_and_of_equals_the_first():
+    dices = (0.1, 0.5, 0.3, 0.5, 0.0, 0.2)
+    results = {one.name: Result(dice, 1, 1.0) for one, dice in zip(CANDIDATES, dices, strict=True)}
+    assert [one.name[-1] for one in best(CANDIDATES, results, 3)] == ["1", "3", "2"]
+
+
+def test_every_training_case_trains_or_judges():
+    train, judge = divided(range(10))
+    assert (train, judge) == ([1, 2, 3, 5, 6, 7, 9], [0, 4, 8])
+    assert divided("ab") == (["b"], ["a"])
+    with pytest.raises(UserError, match="1 training case cannot be divided"):
+        divided("a")
+
+
+class TestLedger:
+    def test_keeps_results_and_a_table(self, tmp_path):
+        of_run = ledger(tmp_path, Trainings())
+        results = of_run.results(CANDIDATES, 100)
+        assert results["random_3"] == Result(0.3, 100, 1.5)
+        of_run.results(CANDIDATES[:2], 200)
+        rows = read_rows(tmp_path / "candidates.csv")
+        assert [row["candidate"][-1] for row in rows] == list("54321010")
+        assert rows[0]["dice"] == "0.5" and rows[-1]["iterations"] == "200" and rows[0]["paths"] == "1"
+        draw_candidates(tmp_path)
+        assert (tmp_path / "candidates.png").stat().st_size > 5000
+
+    def test_does_nothing_twice(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            ledger(tmp_path, Trainings(raises_at=4)).results(CANDIDATES, 100)
+        again = Trainings()
+        results = ledger(tmp_path, again).results(CANDIDATES, 100)
+        assert again.done == ["random_4", "random_5"]
+        assert results == ledger(tmp_path / "other", Trainings()).results(CANDIDATES, 100)
+
+    def test_a_damaged_result_is_named(self, tmp_path):
+        ledger(tmp_path, Trainings()).results(CANDIDATES, 100)
+        (tmp_path / "candidates/random_2/100.json").write_text('{"dice": 0.')
+        with pytest.raises(UserError, match="random_2/100.json is damaged .*: remove it, and its training"):
+            ledger(tmp_path, Trainings()).results(CANDIDATES, 100)
+
+    def test_ranks_share_the_trainings(self, tmp_path):
+        """Threads stand for ranks; each sees the board, and neither waits for the other's training."""
+        board, of_ranks, results = dist.HashStore(), [Trainings(), Trainings()], {}
+
+        def rank(number: int) -> None:
+            of_rank = ledger(tmp_path / str(number), of_ranks[number], board=board)
+            results[number] = of_rank.results(CANDIDATES, 100)
+
+        threads = [threading.Thread(target=rank, args=[number]) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert results[0] == results[1] and len(results[0]) == 6
+        assert sorted(of_ranks[0].done + of_ranks[1].done) == [one.name for one in CANDIDATES]
+
+    def test_a_rank_that_waits_hears_of_a_request_to_stop(self, tmp_path):
+        asked = Requests()
+        asked.received = 15
+        with pytest.raises(Stopped) as stopped:
+            ledger(tmp_path, Trainings(), requests=asked).results(CANDIDATES, 100)
+        assert stopped.value.signal == 15 and str(tmp_path) in stopped.value.saved
+        with pytest.raises(Stopped):
+            ledger(tmp_path, Trainings(), requests=asked)._wait_for(["of another rank"])
+
+
+class TestFolder:
+    def test_goes_on_with_the_same_settings_and_its_own_precision(self, tmp_path):
+        assert open_folder(tmp_path / "c", {"seed": 0}, "bf16", "auto") == "bf16"
+        assert open_folder(tmp_path / "c", {"seed": 0}, "fp32", "auto") == "bf16"
+        assert json.loads((tmp_path / "c/settings.json").read_text())["precision"] == "bf16"
+
+    def test_refuses_other_settings_and_names_them(self, tmp_path):
+        open_folder(tmp_path / "c", {"seed": 0, "memory_mib": 5}, "bf16", "auto")
+        with pytest.raises(UserError, match=r"settings.json belongs to a run with other .*memory_mib was 5 and is 6\)"):
+            open_folder(tmp_path / "c", {"seed": 0, "memory_mib": 6}, "bf16", "auto")
+
+    def test_never_starts_afresh(self, tmp_path):
+        ledger(tmp_path, Trainings()).results(CANDIDATES, 100)
+        assert open_folder(tmp_path / "candidates", {"seed": 1}, "fp32", "never") == "fp32"
+        afresh = Trainings()
+        ledger(tmp_path, afresh).results(CANDIDATES, 100)
+        assert len(afresh.done) == 6

@@ -1,0 +1,132 @@
+"""Candidates are connected, different from each other, and each fills the memory; mutants are near their parents."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from architectures import chain, everything
+from architectures import random_architecture as some_architecture
+
+from dints.candidates import proposals
+from dints.candidates.proposals import CHANGES, KINDS, Limits, mutants, mutated, proposed
+from dints.errors import UserError
+from dints.network.architecture import Architecture
+from dints.network.cost import cost
+from dints.network.operations import PUBLISHED
+from dints.network.space import SearchSpace
+
+LIMITS = Limits(1.5, 3, 3, PUBLISHED, False, False, (2, 1, 16, 16, 16), 3)
+
+
+@pytest.fixture(scope="module")
+def space() -> SearchSpace:
+    """Make a small space whose probabilities have been decided by chance."""
+    torch.manual_seed(0)
+    space = SearchSpace(0.25, 3, 3, use_downsample=False)
+    space.log_alpha_a.data.normal_(0, 3)
+    space.log_alpha_c.data.normal_(0, 3)
+    return space
+
+
+@pytest.fixture(scope="module")
+def members(space):
+    return proposed(9, KINDS, LIMITS, space, seed=0)
+
+
+def activations(candidate, channels: int = 0) -> float:
+    width = candidate.channel_mul + channels / 32
+    return cost(candidate.architecture, 1, 3, (16, 16, 16), width, batch_size=2).activation_mib
+
+
+def test_kinds_take_turns_and_no_architecture_comes_twice(members):
+    assert [member.name for member in members[:6]] == [f"{kind}_{number}" for number in (1, 2) for kind in KINDS]
+    assert len({str(member.architecture.codes()) for member in members}) == 9
+
+
+def test_the_same_seed_gives_the_same_candidates_and_another_one_others(members, space):
+    def codes(candidates):
+        return [(one.name, one.architecture.codes(), one.channel_mul) for one in candidates]
+
+    assert codes(proposed(9, KINDS, LIMITS, space, seed=0)) == codes(members)
+    others = {str(code) for _, code, _ in codes(proposed(9, ["random"], LIMITS, None, seed=1))}
+    assert not others & {str(member.architecture.codes()) for member in members if member.kind == "random"}
+
+
+def test_each_fills_the_memory_but_for_one_channel(members):
+    for member in members:
+        assert activations(member) <= LIMITS.memory_mib < activations(member, channels=1), member.name
+
+
+def test_the_gradient_search_gives_its_most_probable_ones_within_budgets(members, space):
+    first, *others = [member.architecture for member in members if member.kind == "gradient"]
+    assert first.codes() == space.architecture().codes() and len(others) > 0
+    for other in others:
+        assert other.info["ram_ratio"] < first.info["ram_ratio"]
+        assert other.codes() == space.architecture(other.info["ram_ratio"]).codes()
+
+
+def test_random_ones_keep_the_finest_resolution_and_are_of_many_densities():
+    drawn = [member.architecture for member in proposed(12, ["random"], LIMITS, None, seed=0)]
+    assert all(one.arch_code_a[:, 0].all() and not one.use_downsample for one in drawn)
+    ratios = [one.info["ram_ratio"] for one in drawn]
+    assert min(ratios) < 0.25 and max(ratios) > 0.45
+
+
+def test_the_stem_is_that_of_the_space():
+    halving = replace(LIMITS, use_downsample=True)
+    members = proposed(4, ["by_hand", "random"], halving, None, seed=0)
+    assert all(member.architecture.use_downsample for member in members)
+
+
+def test_too_few_are_an_error_with_a_reason():
+    with pytest.raises(UserError, match=r"--proposals by_hand give \d candidates .* and 20 are needed: they have no"):
+        proposed(20, ["by_hand"], LIMITS, None, seed=0)
+    with pytest.raises(UserError, match=r"give 0 candidates for --memory_mib 0.01, .*--memory_mib 0.01 is too small"):
+        proposed(2, ["by_hand", "random"], replace(LIMITS, memory_mib=0.01), None, seed=0)
+
+
+class TestMutants:
+    def test_are_new_and_name_their_parents(self, members):
+        parents = members[:2]
+        made = mutants(8, parents, members, LIMITS, seed=0)
+        assert [mutant.parent for mutant in made] == [parents[number % 2].name for number in range(8)]
+        assert [mutant.name for mutant in made] == [f"mutant_{number}" for number in range(1, 9)]
+        assert len({str(one.architecture.codes()) for one in (*members, *made)}) == len(members) + 8
+        assert all(activations(mutant) <= LIMITS.memory_mib for mutant in made)
+
+    def test_keep_the_finest_resolution_where_that_is_asked_for(self):
+        generator, parent, left = np.random.default_rng(0), everything(3, 3), []
+        for keep_finest in (True, False):
+            made = [one for one in (mutated(parent, keep_finest, generator) for _ in range(300)) if one]
+            left.append(sum(not one.arch_code_a[:, 0].all() for one in made))
+        assert left[0] == 0 < left[1]
+
+    def test_each_change_occurs(self):
+        generator, parent = np.random.default_rng(0), some_architecture(3, 4, 3)
+        seen = {change for _ in range(300) for change in changes(parent, mutated(parent, False, generator))}
+        assert seen == set(CHANGES)
+
+    def test_there_are_fewer_where_no_more_are_found(self, members, monkeypatch):
+        draws = iter([members[0].architecture, everything(3, 3), None, everything(3, 3)])
+        monkeypatch.setattr(proposals, "mutated", lambda *_: next(draws, None))
+        (made,) = mutants(8, members[:2], members[:1], LIMITS, seed=0)
+        assert made.architecture.codes() == everything(3, 3).codes()
+
+    def test_a_chain_that_cannot_lose_its_path_stays(self):
+        parent = chain(0, 0, num_depths=2)
+        made = [mutated(parent, False, np.random.default_rng(seed)) for seed in range(50)]
+        assert all(one is None or one.arch_code_a.any(-1).all() for one in made)
+
+
+def changes(parent: Architecture, mutant: Architecture | None) -> set[str]:
+    """Tell what differs, where it can be told."""
+    if mutant is None:
+        return set()
+    if mutant.use_downsample != parent.use_downsample:
+        return {"stem"}
+    if mutant.num_blocks != parent.num_blocks:
+        return {"block"}
+    return {"operation" if (mutant.arch_code_a == parent.arch_code_a).all() else "path"}
