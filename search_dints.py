@@ -327,6 +327,9 @@ def compete(
     """Let candidates compete in short trainings, rung by rung, and write the winner."""
     limits = limits_of_candidates(args, prepared)
     first, *others = candidates.halving.rungs(args.candidates, args.candidate_iterations)
+    log.info(
+        "%s", ", then ".join(f"{rung.count} candidates at {rung.iterations} iterations" for rung in (first, *others))
+    )
     ledger = open_ledger(args, prepared, processes, folder)
 
     count = -(-first.count // 2)

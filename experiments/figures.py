@@ -81,7 +81,8 @@ def time_to_dice(results: list[dict]) -> dict[str, list[tuple[float, float]]]:
     """Return the points (minutes, Dice) of each network, by the recommended recipe: means over folds and seeds."""
     points = defaultdict(lambda: defaultdict(list))
     for result in results:
-        if (result["recipe"], result["processes"]) == ("recommended", 1) and result["seconds"] is not None:
+        timed = result.get("minutes") is not None and result["seconds"] is not None
+        if timed and (result["recipe"], result["processes"]) == ("recommended", 1):
             points[result["network"]][result["minutes"]].append((result["seconds"] / 60, result["dice"]))
     return {
         network: [tuple(map(statistics.mean, zip(*runs, strict=True))) for _, runs in sorted(lengths.items())]

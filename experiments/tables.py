@@ -1,31 +1,40 @@
-"""Print the tables of results.jsonl as Markdown: a row a recipe, then a row a network; a column a fold.
+"""Print the tables of results.jsonl as Markdown: a row a recipe, a row a network, and at equal memory a row a kind.
 
     python experiments/tables.py
 
-All trainings of a table would take the same time on an idle core. A cell is the mean Dice of the classes, over the
-fold's 52 cases; with several seeds their mean, with the smallest and the largest. GMAC are the multiply-adds of a
+All trainings of the first two would take the same time on an idle core. A cell is the mean Dice of the classes, over
+the fold's 52 cases; with several seeds their mean, with the smallest and the largest. GMAC are the multiply-adds of a
 batch's forward pass, in 10^9. Minutes are those of training alone, two side by side; "-" where other work shared the
 cores.
+
+At equal memory, each kind's networks have as many iterations. The last column is what searches with candidates gain
+over it: the difference of the means, and its 95% interval over cases (bootstrap).
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from statistics import mean
 
-from runner import U, read_results
+import numpy as np
+from rows import U
+from runner import read_results
 
 EQUAL_MINUTES = 6
+DRAWS = 10_000  # of cases, for an interval
 
 
 def main() -> None:
-    results = [result for result in read_results() if result["processes"] == 1 and result["minutes"] == EQUAL_MINUTES]
+    every = read_results()
+    results = [line for line in every if line["processes"] == 1 and line.get("minutes") == EQUAL_MINUTES]
     tables = {
         "recipe": [result for result in results if result["network"] == U],
         "network": [result for result in results if result["recipe"] == "recommended"],
     }
     for name, chosen in tables.items():
         print("\n".join(table(name, chosen)), end="\n\n")
+    print("\n".join(memory_table(every)))
 
 
 def table(name: str, results: list[dict]) -> list[str]:
@@ -48,6 +57,55 @@ def table(name: str, results: list[dict]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def memory_table(results: list[dict]) -> list[str]:
+    """Return the lines of the table at equal memory; searches stand with the time that they took."""
+    seconds, networks = defaultdict(list), defaultdict(list)
+    for line in results:
+        if line.get("memory_mib") is None:
+            continue
+        kind = (line["memory_mib"], line["kind"] if "kind" in line else kind_of(line["network"]))
+        (networks if "network" in line else seconds)[kind].append(line if "network" in line else line["seconds"])
+    lines = [
+        "| MiB | kind | networks | parameters | minutes of search | Dice | search gains |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (memory, kind), of_kind in sorted(networks.items(), key=lambda item: item[0][0]):
+        sizes = [line["parameters"] / 1e6 for line in of_kind]
+        found = networks.get((memory, "search"))
+        gains = "-" if kind == "search" or not found else gain(found, of_kind)
+        cells = [
+            f"{memory:g}",
+            kind,
+            str(len(of_kind)),
+            f"{min(sizes):.2f} to {max(sizes):.2f} M" if len(sizes) > 1 else f"{sizes[0]:.2f} M",
+            f"{mean(seconds[memory, kind]) / 60:.0f}" if seconds[memory, kind] else "-",
+            dice([line["dice"] for line in of_kind]),
+            gains,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def kind_of(network: str) -> str:
+    """Name the kind of a network of the rows at equal memory: how it was found, or itself."""
+    kind = network.split("_")[0]
+    return kind if kind in ("search", "control", "gradient", "random") else network
+
+
+def gain(found: list[dict], others: list[dict]) -> str:
+    """Write by how much the mean Dice of some trainings is above that of others, with its interval over cases."""
+    mine, theirs = (np.mean([per_case(line) for line in lines], axis=0) for lines in (found, others))
+    difference = mine - theirs
+    drawn = np.random.default_rng(0).choice(difference, (DRAWS, len(difference))).mean(-1)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return f"{difference.mean():+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def per_case(line: dict) -> list[float]:
+    """Return the mean Dice of each case, in the order of their names."""
+    return [mean(line["cases"][case].values()) for case in sorted(line["cases"])]
 
 
 def dice(seeds: list[float]) -> str:

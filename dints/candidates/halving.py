@@ -107,6 +107,10 @@ class Ledger:
             path = files_of[candidate.name]
             path.parent.mkdir(parents=True, exist_ok=True)
             result = self.train(candidate, iterations, path.parent)
+            log.info(
+                "candidate %d of %d at %d iterations: %s has Dice %.4f after %.0f s",
+                *(number + 1, len(waiting), iterations, candidate.name, result.dice, result.seconds),
+            )
             files.write_atomically(path, json.dumps(result.to_dict()))
             self.processes.board.set(keys[candidate.name], json.dumps(result.to_dict()))
         self._wait_for(list(keys.values()))
@@ -131,7 +135,7 @@ class Ledger:
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _write(self, candidates: Sequence[Candidate], results: Mapping[str, Result]) -> None:
-        """Add these trainings to the table, and tell them, best first."""
+        """Add these trainings to the table, best first."""
         for candidate in best(candidates, results, len(candidates)):
             result = results[candidate.name]
             self.rows.append(
@@ -145,6 +149,5 @@ class Ledger:
                     **result.to_dict(),
                 }
             )
-            log.info("%d iterations: %s has Dice %.4f", result.iterations, candidate.name, result.dice)
         if self.processes.is_main:
             write_rows(self.folder / CANDIDATES, self.rows)

@@ -39,26 +39,35 @@ KINDS = {"gradient": "tab:blue", "by_hand": "tab:orange", "random": "tab:green",
 
 
 def draw_candidates(folder: Path) -> None:
-    """Draw ``candidates.png``: Dice of each candidate at each rung of a competition, a line a candidate."""
+    """Draw ``candidates.png``: Dice of each candidate of a competition on each rung that it reached.
+
+    Candidates far below the others are shown at the lower edge, for else those that matter would lie on each other.
+    """
     rows = read_rows(folder / CANDIDATES)
-    lines: dict[str, Rows] = {}
-    for row in rows:
-        lines.setdefault(row["candidate"], []).append(row)
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes, named = figure.subplots(), set()
-    for name, of_one in lines.items():
-        kind, points = of_one[0]["kind"], [(float(row["iterations"]), float(row["dice"])) for row in of_one]
-        label = None if kind in named else kind.replace("_", " ")
-        named.add(kind)
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=KINDS[kind], label=label, alpha=0.8)
-        if name == rows[-1]["candidate"] or len(points) == max(map(len, lines.values())):
-            axes.annotate(name.replace("_", " "), points[-1], xytext=(5, 0), textcoords="offset points", va="center")
-    axes.set_ylabel("Dice of the cases that judge")
-    axes.legend(frameon=False, loc="lower right")
-    axes.margins(x=0.15)
+    rungs = sorted({int(row["iterations"]) for row in rows})
+    dices = [float(row["dice"]) for row in rows]
+    lowest = max(min(dices), max(dices) - 3 * (max(dices) - float(np.median(dices))) - 0.01)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for kind, colour in KINDS.items():
+        of_kind = dict.fromkeys(row["candidate"] for row in rows if row["kind"] == kind)
+        for number, name in enumerate(of_kind):
+            points = {int(row["iterations"]): float(row["dice"]) for row in rows if row["candidate"] == name}
+            # Beside each other, so that those of equal Dice can be told apart.
+            x = [rungs.index(iterations) + 0.12 * (list(KINDS).index(kind) - 1.5) for iterations in points]
+            label = kind.replace("_", " ") if number == 0 else None
+            y = np.maximum(list(points.values()), lowest)
+            axes.plot(x, y, marker="o", markersize=5, color=colour, label=label, alpha=0.75)
+    winner = rows[-sum(int(row["iterations"]) == rungs[-1] for row in rows)]  # a rung's rows are in order, best first
+    axes.set_title(
+        f"the winner is {winner['candidate'].replace('_', ' ')}, Dice {float(winner['dice']):.4f}", loc="left"
+    )
+    axes.set_xticks(range(len(rungs)), [f"{iterations:,}" for iterations in rungs])
     axes.set_xlabel("iterations of a training")
-    axes.grid(alpha=0.3)
+    axes.set_ylabel("Dice of the cases that judge")
+    axes.grid(alpha=0.3, axis="y")
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
     _save(figure, folder / "candidates.png")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,22 +13,25 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments"))
 import figures
 import opponents
+import rows
 import runner
 import tables
 
 from dints.data.phantom import write_phantom
 from dints.network.architecture import load_architecture
+from dints.network.cost import counts
+from dints.network.found import FoundNetwork
 from dints.network.unsearched import u_shaped
 
 RECIPE = "--channel_mul 0.125 --patch_size 8 8 8 --spacing 6 6 6 --num_iterations 2"
-ROW = runner.Row(runner.U, "small", 6, 0, 0)
-OPPONENT = runner.Row("dynunet", "small", 6, 1, 3, processes=2)
+ROW = rows.Training(rows.U, "small", 6, 0, 0)
+OPPONENT = rows.Training("dynunet", "small", 6, 1, 3, processes=2)
 
 
-def run(monkeypatch, folder: Path, *flags: str) -> list[dict]:
+def run(monkeypatch, folder: Path, *flags: str, table: Sequence = (ROW, OPPONENT)) -> list[dict]:
     monkeypatch.setattr(runner, "RESULTS", folder / "results.jsonl")
-    monkeypatch.setitem(runner.RECIPES, "small", RECIPE)
-    monkeypatch.setattr(runner, "table", lambda: {row.name: row for row in (ROW, OPPONENT)})
+    monkeypatch.setitem(rows.RECIPES, "small", RECIPE)
+    monkeypatch.setattr(runner, "table", lambda: {row.name: row for row in table})
     arguments = ["--root", str(folder / "Task00_Phantom"), "--work", str(folder / "work"), "--jobs", "1", *flags]
     monkeypatch.setattr(sys, "argv", ["runner.py", *arguments])
     runner.main(runner.parse_args())
@@ -63,27 +68,67 @@ def test_a_row_that_fails_is_told_and_leaves_no_line(monkeypatch, tmp_path, caps
 
 
 def test_every_row_has_a_name_of_its_own_and_a_network():
-    rows = runner.table()
-    assert all(row.name == name for name, row in rows.items())
-    assert len(set(rows.values())) == len(rows) > 40
-    for row in rows.values():
-        file = runner.ARCHITECTURES / f"{row.network}.pth"
-        assert row.recipe in runner.RECIPES and (row.network in opponents.OPPONENTS) != file.exists()
+    every = rows.table()
+    assert all(row.name == name for name, row in every.items())
+    assert len(set(every.values())) == len(every) > 80
+    searches = {row.name for row in every.values() if isinstance(row, rows.Search)}
+    assert len(searches) == 12
+    for row in (row for row in every.values() if row.name not in searches):
+        assert row.recipe in rows.RECIPES
+        assert rows.is_ready(row) or row.network in searches or row.network.startswith("gradient_")
+
+
+def test_at_equal_memory_each_network_fills_it_but_for_one_channel():
+    for network in ("u_shaped_skip_9x3", "dynunet"):
+        width = rows.filling(network, 10.0)
+        if network in opponents.OPPONENTS:
+            makers = [partial(opponents.OPPONENTS[network], 1, 3, width + more) for more in (0, 1 / 32)]
+        else:
+            found = rows.architecture_of(network)
+            makers = [partial(FoundNetwork, found, 1, 3, width + more) for more in (0, 1 / 32)]
+        within, beyond = (counts(make, (2, 1, 32, 32, 32))["activation_mib"] for make in makers)
+        assert within <= 10 < beyond
+
+
+def test_random_opponents_are_different_and_keep_the_finest_resolution():
+    drawn = [rows.architecture_of(f"random_{number}") for number in range(rows.NUM_RANDOM)]
+    assert len({str(one.codes()) for one in drawn}) == rows.NUM_RANDOM
+    assert all(one.arch_code_a[:, 0].all() and not one.use_downsample for one in drawn)
+
+
+@pytest.mark.slow
+def test_a_search_leaves_files_that_other_rows_train(monkeypatch, tmp_path):
+    write_phantom(tmp_path / "Task00_Phantom", 8, 1, shape=(24, 24, 24))
+    small = "--patch_size 16 16 16 --spacing 6 6 6 --candidates 4 --candidate_iterations 8"
+    monkeypatch.setitem(rows.SEARCHES, "search", small)
+    monkeypatch.setattr(rows, "GRADIENT", "--channel_mul 0.125 --num_epochs 2 --num_epochs_warmup 1")
+    monkeypatch.setattr(rows, "ARCHITECTURES", tmp_path)
+    found, missing = rows.Search("search", 3.0, 1, 0), rows.Search("control", 3.0, 1, 0)
+    monkeypatch.setitem(rows.RECIPES, "larger", RECIPE.replace("8 8 8", "16 16 16"))
+    trainings = [rows.Training(row.name, "larger", None, 1, 0, memory_mib=3.0) for row in (found, missing)]
+    monkeypatch.setattr(rows, "EQUAL_ITERATIONS", 2)
+    monkeypatch.setattr(rows, "filling", lambda *_: 0.125)
+    lines = run(monkeypatch, tmp_path, table=[trainings[0], found])
+    assert [line["name"] for line in lines] == [found.name, trainings[0].name]
+    assert len(lines[0]["candidates"]) == 4 and lines[0]["seconds"] > lines[0]["gradient_seconds"] > 0
+    assert (tmp_path / "gradient_fold1_seed0.pth").exists() and lines[1]["dice"] >= 0
+    with pytest.raises(SystemExit, match="1 rows train what no search has found yet, for example control_3mib"):
+        run(monkeypatch, tmp_path, table=[trainings[1]])
 
 
 def test_rows_of_as_many_minutes_take_equally_long():
-    seconds = {name: network.seconds for name, network in runner.NETWORKS.items()}
-    for row in (runner.Row(name, "recommended", 10, 0, 0) for name in seconds):
+    seconds = {name: network.seconds for name, network in rows.NETWORKS.items()}
+    for row in (rows.Training(name, "recommended", 10, 0, 0) for name in seconds):
         assert abs(row.iterations * seconds[row.network] / 600 - 1) < 0.05
-    plain, half = (runner.Row(runner.U, recipe, 10, 0, 0) for recipe in ("recommended", "half-resolution"))
+    plain, half = (rows.Training(rows.U, recipe, 10, 0, 0) for recipe in ("recommended", "half-resolution"))
     assert half.iterations > plain.iterations
-    assert runner.Row(runner.U, "recommended", 10, 0, 0, processes=2).iterations > plain.iterations
+    assert rows.Training(rows.U, "recommended", 10, 0, 0, processes=2).iterations > plain.iterations
 
 
 @pytest.mark.parametrize("size", [(5, 3), (9, 3)], ids=str)
 def test_the_us_of_the_experiments_are_ours_at_full_resolution(size):
     made = u_shaped(*size, skip_connections=size == (9, 3))
-    committed = load_architecture(runner.ARCHITECTURES / f"{made.info['unsearched']}_{size[0]}x{size[1]}.pth")
+    committed = load_architecture(rows.ARCHITECTURES / f"{made.info['unsearched']}_{size[0]}x{size[1]}.pth")
     assert committed.codes()[:2] == made.codes() and not committed.use_downsample
 
 
@@ -113,3 +158,18 @@ def test_the_curves_are_means_over_folds_of_trainings_of_one_process():
     results += [result("u", 6, 0, recipe="published"), result("u", 6, 0, processes=2), result("u", 6, 0, seconds=None)]
     curves = figures.time_to_dice(results)
     assert curves == {"u": [(5, 0.7), (10, pytest.approx(0.85))], "dynunet": [(5, 0.6)]}
+
+
+def test_at_equal_memory_a_kind_has_a_row_and_what_searches_gain_over_it():
+    def result(network: str, dices: Sequence[float]) -> dict:
+        cases = {f"case_{number}": {"a": dice, "b": dice} for number, dice in enumerate(dices)}
+        mean = sum(dices) / len(dices)
+        return {"network": network, "memory_mib": 30.0, "parameters": 1.5e6, "dice": mean, "cases": cases}
+
+    search = {"name": "search_30mib", "kind": "search", "memory_mib": 30.0, "seconds": 600.0}
+    lines = [search, result("search_30mib_seed0", [0.8, 0.9]), result("search_30mib_seed1", [0.6, 0.7])]
+    lines += [result("random_0", [0.6, 0.7]), {"minutes": 6, "network": "u"}]
+    assert tables.memory_table(lines)[2:] == [
+        "| 30 | search | 2 | 1.50 to 1.50 M | 10 | 0.7500 (0.6500 to 0.8500) | - |",
+        "| 30 | random | 1 | 1.50 M | - | 0.6500 | +0.1000 (+0.1000 to +0.1000) |",
+    ]
