@@ -376,7 +376,10 @@ def prepare(args: argparse.Namespace) -> Prepared:
     network.found.check_patch_size(dataset.task.patch_size, args.num_depths, use_downsample)
     training_cases, validation_cases = data.listing.split_fold(dataset.cases, **options.folds(args))
     halves(training_cases)
-    return Prepared(dataset, use_downsample, training_cases, validation_cases)
+    prepared = Prepared(dataset, use_downsample, training_cases, validation_cases)
+    if args.candidates:
+        limits_of_candidates(args, prepared).check()
+    return prepared
 
 
 def limits_of_candidates(args: argparse.Namespace, prepared: Prepared) -> Limits:

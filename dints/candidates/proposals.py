@@ -72,6 +72,12 @@ class Limits:
     input_shape: tuple[int, ...]
     num_classes: int
 
+    def check(self) -> None:
+        """Raise `UserError` where no network would fit: not even one path of the space, at its narrowest."""
+        arch_code_a = np.zeros((self.num_blocks, 3 * self.num_depths - 2), dtype=np.int64)
+        arch_code_a[:, 0] = 1
+        self.channel_mul(from_codes(arch_code_a, 0 * arch_code_a, self.operations, self.use_downsample))
+
     def channel_mul(self, architecture: Architecture) -> float:
         """Return the width at which the architecture fills the memory.
 
@@ -184,7 +190,10 @@ def _spread(count: int) -> list[float]:
 
 def _by_hand(limits: Limits) -> Iterator[Architecture]:
     blocks, depths = limits.num_blocks, limits.num_depths
-    skipping = partial(unsearched.u_shaped, skip_connections=True)
+    lacking = {unsearched.CONVOLUTION, unsearched.SKIP} - {*limits.operations}
+    if unsearched.CONVOLUTION in lacking:
+        return
+    skipping = partial(unsearched.u_shaped, skip_connections=not lacking)
     for make, num_blocks, num_depths in (
         (skipping, blocks, depths),
         (unsearched.u_shaped, blocks, depths),

@@ -84,7 +84,7 @@ class Architecture:
     def channel_mul(self) -> float:
         """The width that it was judged at, if it was, else 1."""
         value = self.info.get("channel_mul", 1.0)
-        if not isinstance(value, (int, float)) or not 1 / 32 <= value <= _MAX_CHANNEL_MUL:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 / 32 <= value <= _MAX_CHANNEL_MUL:
             raise _unusable(self.source, f"'channel_mul' is {value!r}, not a number from 1/32 to {_MAX_CHANNEL_MUL}")
         return float(value)
 

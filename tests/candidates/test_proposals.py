@@ -81,6 +81,15 @@ def test_the_stem_is_that_of_the_space():
     assert all(member.architecture.use_downsample for member in members)
 
 
+def test_without_the_operations_of_hand_made_ones_there_are_others():
+    def made(*operations: str) -> list[str]:
+        limits = replace(LIMITS, operations=operations)
+        return [member.kind for member in proposed(3, ["by_hand", "random"], limits, None, seed=0)]
+
+    assert made("skip_connect", "conv_3x3x1") == ["random"] * 3
+    assert made("conv_3x3x3") == ["by_hand", "random", "random"]  # the second U would be the first one
+
+
 def test_too_few_are_an_error_with_a_reason():
     with pytest.raises(UserError, match=r"--proposals by_hand give \d candidates .* and 20 are needed: they have no"):
         proposed(20, ["by_hand"], LIMITS, None, seed=0)

@@ -262,8 +262,8 @@ def test_a_folder_that_cannot_be_written_is_told(cases, tmp_path):
 # Choosing
 
 
-def opened(tmp_path: Path, cases: list[Case], mode: str = "auto", processes: Processes = ALONE) -> Cache:
-    return open_cache(cases, TASK, tmp_path / "cache", processes, mode=mode)
+def opened(tmp_path: Path, cases: list[Case], mode: str = "auto", processes: Processes = ALONE, **more) -> Cache:
+    return open_cache(cases, TASK, tmp_path / "cache", processes, mode=mode, **more)
 
 
 NEEDED = (20**3 + 5 * 30 * 17) * (2 + 1 + 3 / 8)
@@ -291,6 +291,7 @@ def test_nodes_share_what_is_kept_in_memory(cases, tmp_path, monkeypatch, caplog
         assert opened(tmp_path, cases, processes=two_nodes).mode == "ram"
     assert "on each node" in caplog.text
     assert opened(tmp_path, cases, processes=replace(ALONE, world_size=2)).mode == "disk"
+    assert opened(tmp_path, cases, processes=two_nodes, on_every_rank=True).mode == "disk"
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(cases, tmp_path, monkeypatch, counted):

@@ -78,6 +78,11 @@ OF_SEARCH = {
         "--keep_finest --max_ram_ratio 0.05",
         "--max_ram_ratio 0.05 is too small for 2 blocks and 3 depths with --keep_finest: give at least",
     ),
+    "one candidate": ("--candidates 1 --memory_mib 9", "--candidates 1 has nothing to compete with"),
+    "candidates of any memory": ("--candidates 4", "--candidates needs --memory_mib"),
+    "no search and no candidates": ("--proposals random", "--proposals random needs --candidates"),
+    "unknown proposals": ("--proposals best", "argument --proposals: invalid choice: 'best'"),
+    "no room for a candidate": ("--candidates 4 --memory_mib 0.01", "--memory_mib 0.01 is too small: at the smallest"),
     "one training case": ("--num_folds 2 --json {tmp}/two.json", "1 training case cannot be halved"),
 }
 FAULTS = {"fold", "negative fold", "more folds than cases"}

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from monai.networks.nets import DiNTS, TopologySearch
 
 import decode_plot
 import search_dints
+import train_dints
 from dints.data.tasks import TASKS
 from dints.errors import UserError
-from dints.network.architecture import load_architecture
+from dints.network.architecture import load_architecture, save_architecture
 from dints.network.cost import Cost, cost
 from dints.network.model_file import load_model
 from dints.network.operations import OPERATIONS, PUBLISHED
@@ -209,6 +211,17 @@ class TestTrain:
         assert not [key for key in model.network.state_dict() if key.startswith("module.")]
         best = max(float(row["dice"]) for row in rows(trained / "accuracy_history.csv"))
         assert model.info["dice"] == pytest.approx(best)
+
+    def test_the_width_is_that_of_the_file_where_it_has_one_and_none_is_given(self, phantom, code, tmp_path):
+        found = load_architecture(code)
+        save_architecture(tmp_path / "judged.pth", replace(found, info={"channel_mul": 0.25}))
+        flags = words("--root", phantom, "--output_root", tmp_path, "--arch_ckpt", tmp_path / "judged.pth")
+        for given, expected in (([], 0.25), (["--channel_mul", "0.5"], 0.5)):
+            args = train_dints.parse_args([*flags, *given])
+            assert train_dints.with_width(args, load_architecture(args.arch_ckpt)).channel_mul == expected
+        for wrong in ("wide", 0, 1e9, float("nan"), True):
+            with pytest.raises(UserError, match=r"'channel_mul' is .*, not a number from 1/32 to 64"):
+                print(replace(found, info={"channel_mul": wrong}).channel_mul)
 
     def test_every_weight_trained(self, trained):
         state = parts(trained / "latest.pth")["optimizer"]["state"]
