@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
 
     from dints.candidates.halving import Ledger
     from dints.candidates.proposals import Limits
+    from dints.candidates.trainings import ShortTrainings
     from dints.data.cases import Case
     from dints.data.loaders import TrainingLoader, ValidationLoader
     from dints.data.opening import Dataset
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from dints.running.precision import Precision
     from dints.running.processes import Processes
     from dints.training.progress import Progress
+    from dints.training.stops import Requests
 
 log = logging.getLogger("search")
 
@@ -398,42 +400,37 @@ def limits_of_candidates(args: argparse.Namespace, prepared: Prepared) -> Limits
 
 
 def open_ledger(args: argparse.Namespace, prepared: Prepared, processes: Processes, folder: Path) -> Ledger:
-    """Prepare the trainings of candidates, and find those that are done."""
-    dataset, task = prepared.dataset, prepared.dataset.task
-    training_cases, judging_cases = candidates.trainings.divided(prepared.training_cases)
-    names = [name for name in vars(args) if name.startswith("candidate")] + ["proposals", "memory_mib"]
-    facts = {name: getattr(args, name) for name in names}
-    contents = {"task": task, "cases": data.opening.names(prepared.training_cases)}
-    configuration = training.checkpoint.configured({**options.course(args), **facts}, 1, **contents)
+    """Find which trainings of candidates are done, and prepare the others."""
+    competing = [name for name in vars(args) if name.startswith("candidate")] + ["proposals", "memory_mib"]
+    settings = {**options.course(args), **{name: getattr(args, name) for name in competing}}
+    contents = {"task": prepared.dataset.task, "cases": data.opening.names(prepared.training_cases)}
+    configuration = training.checkpoint.configured(settings, 1, **contents)  # any number of processes finds the same
     precision = running.precision.choose_precision(args.precision, processes)
-    chosen = processes.on_main(
-        candidates.halving.open_folder, folder / "candidates", configuration, precision.name, args.resume
-    )
-    precision = running.precision.choose_precision(chosen, processes)
+    place = folder / "candidates"
+    name = processes.on_main(candidates.halving.open_folder, place, configuration, precision.name, args.resume)
+    requests = training.stops.Requests(args.warning_signal)
+    train = short_trainings(args, prepared, running.precision.choose_precision(name, processes), processes, requests)
+    return candidates.halving.Ledger(folder, processes, requests, train, rows=[])
 
-    alone = processes.alone()  # each rank trains other candidates
-    cache = data.cache.open_cache(
-        prepared.training_cases,
-        task,
-        options.cache_folder(args),
-        processes,
-        mode=args.cache,
-        leniency=dataset.leniency,
-        on_every_rank=True,
-    )
-    batches = {**options.batches(args), "batch_size": args.candidate_images_per_batch}
-    steps = data.loaders.steps_per_epoch(len(training_cases), batches["batch_size"], alone)
-    loader = data.loaders.training_loader(training_cases, cache, alone, stream="candidates", steps=steps, **batches)
+
+def short_trainings(
+    args: argparse.Namespace, prepared: Prepared, precision: Precision, processes: Processes, requests: Requests
+) -> ShortTrainings:
+    """Prepare the training cases, all of them on each rank: ranks train other candidates."""
+    task, alone = prepared.dataset.task, processes.alone()
+    training_cases, judging_cases = candidates.trainings.divided(prepared.training_cases)
+    kept = {"mode": args.cache, "leniency": prepared.dataset.leniency, "on_every_rank": True}
+    cache = data.cache.open_cache(prepared.training_cases, task, options.cache_folder(args), processes, **kept)
+    patches = {**options.batches(args), "batch_size": args.candidate_images_per_batch, "stream": "candidates"}
+    patches["steps"] = data.loaders.steps_per_epoch(len(training_cases), patches["batch_size"], alone)
+    loader = data.loaders.training_loader(training_cases, cache, alone, **patches)
     flips = data.flips.choose(args.flip_axes, [loader], task, alone)
     loader.augment_by(data.augmentation.chain(args.augmentation, flips.axes))
     window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
     volumes = data.loaders.validation_loader(judging_cases, cache, alone)
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, alone)
-    requests = training.stops.Requests(args.warning_signal)
-    short = candidates.trainings.ShortTrainings(
-        task, loader, validation, requests, args.candidate_learning_rate, args.seed, args.save_minutes
-    )
-    return candidates.halving.Ledger(folder, processes, requests, short, rows=[])
+    settings = args.candidate_learning_rate, args.seed, args.save_minutes
+    return candidates.trainings.ShortTrainings(task, loader, validation, requests, *settings)
 
 
 def read(
