@@ -1,11 +1,13 @@
-"""Print the tables of results.jsonl as Markdown: a row a recipe, a row a network, and at equal memory a row a kind.
+"""Print the tables of results.jsonl as Markdown.
+
+First what was trained alike on all four folds, then a row a recipe, a row a network, and at equal memory a row a kind.
 
     python experiments/tables.py
 
-All trainings of the first two would take the same time on an idle core. A cell is the mean Dice of the classes, over
-the fold's 52 cases; with several seeds their mean, with the smallest and the largest. GMAC are the multiply-adds of a
-batch's forward pass, in 10^9. Minutes are those of training alone, two side by side; "-" where other work shared the
-cores.
+All trainings of the second and third would take the same time on an idle core. A cell is the mean Dice of the classes,
+over the fold's 52 cases; with several seeds their mean, with the smallest and the largest. GMAC are the multiply-adds
+of a batch's forward pass, in 10^9. Minutes are those of training alone, two side by side; "-" where other work shared
+the cores.
 
 At equal memory, each kind's networks have as many iterations. The last column is what searches with candidates gain
 over it: the difference of the means, and its 95% interval over cases (bootstrap).
@@ -18,7 +20,7 @@ from collections import defaultdict
 from statistics import mean
 
 import numpy as np
-from rows import U
+from rows import NUM_FOLDS, U
 from runner import read_results
 
 EQUAL_MINUTES = 6
@@ -27,6 +29,7 @@ DRAWS = 10_000  # of cases, for an interval
 
 def main() -> None:
     every = read_results()
+    print("\n".join(folds_table(every)), end="\n\n")
     results = [line for line in every if line["processes"] == 1 and line.get("minutes") == EQUAL_MINUTES]
     tables = {
         "recipe": [result for result in results if result["network"] == U],
@@ -55,6 +58,27 @@ def table(name: str, results: list[dict]) -> list[str]:
             f"{mean(minutes):.1f}" if minutes else "-",
             *(dice([result["dice"] for result in rows if result["fold"] == fold]) for fold in folds),
         ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def folds_table(results: list[dict]) -> list[str]:
+    """Return the lines of the table of means over four folds, with a column a class."""
+    alike = defaultdict(dict)
+    for line in results:
+        if line.get("minutes") is not None and line["seed"] == 0:
+            alike[line["minutes"] * line["processes"], line["network"], line["recipe"]][line["fold"]] = line
+    lines = []
+    for (minutes, network, recipe), of_fold in sorted(alike.items()):
+        if len(of_fold) < NUM_FOLDS:
+            continue
+        folds, first = of_fold.values(), of_fold[0]
+        classes = [mean(line["classes"][name] for line in folds) for name in first["classes"]]
+        if not lines:
+            lines.append(f"| network | recipe | minutes | parameters | GMAC | {' | '.join(first['classes'])} | mean |")
+            lines.append(f"| --- | --- | ---: | ---: | ---: | {' | '.join('---:' for _ in classes)} | ---: |")
+        cells = [network, recipe, f"{minutes:g}", f"{first['parameters'] / 1e6:.2f} M", f"{first['gmac']:.1f}"]
+        cells += [f"{value:.4f}" for value in (*classes, mean(line["dice"] for line in folds))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
