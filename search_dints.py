@@ -22,7 +22,7 @@ import argparse
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from dints.running.precision import Precision
     from dints.running.processes import Processes
     from dints.training.progress import Progress
-    from dints.training.stops import Requests
+    from dints.training.stops import Requests, Stops
 
 log = logging.getLogger("search")
 
@@ -136,6 +136,33 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         type=options.number(float, 0, 1),
         help="write the most probable architecture within this share of the fixed budget (default: the most probable)",
     )
+    add(
+        "--ram_loss",
+        choices=("distance", "excess"),
+        default="distance",
+        help="memory's term in the architecture's loss. distance: how far it is from the RAM factor, as published; "
+        "excess: by how much it is above",
+    )
+    add(
+        "--loss_weights",
+        type=options.number(float, 0, 1e6),
+        nargs=4,
+        metavar=("ENTROPY_A", "ENTROPY_C", "RAM", "TOPOLOGY"),
+        default=[1.0, 1.0, 1.0, 0.001],
+        help="of the terms that the architecture minimises beside the segmentation loss",
+    )
+    add(
+        "--ramp",
+        type=options.number(float, 0, 1, above=True),
+        default=1.0,
+        help="share of the epochs after the warm-up in which these weights rise from 0; for the rest they stay",
+    )
+    add(
+        "--decoded_steps",
+        type=options.number(int, 0),
+        help="at each validation also score the decoded network with the supernet's weights, as they are and after so "
+        "many steps of their training (default: not)",
+    )
 
 
 def add_candidates(parser: argparse.ArgumentParser) -> None:
@@ -215,6 +242,7 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
         loader.augment_by(data.augmentation.chain(args.augmentation, flips.axes))
     window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
+    decoded = DecodedDice(supernet, validation, weights_loader, args.decoded_steps)
 
     row = EpochRow(supernet, data.loaders.ShareOfWaiting(weights_loader, arch_loader))
     parts = {**supernet.parts, **row.parts}
@@ -229,8 +257,8 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
 
     for epoch in range(progress.epoch, args.num_epochs):
         running.seeds.seed_everything(args.seed, epoch, processes.rank)
-        warmed_up, ramp = warm_up(epoch, args.num_epochs_warmup, args.num_epochs)
-        learning_rate = training.steps.halved(supernet.learning_rate, ramp, args.learning_rate_milestones)
+        warmed_up, past = warm_up(epoch, args.num_epochs_warmup, args.num_epochs)
+        learning_rate = training.steps.halved(supernet.learning_rate, past, args.learning_rate_milestones)
         supernet.weights.set_learning_rate(learning_rate)
         row.start(progress)
 
@@ -239,6 +267,7 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
         for weights_batch, arch_batch in stops.steps(batches):
             row.weights.add(weights_step(supernet, weights_batch), progress.iteration, weights_batch["cases"])
             if warmed_up:
+                ramp = min(1.0, past / args.ramp)
                 row.arch.add(architecture_step(supernet, arch_batch, ramp), progress.iteration, arch_batch["cases"])
             progress.step_done()
         history.add_epoch(progress, {"learning_rate": learning_rate, **row.values(progress, warmed_up)})
@@ -246,13 +275,14 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
         validates = training.steps.is_validation_epoch(epoch, args.num_epochs, args.num_epochs_per_validation)
         if validates:
             scores = validation.scores(supernet.network, stops.volumes)
+            of_decoded = decoded.scores(epoch, stops)
         progress.epoch_done()
         if validates:
             path = folder / f"search_code_{progress.iteration}.pth"
             progress.note_validation(scores and scores.mean, path)
             if processes.is_main:
                 write_architecture(path, decode(supernet.space, progress, args, task), task, processes.device)
-            history.add_validation(progress, scores)
+            history.add_validation(progress, scores, of_decoded)
             checkpoint.save()
     history.close()
     log.info("found: %s; train_dints.py --arch_ckpt retrains it", folder / f"search_code_{progress.iteration}.pth")
@@ -278,7 +308,7 @@ def architecture_step(supernet: Supernet, batch: dict[str, torch.Tensor], ramp: 
             scores = supernet.compiled(image)
         segmentation = supernet.weights.criterion(scores.float(), label)
         terms = regularisers(supernet.space, supernet.input_shape, supernet.ram_budget)
-        loss = segmentation + ramp * architecture_loss(terms, supernet.factor_ram_cost)
+        loss = segmentation + ramp * architecture_loss(terms, *supernet.loss_settings)
         supernet.arch_scaler.scale(loss).backward()
     supernet.processes.average_gradients(supernet.arch_parameters)
     for optimizer, alpha in zip(supernet.arch_optimizers, supernet.arch_parameters, strict=True):
@@ -287,10 +317,16 @@ def architecture_step(supernet: Supernet, batch: dict[str, torch.Tensor], ramp: 
     return segmentation.detach()
 
 
-def architecture_loss(terms: dict[str, torch.Tensor], factor_ram_cost: float) -> torch.Tensor:
+def architecture_loss(
+    terms: dict[str, torch.Tensor], factor_ram_cost: float, ram_loss: str, weights: Sequence[float]
+) -> torch.Tensor:
     """Add up what the architecture minimises beside the segmentation loss."""
-    ram = (factor_ram_cost - terms["ram_ratio"]).abs()
-    return terms["entropy_a"] + terms["entropy_c"] + ram + 0.001 * terms["topology"]
+    excess = terms["ram_ratio"] - factor_ram_cost
+    ram = excess.abs() if ram_loss == "distance" else excess.relu()
+    return sum(
+        weight * term
+        for weight, term in zip(weights, (terms["entropy_a"], terms["entropy_c"], ram, terms["topology"]), strict=True)
+    )
 
 
 def regularisers(space: SearchSpace, input_shape: tuple[int, ...], ram_budget: str) -> dict[str, torch.Tensor]:
@@ -478,7 +514,8 @@ class Supernet:
     ):
         self.precision, self.processes = precision, processes
         self.factor_ram_cost, self.ram_budget = args.factor_ram_cost, args.ram_budget
-        self.learning_rate = options.learning_rate(args, processes.world_size)
+        self.loss_settings = args.factor_ram_cost, args.ram_loss, args.loss_weights
+        self.max_ram_ratio, self.learning_rate = args.max_ram_ratio, options.learning_rate(args, processes.world_size)
         self.input_shape = (args.num_images_per_batch, task.num_channels, *task.patch_size)
 
         running.seeds.seed_everything(args.seed, "initialisation")
@@ -527,6 +564,45 @@ def check_max_ram_ratio(max_ram_ratio: float | None, space: SearchSpace) -> None
             f"--max_ram_ratio {max_ram_ratio:g} is too small for {space.num_blocks} blocks and {space.num_depths} "
             f"depths{' with --keep_finest' * space.keep_finest}: give at least {math.ceil(least * 1e4) / 1e4:g}"
         )
+
+
+class DecodedDice:
+    """Scores the decoded network with the supernet's weights, as they are and after a few steps of their training.
+
+    Args:
+        loader: of the cases that these steps are taken on.
+        steps: None: nothing is scored.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        validation: training.validation.Validation,
+        loader: TrainingLoader,
+        steps: int | None,
+    ):
+        self.supernet, self.validation, self.steps = supernet, validation, steps
+        self.loader = loader.another(f"decoded/{supernet.processes.rank}")
+
+    def scores(self, epoch: int, stops: Stops) -> dict[str, float | None]:
+        """Return both mean Dice of the validation after an epoch; every rank must call it."""
+        if self.steps is None or self.validation.cases.num_cases == 0:
+            return {}
+        supernet, space = self.supernet, self.supernet.space
+        size = supernet.input_shape[1], self.validation.num_classes
+        found = network.inherited.inherited(supernet.network, space.architecture(supernet.max_ram_ratio), *size)
+        as_it_is = self.validation.scores(found, stops.volumes).mean
+        weights = training.steps.weights_training(
+            found,
+            found.parameters(),
+            supernet.precision,
+            supernet.processes,
+            learning_rate=supernet.weights.optimizer.param_groups[0]["lr"],
+        )
+        epochs = (self.loader.epoch(number) for number in itertools.count(epoch))
+        for batch in itertools.islice(itertools.chain.from_iterable(epochs), self.steps):
+            training.steps.weights_step(weights, batch)
+        return {"decoded": as_it_is, "decoded_trained": self.validation.scores(found, stops.volumes).mean}
 
 
 class EpochRow:

@@ -326,8 +326,9 @@ def course(args: argparse.Namespace) -> dict[str, object]:
     after = {"candidates", "proposals", "memory_mib"}  # the gradient search's end, so that they may follow any
     kept = {name: value for name, value in vars(args).items() if name not in places | manner | after}
     kept = {name: value for name, value in kept.items() if not name.startswith("candidate_")}
-    # As None, so that the runs of before there were recipes go on.
+    # As None, so that the runs of before there were these options go on.
     published = {"recipe": "published", "augmentation": "published", **RECIPES["published"]}
+    published |= {"ram_loss": "distance", "loss_weights": [1.0, 1.0, 1.0, 0.001], "ramp": 1.0}
     kept |= {name: None for name, value in published.items() if kept.get(name) == value}
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 

@@ -54,7 +54,7 @@ class SearchSpace(TopologySearch):
         use_downsample: bool = True,
         keep_finest: bool = False,
     ):
-        self.operations, self.keep_finest = check_names(operations), keep_finest
+        self.operations, self.keep_finest, self.channel_mul = check_names(operations), keep_finest, channel_mul
         with contextlib.redirect_stdout(io.StringIO()):  # MONAI prints its advice about patch sizes
             super().__init__(
                 channel_mul,

@@ -32,7 +32,7 @@ def draw_all(folder: Path) -> None:
         figure.axes[0].set_ylim(*_range_of_dice(accuracy, names))
         _save(figure, folder / "validation_metric.png")
     if is_search:
-        _save(_course_of_search(losses), folder / "search.png")
+        _save(_course_of_search(losses, accuracy), folder / "search.png")
 
 
 KINDS = {"gradient": "tab:blue", "by_hand": "tab:orange", "random": "tab:green", "mutant": "tab:purple"}
@@ -84,10 +84,17 @@ def _over_iterations_and_time(rows: Rows, names: Mapping[str, str], label: str, 
     return figure
 
 
-def _course_of_search(rows: Rows) -> Figure:
-    """Draw how losses, memory and entropies go, and whether the decoded architecture has settled."""
-    figure = Figure(figsize=(13, 3.4), layout="constrained")
-    losses, memory, entropies, changes = figure.subplots(1, 4)
+def _course_of_search(rows: Rows, accuracy: Rows) -> Figure:
+    """Draw how losses, memory and entropies go, whether the decoded architecture has settled, and how it scores."""
+    is_scored = bool(accuracy) and "decoded" in accuracy[0]
+    figure = Figure(figsize=(16 if is_scored else 13, 3.4), layout="constrained")
+    losses, memory, entropies, changes, *scores = figure.subplots(1, 5 if is_scored else 4)
+    for axes in scores:
+        for key, name in {"dice": "supernet", "decoded": "decoded", "decoded_trained": "decoded, trained"}.items():
+            _plot(axes, *_points(accuracy, "iteration", key), name, len(accuracy))
+        axes.set_ylabel("Dice with the supernet's weights")
+        _finish(axes, "iterations")
+        axes.legend(frameon=False)
     for axes, label, names in (
         (losses, "loss (Dice + CE)", {"loss": "weights", "architecture_loss": "architecture"}),
         (memory, "share of the memory of all paths", {"ram_ratio": "expected network", "ram_target": "RAM factor"}),

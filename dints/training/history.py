@@ -62,8 +62,14 @@ class History:
         if self.enabled:
             self.writer.flush()  # a run that is killed is continued after this epoch
 
-    def add_validation(self, progress: Progress, scores: Scores | None) -> None:
-        """Note a validation (None: no cases) likewise, draw the pictures anew and replace ``progress.yaml``."""
+    def add_validation(
+        self, progress: Progress, scores: Scores | None, more: Mapping[str, float | None] | None = None
+    ) -> None:
+        """Note a validation (None: no cases) likewise, draw the pictures anew and replace ``progress.yaml``.
+
+        Args:
+            more: values for further columns of its row.
+        """
         if scores is None:
             log.info("no validation cases: the newest network counts as the best")
         else:
@@ -74,7 +80,7 @@ class History:
                 scores.describe(self.class_names),
             )
             columns = [f"dice_{name.replace(' ', '_')}" for name in self.class_names[1:]]
-            row = {"dice": scores.mean, **dict(zip(columns, scores.per_class, strict=True))}
+            row = {"dice": scores.mean, **dict(zip(columns, scores.per_class, strict=True)), **(more or {})}
             self._add(ACCURACY, "validation", progress, row)
         if self.enabled:
             self.writer.flush()

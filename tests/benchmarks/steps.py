@@ -113,7 +113,7 @@ def build_rows(
 
         def our_loss() -> torch.Tensor:
             return search_dints.architecture_loss(
-                search_dints.regularisers(ours.space, shape, ours.ram_budget), ours.factor_ram_cost
+                search_dints.regularisers(ours.space, shape, ours.ram_budget), *ours.loss_settings
             )
 
         return lambda: theirs.architecture_loss(shape).backward(), lambda: our_loss().backward()

@@ -78,6 +78,8 @@ OF_SEARCH = {
         "--keep_finest --max_ram_ratio 0.05",
         "--max_ram_ratio 0.05 is too small for 2 blocks and 3 depths with --keep_finest: give at least",
     ),
+    "weights of the loss": ("--loss_weights 1 1 -1 1", "argument --loss_weights: -1 is not at least 0"),
+    "ramp": ("--ramp 0", "argument --ramp: 0 is not above 0"),
     "one candidate": ("--candidates 1 --memory_mib 9", "--candidates 1 has nothing to compete with"),
     "candidates of any memory": ("--candidates 4", "--candidates needs --memory_mib"),
     "no search and no candidates": ("--proposals random", "--proposals random needs --candidates"),

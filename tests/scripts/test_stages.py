@@ -147,6 +147,32 @@ class TestSearch:
         with pytest.raises(UserError, match="keep_finest was None and is True"):
             search(phantom, searched, SEARCH, "--keep_finest")
 
+    @pytest.mark.slow
+    def test_the_decoded_network_is_scored_beside_the_supernet_and_disturbs_nothing(self, phantom, searched, tmp_path):
+        search(phantom, tmp_path, SEARCH, "--decoded_steps", 40)
+        plain, scored = (rows(folder / "accuracy_history.csv") for folder in (searched, tmp_path))
+        assert [{key: row[key] for key in ("iteration", "dice")} for row in scored] == [
+            {key: row[key] for key in ("iteration", "dice")} for row in plain
+        ]
+        of_decoded = [(float(row["decoded"]), float(row["decoded_trained"])) for row in scored]
+        assert all(min(pair) >= 0 and max(pair) <= 1 for pair in of_decoded)
+        assert any(before != after for before, after in of_decoded)
+        assert rows(searched / "loss_history.csv")[-1]["loss"] == rows(tmp_path / "loss_history.csv")[-1]["loss"]
+
+    @pytest.mark.parametrize(
+        ("ratio", "ram_loss", "weights", "expected"),
+        [
+            (0.5, "distance", (1, 1, 1, 0.001), 2 + 3 + 0.3 + 0.004),
+            (0.5, "excess", (1, 1, 1, 0.001), 2 + 3 + 0.004),
+            (0.9, "excess", (1, 1, 1, 0.001), 2 + 3 + 0.1 + 0.004),
+            (0.9, "distance", (10, 0, 2, 1), 20 + 0.2 + 4),
+        ],
+    )
+    def test_what_the_architecture_minimises(self, ratio, ram_loss, weights, expected):
+        terms = {"entropy_a": 2.0, "entropy_c": 3.0, "ram_ratio": ratio, "topology": 4.0}
+        terms = {name: torch.tensor(value) for name, value in terms.items()}
+        assert search_dints.architecture_loss(terms, 0.8, ram_loss, weights).item() == pytest.approx(expected)
+
     @pytest.mark.fault("non-finite loss")
     def test_a_loss_that_is_not_finite_stops_it(self, phantom, tmp_path):
         message = r"loss is not finite at iteration 2 \(cases phantom_00.\), and in 5 steps in a row: the training div"
