@@ -1,11 +1,12 @@
 """Segment volumes with a retrained network, and score the segmentations where labels are known: stage 3 of DiNTS.
 
     python infer_dints.py --checkpoint runs/train/best_metric_model.pth --input data_msd/Task09_Spleen/imagesTs
-    python infer_dints.py --checkpoint runs/train/best_metric_model.pth --root data_msd/Task09_Spleen --fold 0
+    python infer_dints.py --checkpoint runs/train/best_metric_model.pth --root data_msd/Task09_Spleen
 
 The model file holds the network and its preprocessing. With --input, every given NIfTI file (or every one in a given
-folder) is segmented. With --root, the validation cases of the fold are, and OUTPUT_ROOT/scores.csv tells each case's
-Dice on the grid of its own label, as a challenge would compute it. Segmentations have the grid of their image.
+folder) is segmented. With --root, the model's validation cases are, or those of another --fold, and
+OUTPUT_ROOT/scores.csv tells each case's Dice on the grid of its own label, as a challenge would compute it. Cases that
+the model was trained on are refused. Segmentations have the grid of their image.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from dints.data.leniency import Leniency
     from dints.data.listing import ListedCase
     from dints.data.tasks import Task
+    from dints.network.model_file import Model
     from dints.running.precision import Precision
     from dints.running.processes import Processes
     from dints.training.validation import Scores, SlidingWindow
@@ -46,7 +48,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--input", type=Path, nargs="+", help="images, or folders of images, to segment")
     parser.add_argument("--output_root", type=Path, default=Path("segmentations"), help="folder for what is written")
     options.add_data(parser, required=False)
-    options.add_window(parser, overlap_ratio=0.5)
+    parser.set_defaults(fold=None)
+    parser.add_argument(
+        "--allow_training_cases",
+        action="store_true",
+        help="segment and score also cases that the model was trained on, and mark them in scores.csv",
+    )
+    options.add_window(parser, overlap_ratio=None)
     options.add_machine(parser)
     args = parser.parse_args(argv)
     if (args.input is None) == (args.root is None):
@@ -69,11 +77,14 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     model = network.model_file.load_model(args.checkpoint)
     model.network.to(processes.device).eval()
     task, leniency = model.task, options.leniency(args)
-    selected = processes.on_main(cases_to_segment, args, task)
+    selected = processes.on_main(cases_to_segment, args, model)
     outputs = processes.on_main(segmentation_paths, selected, folder)
     cases = processes.on_main(data.cases.open_cases, selected, task, leniency)
     precision = running.precision.choose_precision(args.precision, processes)
+    if args.overlap_ratio is None:
+        args.overlap_ratio = model.info.get("overlap_ratio", 0.5)
     window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
+    segmenting = training.steps.compiled(model.network, args.compile, processes.device)
     log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision.name)
 
     overlaps = training.validation.Overlaps(len(cases), task.num_classes, processes)
@@ -82,23 +93,29 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         case = cases[number]
         # First, so that a bad one costs no segmentation.
         label = None if case.label is None else data.cases.read_label(case.label, task)
-        segmentation = segment(case, model.network, task, leniency, window, precision)
+        segmentation = segment(case, segmenting, task, leniency, window, precision)
         data.nifti.save_segmentation(segmentation, case.images[0], outputs[number])
         if label is not None:
             overlaps.add(number, segmentation, label)
     scores = overlaps.scores()
     if processes.is_main and args.root is not None:
-        write_scores(folder / "scores.csv", scores, outputs, task)
-        print(scores.describe(task.class_names))
+        trained_on = trained_cases(selected, model)
+        write_scores(folder / "scores.csv", scores, outputs, task, trained_on if args.allow_training_cases else None)
+        print(scores.describe(task.class_names) + f", {len(trained_on)} training cases among them" * bool(trained_on))
     log.info("segmentations are in %s", folder)
 
 
-def cases_to_segment(args: argparse.Namespace, task: Task) -> list[ListedCase]:
-    """List the validation cases of the fold under ``--root`` (all cases for ``all``), or the images of ``--input``."""
+def cases_to_segment(args: argparse.Namespace, model: Model) -> list[ListedCase]:
+    """List the cases under ``--root`` to score, or the images of ``--input``."""
+    task = model.task
     if args.root is not None:
-        labelled = data.formats.list_cases(args.root, args.json, args.json_key, args.allow_outside_root)
-        training_cases, validation_cases = data.listing.split_fold(labelled, **options.folds(args))
-        return validation_cases or training_cases
+        classes = data.formats.described_classes(args.root, args.json)
+        if classes not in (None, task.class_names):
+            raise UserError(
+                f"--root {args.root} has the classes {', '.join(classes)}, and {args.checkpoint} segments "
+                f"{', '.join(task.class_names)}: give a dataset with the model's classes"
+            )
+        return cases_to_score(args, model)
     images = []
     for path in args.input:
         candidates = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -109,6 +126,39 @@ def cases_to_segment(args: argparse.Namespace, task: Task) -> list[ListedCase]:
     if task.channel_files:
         return cases_of_channels(images, task.num_channels)
     return [data.listing.ListedCase(data.listing.ENDING.sub("", image.name), (str(image),)) for image in images]
+
+
+def cases_to_score(args: argparse.Namespace, model: Model) -> list[ListedCase]:
+    """List the model's validation cases, or those of ``--fold``; of a dataset that it knows nothing of, all cases."""
+    labelled = data.formats.list_cases(args.root, args.json, args.json_key, args.allow_outside_root)
+    known = {*model.info.get("training_cases", []), *model.info.get("validation_cases", [])}
+    if args.fold is not None:
+        training_cases, validation_cases = data.listing.split_fold(labelled, **options.folds(args))
+        selected = validation_cases or training_cases
+    elif not known:
+        raise UserError(
+            f"{args.checkpoint} does not say which cases it was trained on: give --fold and --num_folds of its "
+            "training, or --fold all for a dataset that is new to it"
+        )
+    elif known.isdisjoint(case.name for case in labelled):
+        log.info("none of these cases took part in the model's training: all of them are scored")
+        selected = labelled
+    else:
+        own = {*model.info.get("validation_cases", [])}
+        selected = [case for case in labelled if case.name in own]
+    trained_on = trained_cases(selected or labelled, model)
+    if trained_on and not args.allow_training_cases:
+        raise UserError(
+            f"the model was trained on {len(trained_on)} of these {len(selected or labelled)} cases, for example "
+            f"{', '.join(sorted(trained_on)[:3])}: leave --fold out to score its validation cases, if it has any, or "
+            "give --allow_training_cases"
+        )
+    return selected or labelled
+
+
+def trained_cases(selected: list[ListedCase], model: Model) -> set[str]:
+    """Return the names of those cases that the model was trained on."""
+    return {case.name for case in selected} & {*model.info.get("training_cases", [])}
 
 
 def cases_of_channels(images: list[Path], num_channels: int) -> list[ListedCase]:
@@ -179,13 +229,19 @@ def most_probable(probabilities: np.ndarray, resampling: Resampling) -> np.ndarr
     return labels
 
 
-def write_scores(path: Path, scores: Scores, outputs: list[Path], task: Task) -> None:
-    """Write a row per case: Dice of each class, empty where the case does not have the class."""
+def write_scores(path: Path, scores: Scores, outputs: list[Path], task: Task, trained_on: set[str] | None) -> None:
+    """Write a row per case: Dice of each class, empty where the case does not have the class.
+
+    Args:
+        trained_on: names of cases that the model was trained on; None where there is no need to mark them.
+    """
     text = io.StringIO(newline="")
     table = csv.writer(text)
-    table.writerow(["case", *task.class_names[1:]])
+    table.writerow(["case", *task.class_names[1:], *(["trained_on"] if trained_on is not None else [])])
     for output, dice in zip(outputs, scores.dice.tolist(), strict=True):
-        table.writerow([output.name, *("" if value != value else f"{value:.6f}" for value in dice)])
+        name = data.listing.ENDING.sub("", output.name)
+        marks = [] if trained_on is None else ["yes" if name in trained_on else "no"]
+        table.writerow([output.name, *("" if value != value else f"{value:.6f}" for value in dice), *marks])
     files.write_atomically(path, text.getvalue())
 
 

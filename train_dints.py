@@ -150,6 +150,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         "%.2f million parameters, %d iterations an epoch on %s", parameters, loader.steps, precision.describe(processes)
     )
 
+    of_data = facts_of_data(args, training_cases, validation_cases)
     for epoch in range(progress.epoch, args.num_epochs):
         running.seeds.seed_everything(args.seed, epoch, processes.rank)
         start = options.learning_rate(args, processes.world_size)
@@ -174,7 +175,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
             path = folder / "best_metric_model.pth"
             if progress.note_validation(scores and scores.mean, path) and processes.is_main:
                 facts = {"dice": progress.best_dice, "iteration": progress.iteration, "version": __version__}
-                facts |= {"recipe": args.recipe, "flips": flips.to_dict()}
+                facts |= {"recipe": args.recipe, "flips": flips.to_dict(), **of_data}
                 network.model_file.save_model(path, kept_network, architecture, args.channel_mul, task, **facts)
             history.add_validation(progress, scores)
             checkpoint.save()
@@ -218,6 +219,18 @@ def read(
     steps = data.loaders.steps_per_epoch(len(training_cases), args.num_images_per_batch, processes)
     patches = data.loaders.training_loader(training_cases, cache, processes, steps=steps, **options.batches(args))
     return patches, data.loaders.validation_loader(validation_cases, cache, processes)
+
+
+def facts_of_data(
+    args: argparse.Namespace, training_cases: list[Case], validation_cases: list[Case]
+) -> dict[str, object]:
+    """Gather what infer_dints.py goes by, so that no training case is scored as if it were new."""
+    names = {"training_cases": training_cases, "validation_cases": validation_cases}
+    return {
+        **{key: [case.name for case in cases] for key, cases in names.items()},
+        **options.folds(args),
+        "overlap_ratio": args.overlap_ratio,
+    }
 
 
 def build(args: argparse.Namespace, architecture: Architecture, task: Task) -> FoundNetwork:

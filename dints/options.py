@@ -175,10 +175,11 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_window(arguments: argparse.ArgumentParser, *, overlap_ratio: float) -> None:
-    """Add how whole images are segmented from patches."""
+def add_window(arguments: argparse.ArgumentParser, *, overlap_ratio: float | None) -> None:
+    """Add how whole images are segmented from patches; without an overlap, the model's own is the default."""
     add = arguments.add_argument_group("sliding window").add_argument
-    add("--overlap_ratio", type=number(float, 0, 0.99), default=overlap_ratio, help="of neighbouring windows")
+    text = "of neighbouring windows" + " (default: as the model was validated)" * (overlap_ratio is None)
+    add("--overlap_ratio", type=number(float, 0, 0.99), default=overlap_ratio, help=text)
     add("--num_sw_batch_size", type=number(int, 1), default=6, help="windows per forward pass")
 
 
@@ -237,7 +238,7 @@ def add_run(arguments: argparse.ArgumentParser) -> None:
 
 def data_complaints(args: argparse.Namespace) -> list[str]:
     """List what is wrong with the options of `add_data` taken together."""
-    if args.fold != "all" and args.fold >= args.num_folds:
+    if args.fold not in (None, "all") and args.fold >= args.num_folds:
         return [
             f"--fold {args.fold} is not one of --num_folds {args.num_folds}: give 0 to {args.num_folds - 1}, or all"
         ]

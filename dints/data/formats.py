@@ -88,6 +88,15 @@ def list_cases(
     return _labelled_cases(_described(root, description, key), allow_outside_root)
 
 
+def described_classes(root: str | Path, description: str | Path | None = None) -> tuple[str, ...] | None:
+    """Return the class of each label value that a dataset's description names; None where it names none.
+
+    Args and errors are those of `read_dataset`.
+    """
+    described = _described(root, description, "training")
+    return _class_names(described) if "labels" in described.content else None
+
+
 def _described(root: str | Path, description: str | Path | None, key: str) -> Description:
     source = Path(root, "dataset.json") if description is None else description
     return Description(read_json(source), source, Path(root).absolute(), key)

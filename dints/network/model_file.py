@@ -36,7 +36,8 @@ class Model:
 
     Attributes:
         network: with its weights.
-        info: whatever else: ``channel_mul``, the ``dice`` and ``iteration`` of its validation, the ``version``.
+        info: whatever else: ``channel_mul``, the ``dice`` and ``iteration`` of its validation, the ``version``; of its
+            training ``training_cases``, ``validation_cases``, ``fold``, ``num_folds``, ``overlap_ratio``.
     """
 
     network: FoundNetwork
@@ -71,7 +72,18 @@ def load_model(path: str | Path) -> Model:
     network = FoundNetwork(*settings)
     network.load_state_dict(state)
     info = {key: value for key, value in content.items() if key not in ("state_dict", "architecture", "task")}
+    _check_cases(info, path)
     return Model(network, architecture, task, info)
+
+
+def _check_cases(info: dict, path: str | Path) -> None:
+    for key in ("training_cases", "validation_cases"):
+        names = info.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{path} is damaged: its {key} are no list of names; give another model file")
+    overlap = info.get("overlap_ratio", 0.5)
+    if not isinstance(overlap, float) or not 0 <= overlap < 1:
+        raise UserError(f"{path} is damaged: its overlap_ratio is {overlap!r}; give another model file")
 
 
 def _check_task(task: Task, architecture: Architecture) -> None:

@@ -213,7 +213,7 @@ def read_scores(folder: Path) -> list[list[str]]:
 
 def test_scores_are_the_dice_of_the_written_files(tmp_path, knowing, dataset, capsys):
     knowing(Threshold(0.55, num_classes=3), replace(TASK, class_names=("background", "organ", "never found")))
-    out = infer(tmp_path / "out", "--root", dataset, "--num_folds", 2)
+    out = infer(tmp_path / "out", "--root", dataset, "--num_folds", 2, "--fold", 0)
     header, *rows = read_scores(out)
     assert header == ["case", "organ", "never found"]
     assert [row[0] for row in rows] == ["case_0.nii.gz", "case_1.nii.gz", "case_2.nii.gz"]
@@ -232,6 +232,69 @@ def test_the_folds_validation_cases_are_scored(tmp_path, knowing, dataset, fold,
     knowing(Threshold())
     out = infer(tmp_path / "out", "--root", dataset, "--num_folds", 2, "--fold", fold)
     assert [row[0] for row in read_scores(out)[1:]] == [f"case_{number}.nii.gz" for number in expected]
+
+
+class TestItsOwnCases:
+    """A model knows its cases: what it was trained on is not scored as if it were new."""
+
+    TRAINED, VALIDATED = ["case_0", "case_1", "case_5"], ["case_2", "case_4"]
+
+    @pytest.fixture
+    def of_fold(self, knowing):
+        """Let the script load a model of some of the dataset's cases."""
+        knowing(Threshold(), training_cases=self.TRAINED, validation_cases=self.VALIDATED)
+
+    def names(self, out: Path) -> list[str]:
+        return [row[0].removesuffix(".nii.gz") for row in read_scores(out)[1:]]
+
+    def test_its_validation_cases_are_the_default(self, tmp_path, of_fold, dataset):
+        assert self.names(infer(tmp_path / "out", "--root", dataset)) == self.VALIDATED
+
+    @pytest.mark.parametrize(("fold", "count"), [("0", 2), ("all", 3)])
+    def test_training_cases_are_refused_by_name(self, tmp_path, of_fold, dataset, fold, count):
+        flags = ["--root", dataset, "--num_folds", 2, "--fold", fold]
+        message = refused(tmp_path / "out", *flags)
+        assert f"was trained on {count} of these " in message and "for example case_0, case_1" in message
+        assert "--allow_training_cases" in message
+
+    def test_they_are_marked_where_they_are_allowed(self, tmp_path, of_fold, dataset, capsys):
+        flags = ["--root", dataset, "--num_folds", 2, "--fold", 0, "--allow_training_cases"]
+        rows = read_scores(infer(tmp_path / "out", *flags))
+        assert rows[0] == ["case", "organ", "trained_on"] and [row[2] for row in rows[1:]] == ["yes", "yes", "no"]
+        assert ", 2 training cases among them" in capsys.readouterr().out
+
+    def test_all_cases_of_a_dataset_that_is_new_to_it_are_scored(self, tmp_path, knowing, dataset):
+        knowing(Threshold(), training_cases=["other_1"], validation_cases=["other_2"])
+        assert len(self.names(infer(tmp_path / "out", "--root", dataset))) == 6
+
+    def test_a_model_of_all_cases_has_none_to_score(self, tmp_path, knowing, dataset):
+        knowing(Threshold(), training_cases=[f"case_{number}" for number in range(6)], validation_cases=[])
+        assert "was trained on 6 of these 6 cases" in refused(tmp_path / "out", "--root", dataset)
+
+    def test_a_model_that_does_not_know_them_needs_a_fold(self, tmp_path, knowing, dataset):
+        knowing(Threshold())
+        assert "does not say which cases it was trained on: give --fold" in refused(tmp_path / "out", "--root", dataset)
+
+    def test_a_dataset_of_other_classes_is_refused(self, tmp_path, of_fold, dataset):
+        root = shutil.copytree(dataset, tmp_path / "data")
+        described = json.loads((root / "dataset.json").read_text())
+        described["labels"] = {"0": "background", "1": "organ", "2": "tumour"}
+        (root / "dataset.json").write_text(json.dumps(described))
+        message = refused(tmp_path / "out", "--root", root)
+        assert "has the classes background, organ, tumour" in message and "segments background, organ:" in message
+
+
+def test_windows_overlap_as_in_the_models_validation(tmp_path, knowing, monkeypatch):
+    image, _, affine = body("RAS")
+    source, overlaps = save(tmp_path / "a.nii.gz", image, affine), []
+    real = infer_dints.training.validation.SlidingWindow
+    monkeypatch.setattr(
+        infer_dints.training.validation, "SlidingWindow", lambda *a, **k: overlaps.append(k["overlap"]) or real(*a, **k)
+    )
+    for info, flags in (({}, []), ({"overlap_ratio": 0.25}, []), ({"overlap_ratio": 0.25}, ["--overlap_ratio", 0])):
+        knowing(Threshold(), **info)
+        infer(tmp_path / "out", "--input", source, *flags)
+    assert overlaps == [0.5, 0.25, 0]
 
 
 # Refusals
@@ -257,8 +320,8 @@ def test_inputs_are_not_overwritten(tmp_path, knowing, dataset):
     knowing(Threshold())
     for folder, arguments in (
         ("imagesTr", ["--input", root / "imagesTr/case_0.nii.gz"]),
-        ("imagesTr", ["--root", root, "--num_folds", 2]),
-        ("labelsTr", ["--root", root, "--num_folds", 2]),  # where labels have the images' names, as in MSD
+        ("imagesTr", ["--root", root, "--num_folds", 2, "--fold", 0]),
+        ("labelsTr", ["--root", root, "--num_folds", 2, "--fold", 0]),  # where labels have the images' names, as in MSD
     ):
         before = {path: path.read_bytes() for path in root.rglob("*.nii.gz")}
         with pytest.raises(UserError) as raised:
@@ -281,7 +344,7 @@ def test_a_bad_label_is_named_before_its_image_is_segmented(tmp_path, knowing, d
     label = root / "labelsTr/case_0.nii.gz"
     save(label, voxels(label) * 9, nib.load(label).affine)
     knowing(Threshold())
-    message = refused(tmp_path / "out", "--root", root, "--num_folds", 2)
+    message = refused(tmp_path / "out", "--root", root, "--num_folds", 2, "--fold", 0)
     assert message.startswith(f"{label} holds the label 9")
 
 

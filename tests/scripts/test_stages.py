@@ -237,6 +237,9 @@ class TestTrain:
         assert not [key for key in model.network.state_dict() if key.startswith("module.")]
         best = max(float(row["dice"]) for row in rows(trained / "accuracy_history.csv"))
         assert model.info["dice"] == pytest.approx(best)
+        names = model.info["training_cases"], model.info["validation_cases"]
+        assert tuple(map(len, names)) == (6, 2) and len({*names[0], *names[1]}) == 8
+        assert (model.info["fold"], model.info["num_folds"], model.info["overlap_ratio"]) == (0, 3, 0.0)
 
     def test_the_width_is_that_of_the_file_where_it_has_one_and_none_is_given(self, phantom, code, tmp_path):
         found = load_architecture(code)
