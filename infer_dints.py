@@ -16,6 +16,7 @@ import csv
 import io
 import logging
 import re
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,21 +24,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from dints import data, files, network, options, running, training
-from dints.errors import UserError, exit_on_user_error
+from dints import __version__, data, files, inference, network, options, running, training
+from dints.errors import PartlyDone, UserError, exit_on_user_error
 
 if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, after the command line is read
-    from torch import nn
-
     from dints.data.cases import Case
     from dints.data.grid import Resampling
-    from dints.data.leniency import Leniency
     from dints.data.listing import ListedCase
     from dints.data.tasks import Task
     from dints.network.model_file import Model
     from dints.running.precision import Precision
     from dints.running.processes import Processes
-    from dints.training.validation import Scores, SlidingWindow
+    from dints.training.validation import Scores
 
 log = logging.getLogger("infer")
 
@@ -75,34 +73,94 @@ def main(args: argparse.Namespace) -> None:
 
 def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     model = network.model_file.load_model(args.checkpoint)
-    model.network.to(processes.device).eval()
     task, leniency = model.task, options.leniency(args)
     selected = processes.on_main(cases_to_segment, args, model)
     outputs = processes.on_main(segmentation_paths, selected, folder)
-    cases = processes.on_main(data.cases.open_cases, selected, task, leniency)
+    cases = processes.on_main(data.cases.try_to_open, selected, task, leniency)
     precision = running.precision.choose_precision(args.precision, processes)
     if args.overlap_ratio is None:
         args.overlap_ratio = model.info.get("overlap_ratio", 0.5)
-    window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
-    segmenting = training.steps.compiled(model.network, args.compile, processes.device)
+    segmenter = Segmenter(args, model, precision, processes)
+    records = inference.records.Records(folder, settings_of(args, model, precision))
     log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision.name)
 
-    overlaps = training.validation.Overlaps(len(cases), task.num_classes, processes)
+    overlaps, faults = training.validation.Overlaps(len(cases), task.num_classes, processes), {}
     share = processes.share(len(cases))
     for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
-        case = cases[number]
-        # First, so that a bad one costs no segmentation.
-        label = None if case.label is None else data.cases.read_label(case.label, task)
-        segmentation = segment(case, segmenting, task, leniency, window, precision)
-        data.nifti.save_segmentation(segmentation, case.images[0], outputs[number])
+        output, start = outputs[number], time.monotonic()
+        try:
+            if isinstance(cases[number], UserError):
+                raise cases[number]
+            # First, so that a bad one costs no segmentation.
+            label = None if cases[number].label is None else data.cases.read_label(cases[number].label, task)
+            done = records.is_done(selected[number], output)
+            segmentation = None if done else segmenter.segment(cases[number])
+        except UserError as error:
+            faults[output.name] = str(error)
+            records.note_failed(output, str(error))
+            log.warning("%s is left out: %s", output.name, error)
+            continue
+        if not done:
+            data.nifti.save_segmentation(segmentation, cases[number].images[0], output)
+            records.note_done(selected[number], output, time.monotonic() - start)
         if label is not None:
-            overlaps.add(number, segmentation, label)
+            written = data.cases.read_label(data.nifti.read_header(str(output)), task) if done else segmentation
+            overlaps.add(number, written, label)
     scores = overlaps.scores()
-    if processes.is_main and args.root is not None:
+    faults = {name: fault for of_rank in processes.gather(faults) for name, fault in of_rank.items()}
+    if processes.is_main:
+        records.write_run(outputs)
+    if len(faults) == len(cases):
+        others = "" if len(cases) == 1 else f"none of the {len(cases)} cases can be segmented, for example "
+        raise UserError(others + next(iter(faults.values())))
+    if processes.is_main and any(case.label is not None for case in selected):
         trained_on = trained_cases(selected, model)
         write_scores(folder / "scores.csv", scores, outputs, task, trained_on if args.allow_training_cases else None)
         print(scores.describe(task.class_names) + f", {len(trained_on)} training cases among them" * bool(trained_on))
     log.info("segmentations are in %s", folder)
+    if faults:
+        name, fault = next(iter(faults.items()))
+        raise PartlyDone(
+            f"{len(faults)} of {len(cases)} cases are not segmented ({folder / 'run.json'} lists them), for example "
+            f"{name}: {fault}"
+        )
+
+
+def settings_of(args: argparse.Namespace, model: Model, precision: Precision) -> dict[str, object]:
+    """Gather what segmentations depend on beside their images."""
+    return {
+        "checkpoint": str(args.checkpoint),
+        "model": model.digest,
+        "version": __version__,
+        "precision": precision.name,
+        **options.window(args),
+        "replace_nonfinite": args.replace_nonfinite,
+    }
+
+
+class Segmenter:
+    """Segments one volume after another with a model, on this process's device."""
+
+    def __init__(self, args: argparse.Namespace, model: Model, precision: Precision, processes: Processes):
+        self.task, self.leniency, self.precision = model.task, options.leniency(args), precision
+        model.network.to(processes.device).eval()
+        self.network = training.steps.compiled(model.network, args.compile, processes.device)
+        self.window = training.validation.SlidingWindow(model.task.patch_size, **options.window(args))
+
+    def segment(self, case: Case) -> np.ndarray:
+        """Return the label of each voxel of a case's image, uint8, on its file's own grid.
+
+        Class probabilities are resampled to that grid, not labels, so that borders stay smooth.
+        """
+        voxels, replaced = data.cases.read_image(case.images, self.leniency)
+        if replaced:
+            log.warning("%s: %d NaN or infinite voxels are replaced", case.images[0].path, replaced)
+        resampling = case.resampling(self.task)
+        image = np.ascontiguousarray(data.cases.preprocess_image(voxels, resampling, self.task))
+        del voxels  # as large as a class of a large volume
+        probabilities = self.window.probabilities(image, self.network, self.precision)
+        del image
+        return most_probable(probabilities, resampling)
 
 
 def cases_to_segment(args: argparse.Namespace, model: Model) -> list[ListedCase]:
@@ -118,9 +176,10 @@ def cases_to_segment(args: argparse.Namespace, model: Model) -> list[ListedCase]
         return cases_to_score(args, model)
     images = []
     for path in args.input:
-        candidates = sorted(path.iterdir()) if path.is_dir() else [path]
-        found = [file for file in candidates if file.is_file() and re.fullmatch(r"[^.].*\.nii(\.gz)?", file.name)]
-        if not found:
+        if not path.exists():
+            raise UserError(f"--input {path} does not exist: give images (.nii or .nii.gz), or folders of images")
+        found = images_in(path, args.output_root) if path.is_dir() else [path]
+        if not found or not data.listing.ENDING.search(found[0].name):
             raise UserError(f"--input {path} is no NIfTI file, nor a folder that holds any: give .nii or .nii.gz files")
         images.extend(found)
     if task.channel_files:
@@ -128,32 +187,47 @@ def cases_to_segment(args: argparse.Namespace, model: Model) -> list[ListedCase]
     return [data.listing.ListedCase(data.listing.ENDING.sub("", image.name), (str(image),)) for image in images]
 
 
+def images_in(folder: Path, output_root: Path) -> list[Path]:
+    """List the NIfTI files in a folder and its folders, but for hidden ones, and for what this script writes."""
+    written = output_root.resolve()
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if data.listing.ENDING.search(path.name)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+        and (written == folder.resolve() or written not in path.resolve().parents)
+    ]
+
+
 def cases_to_score(args: argparse.Namespace, model: Model) -> list[ListedCase]:
     """List the model's validation cases, or those of ``--fold``; of a dataset that it knows nothing of, all cases."""
-    labelled = data.formats.list_cases(args.root, args.json, args.json_key, args.allow_outside_root)
+    listed = data.formats.list_cases(args.root, args.json, args.json_key, args.allow_outside_root)
     known = {*model.info.get("training_cases", []), *model.info.get("validation_cases", [])}
     if args.fold is not None:
-        training_cases, validation_cases = data.listing.split_fold(labelled, **options.folds(args))
+        training_cases, validation_cases = data.listing.split_fold(listed, **options.folds(args))
         selected = validation_cases or training_cases
+    elif all(case.label is None for case in listed):
+        selected = listed
     elif not known:
         raise UserError(
             f"{args.checkpoint} does not say which cases it was trained on: give --fold and --num_folds of its "
             "training, or --fold all for a dataset that is new to it"
         )
-    elif known.isdisjoint(case.name for case in labelled):
+    elif known.isdisjoint(case.name for case in listed):
         log.info("none of these cases took part in the model's training: all of them are scored")
-        selected = labelled
+        selected = listed
     else:
         own = {*model.info.get("validation_cases", [])}
-        selected = [case for case in labelled if case.name in own]
-    trained_on = trained_cases(selected or labelled, model)
+        selected = [case for case in listed if case.name in own] or listed
+    trained_on = trained_cases(selected, model)
     if trained_on and not args.allow_training_cases:
         raise UserError(
-            f"the model was trained on {len(trained_on)} of these {len(selected or labelled)} cases, for example "
+            f"the model was trained on {len(trained_on)} of these {len(selected)} cases, for example "
             f"{', '.join(sorted(trained_on)[:3])}: leave --fold out to score its validation cases, if it has any, or "
             "give --allow_training_cases"
         )
-    return selected or labelled
+    return selected
 
 
 def trained_cases(selected: list[ListedCase], model: Model) -> set[str]:
@@ -165,7 +239,7 @@ def cases_of_channels(images: list[Path], num_channels: int) -> list[ListedCase]
     """List the cases that ``<case>_0000``, ``<case>_0001``, ... make together, a file a channel."""
     channels = defaultdict(dict)
     for image in images:
-        parts = re.fullmatch(r"(.+)_(\d{4})\.nii(\.gz)?", image.name)
+        parts = re.fullmatch(r"(.+)_(\d{4})\.nii(\.gz)?", image.name, re.IGNORECASE)
         if parts is None:
             raise UserError(
                 f"--input {image}: this model takes a file a channel, <case>_0000, <case>_0001, ...: rename"
@@ -194,24 +268,6 @@ def segmentation_paths(selected: list[ListedCase], folder: Path) -> list[Path]:
         if (folder / name).resolve() in inputs:
             raise UserError(f"{folder / name} is an input and would be overwritten: give another --output_root")
     return [folder / name for name in names]
-
-
-def segment(
-    case: Case, found_network: nn.Module, task: Task, leniency: Leniency, window: SlidingWindow, precision: Precision
-) -> np.ndarray:
-    """Return the label of each voxel of a case's image, uint8, on its file's own grid.
-
-    Class probabilities are resampled to that grid, not labels, so that borders stay smooth.
-    """
-    voxels, replaced = data.cases.read_image(case.images, leniency)
-    if replaced:
-        log.warning("%s: %d NaN or infinite voxels are replaced", case.images[0].path, replaced)
-    resampling = case.resampling(task)
-    image = np.ascontiguousarray(data.cases.preprocess_image(voxels, resampling, task))
-    del voxels  # as large as a class of a large volume
-    probabilities = window.probabilities(image, found_network, precision)
-    del image
-    return most_probable(probabilities, resampling)
 
 
 def most_probable(probabilities: np.ndarray, resampling: Resampling) -> np.ndarray:

@@ -30,6 +30,10 @@ class Stopped(Exception):
         self.signal, self.saved = signal, saved
 
 
+class PartlyDone(Exception):
+    """Some of a batch could not be done, all else was; the message names them."""
+
+
 class ProcessLost(Exception):
     """A process that this one needs died or does not answer; starting all of them again may mend it."""
 
@@ -37,19 +41,21 @@ class ProcessLost(Exception):
 def exit_on_user_error(main: Callable[..., None], *args) -> None:
     """Run ``main(*args)``; what a person can mend or asked for ends the process with one line on stderr.
 
-    The exit code is 1 for a `UserError`, and 128 and the signal's number for a run that was asked to stop. What nobody
-    expected keeps its traceback.
+    The exit code is 1 for a `UserError`, 3 for a batch that is done but in part, and 128 and the signal's number for a
+    run that was asked to stop. What nobody expected keeps its traceback.
     """
     try:
         main(*args)
     except UserError as error:
         _leave(f"error: {_speaker()}{error}", 1)
+    except PartlyDone as partly:
+        _leave(f"error: {partly}", 3)
     except Stopped as stopped:
         if launcher.rank() == 0:  # all stopped at the same step: one tells
             _tell(f"stopped {stopped.saved}: the same command continues it: {shlex.join(sys.argv)}")
         _end(128 + stopped.signal)
     except KeyboardInterrupt:
-        _leave("interrupted: the same command starts again from the last save", 130)
+        _leave("interrupted: the same command goes on with what is saved", 130)
     except ProcessLost as error:
         _tell(f"error: {_speaker()}{error}")
         _end(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -9,6 +10,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dints.errors import UserError
+
+
+def digest(path: str | Path) -> str:
+    """Return the digest of a file's content.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from dints.errors import ProcessLost, Stopped, UserError, exit_on_user_error
+from dints.errors import PartlyDone, ProcessLost, Stopped, UserError, exit_on_user_error
 
 STOPPED = Stopped(signal.SIGTERM, "after iteration 7, with its state in run/latest.pth")
 
@@ -15,9 +15,10 @@ STOPPED = Stopped(signal.SIGTERM, "after iteration 7, with its state in run/late
     ("error", "code", "line"),
     [
         (UserError("file\nx.pth\x1b is bad"), 1, "error: file x.pth? is bad\n"),
+        (PartlyDone("2 of 3 are missing"), 3, "error: 2 of 3 are missing\n"),
         (ProcessLost("rank 1 is gone"), 1, "error: rank 1 is gone\n"),
         (STOPPED, 143, "stopped after iteration 7, with its state in run/latest.pth: the same command continues it: "),
-        (KeyboardInterrupt(), 130, "interrupted: the same command starts again from the last save\n"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command goes on with what is saved\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )

@@ -28,7 +28,8 @@ class Threshold(nn.Module):
 def knows(monkeypatch: pytest.MonkeyPatch, task: Task) -> Callable[..., None]:
     """Return a function that has every model file hold a network of the test's choice, and perhaps further facts."""
 
-    def use(network: nn.Module, task: Task = task, **info: object) -> None:
-        monkeypatch.setattr("dints.network.model_file.load_model", lambda path: Model(network, None, task, info))
+    def use(network: nn.Module, task: Task = task, digest: str = "", **info: object) -> None:
+        model = Model(network, None, task, info, digest)
+        monkeypatch.setattr("dints.network.model_file.load_model", lambda path: model)
 
     return use

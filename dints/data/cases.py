@@ -79,6 +79,13 @@ def open_cases(listed: Sequence[ListedCase], task: Task, leniency: Leniency) -> 
     Raises:
         UserError: some cases cannot be trained on; they are counted, and the first one's fault is told.
     """
+    results = try_to_open(listed, task, leniency)
+    _raise_first([result for result in results if isinstance(result, UserError)], len(listed))
+    return results
+
+
+def try_to_open(listed: Sequence[ListedCase], task: Task, leniency: Leniency) -> list[Case | UserError]:
+    """Do as `open_cases`, and return for each case that cannot be used what is wrong with it."""
 
     def attempt(case: ListedCase) -> Case | UserError:
         try:
@@ -89,9 +96,7 @@ def open_cases(listed: Sequence[ListedCase], task: Task, leniency: Leniency) -> 
             return error
 
     with threads(8) as pool:  # they wait for the disk more than they compute
-        results = pool.map(attempt, listed)
-    _raise_first([result for result in results if isinstance(result, UserError)], len(listed))
-    return results
+        return pool.map(attempt, listed)
 
 
 def open_case(listed: ListedCase) -> Case:

@@ -27,12 +27,14 @@ class Description:
         source: its path, for messages.
         root: the folder that the paths in it are relative to, and that they may not leave.
         key: where a case list of the Decathlon's form is.
+        needs_labels: in a list of that form, an entry without a label is an error.
     """
 
     content: dict
     source: str | Path
     root: Path
     key: str = "training"
+    needs_labels: bool = True
 
     @property
     def names_channel_files(self) -> bool:
@@ -69,7 +71,7 @@ def read_dataset(
     modality = "CT" if all(channel.upper() == "CT" for channel in channels) else "MRI"
     known = TASKS.get(name) or Task(name, modality, 1, (), spacing=None)
     class_names = _class_names(described)
-    cases = _labelled_cases(described, allow_outside_root)
+    cases = _cases_of(described, allow_outside_root)
     has_channel_files = described.names_channel_files or len(cases[0].images) > 1
     task = replace(known, num_channels=len(channels), class_names=class_names, channel_files=has_channel_files)
     return task, cases
@@ -81,11 +83,13 @@ def list_cases(
     key: str = "training",
     allow_outside_root: bool = False,
 ) -> list[ListedCase]:
-    """Read a dataset's labelled cases alone: the description need not say what channels and classes there are.
+    """Read a dataset's cases alone: the description need not say what channels and classes there are.
 
-    Args and errors are those of `read_dataset`.
+    In the Decathlon's form they may lack labels, or be image paths alone, as those of its ``test`` list are. Args and
+    errors are those of `read_dataset`.
     """
-    return _labelled_cases(_described(root, description, key), allow_outside_root)
+    described = replace(_described(root, description, key), needs_labels=False)
+    return _cases_of(described, allow_outside_root)
 
 
 def described_classes(root: str | Path, description: str | Path | None = None) -> tuple[str, ...] | None:
@@ -102,7 +106,7 @@ def _described(root: str | Path, description: str | Path | None, key: str) -> De
     return Description(read_json(source), source, Path(root).absolute(), key)
 
 
-def _labelled_cases(description: Description, allow_outside_root: bool) -> list[ListedCase]:
+def _cases_of(description: Description, allow_outside_root: bool) -> list[ListedCase]:
     (read_cases,) = [form.cases for form in FORMS if form.fits(description)][:1]
     cases = read_cases(description)
     check_files(cases, description.source, description.root, allow_outside_root)
@@ -135,7 +139,8 @@ def _cases_of_decathlon(description: Description) -> list[ListedCase]:
     listed = []
     for number, entry in enumerate(entries):
         place = f"entry {number} of '{key}'"
-        images, label = _paths(entry, "image", source, place)
+        entry = {"image": entry} if isinstance(entry, str) and not description.needs_labels else entry
+        images, label = _paths(entry, "image", source, place, description.needs_labels)
         if len(images) > 1:
             _check_count(images, description, place)
         name = ENDING.sub("", Path(images[0]).name)
@@ -294,8 +299,9 @@ def _numbered(description: Description, key: str) -> tuple[str, ...]:
 # The files of the cases.
 
 
-def _case(name: str, images: Sequence[str], label: str, root: Path, place: str) -> ListedCase:
-    return ListedCase(name, tuple(str(root / image) for image in images), str(root / label), place)
+def _case(name: str, images: Sequence[str], label: str | None, root: Path, place: str) -> ListedCase:
+    label = None if label is None else str(root / label)
+    return ListedCase(name, tuple(str(root / image) for image in images), label, place)
 
 
 def _is_file_name(name: str) -> bool:
@@ -316,12 +322,14 @@ def _file_names(folder: Path, ending: str, source: str | Path) -> list[str]:
     return sorted(name for name in found if name.endswith(ending) and not name.startswith("."))
 
 
-def _paths(entry: object, key: str, source: str | Path, place: str) -> tuple[list[str], str]:
+def _paths(
+    entry: object, key: str, source: str | Path, place: str, needs_label: bool = True
+) -> tuple[list[str], str | None]:
     """Return the image paths under ``key`` and the label path of an entry, as it says them."""
     images, label = (entry.get(key), entry.get("label")) if isinstance(entry, dict) else (None, None)
     images = [images] if isinstance(images, str) else images
     is_list = isinstance(images, list) and images and all(isinstance(image, str) for image in images)
-    if not is_list or not isinstance(label, str):
+    if not is_list or not (isinstance(label, str) or (label is None and not needs_label)):
         raise UserError(
             f"{source}: {place} needs the paths '{key}' and 'label', and is {reprlib.repr(entry)}: add them"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dints.errors import UserError
 
-ENDING = re.compile(r"(?<=[^/])\.nii(\.gz)?\Z")
+ENDING = re.compile(r"(?<=[^/])\.nii(\.gz)?\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,6 @@ def save_segmentation(segmentation: np.ndarray, image: Header, path: Path) -> No
     file.set_sform(*image.nifti.get_sform(coded=True))
     file.header.set_xyzt_units(xyz=image.nifti.get_xyzt_units()[0])
     content = file.to_bytes()
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         content = gzip.compress(content, mtime=0)
     write_atomically(path, content)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dints import torch_files
+from dints import files, torch_files
 from dints.data.tasks import MAX_CLASSES, Task
 from dints.errors import UserError
 from dints.network.architecture import Architecture, architecture_from_dict
@@ -38,12 +38,14 @@ class Model:
         network: with its weights.
         info: whatever else: ``channel_mul``, the ``dice`` and ``iteration`` of its validation, the ``version``; of its
             training ``training_cases``, ``validation_cases``, ``fold``, ``num_folds``, ``overlap_ratio``.
+        digest: of the file.
     """
 
     network: FoundNetwork
     architecture: Architecture
     task: Task
     info: dict
+    digest: str = ""
 
 
 def load_model(path: str | Path) -> Model:
@@ -73,7 +75,7 @@ def load_model(path: str | Path) -> Model:
     network.load_state_dict(state)
     info = {key: value for key, value in content.items() if key not in ("state_dict", "architecture", "task")}
     _check_cases(info, path)
-    return Model(network, architecture, task, info)
+    return Model(network, architecture, task, info, files.digest(path))
 
 
 def _check_cases(info: dict, path: str | Path) -> None:

@@ -58,7 +58,7 @@ def test_what_is_no_file_is_missing(root, path):
 
 
 @pytest.mark.parametrize(
-    "path", ["a.nrrd", "a.nii.gz.txt", "a.gz", "a.nii.GZ", "a", "", ".", "a.nii.gz\n", "nii", ".nii/"]
+    "path", ["a.nrrd", "a.nii.gz.txt", "a.gz", "a.nii.GZ.txt", "a", "", ".", "a.nii.gz\n", "nii", ".nii/"]
 )
 @pytest.mark.parametrize("is_label", [False, True])
 def test_files_that_are_not_nifti_are_refused(root, path, is_label):

@@ -19,7 +19,7 @@ from torch import nn
 
 import infer_dints
 from dints.data.tasks import Task
-from dints.errors import UserError
+from dints.errors import PartlyDone, UserError
 from dints.network.found import FoundNetwork
 from dints.network.model_file import save_model
 
@@ -96,6 +96,8 @@ def dice(first: np.ndarray, second: np.ndarray, value: int = 1) -> float:
     first, second = first == value, second == value
     return 2 * (first & second).sum() / (first.sum() + second.sum())
 
+
+BESIDE = {".lock", ".cases", "run.json"}  # segmentations
 
 # Segmentations
 
@@ -175,18 +177,25 @@ def test_a_model_file_segments_four_dimensional_images(tmp_path, model):
     result = nib.load(out / "a.nii.gz")
     assert result.shape == shape and np.allclose(result.affine, centred(axes, shape))
     assert set(np.unique(voxels(out / "a.nii.gz"))) <= {0, 1, 2}
-    assert {path.name for path in out.iterdir()} == {"a.nii.gz", ".lock"}  # no labels, no scores
+    assert {path.name for path in out.iterdir()} == {"a.nii.gz", *BESIDE}  # no labels, no scores
 
 
 def test_folders_and_files_are_segmented_together(tmp_path, knowing):
     image, _, affine = body("RAS")
-    for name in ("in/a.nii.gz", "in/b.nii", "other/c.nii.gz", "other/d.nii.gz"):
-        save(tmp_path / name, image, affine)
-    for name in ("in/._a.nii.gz", "in/notes.txt", "in/a.nii.gz.json"):
+    for name in ("in/a.nii.gz", "in/b.nii", "in/deeper/E.NII.GZ", "other/c.nii.gz", "other/d.nii.gz"):
+        save(tmp_path / "saved.nii.gz", image, affine)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (save(tmp_path / "saved.nii", image, affine) if name.endswith(".nii") else tmp_path / "saved.nii.gz").rename(
+            tmp_path / name
+        )
+    (tmp_path / "in/.hidden").mkdir()
+    for name in ("in/._a.nii.gz", "in/notes.txt", "in/a.nii.gz.json", "in/.hidden/f.nii.gz"):
         (tmp_path / name).write_text("not an image")
     knowing(Threshold())
-    out = infer(tmp_path / "out", "--input", tmp_path / "in", tmp_path / "other/d.nii.gz")
-    assert {path.name for path in out.iterdir()} == {"a.nii.gz", "b.nii", "d.nii.gz", ".lock"}
+    for _ in range(2):  # the second time, what the first one wrote is no input
+        out = infer(tmp_path / "in/out", "--input", tmp_path / "in", tmp_path / "other/d.nii.gz")
+    assert {path.name for path in out.iterdir()} == {"a.nii.gz", "b.nii", "d.nii.gz", "E.NII.GZ", *BESIDE}
+    assert np.array_equal(voxels(out / "E.NII.GZ"), voxels(out / "a.nii.gz"))
 
 
 # Scores
@@ -337,15 +346,112 @@ def test_input_without_images_is_refused(tmp_path, knowing, what):
     knowing(Threshold())
     message = refused(tmp_path / "out", "--input", tmp_path / what)
     assert f"--input {tmp_path / what}" in message and ".nii.gz" in message
+    assert ("does not exist" in message) == (what == "missing.nii.gz")
 
 
-def test_a_bad_label_is_named_before_its_image_is_segmented(tmp_path, knowing, dataset):
+class TestBatches:
+    """A bad case does not end a batch, and what is done is not done again."""
+
+    @pytest.fixture
+    def images(self, tmp_path, knowing) -> Path:
+        """Write three images, and count how often one is segmented."""
+        image, _, affine = body("RAS")
+        for name in "abc":
+            save(tmp_path / f"in/{name}.nii.gz", image, affine)
+        self.knowing = knowing
+        knowing(Threshold())
+        return tmp_path / "in"
+
+    @pytest.fixture
+    def segmented(self, monkeypatch) -> list[str]:
+        names, real = [], infer_dints.Segmenter.segment
+        monkeypatch.setattr(
+            infer_dints.Segmenter, "segment", lambda self, case: names.append(case.name) or real(self, case)
+        )
+        return names
+
+    def states(self, out: Path) -> dict[str, str]:
+        return {name: case["state"] for name, case in json.loads((out / "run.json").read_text())["cases"].items()}
+
+    @pytest.mark.parametrize("damage", ["cut short", "no header"])
+    def test_the_others_are_finished_and_the_bad_one_is_told(self, tmp_path, images, damage):
+        content = (images / "b.nii.gz").read_bytes()
+        (images / "b.nii.gz").write_bytes(content[: len(content) // 2] if damage == "cut short" else b"nothing")
+        with pytest.raises(PartlyDone, match=r"1 of 3 cases are not segmented \(.*run.json lists them\).*b.nii.gz: "):
+            infer(tmp_path / "out", "--input", images)
+        assert self.states(tmp_path / "out") == {"a.nii.gz": "done", "b.nii.gz": "failed", "c.nii.gz": "done"}
+        assert "b.nii.gz" in json.loads((tmp_path / "out/run.json").read_text())["cases"]["b.nii.gz"]["reason"]
+        assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {"a.nii.gz", "c.nii.gz"}
+
+    def test_none_that_can_be_segmented_is_an_error(self, tmp_path, images):
+        for path in images.iterdir():
+            path.write_bytes(b"nothing")
+        assert refused(tmp_path / "out", "--input", images).startswith("none of the 3 cases can be segmented, for exam")
+
+    def test_what_is_done_is_kept(self, tmp_path, images, segmented):
+        infer(tmp_path / "out", "--input", images)
+        first = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.nii.gz")}
+        infer(tmp_path / "out", "--input", images)
+        assert segmented == ["a", "b", "c"] and self.states(tmp_path / "out") == dict.fromkeys(first, "done")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.nii.gz")} == first
+
+    @pytest.mark.parametrize(
+        ("change", "again"),
+        [
+            ("image", ["b"]),
+            ("mask", ["b"]),
+            ("mask lost", ["b"]),
+            ("note", ["b"]),
+            ("overlap", ["a", "b", "c"]),
+            ("model", ["a", "b", "c"]),
+        ],
+    )
+    def test_what_has_changed_is_done_again(self, tmp_path, images, segmented, change, again):
+        out, flags = infer(tmp_path / "out", "--input", images), []
+        first = voxels(out / "b.nii.gz")
+        if change == "image":
+            image, _, affine = body("RAS")
+            save(images / "b.nii.gz", image[::-1].copy(), affine)
+        elif change == "mask":
+            save(out / "b.nii.gz", 0 * first, np.eye(4))
+        elif change == "mask lost":
+            (out / "b.nii.gz").unlink()
+        elif change == "note":
+            (out / ".cases/b.nii.gz.json").write_text('{"state": "done", "key":')
+        elif change == "overlap":
+            flags = ["--overlap_ratio", 0.1]
+        else:
+            self.knowing(Threshold(), digest="of another file")
+        segmented.clear()
+        infer(out, "--input", images, *flags)
+        assert segmented == again
+        assert np.array_equal(voxels(out / "b.nii.gz"), first[::-1] if change == "image" else first)
+
+    def test_scores_are_the_same_where_masks_are_kept(self, tmp_path, knowing, dataset, segmented):
+        knowing(Threshold(0.55))
+        flags = ["--root", dataset, "--num_folds", 2, "--fold", 0]
+        tables = [read_scores(infer(tmp_path / "out", *flags)) for _ in range(2)]
+        assert tables[0] == tables[1] and len(segmented) == 3
+
+    def test_a_bad_label_is_named_before_its_image_is_segmented(self, tmp_path, knowing, dataset, segmented):
+        root = shutil.copytree(dataset, tmp_path / "data")
+        label = root / "labelsTr/case_0.nii.gz"
+        save(label, voxels(label) * 9, nib.load(label).affine)
+        knowing(Threshold())
+        with pytest.raises(PartlyDone, match=f"{label} holds the label 9"):
+            infer(tmp_path / "out", "--root", root, "--num_folds", 2, "--fold", 0)
+        assert segmented == ["case_1", "case_2"]
+        assert [row[1] != "" for row in read_scores(tmp_path / "out")[1:]] == [False, True, False]
+
+
+def test_images_of_a_test_list_are_segmented_and_not_scored(tmp_path, knowing, dataset):
     root = shutil.copytree(dataset, tmp_path / "data")
-    label = root / "labelsTr/case_0.nii.gz"
-    save(label, voxels(label) * 9, nib.load(label).affine)
+    described = json.loads((root / "dataset.json").read_text())
+    described["test"] = ["./imagesTr/case_3.nii.gz", {"image": "./imagesTr/case_4.nii.gz"}]
+    (root / "dataset.json").write_text(json.dumps(described))
     knowing(Threshold())
-    message = refused(tmp_path / "out", "--root", root, "--num_folds", 2, "--fold", 0)
-    assert message.startswith(f"{label} holds the label 9")
+    out = infer(tmp_path / "out", "--root", root, "--json_key", "test")
+    assert {path.name for path in out.iterdir()} == {"case_3.nii.gz", "case_4.nii.gz", *BESIDE}
 
 
 @pytest.mark.parametrize(
