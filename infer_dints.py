@@ -93,6 +93,8 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
                 raise cases[number]
             # First, so that a bad one costs no segmentation.
             label = None if cases[number].label is None else data.cases.read_label(cases[number].label, task)
+            for doubt in data.plausibility.doubts(cases[number], model.info.get("ranges", {})):
+                log.warning("%s is unusual: %s", output.name, doubt)
             done = records.is_done(selected[number], output)
             segmentation = None if done else segmenter.segment(cases[number])
         except UserError as error:
@@ -143,6 +145,7 @@ class Segmenter:
 
     def __init__(self, args: argparse.Namespace, model: Model, precision: Precision, processes: Processes):
         self.task, self.leniency, self.precision = model.task, options.leniency(args), precision
+        self.ranges = model.info.get("ranges", {})
         model.network.to(processes.device).eval()
         self.network = training.steps.compiled(model.network, args.compile, processes.device)
         self.window = training.validation.SlidingWindow(model.task.patch_size, **options.window(args))
@@ -158,6 +161,8 @@ class Segmenter:
         resampling = case.resampling(self.task)
         image = np.ascontiguousarray(data.cases.preprocess_image(voxels, resampling, self.task))
         del voxels  # as large as a class of a large volume
+        for doubt in data.plausibility.doubts_of_intensities(image, self.ranges):
+            log.warning("%s is unusual: %s", case.name, doubt)
         probabilities = self.window.probabilities(image, self.network, self.precision)
         del image
         return most_probable(probabilities, resampling)

@@ -150,7 +150,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         "%.2f million parameters, %d iterations an epoch on %s", parameters, loader.steps, precision.describe(processes)
     )
 
-    of_data = facts_of_data(args, training_cases, validation_cases)
+    of_data = facts_of_data(args, training_cases, validation_cases, loader, task, processes)
     for epoch in range(progress.epoch, args.num_epochs):
         running.seeds.seed_everything(args.seed, epoch, processes.rank)
         start = options.learning_rate(args, processes.world_size)
@@ -222,14 +222,21 @@ def read(
 
 
 def facts_of_data(
-    args: argparse.Namespace, training_cases: list[Case], validation_cases: list[Case]
+    args: argparse.Namespace,
+    training_cases: list[Case],
+    validation_cases: list[Case],
+    loader: TrainingLoader,
+    task: Task,
+    processes: Processes,
 ) -> dict[str, object]:
-    """Gather what infer_dints.py goes by, so that no training case is scored as if it were new."""
+    """Gather what infer_dints.py goes by: which cases are not new to the model, and what volumes are like."""
+    ranges = data.plausibility.ranges_of(training_cases, loader.own_cases(), task)
     names = {"training_cases": training_cases, "validation_cases": validation_cases}
     return {
         **{key: [case.name for case in cases] for key, cases in names.items()},
         **options.folds(args),
         "overlap_ratio": args.overlap_ratio,
+        "ranges": data.plausibility.joined(processes.gather(ranges)),
     }
 
 

@@ -20,6 +20,7 @@ GZIP_RATIO = 1032  # deflate cannot pack more bytes than that into one
 GZIP = b"\x1f\x8b"  # what a file begins with
 HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
 CHUNK = 1 << 20  # bytes
+MM = {"meter": 1000.0, "micron": 0.001}  # of a header's unit of length; where it names none it is taken for mm
 QUIET = logging.Logger("nibabel", logging.CRITICAL)  # what it mends in a header is not worth a line that names no file
 
 
@@ -132,7 +133,8 @@ def _parse_header(path: str, start: bytes) -> Header:
         nifti = kind(start[: kind.template_dtype.itemsize], order, check=False)
         nifti.check_fix(logger=QUIET)
         shape = tuple(int(count) for count in nifti.get_data_shape())
-        affine = np.asarray(nifti.get_best_affine(), np.float64)
+        affine = np.array(nifti.get_best_affine(), np.float64)
+        affine[:3] *= MM.get(nifti.get_xyzt_units()[0], 1.0)
         nifti.get_data_dtype(), nifti.get_slope_inter(), nifti.get_data_offset()
     except (HeaderDataError, WrapStructError, ValueError, TypeError, OverflowError) as error:
         raise _unreadable(path, f"its header is damaged ({error})") from error
@@ -190,7 +192,7 @@ def _gunzip(path: str, content: bytes, limit: int) -> bytes:
 
 def save_segmentation(segmentation: np.ndarray, image: Header, path: Path) -> None:
     """Write labels (x, y, z), uint8, as NIfTI, with the image's place in space as its header tells it."""
-    file = nib.Nifti1Image(segmentation, image.affine)
+    file = nib.Nifti1Image(segmentation, image.nifti.get_best_affine())  # in the header's own unit
     file.set_qform(*image.nifti.get_qform(coded=True))
     file.set_sform(*image.nifti.get_sform(coded=True))
     file.header.set_xyzt_units(xyz=image.nifti.get_xyzt_units()[0])

@@ -15,6 +15,8 @@ from dints.network.architecture import Architecture, architecture_from_dict
 from dints.network.found import FoundNetwork, check_patch_size
 from dints.network.weights import fitting_state
 
+SIZES_OF_RANGES = {"spacing": 3, "extent": 3, "intensity": 2}  # of what `dints.data.plausibility` measures
+
 
 def save_model(
     path: str | Path, network: FoundNetwork, architecture: Architecture, channel_mul: float, task: Task, **info
@@ -37,7 +39,8 @@ class Model:
     Attributes:
         network: with its weights.
         info: whatever else: ``channel_mul``, the ``dice`` and ``iteration`` of its validation, the ``version``; of its
-            training ``training_cases``, ``validation_cases``, ``fold``, ``num_folds``, ``overlap_ratio``.
+            training ``training_cases``, ``validation_cases``, ``fold``, ``num_folds``, ``overlap_ratio``, and
+            the ``ranges`` of `dints.data.plausibility`.
         digest: of the file.
     """
 
@@ -83,6 +86,12 @@ def _check_cases(info: dict, path: str | Path) -> None:
         names = info.get(key, [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{path} is damaged: its {key} are no list of names; give another model file")
+    try:
+        for name, (low, high) in dict(info.get("ranges", {})).items():
+            if len(low) != len(high) or len(low) != SIZES_OF_RANGES[name] or not _are((*low, *high), (int, float)):
+                raise ValueError(name)
+    except (TypeError, ValueError, LookupError) as error:
+        raise UserError(f"{path} is damaged: its ranges are none ({error}); give another model file") from error
     overlap = info.get("overlap_ratio", 0.5)
     if not isinstance(overlap, float) or not 0 <= overlap < 1:
         raise UserError(f"{path} is damaged: its overlap_ratio is {overlap!r}; give another model file")
