@@ -29,11 +29,11 @@ from dints.errors import PartlyDone, UserError, exit_on_user_error
 
 if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, after the command line is read
     from dints.data.cases import Case
-    from dints.data.grid import Resampling
+    from dints.data.leniency import Leniency
     from dints.data.listing import ListedCase
     from dints.data.tasks import Task
+    from dints.inference.predictor import Predictor
     from dints.network.model_file import Model
-    from dints.running.precision import Precision
     from dints.running.processes import Processes
     from dints.training.validation import Scores
 
@@ -77,12 +77,11 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     selected = processes.on_main(cases_to_segment, args, model)
     outputs = processes.on_main(segmentation_paths, selected, folder)
     cases = processes.on_main(data.cases.try_to_open, selected, task, leniency)
-    precision = running.precision.choose_precision(args.precision, processes)
-    if args.overlap_ratio is None:
-        args.overlap_ratio = model.info.get("overlap_ratio", 0.5)
-    segmenter = Segmenter(args, model, precision, processes)
-    records = inference.records.Records(folder, settings_of(args, model, precision))
-    log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision.name)
+    precision = running.precision.choose_precision(args.precision, processes).name  # of all ranks alike
+    window = options.window(args)
+    predictor = inference.predictor.Predictor(model, args.device, precision, **window, compile=args.compile)
+    records = inference.records.Records(folder, settings_of(args, predictor))
+    log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision)
 
     overlaps, faults = training.validation.Overlaps(len(cases), task.num_classes, processes), {}
     share = processes.share(len(cases))
@@ -96,7 +95,7 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
             for doubt in data.plausibility.doubts(cases[number], model.info.get("ranges", {})):
                 log.warning("%s is unusual: %s", output.name, doubt)
             done = records.is_done(selected[number], output)
-            segmentation = None if done else segmenter.segment(cases[number])
+            segmentation = None if done else segment(cases[number], predictor, leniency)
         except UserError as error:
             faults[output.name] = str(error)
             records.note_failed(output, str(error))
@@ -128,44 +127,28 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         )
 
 
-def settings_of(args: argparse.Namespace, model: Model, precision: Precision) -> dict[str, object]:
+def settings_of(args: argparse.Namespace, predictor: Predictor) -> dict[str, object]:
     """Gather what segmentations depend on beside their images."""
     return {
         "checkpoint": str(args.checkpoint),
-        "model": model.digest,
+        "model": predictor.model.digest,
         "version": __version__,
-        "precision": precision.name,
-        **options.window(args),
+        "precision": predictor.precision.name,
+        "overlap": predictor.window.overlap,
         "replace_nonfinite": args.replace_nonfinite,
     }
 
 
-class Segmenter:
-    """Segments one volume after another with a model, on this process's device."""
+def segment(case: Case, predictor: Predictor, leniency: Leniency) -> np.ndarray:
+    """Return the label of each voxel of a case's image, on its file's own grid."""
 
-    def __init__(self, args: argparse.Namespace, model: Model, precision: Precision, processes: Processes):
-        self.task, self.leniency, self.precision = model.task, options.leniency(args), precision
-        self.ranges = model.info.get("ranges", {})
-        model.network.to(processes.device).eval()
-        self.network = training.steps.compiled(model.network, args.compile, processes.device)
-        self.window = training.validation.SlidingWindow(model.task.patch_size, **options.window(args))
-
-    def segment(self, case: Case) -> np.ndarray:
-        """Return the label of each voxel of a case's image, uint8, on its file's own grid.
-
-        Class probabilities are resampled to that grid, not labels, so that borders stay smooth.
-        """
-        voxels, replaced = data.cases.read_image(case.images, self.leniency)
+    def read() -> np.ndarray:
+        voxels, replaced = data.cases.read_image(case.images, leniency)
         if replaced:
             log.warning("%s: %d NaN or infinite voxels are replaced", case.images[0].path, replaced)
-        resampling = case.resampling(self.task)
-        image = np.ascontiguousarray(data.cases.preprocess_image(voxels, resampling, self.task))
-        del voxels  # as large as a class of a large volume
-        for doubt in data.plausibility.doubts_of_intensities(image, self.ranges):
-            log.warning("%s is unusual: %s", case.name, doubt)
-        probabilities = self.window.probabilities(image, self.network, self.precision)
-        del image
-        return most_probable(probabilities, resampling)
+        return voxels
+
+    return predictor.segment(read, case.images[0].affine, case.name)
 
 
 def cases_to_segment(args: argparse.Namespace, model: Model) -> list[ListedCase]:
@@ -273,21 +256,6 @@ def segmentation_paths(selected: list[ListedCase], folder: Path) -> list[Path]:
         if (folder / name).resolve() in inputs:
             raise UserError(f"{folder / name} is an input and would be overwritten: give another --output_root")
     return [folder / name for name in names]
-
-
-def most_probable(probabilities: np.ndarray, resampling: Resampling) -> np.ndarray:
-    """Return the most probable class of each voxel of the file that ``resampling`` starts from.
-
-    Args:
-        probabilities: (classes, *spatial), on the grid that it leads to.
-    """
-    highest = np.array(resampling.undo(probabilities[:1])[0])
-    labels = np.zeros(highest.shape, np.uint8)
-    for value in range(1, len(probabilities)):  # one class at a time: on a large CT each takes a GB
-        probability = resampling.undo(probabilities[value : value + 1])[0]
-        labels[probability > highest] = value
-        np.maximum(highest, probability, out=highest)
-    return labels
 
 
 def write_scores(path: Path, scores: Scores, outputs: list[Path], task: Task, trained_on: set[str] | None) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 import infer_dints
 from dints.data.tasks import Task
 from dints.errors import PartlyDone, UserError
+from dints.inference import predictor
 from dints.network.found import FoundNetwork
 from dints.network.model_file import save_model
 
@@ -296,10 +297,8 @@ class TestItsOwnCases:
 def test_windows_overlap_as_in_the_models_validation(tmp_path, knowing, monkeypatch):
     image, _, affine = body("RAS")
     source, overlaps = save(tmp_path / "a.nii.gz", image, affine), []
-    real = infer_dints.training.validation.SlidingWindow
-    monkeypatch.setattr(
-        infer_dints.training.validation, "SlidingWindow", lambda *a, **k: overlaps.append(k["overlap"]) or real(*a, **k)
-    )
+    real = predictor.SlidingWindow
+    monkeypatch.setattr(predictor, "SlidingWindow", lambda *a: overlaps.append(a[1]) or real(*a))
     for info, flags in (({}, []), ({"overlap_ratio": 0.25}, []), ({"overlap_ratio": 0.25}, ["--overlap_ratio", 0])):
         knowing(Threshold(), **info)
         infer(tmp_path / "out", "--input", source, *flags)
@@ -364,10 +363,8 @@ class TestBatches:
 
     @pytest.fixture
     def segmented(self, monkeypatch) -> list[str]:
-        names, real = [], infer_dints.Segmenter.segment
-        monkeypatch.setattr(
-            infer_dints.Segmenter, "segment", lambda self, case: names.append(case.name) or real(self, case)
-        )
+        names, real = [], infer_dints.segment
+        monkeypatch.setattr(infer_dints, "segment", lambda case, *more: names.append(case.name) or real(case, *more))
         return names
 
     def states(self, out: Path) -> dict[str, str]:

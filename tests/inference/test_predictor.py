@@ -1,0 +1,94 @@
+"""A model file is a function of an array: the same as infer_dints.py, without reading it twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from architectures import chain
+from commands import infer
+
+from dints.data.tasks import Task
+from dints.errors import UserError
+from dints.inference.predictor import Predictor
+from dints.network import model_file
+from dints.network.found import FoundNetwork
+from dints.network.model_file import save_model
+
+TASK = Task(
+    "Toy", "CT", 1, ("background", "a", "b"), spacing=(2.0, 2.0, 2.0), intensity=(0.0, 1.0), patch_size=(16,) * 3
+)
+AFFINE = np.array([[0, -1.5, 0, 9], [1.7, 0, 0, -4], [0, 0, 2.5, 3], [0, 0, 0, 1]])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """Write a model file with random weights."""
+    architecture = chain(0, 1, 0, num_depths=2)
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "best_metric_model.pth"
+    facts = {"overlap_ratio": 0.25, "ranges": {"intensity": [[0.4, 0.2], [0.6, 0.4]]}}
+    save_model(path, FoundNetwork(architecture, 1, 3, 0.125), architecture, 0.125, TASK, **facts)
+    return path
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return np.random.default_rng(0).random((20, 24, 18)).astype(np.float32)
+
+
+def test_the_readmes_lines_give_what_the_script_writes(model, image, tmp_path):
+    nib.save(nib.Nifti1Image(image, AFFINE), tmp_path / "scan.nii.gz")
+    infer(tmp_path / "out", "--checkpoint", model, "--input", tmp_path / "scan.nii.gz")
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    code = readme[readme.index("from dints.inference.predictor") :].partition("```")[0]
+    code = code.replace('"best_metric_model.pth"', f'"{model}", precision="fp32"').replace(
+        "scan.nii.gz", f"{tmp_path}/scan.nii.gz"
+    )
+    found = {}
+    exec(code, found)  # noqa: S102  our own README
+    labels = found["labels"]
+    assert labels.dtype == np.uint8 and len(np.unique(labels)) > 1
+    assert np.array_equal(labels, np.asarray(nib.load(tmp_path / "out/scan.nii.gz").dataobj))
+
+
+def test_it_reads_the_model_once_and_its_input_stays(model, image, monkeypatch):
+    predictor, before = Predictor(model, device="cpu", precision="fp32"), image.copy()
+    monkeypatch.setattr(model_file, "load_model", lambda _: pytest.fail("it is read again"))
+    assert np.array_equal(predictor(image, AFFINE), predictor(image[None], AFFINE.tolist()))
+    assert np.array_equal(image, before) and predictor.window.overlap == 0.25
+
+
+@pytest.mark.parametrize(
+    ("shape", "affine", "message"),
+    [
+        ((2, 9, 9, 9), AFFINE, r"shape \(2, 9, 9, 9\) .* the model takes \(x, y, z\) or \(1, x, y, z\)"),
+        ((9, 9), AFFINE, r"shape \(9, 9\)"),
+        ((9, 9, 9), np.eye(3), r"an affine of \(3, 3\)"),
+    ],
+)
+def test_other_shapes_are_refused(model, shape, affine, message):
+    with pytest.raises(UserError, match=message):
+        Predictor(model, device="cpu", precision="fp32")(np.zeros(shape), affine)
+
+
+def test_voxels_that_are_no_numbers_are_refused(model, image):
+    with pytest.raises(UserError, match="the image has NaN or infinite voxels"):
+        Predictor(model, device="cpu", precision="fp32")(np.where(image > 0.99, np.nan, image), AFFINE)
+
+
+def test_unusual_intensities_are_told(model, image, caplog):
+    predictor = Predictor(model, device="cpu", precision="fp32")
+    predictor(image, AFFINE)
+    assert "unusual" not in caplog.text
+    predictor(image * 0, AFFINE)
+    assert "the image is unusual: the mean of its intensities in the window is 0.00" in caplog.text
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="is not a model file"):
+        Predictor(tmp_path / "weights.pth")
