@@ -33,7 +33,6 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from dints.data.listing import ListedCase
     from dints.data.tasks import Task
     from dints.inference.predictor import Predictor
-    from dints.network.model_file import Model
     from dints.running.processes import Processes
     from dints.training.validation import Scores
 
@@ -42,7 +41,13 @@ log = logging.getLogger("infer")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options.parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="best_metric_model.pth of train_dints.py")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="best_metric_model.pth of train_dints.py; of several, as of all folds, class probabilities are averaged",
+    )
     parser.add_argument("--input", type=Path, nargs="+", help="images, or folders of images, to segment")
     parser.add_argument("--output_root", type=Path, default=Path("segmentations"), help="folder for what is written")
     options.add_data(parser, required=False)
@@ -53,6 +58,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="segment and score also cases that the model was trained on, and mark them in scores.csv",
     )
     options.add_window(parser, overlap_ratio=None)
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="average over flips of the volume along the axes that the model was trained to flip: 2 to 8 times as long",
+    )
     options.add_machine(parser)
     args = parser.parse_args(argv)
     if (args.input is None) == (args.root is None):
@@ -72,14 +82,14 @@ def main(args: argparse.Namespace) -> None:
 
 
 def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
-    model = network.model_file.load_model(args.checkpoint)
-    task, leniency = model.task, options.leniency(args)
-    selected = processes.on_main(cases_to_segment, args, model)
+    models = [network.model_file.load_model(path) for path in args.checkpoint]
+    precision = running.precision.choose_precision(args.precision, processes).name  # of all ranks alike
+    settings = {**options.window(args), "mirrored": args.tta, "compile": args.compile}
+    predictor = inference.predictor.Predictor(models, args.device, precision, **settings)
+    task, leniency = predictor.task, options.leniency(args)
+    selected = processes.on_main(cases_to_segment, args, predictor)
     outputs = processes.on_main(segmentation_paths, selected, folder)
     cases = processes.on_main(data.cases.try_to_open, selected, task, leniency)
-    precision = running.precision.choose_precision(args.precision, processes).name  # of all ranks alike
-    window = options.window(args)
-    predictor = inference.predictor.Predictor(model, args.device, precision, **window, compile=args.compile)
     records = inference.records.Records(folder, settings_of(args, predictor))
     log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision)
 
@@ -92,7 +102,7 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
                 raise cases[number]
             # First, so that a bad one costs no segmentation.
             label = None if cases[number].label is None else data.cases.read_label(cases[number].label, task)
-            for doubt in data.plausibility.doubts(cases[number], model.info.get("ranges", {})):
+            for doubt in data.plausibility.doubts(cases[number], predictor.ranges):
                 log.warning("%s is unusual: %s", output.name, doubt)
             done = records.is_done(selected[number], output)
             segmentation = None if done else segment(cases[number], predictor, leniency)
@@ -115,7 +125,7 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         others = "" if len(cases) == 1 else f"none of the {len(cases)} cases can be segmented, for example "
         raise UserError(others + next(iter(faults.values())))
     if processes.is_main and any(case.label is not None for case in selected):
-        trained_on = trained_cases(selected, model)
+        trained_on = predictor.training_cases & {case.name for case in selected}
         write_scores(folder / "scores.csv", scores, outputs, task, trained_on if args.allow_training_cases else None)
         print(scores.describe(task.class_names) + f", {len(trained_on)} training cases among them" * bool(trained_on))
     log.info("segmentations are in %s", folder)
@@ -130,11 +140,12 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
 def settings_of(args: argparse.Namespace, predictor: Predictor) -> dict[str, object]:
     """Gather what segmentations depend on beside their images."""
     return {
-        "checkpoint": str(args.checkpoint),
-        "model": predictor.model.digest,
+        "checkpoint": [str(path) for path in args.checkpoint],
+        "models": [model.digest for model in predictor.models],
         "version": __version__,
         "precision": predictor.precision.name,
         "overlap": predictor.window.overlap,
+        "mirrored_axes": list(predictor.axes),
         "replace_nonfinite": args.replace_nonfinite,
     }
 
@@ -151,17 +162,17 @@ def segment(case: Case, predictor: Predictor, leniency: Leniency) -> np.ndarray:
     return predictor.segment(read, case.images[0].affine, case.name)
 
 
-def cases_to_segment(args: argparse.Namespace, model: Model) -> list[ListedCase]:
+def cases_to_segment(args: argparse.Namespace, predictor: Predictor) -> list[ListedCase]:
     """List the cases under ``--root`` to score, or the images of ``--input``."""
-    task = model.task
+    task = predictor.task
     if args.root is not None:
         classes = data.formats.described_classes(args.root, args.json)
         if classes not in (None, task.class_names):
             raise UserError(
-                f"--root {args.root} has the classes {', '.join(classes)}, and {args.checkpoint} segments "
+                f"--root {args.root} has the classes {', '.join(classes)}, and {args.checkpoint[0]} segments "
                 f"{', '.join(task.class_names)}: give a dataset with the model's classes"
             )
-        return cases_to_score(args, model)
+        return cases_to_score(args, predictor)
     images = []
     for path in args.input:
         if not path.exists():
@@ -188,10 +199,10 @@ def images_in(folder: Path, output_root: Path) -> list[Path]:
     ]
 
 
-def cases_to_score(args: argparse.Namespace, model: Model) -> list[ListedCase]:
+def cases_to_score(args: argparse.Namespace, predictor: Predictor) -> list[ListedCase]:
     """List the model's validation cases, or those of ``--fold``; of a dataset that it knows nothing of, all cases."""
     listed = data.formats.list_cases(args.root, args.json, args.json_key, args.allow_outside_root)
-    known = {*model.info.get("training_cases", []), *model.info.get("validation_cases", [])}
+    known = predictor.training_cases | predictor.validation_cases
     if args.fold is not None:
         training_cases, validation_cases = data.listing.split_fold(listed, **options.folds(args))
         selected = validation_cases or training_cases
@@ -199,16 +210,15 @@ def cases_to_score(args: argparse.Namespace, model: Model) -> list[ListedCase]:
         selected = listed
     elif not known:
         raise UserError(
-            f"{args.checkpoint} does not say which cases it was trained on: give --fold and --num_folds of its "
+            f"{args.checkpoint[0]} does not say which cases it was trained on: give --fold and --num_folds of its "
             "training, or --fold all for a dataset that is new to it"
         )
     elif known.isdisjoint(case.name for case in listed):
         log.info("none of these cases took part in the model's training: all of them are scored")
         selected = listed
     else:
-        own = {*model.info.get("validation_cases", [])}
-        selected = [case for case in listed if case.name in own] or listed
-    trained_on = trained_cases(selected, model)
+        selected = [case for case in listed if case.name in predictor.validation_cases] or listed
+    trained_on = predictor.training_cases & {case.name for case in selected}
     if trained_on and not args.allow_training_cases:
         raise UserError(
             f"the model was trained on {len(trained_on)} of these {len(selected)} cases, for example "
@@ -216,11 +226,6 @@ def cases_to_score(args: argparse.Namespace, model: Model) -> list[ListedCase]:
             "give --allow_training_cases"
         )
     return selected
-
-
-def trained_cases(selected: list[ListedCase], model: Model) -> set[str]:
-    """Return the names of those cases that the model was trained on."""
-    return {case.name for case in selected} & {*model.info.get("training_cases", [])}
 
 
 def cases_of_channels(images: list[Path], num_channels: int) -> list[ListedCase]:

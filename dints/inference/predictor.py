@@ -1,15 +1,17 @@
-"""A trained network as a function of a volume."""
+"""A trained network, or several, as a function of a volume."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 
 from dints.data import plausibility
 from dints.data.cases import preprocess_image
+from dints.data.flips import ALL
 from dints.data.grid import Resampling
 from dints.errors import UserError
 from dints.network.model_file import Model, load_model
@@ -30,33 +32,51 @@ class Predictor:
         labels = predictor(image.get_fdata(), image.affine)
 
     Args:
-        model: a model file of train_dints.py, or what `load_model` made of one.
+        models: a model file of train_dints.py, or what `load_model` made of one; or several, as of the folds of a
+            dataset, whose class probabilities are averaged.
         device: ``auto``, ``cuda`` or ``cpu``.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         overlap: of neighbouring windows, 0 to 1; None: as the model was validated.
         batch_size: windows per forward pass.
+        mirrored: average also over all flips of the volume along the axes that the models were trained to flip, which
+            takes 2, 4 or 8 times as long.
         compile: ``on``: through `torch.compile`, which takes minutes at the first volume.
 
+    Attributes:
+        axes: that volumes are flipped along.
+        training_cases: names of those that any of the models was trained on.
+        validation_cases: of those that one was validated on, and none trained.
+
     Raises:
-        UserError: no model file, or what the device lacks.
+        UserError: no model file, models of different tasks, none that was trained with flips, or what the device lacks.
     """
 
     def __init__(
         self,
-        model: str | Path | Model,
+        models: str | Path | Model | Sequence[str | Path | Model],
         device: str = "auto",
         precision: str = "auto",
         overlap: float | None = None,
         batch_size: int = 6,
+        mirrored: bool = False,
         compile: str = "off",
     ):
-        self.model = model if isinstance(model, Model) else load_model(model)
-        self.task, self.ranges = self.model.task, self.model.info.get("ranges", {})
+        models = [models] if isinstance(models, (str, Path, Model)) else models
+        self.models = [model if isinstance(model, Model) else load_model(model) for model in models]
+        first = self.models[0]
+        self.task, self.ranges = first.task, first.info.get("ranges", {})
+        _check_alike(self.models)
+        self.training_cases = {name for model in self.models for name in model.info.get("training_cases", [])}
+        validated = {name for model in self.models for name in model.info.get("validation_cases", [])}
+        self.validation_cases = validated - self.training_cases
+        self.axes = _axes_of(self.models) if mirrored else ()
         self.precision = choose_precision(precision, Processes(0, 1, choose_device(device)))
-        overlap = self.model.info.get("overlap_ratio", 0.5) if overlap is None else overlap
+        overlap = first.info.get("overlap_ratio", 0.5) if overlap is None else overlap
         self.window = SlidingWindow(self.task.patch_size, overlap, batch_size)
-        self.model.network.to(self.precision.device).eval()
-        self.network = compiled(self.model.network, compile, self.precision.device)
+        self.networks = [
+            compiled(model.network.to(self.precision.device).eval(), compile, self.precision.device)
+            for model in self.models
+        ]
 
     def __call__(self, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
         """Return the label of each voxel (x, y, z), uint8, of an image on its own grid.
@@ -92,9 +112,46 @@ class Predictor:
         del image
         for doubt in plausibility.doubts_of_intensities(prepared, self.ranges):
             log.warning("%s is unusual: %s", name, doubt)
-        probabilities = self.window.probabilities(prepared, self.network, self.precision)
+        probabilities = self._probabilities(prepared)
         del prepared
         return most_probable(probabilities, resampling)
+
+    def _probabilities(self, image: np.ndarray) -> np.ndarray:
+        """Return the mean of the class probabilities (classes, *spatial), float32, over networks and flips."""
+        # The volume is flipped and not its windows, which would lie elsewhere in one that is flipped to begin with.
+        flips = [axes for count in range(len(self.axes) + 1) for axes in combinations(self.axes, count)]
+        total = None
+        for network, axes in product(self.networks, flips):
+            along = [1 + axis for axis in axes]
+            flipped = np.ascontiguousarray(np.flip(image, along))
+            probabilities = np.flip(self.window.probabilities(flipped, network, self.precision), along)
+            if total is None:
+                total = probabilities
+            else:
+                total += probabilities
+        total /= len(self.networks) * len(flips)
+        return total
+
+
+def _check_alike(models: Sequence[Model]) -> None:
+    """Raise `UserError` unless all models segment the same classes of images that are prepared in the same way."""
+    first = models[0].task
+    for number, model in enumerate(models[1:], start=2):
+        for what in ("class_names", "num_channels", "spacing", "intensity", "patch_size"):
+            value, expected = getattr(model.task, what), getattr(first, what)
+            if value != expected:
+                raise UserError(
+                    f"model {number} has {what} {value}, and the first one {expected}: give models of one task"
+                )
+
+
+def _axes_of(models: Sequence[Model]) -> tuple[int, ...]:
+    """Return the axes that all models were trained to flip; files of before there were others flipped all."""
+    chosen = [{*model.info.get("flips", {"axes": ALL})["axes"]} for model in models]
+    axes = tuple(sorted(set.intersection(*chosen)))
+    if not axes:
+        raise UserError("the models were not trained with flips, there is nothing to average over: leave --tta out")
+    return axes
 
 
 def most_probable(probabilities: np.ndarray, resampling: Resampling) -> np.ndarray:

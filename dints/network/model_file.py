@@ -92,6 +92,9 @@ def _check_cases(info: dict, path: str | Path) -> None:
                 raise ValueError(name)
     except (TypeError, ValueError, LookupError) as error:
         raise UserError(f"{path} is damaged: its ranges are none ({error}); give another model file") from error
+    flips = info.get("flips", {"axes": []})
+    if not isinstance(flips, dict) or not {*flips.get("axes", [None])} <= {0, 1, 2}:
+        raise UserError(f"{path} is damaged: its flips are {flips!r}; give another model file")
     overlap = info.get("overlap_ratio", 0.5)
     if not isinstance(overlap, float) or not 0 <= overlap < 1:
         raise UserError(f"{path} is damaged: its overlap_ratio is {overlap!r}; give another model file")

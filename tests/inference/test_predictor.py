@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -53,6 +54,67 @@ def test_the_readmes_lines_give_what_the_script_writes(model, image, tmp_path):
     labels = found["labels"]
     assert labels.dtype == np.uint8 and len(np.unique(labels)) > 1
     assert np.array_equal(labels, np.asarray(nib.load(tmp_path / "out/scan.nii.gz").dataobj))
+
+
+@pytest.fixture(scope="module")
+def others(model, tmp_path_factory) -> list[Path]:
+    """Write two more model files with other weights."""
+    folder, first = tmp_path_factory.mktemp("others"), model_file.load_model(model)
+    paths = [folder / f"{seed}.pth" for seed in (1, 2)]
+    for seed, path in enumerate(paths, start=1):
+        torch.manual_seed(seed)
+        network = FoundNetwork(first.architecture, 1, 3, 0.125)
+        save_model(path, network, first.architecture, 0.125, TASK, flips={"axes": [0, seed]})
+    return paths
+
+
+def probabilities(models: object, image: np.ndarray, **settings) -> np.ndarray:
+    predictor, found = Predictor(models, device="cpu", precision="fp32", **settings), []
+    real = predictor._probabilities
+    predictor._probabilities = lambda prepared: found.append(real(prepared)) or found[0]
+    predictor(image, np.diag([2.0, 2, 2, 1]))
+    return found[0]
+
+
+class TestAverages:
+    def test_five_copies_are_one(self, model, image):
+        assert np.allclose(probabilities([model] * 5, image), probabilities(model, image), atol=1e-6)
+
+    def test_of_several_models_it_is_the_mean(self, model, others, image):
+        single = [probabilities(path, image, overlap=0.25) for path in (model, *others)]
+        assert np.allclose(probabilities([model, *others], image), np.mean(single, axis=0), atol=1e-6)
+        assert np.abs(single[0] - single[1]).max() > 0.01
+
+    @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)])
+    def test_a_flipped_volume_gives_flipped_probabilities(self, others, image, axes):
+        plain, mirrored = (probabilities(others[0], image, mirrored=mirrored) for mirrored in (False, True))
+        flipped = probabilities(others[0], np.flip(image, axes), mirrored=True)
+        assert np.allclose(np.flip(flipped, [1 + axis for axis in axes]), mirrored, atol=1e-5)
+        assert np.abs(plain - mirrored).max() > 0.01
+
+    def test_only_what_all_models_were_trained_to_flip_is(self, model, others):
+        assert Predictor(others, "cpu", "fp32", mirrored=True).axes == (0,)
+        assert Predictor(others[1], "cpu", "fp32", mirrored=True).axes == (0, 2)
+        assert Predictor(model, "cpu", "fp32", mirrored=True).axes == (0, 1, 2)  # a file of before there were others
+        assert Predictor(others, "cpu", "fp32").axes == ()
+
+    def test_models_without_flips_are_refused(self, model):
+        unflipped = model_file.load_model(model)
+        unflipped.info["flips"] = {"axes": []}
+        with pytest.raises(UserError, match="were not trained with flips"):
+            Predictor(unflipped, "cpu", "fp32", mirrored=True)
+
+    def test_models_of_other_tasks_are_refused(self, model):
+        other = replace(model_file.load_model(model), task=replace(TASK, class_names=("background", "a", "c")))
+        with pytest.raises(UserError, match=r"model 2 has class_names \('background', 'a', 'c'\), and the first one"):
+            Predictor([model, other], "cpu", "fp32")
+
+    def test_the_cases_of_all_models_count(self, model):
+        models = [model_file.load_model(model) for _ in range(2)]
+        models[0].info.update(training_cases=["a", "b"], validation_cases=["c", "d"])
+        models[1].info.update(training_cases=["a", "c"], validation_cases=["b", "d"])
+        predictor = Predictor(models, "cpu", "fp32")
+        assert predictor.training_cases == {"a", "b", "c"} and predictor.validation_cases == {"d"}
 
 
 def test_it_reads_the_model_once_and_its_input_stays(model, image, monkeypatch):
