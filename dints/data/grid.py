@@ -6,7 +6,7 @@ of the file, which is nearly always, each axis is interpolated by itself, in a f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import nibabel as nib
 import numpy as np
@@ -65,6 +65,43 @@ class Resampling:
         turned = self._flipped(_resample(voxels, matrix, self.turned_shape, nearest=False))
         return turned.transpose([0, *(int(axis) + 1 for axis in self.turn[:, 0])])
 
+    @property
+    def is_separable(self) -> bool:
+        """Whether the grid's axes are those of the file, so that each can be interpolated by itself."""
+        return self.matrix is None or not _is_sheared(np.linalg.inv(self.matrix), self.turned_shape)
+
+    def undone_by_slabs(self, slabs: Iterable[tuple[int, np.ndarray]], axis: int) -> Iterator[np.ndarray]:
+        """Bring a volume that comes in slabs back to the file's voxels, slab by slab, but for flips and transposition.
+
+        Args:
+            slabs: first plane along ``axis`` of the grid, and (channels, *slab) in C order; one after another.
+
+        Yields:
+            (channels, *slab), float32; `as_in_file` turns what they make together.
+        """
+        if self.matrix is None:
+            yield from (slab for _, slab in slabs)
+            return
+        places = _places(np.linalg.inv(self.matrix), self.shape, self.turned_shape)
+        done, last = 0, None
+        for start, slab in slabs:
+            if last is not None:  # a plane between two slabs needs both
+                slab, start = np.concatenate([last, slab], 1 + axis), start - 1
+            last = slab.take([-1], 1 + axis)
+            end = start + slab.shape[1 + axis]
+            stop = len(places[axis]) if end == self.shape[axis] else np.searchsorted(places[axis], end - 1, "right")
+            if stop == done:
+                continue
+            wanted = [place if other != axis else place[done:stop] - start for other, place in enumerate(places)]
+            done = stop
+            for other in sorted(range(3), key=lambda other: len(wanted[other]) / slab.shape[1 + other]):
+                slab = _interpolate(slab, 1 + other, wanted[other])
+            yield slab
+
+    def as_in_file(self, turned: np.ndarray) -> np.ndarray:
+        """Turn a volume (x, y, z) of the file's voxels from RAS back to the file's order."""
+        return np.ascontiguousarray(self._flipped(turned[None])[0].transpose(self.turn[:, 0].astype(int)))
+
     def _flipped(self, turned: np.ndarray) -> np.ndarray:
         # An axis of one voxel stays: its negative stride would count as contiguous, and torch takes none.
         steps = [int(self.turn[axis, 1]) if self.file_shape[axis] > 1 else 1 for axis in self._axes_of_file]
@@ -75,11 +112,11 @@ def _resample(voxels: np.ndarray, matrix: np.ndarray | None, shape: tuple[int, .
     """Sample voxels (channels, *spatial) at the places that ``matrix`` gives to the indices of a grid of ``shape``."""
     if matrix is None:
         return voxels.astype(voxels.dtype if nearest else np.float32)  # a copy, so that no stride is negative
-    mixing = np.abs(matrix[:3, :3] * (1 - np.eye(3))) @ shape
-    if (mixing > 1e-3).any():  # voxels
+    if _is_sheared(matrix, shape):
         return _resample_sheared(voxels, matrix, shape, nearest)
     places = _places(matrix, voxels.shape[1:], shape)
     if nearest:
+        mixing = _mixing(matrix, shape)
         halfway = [np.abs(place - np.floor(place) - 0.5).min() for place in places]
         if ((mixing > 0) & (halfway <= 2 * mixing + 1e-9)).any():  # the other axes decide to which side it is rounded
             return _resample_sheared(voxels, matrix, shape, nearest)
@@ -93,6 +130,15 @@ def _resample(voxels: np.ndarray, matrix: np.ndarray | None, shape: tuple[int, .
         else:
             result = _interpolate(result, place + 1, places[order[place]])
     return result.transpose(np.argsort(in_order))
+
+
+def _mixing(matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Return by how many voxels the other axes of a grid of ``shape`` move a place along each axis."""
+    return np.abs(matrix[:3, :3] * (1 - np.eye(3))) @ shape
+
+
+def _is_sheared(matrix: np.ndarray, shape: Sequence[int]) -> bool:
+    return bool((_mixing(matrix, shape) > 1e-3).any())  # voxels
 
 
 def _places(matrix: np.ndarray, shape: Sequence[int], new_shape: Sequence[int]) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ from dints.data.cases import preprocess_image
 from dints.data.flips import ALL
 from dints.data.grid import Resampling
 from dints.errors import UserError
+from dints.inference import slabs
 from dints.network.model_file import Model, load_model
 from dints.running.machine import choose_device
 from dints.running.precision import choose_precision
@@ -112,6 +113,8 @@ class Predictor:
         del image
         for doubt in plausibility.doubts_of_intensities(prepared, self.ranges):
             log.warning("%s is unusual: %s", name, doubt)
+        if not self.axes and slabs.fits(resampling.shape, self.task.patch_size, resampling):
+            return slabs.most_probable(prepared, self.networks, self.window, self.precision, resampling)
         probabilities = self._probabilities(prepared)
         del prepared
         return most_probable(probabilities, resampling)

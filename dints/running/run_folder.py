@@ -23,7 +23,7 @@ def opened(path: str | Path, processes: Processes) -> Iterator[Path]:
             locks.callback(_unlock, lock)
             _locks.add(lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for partial in Path(path).glob(".*.partial"):  # of a run that was killed while it wrote: the lock is ours
+            for partial in Path(path).rglob(".*.partial"):  # of a run that was killed while it wrote: the lock is ours
                 partial.unlink()
         except BlockingIOError as error:
             raise UserError(

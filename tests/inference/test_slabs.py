@@ -1,0 +1,78 @@
+"""A volume that is done slab by slab is segmented as one that is done at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from architectures import chain
+
+from dints.data.grid import Resampling
+from dints.inference import predictor, slabs
+from dints.network.found import FoundNetwork
+from dints.running.precision import Precision
+from dints.training.validation import SlidingWindow
+
+FP32 = Precision("fp32", torch.device("cpu"))
+WINDOW = SlidingWindow((16, 8, 8), 0.4, 3)
+AXES = {
+    "RAS": np.diag([2.0, 2, 2]),
+    "LPS": np.diag([-1.5, -1.5, 2.5]),
+    "permuted PIR": np.array([[0, 0, 2.4], [-1.8, 0, 0], [0, -1.4, 0]]),
+}
+
+
+@pytest.fixture(scope="module")
+def networks() -> list[FoundNetwork]:
+    """Make two networks of three classes with random weights."""
+    torch.manual_seed(0)
+    return [FoundNetwork(chain(0, 1, 0, num_depths=2), 2, 3, 0.125).eval() for _ in range(2)]
+
+
+def affine(axes: np.ndarray) -> np.ndarray:
+    full = np.eye(4)
+    full[:3, :3] = axes
+    return full
+
+
+@pytest.mark.parametrize("spacing", [None, (2.0, 2.0, 2.0), (1.7, 3.1, 2.2)], ids=str)
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("shape", [(40, 25, 23), (22, 24, 51), (23, 64, 20)], ids=str)
+def test_labels_are_those_of_the_whole_volume(networks, axes, spacing, shape):
+    resampling = Resampling(shape, affine(AXES[axes]), spacing)
+    image = np.random.default_rng(0).normal(size=(2, *resampling.shape)).astype(np.float32)
+    assert slabs.fits(resampling.shape, WINDOW.patch_size, resampling)
+    found = slabs.most_probable(image, networks[:1], WINDOW, FP32, resampling)
+    expected = predictor.most_probable(WINDOW.probabilities(image, networks[0], FP32), resampling)
+    assert found.shape == shape and found.dtype == np.uint8 and len(np.unique(found)) == 3
+    assert (found != expected).mean() < 1e-4  # where two classes are equally probable but for rounding
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_probabilities_are_those_of_the_whole_volume(networks, axis):
+    image = np.random.default_rng(0).normal(size=(2, 40, 24, 16)).astype(np.float32)
+    starts, parts = zip(*slabs.probabilities(image, networks[0], WINDOW, FP32, axis), strict=True)
+    assert len(parts) > 1 or axis == 2
+    assert list(starts) == np.cumsum([0, *(part.shape[1 + axis] for part in parts)])[:-1].tolist()
+    whole = WINDOW.probabilities(image, networks[0], FP32)
+    assert np.allclose(np.concatenate(parts, 1 + axis), whole, atol=1e-6)
+
+
+def test_of_several_networks_it_is_the_mean(networks):
+    resampling = Resampling((40, 24, 16), np.eye(4), None)
+    image = np.random.default_rng(0).normal(size=(2, 40, 24, 16)).astype(np.float32)
+    mean = np.mean([WINDOW.probabilities(image, network, FP32) for network in networks], axis=0)
+    found = slabs.most_probable(image, networks, WINDOW, FP32, resampling)
+    assert (found != mean.argmax(0)).mean() < 1e-4
+
+
+def test_what_needs_padding_or_shearing_is_done_at_once():
+    straight = Resampling((40, 40, 40), np.eye(4), (2.0, 2.0, 2.0))
+    assert straight.is_separable and not slabs.fits((15, 40, 40), WINDOW.patch_size, straight)
+    angle = np.radians(20)
+    rotated = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1.2]])
+    sheared = rotated @ np.array([[1, 0.3, 0], [0, 1, 0], [0, 0, 1]])
+    for axes, separable in ((rotated, True), (sheared, False)):
+        resampling = Resampling((40, 40, 40), affine(axes), (2.0, 2.0, 2.0))
+        assert resampling.is_separable == separable
+        assert slabs.fits(resampling.shape, (8, 8, 8), resampling) == separable
