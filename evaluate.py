@@ -78,6 +78,7 @@ def main(args: argparse.Namespace) -> None:
     facts = {
         "prediction": str(args.prediction),
         "reference": str(args.reference),
+        "predicted_only": args.predicted_only,
         "num_cases": len(pairs),
         "num_missing": len(missing),
         "missing": missing,
@@ -85,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         "seed": args.seed,
     }
     files.write_atomically(args.output_root / "scores.csv", evaluation.summary.scores_table(rows))
-    content = json.dumps({**facts, "summary": summary}, indent=2, allow_nan=False)
+    content = json.dumps({**facts, **summary}, indent=2, allow_nan=False)
     files.write_atomically(args.output_root / "summary.json", content + "\n")
     print(evaluation.summary.markdown(summary))
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from dints.data.listing import ENDING
 from dints.data.nifti import Header, read_header, read_voxels
 from dints.data.tasks import MAX_CLASSES
 from dints.errors import UserError
+
+log = logging.getLogger(__name__)
 
 AFFINE_TOLERANCE = 1e-3  # by which the affines of two masks may differ, an entry; as of a label and its image
 
@@ -79,6 +82,8 @@ def pair_files(
             f"example {missing[0]}: add them, let them count as empty with --allow_missing, or leave them out with "
             "--predicted_only"
         )
+    if missing and predicted_only:
+        log.info("%d of %d references have no prediction and are left out", len(missing), len(references))
     names = [name for name in references if name in predictions or allow_missing]
     return [Pair(name, references[name], predictions.get(name)) for name in names]
 

