@@ -50,6 +50,8 @@ def test_means_in_both_conventions():
 def test_an_infinite_distance_is_counted_by_itself():
     liver = summarise(ROWS)["classes"]["liver"]["hausdorff95_mm"]
     assert (liver["n"], liver["infinite"], liver["mean"], liver["low"], liver["high"]) == (3, 1, 2.0, 2.0, 2.0)
+    half_missed = summarise([row("a", "liver", 0.0, hausdorff=math.inf), row("a", "lesion", 0.5)])["all"]
+    assert [half_missed["hausdorff95_mm"][key] for key in ("n", "infinite", "mean", "median")] == [1, 1, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.1, 0.1], [0.9, 0.8, 0.7, 0.3], [0.1, 0.3], [0.7, 0.7, 0.7, 0.7000000001]])
