@@ -20,7 +20,7 @@ def module(name: str, text: str) -> measure.Module:
 
 
 def test_the_program_is_looked_at():
-    assert len(PACKAGE) > 40 and {"search_dints", "train_dints", "infer_dints", "decode_plot"} <= SCRIPTS
+    assert len(PACKAGE) > 40 and {"search_dints", "train_dints", "infer_dints", "evaluate", "decode_plot"} <= SCRIPTS
     assert {wing for names in measure.LEVELS for wing in names} == {module.wing for module in PROGRAM}
     assert sum(map(len, GRAPH.values())) > 100
 

@@ -101,6 +101,15 @@ def described_classes(root: str | Path, description: str | Path | None = None) -
     return _class_names(described) if "labels" in described.content else None
 
 
+def read_class_names(description: str | Path) -> tuple[str, ...]:
+    """Read the class of each label value 0, 1, 2, ..., background first, from a ``dataset.json`` of either form.
+
+    Raises:
+        UserError: it is malformed, or its labels are.
+    """
+    return _class_names(Description(read_json(description), description, Path(description).parent))
+
+
 def _described(root: str | Path, description: str | Path | None, key: str) -> Description:
     source = Path(root, "dataset.json") if description is None else description
     return Description(read_json(source), source, Path(root).absolute(), key)

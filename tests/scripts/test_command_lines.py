@@ -15,7 +15,14 @@ from dints.errors import UserError
 from dints.network.architecture import save_architecture
 from dints.network.operations import OPERATIONS
 
-SCRIPTS = ("search_dints.py", "train_dints.py", "infer_dints.py", "decode_plot.py", "download_msd_datasets.py")
+SCRIPTS = (
+    "search_dints.py",
+    "train_dints.py",
+    "infer_dints.py",
+    "evaluate.py",
+    "decode_plot.py",
+    "download_msd_datasets.py",
+)
 SEARCH, TRAIN = "--num_epochs 4 --num_epochs_warmup 2", "--num_epochs 3"
 
 
@@ -146,6 +153,7 @@ def test_check_judges_the_whole_command_and_writes_nothing(stage, flags, message
         "search_dints.py --root none --output_root {tmp}/run",
         "train_dints.py --root none --output_root {tmp}/run --arch_ckpt none.pth",
         "infer_dints.py --checkpoint none.pth --output_root {tmp}/run --input none.nii.gz --device cpu",
+        "evaluate.py --prediction none --reference none --output_root {tmp}/run",
         "decode_plot.py --checkpoint none.pth --directory {tmp}/run",
     ],
 )
