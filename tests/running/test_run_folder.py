@@ -64,5 +64,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path, place):
 @pytest.mark.fault("SIGKILL while saving")
 def test_partial_files_of_a_killed_run_are_swept(tmp_path):
     (tmp_path / ".latest.pth.123.partial").write_bytes(b"half")
+    (tmp_path / "candidates").mkdir()
+    (tmp_path / "candidates/.latest.pth.123.partial").write_bytes(b"half")
     with opened(tmp_path, ALONE):
-        assert not (tmp_path / ".latest.pth.123.partial").exists()
+        assert not list(tmp_path.rglob("*.partial"))
