@@ -72,6 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if complaints:
         parser.error("; ".join(complaints))
     options.fill_from_recipe(args, *OF_RECIPES)
+    args.augmentation = args.augmentation or "published"  # what recipes say of it was measured in retrainings
     return args
 
 
@@ -238,8 +239,11 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
     steps = weights_loader.steps
     args = options.scaled_to_iterations(args, steps)
     flips = data.flips.choose(args.flip_axes, [weights_loader, arch_loader], task, processes)
+    iterations = args.num_epochs * steps
+    seen = iterations * args.num_images_per_batch * processes.world_size / len(weights_cases)
+    augmentation = data.augmentation.chosen(args.augmentation, iterations, seen)
     for loader in (weights_loader, arch_loader):
-        loader.augment_by(data.augmentation.chain(args.augmentation, flips.axes))
+        loader.augment_by(data.augmentation.chain(augmentation, flips.axes))
     window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
     decoded = DecodedDice(supernet, validation, weights_loader, args.decoded_steps)
@@ -461,7 +465,9 @@ def short_trainings(
     patches["steps"] = data.loaders.steps_per_epoch(len(training_cases), patches["batch_size"], alone)
     loader = data.loaders.training_loader(training_cases, cache, alone, **patches)
     flips = data.flips.choose(args.flip_axes, [loader], task, alone)
-    loader.augment_by(data.augmentation.chain(args.augmentation, flips.axes))
+    seen = args.candidate_iterations * patches["batch_size"] / len(training_cases)
+    augmentation = data.augmentation.chosen(args.augmentation, args.candidate_iterations, seen)
+    loader.augment_by(data.augmentation.chain(augmentation, flips.axes))
     window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
     volumes = data.loaders.validation_loader(judging_cases, cache, alone)
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, alone)

@@ -32,7 +32,8 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
 
 log = logging.getLogger("train")
 
-OF_RECIPES = ("flip_axes", "learning_rate_schedule", "average_decay")  # options whose values a recipe gives
+# Options whose values a recipe gives.
+OF_RECIPES = ("flip_axes", "learning_rate_schedule", "average_decay", "augmentation")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -129,7 +130,10 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     loader, volumes = read(args, dataset, training_cases, validation_cases, processes)
     args = options.scaled_to_iterations(args, loader.steps)
     flips = data.flips.choose(args.flip_axes, [loader], task, processes)
-    loader.augment_by(data.augmentation.chain(args.augmentation, flips.axes))
+    iterations = args.num_epochs * loader.steps
+    seen = iterations * args.num_images_per_batch * processes.world_size / len(training_cases)
+    augmentation = data.augmentation.chosen(args.augmentation, iterations, seen)
+    loader.augment_by(data.augmentation.chain(augmentation, flips.axes))
     waited = data.loaders.ShareOfWaiting(loader)
     window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
@@ -175,7 +179,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
             path = folder / "best_metric_model.pth"
             if progress.note_validation(scores and scores.mean, path) and processes.is_main:
                 facts = {"dice": progress.best_dice, "iteration": progress.iteration, "version": __version__}
-                facts |= {"recipe": args.recipe, "flips": flips.to_dict(), **of_data}
+                facts |= {"recipe": args.recipe, "flips": flips.to_dict(), "augmentation": augmentation, **of_data}
                 network.model_file.save_model(path, kept_network, architecture, args.channel_mul, task, **facts)
             history.add_validation(progress, scores)
             checkpoint.save()

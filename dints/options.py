@@ -45,7 +45,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
 positive = number(float, 0, above=True)
 finite = number(float, -1e30, 1e30)
 XYZ = ("X", "Y", "Z")
-AUGMENTATIONS = ("published", "nnunet")  # `dints.data.augmentation.CHAINS`, which -h need not import
+AUGMENTATIONS = ("published", "nnunet", "auto")  # of `dints.data.augmentation`, which -h need not import
 
 
 def fold(text: str) -> int | str:
@@ -170,8 +170,9 @@ def add_recipe(group: argparse._ArgumentGroup) -> None:
     add(
         "--augmentation",
         choices=AUGMENTATIONS,
-        default="published",
-        help="random changes of patches beside flips: the published chain, or nnU-Net's, for long trainings",
+        help="random changes of patches beside flips: the published chain, or nnU-Net's; auto: that in trainings of "
+        "5000 iterations or more that see each case 60 times or more (default: published; in a retraining by the "
+        "recommended recipe auto)",
     )
 
 
@@ -328,7 +329,7 @@ def course(args: argparse.Namespace) -> dict[str, object]:
     kept = {name: value for name, value in vars(args).items() if name not in places | manner | after}
     kept = {name: value for name, value in kept.items() if not name.startswith("candidate_")}
     # As None, so that the runs of before there were these options go on.
-    published = {"recipe": "published", "augmentation": "published", **RECIPES["published"]}
+    published = {"recipe": "published", **RECIPES["published"]}
     published |= {"ram_loss": "distance", "loss_weights": [1.0, 1.0, 1.0, 0.001], "ramp": 1.0}
     kept |= {name: None for name, value in published.items() if kept.get(name) == value}
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}

@@ -10,11 +10,13 @@ RECIPES = {
         "flip_axes": ["all"],
         "learning_rate_schedule": "halvings",
         "average_decay": 0.0,
+        "augmentation": "published",
     },
     "recommended": {
         "use_downsample": "auto",
         "flip_axes": ["auto"],
         "learning_rate_schedule": "polynomial",
         "average_decay": 0.99,
+        "augmentation": "auto",
     },
 }

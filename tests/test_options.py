@@ -9,7 +9,7 @@ import pytest
 import search_dints
 import train_dints
 from dints import options
-from dints.data.augmentation import CHAINS
+from dints.data.augmentation import CHAINS, chosen
 from dints.recipes import RECIPES
 
 TRAIN = ["--arch_ckpt", "arch.pth", "--root", "data", "--output_root", "run"]
@@ -59,7 +59,19 @@ def test_the_stages_use_all_of_a_recipe_and_recipes_have_the_same_options():
 
 
 def test_all_chains_of_augmentations_may_be_chosen():
-    assert tuple(CHAINS) == options.AUGMENTATIONS
+    assert (*CHAINS, "auto") == options.AUGMENTATIONS
+
+
+def test_long_retrainings_by_the_recommended_recipe_have_nnunets_augmentation():
+    args = train_dints.parse_args([*TRAIN, "--recipe", "recommended"])
+    assert args.augmentation == "auto"
+    lengths = ((5000, 60.0), (4999, 60.0), (5000, 59.9), (10**6, 1e6))
+    assert [chosen("auto", *length) for length in lengths] == ["nnunet", "published", "published", "nnunet"]
+    assert [chosen(name, *length) for name in CHAINS for length in lengths[:2]] == ["published"] * 2 + ["nnunet"] * 2
+    assert search_dints.parse_args([*SEARCH, "--recipe", "recommended"]).augmentation == "published"
+    assert (
+        train_dints.parse_args([*TRAIN, "--recipe", "recommended", "--augmentation", "nnunet"]).augmentation == "nnunet"
+    )
 
 
 def test_runs_from_before_there_were_recipes_go_on():

@@ -8,6 +8,7 @@ image and label, sums of shifted copies in place of convolutions, no metadata.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from monai.transforms.utils import create_rotate, create_translate
 from torch.nn import functional as F
 
 from dints.running.seeds import seed_from
+
+log = logging.getLogger(__name__)
 
 SPATIAL, TINY = (1, 2, 3), 1e-7
 Sample = tuple[torch.Tensor, torch.Tensor]  # image (channels, *spatial), float32, and label (1, *spatial), uint8
@@ -71,6 +74,22 @@ def augment(image: torch.Tensor, label: torch.Tensor, drawn: Mapping[str, object
         if step.name in drawn:
             image, label = step.apply(image, label, drawn[step.name])
     return image.contiguous(), label.contiguous()
+
+
+# nnU-Net's changes cost a training that is too short to learn them, and help one that would learn its cases by heart.
+LONG, MANY_TIMES = 5000, 60  # iterations, and times that each case is seen: docs/recipes.md
+
+
+def chosen(choice: str, iterations: int, patches_per_case: float) -> str:
+    """Return the chain's name: the choice, or what ``auto`` makes of a training's length."""
+    if choice != "auto":
+        return choice
+    name = "nnunet" if iterations >= LONG and patches_per_case >= MANY_TIMES else "published"
+    log.info(
+        "augmentation: %s, for %d iterations see each case %.0f times (nnunet from %d and %d on)",
+        *(name, iterations, patches_per_case, LONG, MANY_TIMES),
+    )
+    return name
 
 
 def chain(name: str = "published", flip_axes: Sequence[int] = (0, 1, 2)) -> tuple[Step, ...]:

@@ -28,7 +28,6 @@ def quickstart(folder: Path, search_iterations: int, train_iterations: int, **en
         "OUTPUT_ROOT": str(results),
         "SEARCH_ITERATIONS": str(search_iterations),
         "TRAIN_ITERATIONS": str(train_iterations),
-        "CANDIDATE_ITERATIONS": "12",
         **environment,
     }
     command = ["bash", str(CHECKOUT / "quickstart.sh")]
@@ -45,8 +44,8 @@ def check_files(said: str, results: Path) -> None:
     assert len(files) >= 8 and all(Path(file).exists() for file in files), files
     (code,) = (file for file in files if "search_code_" in file)
     model = load_model(results / "train" / "best_metric_model.pth")
-    assert model.architecture.codes() == load_architecture(code).codes()
-    assert model.info["channel_mul"] == load_architecture(code).channel_mul  # that fills the candidates' memory
+    assert model.architecture.codes()[:2] == load_architecture(code).codes()
+    assert not model.architecture.use_downsample  # volumes are small
 
 
 def printed_dice(said: str, results: Path) -> dict[str, float]:
@@ -64,7 +63,7 @@ def printed_dice(said: str, results: Path) -> dict[str, float]:
 
 
 def test_phantom(tmp_path):
-    dice = quickstart(tmp_path, 3, 12, MEMORY_MIB="20", DATA_ROOT=str(tmp_path / "Task00_Phantom"))
+    dice = quickstart(tmp_path, 3, 12, DATA_ROOT=str(tmp_path / "Task00_Phantom"))
     assert dice["liver"] > 0.2  # guessing one class everywhere gives less than 0.1
 
 
@@ -77,5 +76,5 @@ def test_real_mri(tmp_path, task04):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(task04 / path, root / path)
     (root / "dataset.json").write_text(json.dumps(description))
-    dice = quickstart(tmp_path, 9, 30, MEMORY_MIB="20", TASK="Task04_Hippocampus", DATA_ROOT=str(root))
+    dice = quickstart(tmp_path, 9, 30, TASK="Task04_Hippocampus", DATA_ROOT=str(root))
     assert min(dice.values()) > 0.4
