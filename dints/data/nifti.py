@@ -20,7 +20,8 @@ GZIP_RATIO = 1032  # deflate cannot pack more bytes than that into one
 GZIP = b"\x1f\x8b"  # what a file begins with
 HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
 CHUNK = 1 << 20  # bytes
-MM = {"meter": 1000.0, "micron": 0.001}  # of a header's unit of length; where it names none it is taken for mm
+# Of a header's code of a unit, metre and micrometre; mm (2), none (0) and codes that mean nothing are taken for mm.
+MM, UNIT_OF_LENGTH = {1: 1000.0, 3: 0.001}, 0b111
 QUIET = logging.Logger("nibabel", logging.CRITICAL)  # what it mends in a header is not worth a line that names no file
 
 
@@ -134,7 +135,7 @@ def _parse_header(path: str, start: bytes) -> Header:
         nifti.check_fix(logger=QUIET)
         shape = tuple(int(count) for count in nifti.get_data_shape())
         affine = np.array(nifti.get_best_affine(), np.float64)
-        affine[:3] *= MM.get(nifti.get_xyzt_units()[0], 1.0)
+        affine[:3] *= MM.get(int(nifti["xyzt_units"]) & UNIT_OF_LENGTH, 1.0)
         nifti.get_data_dtype(), nifti.get_slope_inter(), nifti.get_data_offset()
     except (HeaderDataError, WrapStructError, ValueError, TypeError, OverflowError) as error:
         raise _unreadable(path, f"its header is damaged ({error})") from error
@@ -195,7 +196,7 @@ def save_segmentation(segmentation: np.ndarray, image: Header, path: Path) -> No
     file = nib.Nifti1Image(segmentation, image.nifti.get_best_affine())  # in the header's own unit
     file.set_qform(*image.nifti.get_qform(coded=True))
     file.set_sform(*image.nifti.get_sform(coded=True))
-    file.header.set_xyzt_units(xyz=image.nifti.get_xyzt_units()[0])
+    file.header["xyzt_units"] = int(image.nifti["xyzt_units"]) & UNIT_OF_LENGTH
     content = file.to_bytes()
     if path.suffix.lower() == ".gz":
         content = gzip.compress(content, mtime=0)
