@@ -138,9 +138,8 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
 
 
 def settings_of(args: argparse.Namespace, predictor: Predictor) -> dict[str, object]:
-    """Gather what segmentations depend on beside their images."""
+    """Gather what segmentations depend on beside their images; of models the content, wherever their files lie."""
     return {
-        "checkpoint": [str(path) for path in args.checkpoint],
         "models": [model.digest for model in predictor.models],
         "version": __version__,
         "precision": predictor.precision.name,

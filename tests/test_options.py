@@ -9,8 +9,10 @@ import pytest
 import search_dints
 import train_dints
 from dints import options
+from dints.candidates import proposals
 from dints.data.augmentation import CHAINS, chosen
 from dints.recipes import RECIPES
+from dints.training.curves import KINDS
 
 TRAIN = ["--arch_ckpt", "arch.pth", "--root", "data", "--output_root", "run"]
 SEARCH = TRAIN[2:]
@@ -60,6 +62,10 @@ def test_the_stages_use_all_of_a_recipe_and_recipes_have_the_same_options():
 
 def test_all_chains_of_augmentations_may_be_chosen():
     assert (*CHAINS, "auto") == options.AUGMENTATIONS
+
+
+def test_all_kinds_of_proposals_may_be_chosen():
+    assert search_dints.PROPOSALS == proposals.KINDS and {*KINDS} == {*proposals.KINDS, "mutant"}
 
 
 def test_long_retrainings_by_the_recommended_recipe_have_nnunets_augmentation():

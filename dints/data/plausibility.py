@@ -18,7 +18,7 @@ AXES = "right-left", "back-front", "bottom-top"
 TIMES_OUTSIDE = 2.0  # voxel sizes and extents may be so many times beyond the training cases'
 SPREADS_OUTSIDE = 1.5  # intensities may be so many times the width of the training cases' range beyond it
 LEAST_SPREAD = 0.1  # of normalised intensities, where training cases hardly differ
-CASES = 50  # that intensities are measured on
+CASES = 16  # of a rank, that intensities are measured on: without a cache each is prepared for it
 Ranges = Mapping[str, Sequence]
 
 

@@ -388,7 +388,7 @@ class TestBatches:
     def test_what_is_done_is_kept(self, tmp_path, images, segmented):
         infer(tmp_path / "out", "--input", images)
         first = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.nii.gz")}
-        infer(tmp_path / "out", "--input", images)
+        infer(tmp_path / "out", "--input", images, "--checkpoint", "moved/model.pth")
         assert segmented == ["a", "b", "c"] and self.states(tmp_path / "out") == dict.fromkeys(first, "done")
         assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.nii.gz")} == first
 
