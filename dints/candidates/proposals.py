@@ -48,7 +48,7 @@ class Candidate:
     def described(self, dice: float, **info: object) -> Architecture:
         """Return the architecture with what is to be known about it later; train_dints.py goes by its width."""
         ratio = unsearched.ram_ratio(self.architecture)
-        facts = {"best_dsc": dice, "ram_ratio": ratio, "channel_mul": self.channel_mul}
+        facts = {"dice": dice, "ram_ratio": ratio, "channel_mul": self.channel_mul}
         return replace(self.architecture, info={**facts, "candidate": self.name, "kind": self.kind, **info})
 
 

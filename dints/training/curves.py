@@ -58,16 +58,17 @@ def draw_candidates(folder: Path) -> None:
             label = kind.replace("_", " ") if number == 0 else None
             y = np.maximum(list(points.values()), lowest)
             axes.plot(x, y, marker="o", markersize=5, color=colour, label=label, alpha=0.75)
-    winner = rows[-sum(int(row["iterations"]) == rungs[-1] for row in rows)]  # a rung's rows are in order, best first
+    winner = max((row for row in rows if int(row["iterations"]) == rungs[-1]), key=lambda row: float(row["dice"]))
     axes.set_title(
         f"the winner is {winner['candidate'].replace('_', ' ')}, Dice {float(winner['dice']):.4f}", loc="left"
     )
+    axes.set_xlim(-0.5, len(rungs) - 0.5)
     axes.set_xticks(range(len(rungs)), [f"{iterations:,}" for iterations in rungs])
     axes.set_xlabel("iterations of a training")
     axes.set_ylabel("Dice of the cases that judge")
     axes.grid(alpha=0.3, axis="y")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False)
     _save(figure, folder / "candidates.png")
 
 
