@@ -368,7 +368,8 @@ def _write(graph: graphviz.Digraph, filename: str, directory: str | Path, format
     with replacing(source) as file:
         file.write(graph.source.encode())
     try:
-        content = graph.pipe()
+        # not graph.pipe(), which is broken off where dot ends before it has read all, and then loses what dot said
+        content = graphviz.pipe(graph.engine, format, graph.source.encode())
     except graphviz.ExecutableNotFound as error:
         raise UserError(
             f"{source} is written, but drawing {picture} needs graphviz's program 'dot', which is not installed: "
@@ -377,10 +378,6 @@ def _write(graph: graphviz.Digraph, filename: str, directory: str | Path, format
     except graphviz.CalledProcessError as error:
         reason = (error.stderr or b"").decode(errors="replace")
         raise UserError(f"{source} is written, but graphviz's 'dot' could not draw {picture}: {reason}") from error
-    except BrokenPipeError as error:
-        raise UserError(
-            f"{source} is written, but graphviz's 'dot' could not draw {picture}: it ended before it had read all"
-        ) from error
     with replacing(picture) as file:
         file.write(content)
     logger.info("drawn: %s", picture)
