@@ -15,9 +15,7 @@ import argparse
 import csv
 import io
 import logging
-import re
 import time
-from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +29,9 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from dints.data.cases import Case
     from dints.data.leniency import Leniency
     from dints.data.listing import ListedCase
+    from dints.data.nifti import Header
     from dints.data.tasks import Task
+    from dints.inference.decision import Decision
     from dints.inference.predictor import Predictor
     from dints.running.processes import Processes
     from dints.training.validation import Scores
@@ -63,6 +63,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="average over flips of the volume along the axes that the model was trained to flip: 2 to 8 times as long",
     )
+    parser.add_argument(
+        "--save_probabilities",
+        action="store_true",
+        help="write each class's probability too, OUTPUT_ROOT/probabilities/<case>, in steps of 1/255",
+    )
+    parser.add_argument(
+        "--save_uncertainty",
+        action="store_true",
+        help="write where the network is in doubt, OUTPUT_ROOT/uncertainty/<case>: entropy, 1 where all classes are "
+        "equally probable",
+    )
     options.add_machine(parser)
     args = parser.parse_args(argv)
     if (args.input is None) == (args.root is None):
@@ -88,7 +99,8 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     predictor = inference.predictor.Predictor(models, args.device, precision, **settings)
     task, leniency = predictor.task, options.leniency(args)
     selected = processes.on_main(cases_to_segment, args, predictor)
-    outputs = processes.on_main(segmentation_paths, selected, folder)
+    outputs = processes.on_main(inference.selection.segmentation_paths, selected, folder)
+    maps = [name for name in inference.decision.MAPS if getattr(args, f"save_{name}")]
     cases = processes.on_main(data.cases.try_to_open, selected, task, leniency)
     records = inference.records.Records(folder, settings_of(args, predictor))
     log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision)
@@ -104,19 +116,20 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
             label = None if cases[number].label is None else data.cases.read_label(cases[number].label, task)
             for doubt in data.plausibility.doubts(cases[number], predictor.ranges):
                 log.warning("%s is unusual: %s", output.name, doubt)
-            done = records.is_done(selected[number], output)
-            segmentation = None if done else segment(cases[number], predictor, leniency)
+            written = [output, *(folder / name / output.name for name in maps)]
+            done = records.is_done(selected[number], written)
+            decision = None if done else segment(cases[number], predictor, leniency, maps)
         except UserError as error:
             faults[output.name] = str(error)
             records.note_failed(output, str(error))
             log.warning("%s is left out: %s", output.name, error)
             continue
         if not done:
-            data.nifti.save_segmentation(segmentation, cases[number].images[0], output)
-            records.note_done(selected[number], output, time.monotonic() - start)
+            save(decision, cases[number].images[0], written, maps)
+            records.note_done(selected[number], written, time.monotonic() - start)
         if label is not None:
-            written = data.cases.read_label(data.nifti.read_header(str(output)), task) if done else segmentation
-            overlaps.add(number, written, label)
+            kept = data.cases.read_label(data.nifti.read_header(str(output)), task) if done else decision.labels
+            overlaps.add(number, kept, label)
     scores = overlaps.scores()
     faults = {name: fault for of_rank in processes.gather(faults) for name, fault in of_rank.items()}
     if processes.is_main:
@@ -149,8 +162,8 @@ def settings_of(args: argparse.Namespace, predictor: Predictor) -> dict[str, obj
     }
 
 
-def segment(case: Case, predictor: Predictor, leniency: Leniency) -> np.ndarray:
-    """Return the label of each voxel of a case's image, on its file's own grid."""
+def segment(case: Case, predictor: Predictor, leniency: Leniency, maps: list[str]) -> Decision:
+    """Segment a case's image on its file's own grid."""
 
     def read() -> np.ndarray:
         voxels, replaced = data.cases.read_image(case.images, leniency)
@@ -158,108 +171,33 @@ def segment(case: Case, predictor: Predictor, leniency: Leniency) -> np.ndarray:
             log.warning("%s: %d NaN or infinite voxels are replaced", case.images[0].path, replaced)
         return voxels
 
-    return predictor.segment(read, case.images[0].affine, case.name)
+    return predictor.segment(read, case.images[0].affine, case.name, maps)
+
+
+def save(decision: Decision, image: Header, paths: list[Path], maps: list[str]) -> None:
+    """Write a segmentation, and after it the maps that are wanted beside it."""
+    data.nifti.save_segmentation(decision.labels, image, paths[0])
+    for path, name in zip(paths[1:], maps, strict=True):
+        values = getattr(decision, name)
+        values = values if values.ndim == 3 else np.moveaxis(values, 0, -1)
+        data.nifti.save_map(values, image, path, inference.decision.UNITS)
 
 
 def cases_to_segment(args: argparse.Namespace, predictor: Predictor) -> list[ListedCase]:
     """List the cases under ``--root`` to score, or the images of ``--input``."""
-    task = predictor.task
-    if args.root is not None:
-        classes = data.formats.described_classes(args.root, args.json)
-        if classes not in (None, task.class_names):
-            raise UserError(
-                f"--root {args.root} has the classes {', '.join(classes)}, and {args.checkpoint[0]} segments "
-                f"{', '.join(task.class_names)}: give a dataset with the model's classes"
-            )
-        return cases_to_score(args, predictor)
-    images = []
-    for path in args.input:
-        if not path.exists():
-            raise UserError(f"--input {path} does not exist: give images (.nii or .nii.gz), or folders of images")
-        found = images_in(path, args.output_root) if path.is_dir() else [path]
-        if not found or not data.listing.ENDING.search(found[0].name):
-            raise UserError(f"--input {path} is no NIfTI file, nor a folder that holds any: give .nii or .nii.gz files")
-        images.extend(found)
-    if task.channel_files:
-        return cases_of_channels(images, task.num_channels)
-    return [data.listing.ListedCase(data.listing.ENDING.sub("", image.name), (str(image),)) for image in images]
-
-
-def images_in(folder: Path, output_root: Path) -> list[Path]:
-    """List the NIfTI files in a folder and its folders, but for hidden ones, and for what this script writes."""
-    written = output_root.resolve()
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if data.listing.ENDING.search(path.name)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-        and (written == folder.resolve() or written not in path.resolve().parents)
-    ]
-
-
-def cases_to_score(args: argparse.Namespace, predictor: Predictor) -> list[ListedCase]:
-    """List the model's validation cases, or those of ``--fold``; of a dataset that it knows nothing of, all cases."""
-    listed = data.formats.list_cases(args.root, args.json, args.json_key, args.allow_outside_root)
-    known = predictor.training_cases | predictor.validation_cases
-    if args.fold is not None:
-        training_cases, validation_cases = data.listing.split_fold(listed, **options.folds(args))
-        selected = validation_cases or training_cases
-    elif all(case.label is None for case in listed):
-        selected = listed
-    elif not known:
-        raise UserError(
-            f"{args.checkpoint[0]} does not say which cases it was trained on: give --fold and --num_folds of its "
-            "training, or --fold all for a dataset that is new to it"
-        )
-    elif known.isdisjoint(case.name for case in listed):
-        log.info("none of these cases took part in the model's training: all of them are scored")
-        selected = listed
-    else:
-        selected = [case for case in listed if case.name in predictor.validation_cases] or listed
-    trained_on = predictor.training_cases & {case.name for case in selected}
-    if trained_on and not args.allow_training_cases:
-        raise UserError(
-            f"the model was trained on {len(trained_on)} of these {len(selected)} cases, for example "
-            f"{', '.join(sorted(trained_on)[:3])}: leave --fold out to score its validation cases, if it has any, or "
-            "give --allow_training_cases"
-        )
-    return selected
-
-
-def cases_of_channels(images: list[Path], num_channels: int) -> list[ListedCase]:
-    """List the cases that ``<case>_0000``, ``<case>_0001``, ... make together, a file a channel."""
-    channels = defaultdict(dict)
-    for image in images:
-        parts = re.fullmatch(r"(.+)_(\d{4})\.nii(\.gz)?", image.name, re.IGNORECASE)
-        if parts is None:
-            raise UserError(
-                f"--input {image}: this model takes a file a channel, <case>_0000, <case>_0001, ...: rename"
-            )
-        channels[image.parent / parts[1]][int(parts[2])] = str(image)
-    for case, files_of_case in channels.items():
-        if sorted(files_of_case) != list(range(num_channels)):
-            raise UserError(
-                f"--input {case} has the channels {sorted(files_of_case)}; this model takes 0 to {num_channels - 1}: "
-                "add or remove files"
-            )
-    return [
-        data.listing.ListedCase(case.name, tuple(files_of_case[channel] for channel in range(num_channels)))
-        for case, files_of_case in channels.items()
-    ]
-
-
-def segmentation_paths(selected: list[ListedCase], folder: Path) -> list[Path]:
-    """Return where each case's segmentation goes: under its name; never onto another case's, nor onto an input."""
-    ending = data.listing.ENDING
-    names = Counter(case.name + ending.search(case.images[0])[0] for case in selected)
-    inputs = {Path(path).resolve() for case in selected for path in case.files}
-    for name, count in names.items():
-        if count > 1:
-            raise UserError(f"{count} images are called {name}: give each a run with its own --output_root")
-        if (folder / name).resolve() in inputs:
-            raise UserError(f"{folder / name} is an input and would be overwritten: give another --output_root")
-    return [folder / name for name in names]
+    if args.input is not None:
+        return inference.selection.given_images(args.input, predictor.task, args.output_root)
+    inference.selection.check_classes(args.root, args.json, predictor.task)
+    return inference.selection.cases_to_score(
+        args.root,
+        args.json,
+        args.json_key,
+        args.allow_outside_root,
+        **options.folds(args),
+        trained_on=predictor.training_cases,
+        validated_on=predictor.validation_cases,
+        allow_training_cases=args.allow_training_cases,
+    )
 
 
 def write_scores(path: Path, scores: Scores, outputs: list[Path], task: Task, trained_on: set[str] | None) -> None:

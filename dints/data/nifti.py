@@ -193,10 +193,21 @@ def _gunzip(path: str, content: bytes, limit: int) -> bytes:
 
 def save_segmentation(segmentation: np.ndarray, image: Header, path: Path) -> None:
     """Write labels (x, y, z), uint8, as NIfTI, with the image's place in space as its header tells it."""
-    file = nib.Nifti1Image(segmentation, image.nifti.get_best_affine())  # in the header's own unit
+    save_map(segmentation, image, path, unit=1)
+
+
+def save_map(values: np.ndarray, image: Header, path: Path, unit: int) -> None:
+    """Write a map (x, y, z) or (x, y, z, classes), uint8, as NIfTI, with the image's place in space.
+
+    Args:
+        unit: what a voxel holds for 1; the file's ``scl_slope`` says it.
+    """
+    file = nib.Nifti1Image(values, image.nifti.get_best_affine())  # in the header's own unit
     file.set_qform(*image.nifti.get_qform(coded=True))
     file.set_sform(*image.nifti.get_sform(coded=True))
     file.header["xyzt_units"] = int(image.nifti["xyzt_units"]) & UNIT_OF_LENGTH
+    if unit != 1:
+        file.header.set_slope_inter(1 / unit, 0)  # voxels are written as they are
     content = file.to_bytes()
     if path.suffix.lower() == ".gz":
         content = gzip.compress(content, mtime=0)

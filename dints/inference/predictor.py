@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import combinations, product
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from dints.data.flips import ALL
 from dints.data.grid import Resampling
 from dints.errors import UserError
 from dints.inference import slabs
+from dints.inference.decision import Decision, decided
 from dints.network.model_file import Model, load_model
 from dints.running.machine import choose_device
 from dints.running.precision import choose_precision
@@ -91,13 +92,16 @@ class Predictor:
         Raises:
             UserError: the image has other channels than the model, or voxels that are not finite.
         """
-        return self.segment(lambda: image, affine, "the image")
+        return self.segment(lambda: image, affine, "the image").labels
 
-    def segment(self, read: Callable[[], np.ndarray], affine: np.ndarray, name: str) -> np.ndarray:
+    def segment(
+        self, read: Callable[[], np.ndarray], affine: np.ndarray, name: str, maps: Collection[str] = ()
+    ) -> Decision:
         """Do the same with an image that is read here, so that its memory is free again before the network computes.
 
         Args:
             name: for messages.
+            maps: ``probabilities`` or ``uncertainty``, where they are wanted too.
         """
         image, affine = np.asarray(read()), np.asarray(affine, np.float64)
         image = image[None] if image.ndim == 3 else image
@@ -114,10 +118,11 @@ class Predictor:
         for doubt in plausibility.doubts_of_intensities(prepared, self.ranges):
             log.warning("%s is unusual: %s", name, doubt)
         if not self.axes and slabs.fits(resampling.shape, self.task.patch_size, resampling):
-            return slabs.most_probable(prepared, self.networks, self.window, self.precision, resampling)
+            return slabs.segmented(prepared, self.networks, self.window, self.precision, resampling, maps)
         probabilities = self._probabilities(prepared)
         del prepared
-        return most_probable(probabilities, resampling)
+        classes = (resampling.undo(of_class[None])[0] for of_class in probabilities)
+        return decided(classes, len(probabilities), maps)
 
     def _probabilities(self, image: np.ndarray) -> np.ndarray:
         """Return the mean of the class probabilities (classes, *spatial), float32, over networks and flips."""
@@ -155,18 +160,3 @@ def _axes_of(models: Sequence[Model]) -> tuple[int, ...]:
     if not axes:
         raise UserError("the models were not trained with flips, there is nothing to average over: leave --tta out")
     return axes
-
-
-def most_probable(probabilities: np.ndarray, resampling: Resampling) -> np.ndarray:
-    """Return the most probable class of each voxel of the file that ``resampling`` starts from.
-
-    Args:
-        probabilities: (classes, *spatial), on the grid that it leads to.
-    """
-    highest = np.array(resampling.undo(probabilities[:1])[0])
-    labels = np.zeros(highest.shape, np.uint8)
-    for value in range(1, len(probabilities)):  # one class at a time: on a large CT each takes a GB
-        probability = resampling.undo(probabilities[value : value + 1])[0]
-        labels[probability > highest] = value
-        np.maximum(highest, probability, out=highest)
-    return labels

@@ -32,16 +32,21 @@ class Records:
         facts = [*sorted(self.settings.items()), *map(files.digest, case.images)]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
-    def is_done(self, case: ListedCase, output: Path) -> bool:
-        """Tell whether the segmentation is there, of these images by these settings, and as it was written."""
-        note = self._read(output)
-        if note.get("state") != "done" or not output.is_file() or note.get("key") != self.key(case):
-            return False
-        return note.get("mask") == files.digest(output)
+    def is_done(self, case: ListedCase, outputs: Sequence[Path]) -> bool:
+        """Tell whether the segmentation, and what is written beside it, is there, of these images by these settings.
 
-    def note_done(self, case: ListedCase, output: Path, seconds: float) -> None:
-        """Note a segmentation that has been written."""
-        self._write(output, state="done", seconds=round(seconds, 3), key=self.key(case), mask=files.digest(output))
+        Args:
+            outputs: the segmentation's path first.
+        """
+        note = self._read(outputs[0])
+        if note.get("state") != "done" or note.get("key") != self.key(case):
+            return False
+        return all(path.is_file() for path in outputs) and note.get("written") == list(map(files.digest, outputs))
+
+    def note_done(self, case: ListedCase, outputs: Sequence[Path], seconds: float) -> None:
+        """Note a segmentation that has been written, and what lies beside it."""
+        written = list(map(files.digest, outputs))
+        self._write(outputs[0], state="done", seconds=round(seconds, 3), key=self.key(case), written=written)
 
     def note_failed(self, output: Path, reason: str) -> None:
         """Note why there is no segmentation; an older one, which is not of this run, is left as it is."""

@@ -6,7 +6,7 @@ a batch of windows. So memory grows with the area of a plane, and not with the v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import nn
 
 from dints.data.grid import Resampling
+from dints.inference.decision import Decision, decided, joined
 from dints.running.precision import Precision
 from dints.training.validation import SlidingWindow
 
@@ -26,23 +27,24 @@ def fits(shape: Sequence[int], patch_size: Sequence[int], resampling: Resampling
     return all(size >= patch for size, patch in zip(shape, patch_size, strict=True)) and resampling.is_separable
 
 
-def most_probable(
+def segmented(
     image: np.ndarray,
     networks: Sequence[nn.Module],
     window: SlidingWindow,
     precision: Precision,
     resampling: Resampling,
-) -> np.ndarray:
-    """Return the most probable class of each voxel of the file that ``resampling`` starts from, uint8.
+    maps: Collection[str] = (),
+) -> Decision:
+    """Decide each voxel of the file that ``resampling`` starts from.
 
     Args:
         image: (channels, *spatial), on the grid that it leads to.
+        maps: as for `decided`.
     """
     axis = int(np.argmax(image.shape[1:]))  # along the longest, planes are smallest
     streams = [probabilities(image, network, window, precision, axis) for network in networks]
     undone = resampling.undone_by_slabs(_means(streams), axis)
-    labels = [slab.argmax(0).astype(np.uint8) for slab in undone]
-    return resampling.as_in_file(np.concatenate(labels, axis))
+    return joined([decided(slab, len(slab), maps) for slab in undone], axis, resampling)
 
 
 def _means(streams: Sequence[Iterator[Slab]]) -> Iterator[Slab]:

@@ -8,7 +8,7 @@ import torch
 from architectures import chain
 
 from dints.data.grid import Resampling
-from dints.inference import predictor, slabs
+from dints.inference import slabs
 from dints.network.found import FoundNetwork
 from dints.running.precision import Precision
 from dints.training.validation import SlidingWindow
@@ -42,8 +42,8 @@ def test_labels_are_those_of_the_whole_volume(networks, axes, spacing, shape):
     resampling = Resampling(shape, affine(AXES[axes]), spacing)
     image = np.random.default_rng(0).normal(size=(2, *resampling.shape)).astype(np.float32)
     assert slabs.fits(resampling.shape, WINDOW.patch_size, resampling)
-    found = slabs.most_probable(image, networks[:1], WINDOW, FP32, resampling)
-    expected = predictor.most_probable(WINDOW.probabilities(image, networks[0], FP32), resampling)
+    found = slabs.segmented(image, networks[:1], WINDOW, FP32, resampling).labels
+    expected = resampling.undo(WINDOW.probabilities(image, networks[0], FP32)).argmax(0)
     assert found.shape == shape and found.dtype == np.uint8 and len(np.unique(found)) == 3
     assert (found != expected).mean() < 1e-4  # where two classes are equally probable but for rounding
 
@@ -62,8 +62,21 @@ def test_of_several_networks_it_is_the_mean(networks):
     resampling = Resampling((40, 24, 16), np.eye(4), None)
     image = np.random.default_rng(0).normal(size=(2, 40, 24, 16)).astype(np.float32)
     mean = np.mean([WINDOW.probabilities(image, network, FP32) for network in networks], axis=0)
-    found = slabs.most_probable(image, networks, WINDOW, FP32, resampling)
+    found = slabs.segmented(image, networks, WINDOW, FP32, resampling).labels
     assert (found != mean.argmax(0)).mean() < 1e-4
+
+
+@pytest.mark.parametrize("spacing", [None, (1.7, 3.1, 2.2)], ids=str)
+def test_maps_are_those_of_the_whole_volume(networks, spacing):
+    resampling = Resampling((40, 25, 23), affine(AXES["permuted PIR"]), spacing)
+    image = np.random.default_rng(0).normal(size=(2, *resampling.shape)).astype(np.float32)
+    found = slabs.segmented(image, networks[:1], WINDOW, FP32, resampling, ("probabilities", "uncertainty"))
+    expected = resampling.undo(WINDOW.probabilities(image, networks[0], FP32)).astype(np.float64)
+    entropy = -(expected * np.log(expected)).sum(0) / np.log(3)
+    assert found.probabilities.dtype == found.uncertainty.dtype == np.uint8
+    assert np.abs(found.probabilities / 255 - expected).max() < 0.5 / 255 + 1e-5
+    assert np.abs(found.uncertainty / 255 - entropy).max() < 0.5 / 255 + 1e-5
+    assert np.ptp(found.uncertainty) > 10
 
 
 def test_what_needs_padding_or_shearing_is_done_at_once():

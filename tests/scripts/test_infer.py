@@ -181,6 +181,25 @@ def test_a_model_file_segments_four_dimensional_images(tmp_path, model):
     assert {path.name for path in out.iterdir()} == {"a.nii.gz", *BESIDE}  # no labels, no scores
 
 
+@pytest.mark.parametrize("in_slabs", [True, False])
+def test_maps_lie_beside_the_segmentation(tmp_path, knowing, monkeypatch, in_slabs):
+    """As NIfTI on the image's grid, scaled; a volume without doubt has none."""
+    monkeypatch.setattr("dints.inference.slabs.fits", lambda *_: in_slabs)
+    source = bands(tmp_path / "a.nii.gz", 16, 1.0)
+    even = [[0, 0, -99], [0, 0, 0], [9, 0, -99]]
+    knowing(Bands(even), replace(TASK, class_names=("b", "x", "y"), spacing=None, patch_size=(8, 8, 8)))
+    out = infer(tmp_path / "out", "--input", source, "--save_probabilities", "--save_uncertainty")
+    probabilities, uncertainty = (nib.load(out / name / "a.nii.gz") for name in ("probabilities", "uncertainty"))
+    assert probabilities.shape == (48, 10, 12, 3) and uncertainty.shape == (48, 10, 12)
+    assert np.allclose(probabilities.affine, nib.load(source).affine)
+    places = [2, 24, 45]  # in the middle of a band
+    assert np.allclose(probabilities.get_fdata()[places, 5, 5], [[0.5, 0.5, 0], [1 / 3] * 3, [1, 0, 0]], atol=0.003)
+    assert np.allclose(uncertainty.get_fdata()[places, 5, 5], [np.log(2) / np.log(3), 1, 0], atol=0.003)
+    (out / "uncertainty/a.nii.gz").unlink()
+    infer(out, "--input", source, "--save_probabilities", "--save_uncertainty")
+    assert (out / "uncertainty/a.nii.gz").is_file()
+
+
 def test_folders_and_files_are_segmented_together(tmp_path, knowing):
     image, _, affine = body("RAS")
     for name in ("in/a.nii.gz", "in/b.nii", "in/deeper/E.NII.GZ", "other/c.nii.gz", "other/d.nii.gz"):

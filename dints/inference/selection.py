@@ -1,0 +1,136 @@
+"""Which volumes a batch is of, and where their segmentations go."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from dints.data.formats import described_classes, list_cases
+from dints.data.listing import ENDING, ListedCase, split_fold
+from dints.data.tasks import Task
+from dints.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def given_images(paths: Sequence[Path], task: Task, output_root: Path) -> list[ListedCase]:
+    """List the images of ``--input``, files and folders of files; what lies in ``output_root`` is none."""
+    images = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"--input {path} does not exist: give images (.nii or .nii.gz), or folders of images")
+        found = images_in(path, output_root) if path.is_dir() else [path]
+        if not found or not ENDING.search(found[0].name):
+            raise UserError(f"--input {path} is no NIfTI file, nor a folder that holds any: give .nii or .nii.gz files")
+        images.extend(found)
+    if task.channel_files:
+        return cases_of_channels(images, task.num_channels)
+    return [ListedCase(ENDING.sub("", image.name), (str(image),)) for image in images]
+
+
+def images_in(folder: Path, output_root: Path) -> list[Path]:
+    """List the NIfTI files in a folder and its folders, but for hidden ones, and for what the batch writes."""
+    written = output_root.resolve()
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if ENDING.search(path.name)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+        and (written == folder.resolve() or written not in path.resolve().parents)
+    ]
+
+
+def cases_of_channels(images: Sequence[Path], num_channels: int) -> list[ListedCase]:
+    """List the cases that ``<case>_0000``, ``<case>_0001``, ... make together, a file a channel."""
+    channels = defaultdict(dict)
+    for image in images:
+        parts = re.fullmatch(r"(.+)_(\d{4})\.nii(\.gz)?", image.name, re.IGNORECASE)
+        if parts is None:
+            raise UserError(
+                f"--input {image}: this model takes a file a channel, <case>_0000, <case>_0001, ...: rename"
+            )
+        channels[image.parent / parts[1]][int(parts[2])] = str(image)
+    for case, files_of_case in channels.items():
+        if sorted(files_of_case) != list(range(num_channels)):
+            raise UserError(
+                f"--input {case} has the channels {sorted(files_of_case)}; this model takes 0 to {num_channels - 1}: "
+                "add or remove files"
+            )
+    return [
+        ListedCase(case.name, tuple(files_of_case[channel] for channel in range(num_channels)))
+        for case, files_of_case in channels.items()
+    ]
+
+
+def check_classes(root: Path, description: Path | None, task: Task) -> None:
+    """Raise `UserError` where a dataset names other classes than the model's."""
+    classes = described_classes(root, description)
+    if classes not in (None, task.class_names):
+        raise UserError(
+            f"--root {root} has the classes {', '.join(classes)}, and the model segments "
+            f"{', '.join(task.class_names)}: give a dataset with the model's classes"
+        )
+
+
+def cases_to_score(
+    root: Path,
+    description: Path | None,
+    key: str,
+    allow_outside_root: bool,
+    *,
+    fold: int | str | None,
+    num_folds: int,
+    trained_on: Collection[str],
+    validated_on: Collection[str],
+    allow_training_cases: bool,
+) -> list[ListedCase]:
+    """List the model's validation cases, or those of ``fold``; of a dataset that it knows nothing of, all cases.
+
+    Args:
+        root, description, key, allow_outside_root: as for `dints.data.formats.list_cases`.
+        trained_on, validated_on: names of the model's cases.
+
+    Raises:
+        UserError: the model was trained on some of them, or does not know what it was trained on.
+    """
+    listed = list_cases(root, description, key, allow_outside_root)
+    known = {*trained_on, *validated_on}
+    if fold is not None:
+        training_cases, validation_cases = split_fold(listed, num_folds, fold)
+        selected = validation_cases or training_cases
+    elif all(case.label is None for case in listed):
+        selected = listed
+    elif not known:
+        raise UserError(
+            "the model does not say which cases it was trained on: give --fold and --num_folds of its training, or "
+            "--fold all for a dataset that is new to it"
+        )
+    elif known.isdisjoint(case.name for case in listed):
+        log.info("none of these cases took part in the model's training: all of them are scored")
+        selected = listed
+    else:
+        selected = [case for case in listed if case.name in validated_on] or listed
+    seen = {*trained_on} & {case.name for case in selected}
+    if seen and not allow_training_cases:
+        raise UserError(
+            f"the model was trained on {len(seen)} of these {len(selected)} cases, for example "
+            f"{', '.join(sorted(seen)[:3])}: leave --fold out to score its validation cases, if it has any, or "
+            "give --allow_training_cases"
+        )
+    return selected
+
+
+def segmentation_paths(selected: Sequence[ListedCase], folder: Path) -> list[Path]:
+    """Return where each case's segmentation goes: under its name; never onto another case's, nor onto an input."""
+    names = Counter(case.name + ENDING.search(case.images[0])[0] for case in selected)
+    inputs = {Path(path).resolve() for case in selected for path in case.files}
+    for name, count in names.items():
+        if count > 1:
+            raise UserError(f"{count} images are called {name}: give each a run with its own --output_root")
+        if (folder / name).resolve() in inputs:
+            raise UserError(f"{folder / name} is an input and would be overwritten: give another --output_root")
+    return [folder / name for name in names]
