@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
+import json
 import logging
 import time
 from pathlib import Path
@@ -23,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dints import __version__, data, files, inference, network, options, running, training
+from dints.data.tasks import TASKS
 from dints.errors import PartlyDone, UserError, exit_on_user_error
 
 if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, after the command line is read
@@ -33,6 +36,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from dints.data.tasks import Task
     from dints.inference.decision import Decision
     from dints.inference.predictor import Predictor
+    from dints.network.model_file import Model
     from dints.running.processes import Processes
     from dints.training.validation import Scores
 
@@ -50,8 +54,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--input", type=Path, nargs="+", help="images, or folders of images, to segment")
     parser.add_argument("--output_root", type=Path, default=Path("segmentations"), help="folder for what is written")
+    parser.add_argument(
+        "--describe", action="store_true", help="print what the model is as JSON, and segment nothing unless asked to"
+    )
     options.add_data(parser, required=False)
     parser.set_defaults(fold=None)
+    add_foreign(parser)
     parser.add_argument(
         "--allow_training_cases",
         action="store_true",
@@ -76,15 +84,51 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     options.add_machine(parser)
     args = parser.parse_args(argv)
-    if (args.input is None) == (args.root is None):
-        parser.error("give either --input (images to segment) or --root (a dataset whose fold is segmented and scored)")
-    complaints = options.data_complaints(args)
+    complaints = [*options.data_complaints(args), *complaints_of(args)]
     if complaints:
         parser.error("; ".join(complaints))
     return args
 
 
+def add_foreign(parser: argparse.ArgumentParser) -> None:
+    """Add what a model file knows, for weights that come without one."""
+    group = parser.add_argument_group(
+        "weights of MONAI's DiNTS, as the tutorial and the model zoo have them",
+        "--checkpoint is a state dict; these, the options of preprocessing, and --json or --root say what it is of",
+    )
+    add = group.add_argument
+    add("--arch_ckpt", type=Path, help="its architecture: an arch file, NumPy arrays too")
+    add("--msd_task", choices=tuple(TASKS), metavar="TASK", help="its task, of the Decathlon, in place of --json")
+    add("--channel_mul", type=options.number(float, 1 / 32), help="times 32, 64, ... channels (default: 1)")
+    add(
+        "--use_downsample",
+        choices=("yes", "no"),
+        help="it halves the image first (default: as ARCH_CKPT says, else yes)",
+    )
+    options.add_preprocessing(parser)
+
+
+def complaints_of(args: argparse.Namespace) -> list[str]:
+    """List what is wrong with the options taken together."""
+    found = []
+    count = sum(given is not None for given in (args.input, args.root))
+    if count > 1 or (count == 0 and not args.describe):
+        found.append("give either --input (images to segment) or --root (a dataset whose fold is segmented and scored)")
+    names = ("msd_task", "channel_mul", "use_downsample", "spacing", "intensity_range", "patch_size")
+    given = [f"--{name}" for name in names if getattr(args, name) is not None]
+    if args.arch_ckpt is None and given:
+        found.append(f"{', '.join(given)}: only with --arch_ckpt, a model file has its own")
+    if args.arch_ckpt is not None and not (args.msd_task or args.json or args.root):
+        found.append("--arch_ckpt needs --msd_task, --json or --root, which name channels and classes")
+    return found
+
+
 def main(args: argparse.Namespace) -> None:
+    if args.describe:
+        cards = [inference.card.card(model) for model in load_models(args)]
+        print(json.dumps(cards if len(cards) > 1 else cards[0], indent=2))
+    if args.input is None and args.root is None:
+        return
     with (
         running.processes.started(args.device, args.timeout_minutes) as processes,
         running.run_folder.opened(args.output_root, processes) as folder,
@@ -93,7 +137,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
-    models = [network.model_file.load_model(path) for path in args.checkpoint]
+    models = load_models(args)
     precision = running.precision.choose_precision(args.precision, processes).name  # of all ranks alike
     settings = {**options.window(args), "mirrored": args.tta, "compile": args.compile}
     predictor = inference.predictor.Predictor(models, args.device, precision, **settings)
@@ -148,6 +192,33 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
             f"{len(faults)} of {len(cases)} cases are not segmented ({folder / 'run.json'} lists them), for example "
             f"{name}: {fault}"
         )
+
+
+def load_models(args: argparse.Namespace) -> list[Model]:
+    """Read the model files; or weights alone, as of what the options say."""
+    if args.arch_ckpt is None:
+        return [network.model_file.load_model(path) for path in args.checkpoint]
+    architecture = network.architecture.load_architecture(args.arch_ckpt)
+    if args.use_downsample is not None:
+        architecture = dataclasses.replace(architecture, use_downsample=args.use_downsample == "yes")
+    width = architecture.channel_mul if args.channel_mul is None else args.channel_mul
+    task = foreign_task(args)
+    return [network.model_file.model_of_weights(path, architecture, width, task) for path in args.checkpoint]
+
+
+def foreign_task(args: argparse.Namespace) -> Task:
+    """Return the task of weights that come without one."""
+    if args.msd_task is not None:
+        task = TASKS[args.msd_task]
+    else:
+        task = data.formats.read_task(args.json.parent if args.root is None else args.root, args.json)
+        if task.name not in TASKS:
+            task = dataclasses.replace(task, spacing=(1.0, 1.0, 1.0))  # as in the published experiments
+    changes = {"spacing": args.spacing, "intensity": args.intensity_range, "patch_size": args.patch_size}
+    task = data.opening.overridden(task, **changes)
+    if task.modality == "CT" and task.intensity is None:
+        raise UserError(f"{task.name} is CT: give the window that the weights were trained with, --intensity_range")
+    return task
 
 
 def settings_of(args: argparse.Namespace, predictor: Predictor) -> dict[str, object]:

@@ -179,6 +179,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
             path = folder / "best_metric_model.pth"
             if progress.note_validation(scores and scores.mean, path) and processes.is_main:
                 facts = {"dice": progress.best_dice, "iteration": progress.iteration, "version": __version__}
+                facts |= {"dice_of_classes": scores and scores.per_class}
                 facts |= {"recipe": args.recipe, "flips": flips.to_dict(), "augmentation": augmentation, **of_data}
                 network.model_file.save_model(path, kept_network, architecture, args.channel_mul, task, **facts)
             history.add_validation(progress, scores)
@@ -239,6 +240,7 @@ def facts_of_data(
     return {
         **{key: [case.name for case in cases] for key, cases in names.items()},
         **options.folds(args),
+        "data": data.formats.provenance(args.root, args.json),
         "overlap_ratio": args.overlap_ratio,
         "ranges": data.plausibility.joined(processes.gather(ranges)),
     }

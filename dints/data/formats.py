@@ -66,15 +66,21 @@ def read_dataset(
             first named); or one file is listed twice.
     """
     described = _described(root, description, key)
-    name = Path(root).resolve().name
-    channels = channel_names(described)
-    modality = "CT" if all(channel.upper() == "CT" for channel in channels) else "MRI"
-    known = TASKS.get(name) or Task(name, modality, 1, (), spacing=None)
-    class_names = _class_names(described)
+    task = _task_of(described)
     cases = _cases_of(described, allow_outside_root)
-    has_channel_files = described.names_channel_files or len(cases[0].images) > 1
-    task = replace(known, num_channels=len(channels), class_names=class_names, channel_files=has_channel_files)
-    return task, cases
+    return replace(task, channel_files=task.channel_files or len(cases[0].images) > 1), cases
+
+
+def read_task(root: str | Path, description: str | Path | None = None) -> Task:
+    """Read what a dataset is alone, as `read_dataset`; its files need not be there."""
+    return _task_of(_described(root, description, "training"))
+
+
+def provenance(root: str | Path, description: str | Path | None = None) -> dict[str, str]:
+    """Return what a dataset's description says of where it comes from, and of its licence, as it says it."""
+    content = _described(root, description, "training").content
+    keys = ("name", "description", "reference", "licence", "license", "release")
+    return {key: content[key] for key in keys if isinstance(content.get(key), str)}
 
 
 def list_cases(
@@ -108,6 +114,17 @@ def read_class_names(description: str | Path) -> tuple[str, ...]:
         UserError: it is malformed, or its labels are.
     """
     return _class_names(Description(read_json(description), description, Path(description).parent))
+
+
+def _task_of(described: Description) -> Task:
+    name = described.root.resolve().name
+    channels = channel_names(described)
+    modality = "CT" if all(channel.upper() == "CT" for channel in channels) else "MRI"
+    known = TASKS.get(name) or Task(name, modality, 1, (), spacing=None)
+    class_names = _class_names(described)
+    return replace(
+        known, num_channels=len(channels), class_names=class_names, channel_files=described.names_channel_files
+    )
 
 
 def _described(root: str | Path, description: str | Path | None, key: str) -> Description:

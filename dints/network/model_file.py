@@ -13,7 +13,7 @@ from dints.data.tasks import MAX_CLASSES, Task
 from dints.errors import UserError
 from dints.network.architecture import Architecture, architecture_from_dict
 from dints.network.found import FoundNetwork, check_patch_size
-from dints.network.weights import fitting_state
+from dints.network.weights import fitting_state, load_weights
 
 SIZES_OF_RANGES = {"spacing": 3, "extent": 3, "intensity": 2}  # of what `dints.data.plausibility` measures
 
@@ -79,6 +79,18 @@ def load_model(path: str | Path) -> Model:
     info = {key: value for key, value in content.items() if key not in ("state_dict", "architecture", "task")}
     _check_cases(info, path)
     return Model(network, architecture, task, info, files.digest(path))
+
+
+def model_of_weights(path: str | Path, architecture: Architecture, channel_mul: float, task: Task) -> Model:
+    """Make a model of weights alone, as MONAI's DiNTS saves them, which say nothing of their network and data.
+
+    Raises:
+        UserError: they do not fit the architecture, or the architecture does not fit the task.
+    """
+    check_patch_size(task.patch_size, architecture.num_depths, architecture.use_downsample)
+    network = FoundNetwork(architecture, task.num_channels, task.num_classes, channel_mul)
+    load_weights(network, path, network.unused_stems)
+    return Model(network, architecture, task, {"channel_mul": channel_mul}, files.digest(path))
 
 
 def _check_cases(info: dict, path: str | Path) -> None:

@@ -16,6 +16,7 @@ import search_dints
 import train_dints
 from dints.data.tasks import TASKS
 from dints.errors import UserError
+from dints.inference.card import card
 from dints.network.architecture import load_architecture, save_architecture
 from dints.network.cost import Cost, cost
 from dints.network.model_file import load_model
@@ -240,6 +241,11 @@ class TestTrain:
         names = model.info["training_cases"], model.info["validation_cases"]
         assert tuple(map(len, names)) == (6, 2) and len({*names[0], *names[1]}) == 8
         assert (model.info["fold"], model.info["num_folds"], model.info["overlap_ratio"]) == (0, 3, 0.0)
+        described = card(model)
+        assert (described["data"]["name"], described["data"]["licence"]) == ("Phantom", "CC0") and len(
+            described["data"]["training_cases"]
+        ) == 6
+        assert sum(described["validation"]["dice_of_classes"].values()) / 2 == pytest.approx(best)
 
     def test_the_width_is_that_of_the_file_where_it_has_one_and_none_is_given(self, phantom, code, tmp_path):
         found = load_architecture(code)
