@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from dints.data.tasks import Task
     from dints.inference.decision import Decision
     from dints.inference.predictor import Predictor
+    from dints.inference.records import Records
+    from dints.inference.selection import Selection
     from dints.network.model_file import Model
     from dints.running.processes import Processes
     from dints.training.validation import Scores
@@ -142,47 +144,40 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     settings = {**options.window(args), "mirrored": args.tta, "compile": args.compile}
     predictor = inference.predictor.Predictor(models, args.device, precision, **settings)
     task, leniency = predictor.task, options.leniency(args)
-    selected = processes.on_main(cases_to_segment, args, predictor)
-    outputs = processes.on_main(inference.selection.segmentation_paths, selected, folder)
-    maps = [name for name in inference.decision.MAPS if getattr(args, f"save_{name}")]
-    cases = processes.on_main(data.cases.try_to_open, selected, task, leniency)
+    selection = processes.on_main(volumes_to_segment, args, predictor)
+    outputs = processes.on_main(inference.selection.segmentation_paths, selection.cases, folder)
     records = inference.records.Records(folder, settings_of(args, predictor))
-    log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision)
-
-    overlaps, faults = training.validation.Overlaps(len(cases), task.num_classes, processes), {}
-    share = processes.share(len(cases))
-    for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
-        output, start = outputs[number], time.monotonic()
-        try:
-            if isinstance(cases[number], UserError):
-                raise cases[number]
-            # First, so that a bad one costs no segmentation.
-            label = None if cases[number].label is None else data.cases.read_label(cases[number].label, task)
-            for doubt in data.plausibility.doubts(cases[number], predictor.ranges):
-                log.warning("%s is unusual: %s", output.name, doubt)
-            written = [output, *(folder / name / output.name for name in maps)]
-            done = records.is_done(selected[number], written)
-            decision = None if done else segment(cases[number], predictor, leniency, maps)
-        except UserError as error:
-            faults[output.name] = str(error)
-            records.note_failed(output, str(error))
-            log.warning("%s is left out: %s", output.name, error)
-            continue
-        if not done:
-            save(decision, cases[number].images[0], written, maps)
-            records.note_done(selected[number], written, time.monotonic() - start)
-        if label is not None:
-            kept = data.cases.read_label(data.nifti.read_header(str(output)), task) if done else decision.labels
-            overlaps.add(number, kept, label)
-    scores = overlaps.scores()
-    faults = {name: fault for of_rank in processes.gather(faults) for name, fault in of_rank.items()}
+    maps = [name for name in inference.decision.MAPS if getattr(args, f"save_{name}")]
+    try:
+        cases = processes.on_main(selection.opened, task, leniency)
+        log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision)
+        overlaps, faults = training.validation.Overlaps(len(cases), task.num_classes, processes), {}
+        share = processes.share(len(cases))
+        for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
+            output = outputs[number]
+            try:
+                labels, reference = segmented(
+                    selection.cases[number], cases[number], output, predictor, records, leniency, maps
+                )
+            except UserError as error:
+                faults[output.name] = str(error)
+                records.note_failed(output, str(error))
+                log.warning("%s is left out: %s", output.name, error)
+                continue
+            if reference is not None:
+                overlaps.add(number, labels, reference)
+        scores = overlaps.scores()
+        faults = {name: fault for of_rank in processes.gather(faults) for name, fault in of_rank.items()}
+    finally:
+        if processes.is_main:
+            selection.remove_converted()
     if processes.is_main:
         records.write_run(outputs)
     if len(faults) == len(cases):
         others = "" if len(cases) == 1 else f"none of the {len(cases)} cases can be segmented, for example "
         raise UserError(others + next(iter(faults.values())))
-    if processes.is_main and any(case.label is not None for case in selected):
-        trained_on = predictor.training_cases & {case.name for case in selected}
+    if processes.is_main and any(case.label is not None for case in selection.cases):
+        trained_on = predictor.training_cases & {case.name for case in selection.cases}
         write_scores(folder / "scores.csv", scores, outputs, task, trained_on if args.allow_training_cases else None)
         print(scores.describe(task.class_names) + f", {len(trained_on)} training cases among them" * bool(trained_on))
     log.info("segmentations are in %s", folder)
@@ -192,6 +187,40 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
             f"{len(faults)} of {len(cases)} cases are not segmented ({folder / 'run.json'} lists them), for example "
             f"{name}: {fault}"
         )
+
+
+def segmented(
+    listed: ListedCase,
+    case: Case | UserError,
+    output: Path,
+    predictor: Predictor,
+    records: Records,
+    leniency: Leniency,
+    maps: list[str],
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Segment a case, unless that is done, and write what was wanted of it.
+
+    Returns:
+        Its labels and those of its reference, (x, y, z); neither where there is no reference.
+
+    Raises:
+        UserError: it cannot be segmented, or not scored.
+    """
+    if isinstance(case, UserError):
+        raise case
+    # First, so that a bad one costs no segmentation.
+    reference = None if case.label is None else data.cases.read_label(case.label, predictor.task)
+    for doubt in data.plausibility.doubts(case, predictor.ranges):
+        log.warning("%s is unusual: %s", output.name, doubt)
+    paths, start = [output, *(output.parent / name / output.name for name in maps)], time.monotonic()
+    if records.is_done(listed, paths):
+        if reference is None:
+            return None, None
+        return data.cases.read_label(data.nifti.read_header(str(output)), predictor.task), reference
+    decision = segment(case, predictor, leniency, maps)
+    save(decision, case.images[0], paths, maps)
+    records.note_done(listed, paths, time.monotonic() - start)
+    return decision.labels, reference
 
 
 def load_models(args: argparse.Namespace) -> list[Model]:
@@ -254,7 +283,7 @@ def save(decision: Decision, image: Header, paths: list[Path], maps: list[str]) 
         data.nifti.save_map(values, image, path, inference.decision.UNITS)
 
 
-def cases_to_segment(args: argparse.Namespace, predictor: Predictor) -> list[ListedCase]:
+def volumes_to_segment(args: argparse.Namespace, predictor: Predictor) -> Selection:
     """List the cases under ``--root`` to score, or the images of ``--input``."""
     if args.input is not None:
         return inference.selection.given_images(args.input, predictor.task, args.output_root)

@@ -6,29 +6,85 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
+from dints.data import dicom
+from dints.data.cases import Case, try_to_open
 from dints.data.formats import described_classes, list_cases
+from dints.data.leniency import Leniency
 from dints.data.listing import ENDING, ListedCase, split_fold
 from dints.data.tasks import Task
 from dints.errors import UserError
 
 log = logging.getLogger(__name__)
 
+CONVERTED = ".dicom"  # folder of the NIfTI files of DICOM series, while a batch goes on
 
-def given_images(paths: Sequence[Path], task: Task, output_root: Path) -> list[ListedCase]:
-    """List the images of ``--input``, files and folders of files; what lies in ``output_root`` is none."""
-    images = []
+
+@dataclass(frozen=True)
+class Selection:
+    """The volumes of a batch.
+
+    Attributes:
+        cases: as listed; of a DICOM series, the NIfTI file that it becomes while the batch goes on.
+        series: the folder of the series for each such file, by its path.
+    """
+
+    cases: list[ListedCase]
+    series: dict[str, Path] = field(default_factory=dict)
+
+    def opened(self, task: Task, leniency: Leniency) -> list[Case | UserError]:
+        """Convert the DICOM series, and read all headers; return what is wrong with cases that cannot be used."""
+        faults = {}
+        for image, folder in tqdm(self.series.items(), "reading DICOM", unit="series", disable=None, leave=False):
+            try:
+                dicom.write_nifti(folder, Path(image))
+            except UserError as error:
+                faults[image] = error
+        cases = try_to_open(self.cases, task, leniency)
+        return [faults.get(listed.images[0], case) for listed, case in zip(self.cases, cases, strict=True)]
+
+    def remove_converted(self) -> None:
+        """Remove the NIfTI files that DICOM series became."""
+        for image in self.series:
+            Path(image).unlink(missing_ok=True)
+
+
+def given_images(paths: Sequence[Path], task: Task, output_root: Path) -> Selection:
+    """List the images of ``--input``: files, and folders of files and of DICOM series; none that the batch writes."""
+    images, series = [], {}
     for path in paths:
         if not path.exists():
             raise UserError(f"--input {path} does not exist: give images (.nii or .nii.gz), or folders of images")
+        if path.is_file() and dicom.is_dicom(path):
+            raise UserError(f"--input {path} is one slice of a DICOM series: give its folder")
         found = images_in(path, output_root) if path.is_dir() else [path]
-        if not found or not ENDING.search(found[0].name):
-            raise UserError(f"--input {path} is no NIfTI file, nor a folder that holds any: give .nii or .nii.gz files")
+        folders = dicom.folders_with_dicom(path) if path.is_dir() else []
+        if not folders and (not found or not ENDING.search(found[0].name)):
+            raise UserError(
+                f"--input {path} is no NIfTI file, nor a folder that holds any, or DICOM: give .nii or .nii.gz files, "
+                "or folders of DICOM series"
+            )
         images.extend(found)
+        for folder in folders:
+            name = "_".join(folder.relative_to(path).parts) or path.resolve().name
+            image = str(output_root / CONVERTED / f"{name}.nii.gz")
+            if image in series:
+                raise UserError(f"{series[image]} and {folder} would both be {name}: give each a run of its own")
+            series[image] = folder
+    if series and task.num_channels > 1:
+        raise UserError(
+            f"--input {next(iter(series.values()))} is a DICOM series, which has one channel, and the model takes "
+            f"{task.num_channels}: convert the channels to NIfTI"
+        )
     if task.channel_files:
-        return cases_of_channels(images, task.num_channels)
-    return [ListedCase(ENDING.sub("", image.name), (str(image),)) for image in images]
+        cases = cases_of_channels(images, task.num_channels)
+    else:
+        cases = [ListedCase(ENDING.sub("", image.name), (str(image),)) for image in images]
+    return Selection([*cases, *(ListedCase(ENDING.sub("", Path(image).name), (image,)) for image in series)], series)
 
 
 def images_in(folder: Path, output_root: Path) -> list[Path]:
@@ -87,7 +143,7 @@ def cases_to_score(
     trained_on: Collection[str],
     validated_on: Collection[str],
     allow_training_cases: bool,
-) -> list[ListedCase]:
+) -> Selection:
     """List the model's validation cases, or those of ``fold``; of a dataset that it knows nothing of, all cases.
 
     Args:
@@ -121,7 +177,7 @@ def cases_to_score(
             f"{', '.join(sorted(seen)[:3])}: leave --fold out to score its validation cases, if it has any, or "
             "give --allow_training_cases"
         )
-    return selected
+    return Selection(selected)
 
 
 def segmentation_paths(selected: Sequence[ListedCase], folder: Path) -> list[Path]:

@@ -218,6 +218,45 @@ def test_folders_and_files_are_segmented_together(tmp_path, knowing):
     assert np.array_equal(voxels(out / "E.NII.GZ"), voxels(out / "a.nii.gz"))
 
 
+class TestDicom:
+    """A folder of a DICOM series is a volume; the segmentation is NIfTI on its grid."""
+
+    @pytest.fixture
+    def scans(self, tmp_path) -> Path:
+        write_series = pytest.importorskip("slices").write_series
+        image, _, _ = body("left-handed LAS")
+        for name in ("first/CT", "second/CT"):
+            write_series(tmp_path / "scans" / name, centred(*GRIDS["left-handed LAS"]), image.round())
+        return tmp_path / "scans"
+
+    def test_it_is_segmented_as_the_same_nifti_file(self, tmp_path, knowing, scans):
+        image, _, affine = body("left-handed LAS")
+        save(scans / "third.nii.gz", image.round(), affine)
+        knowing(Threshold())
+        out = infer(tmp_path / "out", "--input", scans)
+        names = ["first_CT.nii.gz", "second_CT.nii.gz", "third.nii.gz"]
+        assert sorted(path.name for path in out.glob("*.nii.gz")) == names and not list(out.glob(".dicom/*"))
+        # DICOM counts slices along the planes' normal, here downwards: both are turned to RAS.
+        expected, found = (nib.as_closest_canonical(nib.load(out / names[number])) for number in (2, 0))
+        assert np.allclose(found.affine, expected.affine, atol=1e-4)
+        assert (np.asarray(found.dataobj) != np.asarray(expected.dataobj)).mean() < 1e-3
+
+    def test_a_bad_series_does_not_end_the_batch(self, tmp_path, knowing, scans):
+        (scans / "second/CT/13.dcm").unlink()  # neither the first nor the last one
+        knowing(Threshold())
+        with pytest.raises(PartlyDone, match=r"1 of 2 cases .*second_CT.nii.gz: .*second/CT has slices"):
+            infer(tmp_path / "out", "--input", scans)
+        assert (tmp_path / "out/first_CT.nii.gz").is_file() and not list((tmp_path / "out").glob(".dicom/*"))
+
+    def test_what_is_no_folder_of_a_series_is_refused(self, tmp_path, knowing, scans):
+        knowing(Threshold(), replace(TASK, num_channels=2))
+        assert "which has one channel, and the model takes 2" in refused(tmp_path / "out", "--input", scans)
+        one = next((scans / "first/CT").iterdir())
+        assert "is one slice of a DICOM series: give its folder" in refused(tmp_path / "out", "--input", one)
+        both = [scans / "first/CT/..", scans / "second"]
+        assert "would both be CT" in refused(tmp_path / "out", "--input", *both)
+
+
 # Scores
 
 
