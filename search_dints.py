@@ -289,7 +289,11 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
             history.add_validation(progress, scores, of_decoded)
             checkpoint.save()
     history.close()
-    log.info("found: %s; train_dints.py --arch_ckpt retrains it", folder / f"search_code_{progress.iteration}.pth")
+    path = folder / f"search_code_{progress.iteration}.pth"
+    if processes.is_main and not path.is_file():  # it was deleted after the search had ended
+        write_architecture(path, decode(supernet.space, progress, args, task), task, processes.device)
+        log.warning("%s was gone: it is written anew, as it was", path)
+    log.info("found: %s; train_dints.py --arch_ckpt retrains it", path)
     return supernet.space
 
 

@@ -28,7 +28,9 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from dints.network.found import FoundNetwork
     from dints.running.precision import Precision
     from dints.running.processes import Processes
+    from dints.training.progress import Progress
     from dints.training.steps import WeightsTraining
+    from dints.training.validation import Scores
 
 log = logging.getLogger("train")
 
@@ -149,12 +151,20 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     history = training.history.History(folder, task.class_names, progress.recorded_iteration, processes.is_main)
     log.info("%s", options.recipe_line(args, *OF_RECIPES))
     log.info("%s: %d training cases, %d validation cases", task.name, len(training_cases), len(validation_cases))
-    parameters = network.found.count_parameters(found_network) / 1e6
+    parameters = network.found.count_parameters(found_network)
     log.info(
-        "%.2f million parameters, %d iterations an epoch on %s", parameters, loader.steps, precision.describe(processes)
+        "%s parameters, %d iterations an epoch on %s", f"{parameters:,}", loader.steps, precision.describe(processes)
     )
 
-    of_data = facts_of_data(args, training_cases, validation_cases, loader, task, processes)
+    facts = {"recipe": args.recipe, "flips": flips.to_dict(), "augmentation": augmentation}
+    facts |= facts_of_data(args, training_cases, validation_cases, loader, task, processes)
+    best = BestNetwork(
+        folder / "best_metric_model.pth", kept_network, architecture, args.channel_mul, task, facts, processes
+    )
+    if best.is_lost(progress):
+        best.replace(progress, validation.scores(kept_network))
+        history.write_progress(progress)
+        checkpoint.save()
     for epoch in range(progress.epoch, args.num_epochs):
         running.seeds.seed_everything(args.seed, epoch, processes.rank)
         start = options.learning_rate(args, processes.world_size)
@@ -176,12 +186,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
             scores = validation.scores(kept_network, stops.volumes)
         progress.epoch_done()
         if validates:
-            path = folder / "best_metric_model.pth"
-            if progress.note_validation(scores and scores.mean, path) and processes.is_main:
-                facts = {"dice": progress.best_dice, "iteration": progress.iteration, "version": __version__}
-                facts |= {"dice_of_classes": scores and scores.per_class}
-                facts |= {"recipe": args.recipe, "flips": flips.to_dict(), "augmentation": augmentation, **of_data}
-                network.model_file.save_model(path, kept_network, architecture, args.channel_mul, task, **facts)
+            best.keep(progress, scores)
             history.add_validation(progress, scores)
             checkpoint.save()
     history.close()
@@ -269,6 +274,50 @@ def weights_training(
         max_gradient_norm=args.max_gradient_norm,
         average=training.steps.averaged(found_network, args.average_decay),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class BestNetwork:
+    """Keeps the network of the best validation in a model file.
+
+    Attributes:
+        network: that is validated.
+        facts: beside what every model file has.
+    """
+
+    path: Path
+    network: FoundNetwork
+    architecture: Architecture
+    channel_mul: float
+    task: Task
+    facts: dict[str, object]
+    processes: Processes
+
+    def keep(self, progress: Progress, scores: Scores | None) -> None:
+        """Write the network if its validation is the best so far."""
+        if progress.note_validation(scores and scores.mean, self.path) and self.processes.is_main:
+            found = {"dice": progress.best_dice, "iteration": progress.iteration, "version": __version__}
+            found |= {"dice_of_classes": scores and scores.per_class}
+            settings = self.network, self.architecture, self.channel_mul, self.task
+            network.model_file.save_model(self.path, *settings, **found, **self.facts)
+
+    def is_lost(self, progress: Progress) -> bool:
+        """Tell whether the run wrote a model file that is no longer there."""
+        return progress.best_path is not None and not self.processes.on_main(self.path.is_file)
+
+    def replace(self, progress: Progress, scores: Scores | None) -> None:
+        """Put the network as it is now, newly validated, in the place of the file that is lost."""
+        lost, progress.best_dice = progress.best_iteration, None
+        self.keep(progress, scores)
+        log.warning(
+            "%s was gone, with the network of iteration %d: it is written anew, with that of iteration %d%s",
+            *(
+                self.path,
+                lost,
+                progress.iteration,
+                "" if scores is None else f", {scores.describe(self.task.class_names)}",
+            ),
+        )
 
 
 if __name__ == "__main__":

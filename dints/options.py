@@ -6,6 +6,7 @@ No heavy import here: ``-h`` and a mistyped flag answer at once.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
 
     def parse(text: str) -> float:
         value = kind(text)
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is no finite number")
         if not (low < value if above else low <= value) or value > high:
             limits = f"above {low}" if above else f"at least {low}"
             upper = "" if high == float("inf") else f" and at most {high}"

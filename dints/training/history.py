@@ -13,6 +13,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from dints import files
+from dints.errors import UserError
 from dints.training import curves
 from dints.training.progress import Progress
 from dints.training.tables import ACCURACY, LOSSES, add_row, read_rows, write_rows
@@ -84,8 +85,8 @@ class History:
             self._add(ACCURACY, "validation", progress, row)
         if self.enabled:
             self.writer.flush()
-            self._write_progress(progress)
-            curves.draw_all(self.folder)
+            self.write_progress(progress)
+            self._draw()
 
     def close(self) -> None:
         if self.enabled:
@@ -105,7 +106,16 @@ class History:
             if value is not None:
                 self.writer.add_scalar(f"{group}/{key}", value, progress.iteration)
 
-    def _write_progress(self, progress: Progress) -> None:
+    def _draw(self) -> None:
+        try:
+            curves.draw_all(self.folder)
+        except UserError as error:  # a picture is not worth a run: its numbers are in the tables
+            log.warning("the pictures are not drawn anew: %s", error)
+
+    def write_progress(self, progress: Progress) -> None:
+        """Replace ``progress.yaml``."""
+        if not self.enabled:
+            return
         content = {
             "epoch": progress.current_epoch,
             "iteration": progress.iteration,

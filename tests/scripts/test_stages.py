@@ -228,6 +228,14 @@ class TestSearchFromWeights:
             search(phantom, tmp_path / "run", SHORT, flags)
         assert "\n" not in str(refused.value)
 
+    def test_an_arch_file_that_is_gone_is_written_anew(self, phantom, searched, tmp_path, caplog):
+        run = shutil.copytree(searched, tmp_path / "run")
+        path = run / "search_code_12.pth"
+        lost = load_architecture(path)
+        path.unlink()
+        search(phantom, run, SEARCH)
+        assert f"{path} was gone" in caplog.text and load_architecture(path).codes() == lost.codes()
+
 
 class TestTrain:
     def test_the_model_file_needs_nothing_beside(self, trained, code):
@@ -257,6 +265,19 @@ class TestTrain:
         for wrong in ("wide", 0, 1e9, float("nan"), True):
             with pytest.raises(UserError, match=r"'channel_mul' is .*, not a number from 1/32 to 64"):
                 print(replace(found, info={"channel_mul": wrong}).channel_mul)
+
+    def test_a_model_file_that_is_gone_is_written_anew(self, phantom, code, tmp_path, caplog):
+        """By the newest network, newly validated: with one validation at the end, that is the one that was lost."""
+        flags = "--num_epochs 2 --num_epochs_per_validation 2 --average_decay 0.5"
+        path = train(phantom, tmp_path, code, flags) / "best_metric_model.pth"
+        lost = load_model(path)
+        path.unlink()
+        train(phantom, tmp_path, code, flags)
+        found = load_model(path)
+        assert f"{path} was gone, with the network of iteration {lost.info['iteration']}" in caplog.text
+        assert found.info == lost.info
+        assert all(torch.equal(lost.network.state_dict()[key], v) for key, v in found.network.state_dict().items())
+        assert str(found.info["iteration"]) in (tmp_path / "progress.yaml").read_text()
 
     def test_every_weight_trained(self, trained):
         state = parts(trained / "latest.pth")["optimizer"]["state"]

@@ -13,6 +13,7 @@ import yaml
 from states import scalars
 from tensorboard.summary.writer import event_file_writer
 
+from dints.errors import UserError
 from dints.training import curves
 from dints.training.history import History
 from dints.training.progress import Progress
@@ -115,6 +116,17 @@ def test_without_validation_cases_progress_is_still_written(tmp_path, drawn):
     history.close()
     assert yaml.safe_load((tmp_path / "progress.yaml").read_text())["best_avg_dice_score"] is None
     assert not (tmp_path / ACCURACY).exists() and drawn == [tmp_path]
+
+
+def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, caplog):
+    def full_disk(folder: Path) -> None:
+        raise UserError(f"{folder} cannot be written: No space left on device")
+
+    monkeypatch.setattr("dints.training.curves.draw_all", full_disk)
+    history, progress = History(tmp_path, CLASSES, 0, True), Progress(0, 10, 10, 30.0, 3.0)
+    history.add_validation(progress, None)
+    history.close()
+    assert "the pictures are not drawn anew" in caplog.text and (tmp_path / "progress.yaml").exists()
 
 
 def test_resume_cuts_what_came_after_the_checkpoint(tmp_path):
