@@ -230,6 +230,7 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
     found = processes.on_main(
         training.checkpoint.find_state, folder, configuration, args.resume, args.allow_other_num_processes
     )
+    processes.on_main(data.identity.check, folder, used, found is not None, args.allow_changed_data)
     precision = running.precision.choose_precision(found.precision if found else args.precision, processes)
     # First, so that a --checkpoint that does not fit costs no reading.
     supernet = Supernet(args, task, precision, processes, use_downsample)

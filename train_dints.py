@@ -126,6 +126,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     found = processes.on_main(
         training.checkpoint.find_state, folder, configuration, args.resume, args.allow_other_num_processes
     )
+    processes.on_main(data.identity.check, folder, used, found is not None, args.allow_changed_data)
     precision = running.precision.choose_precision(found.precision if found else args.precision, processes)
 
     processes.on_main(data.fingerprint.write_task, folder, task, dataset.measured)

@@ -228,6 +228,11 @@ def add_run(arguments: argparse.ArgumentParser) -> None:
         help="signal that, as TERM and INT do, stops the run after saving; schedulers send it ahead of a time limit",
     )
     add("--allow_other_num_processes", action="store_true", help="continue a run that had another number of processes")
+    add(
+        "--allow_changed_data",
+        action="store_true",
+        help="continue a run though files that it learns from were replaced; data.json lists them",
+    )
     add("--seed", type=number(int, 0), default=0, help="of every random draw")
     add("--num_workers", type=number(int, 0), help="processes that prepare batches (default: free cores, at most 6)")
     add(
@@ -327,7 +332,7 @@ def course(args: argparse.Namespace) -> dict[str, object]:
     """
     places = {"output_root", "root", "json", "arch_ckpt", "allow_outside_root"}
     manner = {"resume", "save_minutes", "num_workers", "cache", "cache_dir", "check", "local_rank", "device"}
-    manner |= {"warning_signal", "timeout_minutes", "allow_other_num_processes"}
+    manner |= {"warning_signal", "timeout_minutes", "allow_other_num_processes", "allow_changed_data"}
     after = {"candidates", "proposals", "memory_mib"}  # the gradient search's end, so that they may follow any
     kept = {name: value for name, value in vars(args).items() if name not in places | manner | after}
     kept = {name: value for name, value in kept.items() if not name.startswith("candidate_")}

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dints import files
 from dints.data.cases import Case, Prepared, prepare, read_image, read_label
 from dints.data.crops import CropMasks
+from dints.data.identity import digest
 from dints.data.leniency import Leniency
 from dints.data.tasks import Task
 from dints.errors import UserError
@@ -110,20 +111,14 @@ class Cache:
 
     def _digest(self, path: str) -> str:
         """Return a file's digest; it is noted, and a file is read again only if its size or time of change differs."""
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}; it was there before: put it back") from error
-        state = [status.st_size, status.st_mtime_ns]
-        note = self.folder / "digests" / f"{hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]}.json"
-        with suppress(OSError, ValueError, TypeError):
-            *noted, digest = json.loads(note.read_text())
-            if noted == state:
-                return digest
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "blake2b").hexdigest()
-        files.write_atomically(note, json.dumps([*state, digest]))
-        return digest
+        name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]
+        note, noted = self.folder / "digests" / f"{name}.json", None
+        with suppress(OSError, ValueError):
+            noted = json.loads(note.read_text())
+        found = digest(path, noted)
+        if found != noted:
+            files.write_atomically(note, json.dumps(found))
+        return found[-1]
 
 
 def open_cache(

@@ -5,6 +5,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -278,6 +280,14 @@ class TestTrain:
         assert found.info == lost.info
         assert all(torch.equal(lost.network.state_dict()[key], v) for key, v in found.network.state_dict().items())
         assert str(found.info["iteration"]) in (tmp_path / "progress.yaml").read_text()
+
+    def test_a_label_that_was_replaced_is_refused(self, phantom, trained, code, tmp_path):
+        root, run = shutil.copytree(phantom, tmp_path / phantom.name), shutil.copytree(trained, tmp_path / "run")
+        label = root / "labelsTr/phantom_001.nii.gz"
+        image = nib.load(label)
+        nib.save(nib.Nifti1Image(np.minimum(np.asarray(image.dataobj), 1), image.affine, image.header), label)
+        with pytest.raises(UserError, match="the label of phantom_001 .*--allow_changed_data"):
+            train(root, run, code, TRAIN)
 
     def test_every_weight_trained(self, trained):
         state = parts(trained / "latest.pth")["optimizer"]["state"]
