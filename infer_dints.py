@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from dints import __version__, data, files, inference, network, options, running, training
+from dints import __version__, data, evaluation, files, inference, network, options, running, training
 from dints.errors import PartlyDone, UserError, exit_on_user_error
 
 if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, after the command line is read
@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from dints.data.leniency import Leniency
     from dints.data.listing import ListedCase
     from dints.data.tasks import Task
+    from dints.evaluation.postprocessing import Postprocessing
     from dints.inference.predictor import Predictor
     from dints.running.processes import Processes
     from dints.training.validation import Scores
@@ -63,6 +64,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="average over flips of the volume along the axes that the model was trained to flip: 2 to 8 times as long",
     )
+    parser.add_argument(
+        "--postprocessing",
+        type=Path,
+        help="postprocessing.json that FOLD=each train_dints.sh writes: which components are removed (default: none)",
+    )
     options.add_machine(parser)
     args = parser.parse_args(argv)
     if (args.input is None) == (args.root is None):
@@ -90,7 +96,8 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     selected = processes.on_main(cases_to_segment, args, predictor)
     outputs = processes.on_main(segmentation_paths, selected, folder)
     cases = processes.on_main(data.cases.try_to_open, selected, task, leniency)
-    records = inference.records.Records(folder, settings_of(args, predictor))
+    postprocessing = processes.on_main(chosen_postprocessing, args.postprocessing, task)
+    records = inference.records.Records(folder, settings_of(args, predictor, postprocessing))
     log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision)
 
     overlaps, faults = training.validation.Overlaps(len(cases), task.num_classes, processes), {}
@@ -105,7 +112,7 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
             for doubt in data.plausibility.doubts(cases[number], predictor.ranges):
                 log.warning("%s is unusual: %s", output.name, doubt)
             done = records.is_done(selected[number], output)
-            segmentation = None if done else segment(cases[number], predictor, leniency)
+            segmentation = None if done else segment(cases[number], predictor, leniency, postprocessing)
         except UserError as error:
             faults[output.name] = str(error)
             records.note_failed(output, str(error))
@@ -137,9 +144,16 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         )
 
 
-def settings_of(args: argparse.Namespace, predictor: Predictor) -> dict[str, object]:
+def chosen_postprocessing(path: Path | None, task: Task) -> Postprocessing:
+    """Read what is removed from segmentations: nothing, where no file is given."""
+    if path is None:
+        return evaluation.postprocessing.Postprocessing.nothing(task.class_names)
+    return evaluation.postprocessing.read(path, task.class_names)
+
+
+def settings_of(args: argparse.Namespace, predictor: Predictor, postprocessing: Postprocessing) -> dict[str, object]:
     """Gather what segmentations depend on beside their images; of models the content, wherever their files lie."""
-    return {
+    settings = {
         "models": [model.digest for model in predictor.models],
         "version": __version__,
         "precision": predictor.precision.name,
@@ -147,10 +161,11 @@ def settings_of(args: argparse.Namespace, predictor: Predictor) -> dict[str, obj
         "mirrored_axes": list(predictor.axes),
         "replace_nonfinite": args.replace_nonfinite,
     }
+    return settings | ({"postprocessing": postprocessing.to_dict()} if postprocessing.removes else {})
 
 
-def segment(case: Case, predictor: Predictor, leniency: Leniency) -> np.ndarray:
-    """Return the label of each voxel of a case's image, on its file's own grid."""
+def segment(case: Case, predictor: Predictor, leniency: Leniency, postprocessing: Postprocessing) -> np.ndarray:
+    """Return the label of each voxel of a case's image, on its file's own grid, without what is removed."""
 
     def read() -> np.ndarray:
         voxels, replaced = data.cases.read_image(case.images, leniency)
@@ -158,7 +173,8 @@ def segment(case: Case, predictor: Predictor, leniency: Leniency) -> np.ndarray:
             log.warning("%s: %d NaN or infinite voxels are replaced", case.images[0].path, replaced)
         return voxels
 
-    return predictor.segment(read, case.images[0].affine, case.name)
+    labels = predictor.segment(read, case.images[0].affine, case.name)
+    return postprocessing.apply(labels, case.images[0].spacing)
 
 
 def cases_to_segment(args: argparse.Namespace, predictor: Predictor) -> list[ListedCase]:
