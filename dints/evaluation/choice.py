@@ -128,14 +128,14 @@ def choose(cases: Sequence[Parts], class_names: Sequence[str]) -> tuple[Postproc
         if helps:
             chosen, before[number] = tried, after
     for number, name in enumerate(class_names[1:]):
-        candidates = [_with_rule(chosen, number, min_volume_mm3=volume) for volume in volumes_of(cases, number + 1)]
+        volumes = volumes_of(cases, number + 1, chosen)
+        candidates = [_with_rule(chosen, number, min_volume_mm3=volume) for volume in volumes]
         if not candidates:
             continue
         means = [class_means(cases, candidate)[number] for candidate in candidates]
         best = int(np.argmax(np.nan_to_num(means, nan=-1)))  # the smallest volume of equally good ones
         helps = bool(means[best] > before[number])
-        volume = candidates[best].rules[number].min_volume_mm3
-        steps.append(_step(f"components of {name} below {volume:g} mm3", before[number], means[best], helps))
+        steps.append(_step(f"components of {name} below {volumes[best]:g} mm3", before[number], means[best], helps))
         chosen = candidates[best] if helps else chosen
     return chosen, steps
 
@@ -150,13 +150,15 @@ def _step(what: str, before: float, after: float, kept: bool) -> Step:
     return Step(what, *(float(value) if math.isfinite(value) else None for value in (before, after)), kept)
 
 
-def volumes_of(cases: Sequence[Parts], label: int) -> list[float]:
+def volumes_of(cases: Sequence[Parts], label: int, chosen: Postprocessing) -> list[float]:
     """List the minimal volumes that are tried for a class, in mm3: 1, 2, 5, 10, ... (or 0.1, ..., if voxels are small).
 
-    They begin above the smallest component that was predicted. None is above the smallest volume that the class has in
-    a reference which has it, so that nothing is removed that could be all of it.
+    They begin above the smallest component that is left by what is chosen already. None is above the smallest volume
+    that the class has in a reference which has it, so that nothing is removed that could be all of it.
     """
-    predicted = [size * case.voxel_mm3 for case in cases for size in case.size[case.label == label]]
+    predicted = [
+        size * case.voxel_mm3 for case in cases for size in case.size[case.kept(chosen) & (case.label == label)]
+    ]
     references = [case.reference[label - 1] * case.voxel_mm3 for case in cases if case.reference[label - 1]]
     if not predicted or not references:
         return []
