@@ -24,10 +24,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # -P leaves it out
 from dints import files
+from dints.data.formats import list_cases
+from dints.data.listing import check_names, split_fold
 from dints.errors import UserError, exit_on_user_error
 
 HERE = Path(__file__).resolve().parent
@@ -108,19 +111,37 @@ class Folds:
     def masks(self, fold: int) -> Path:
         return self.output_root / "out_of_fold" / f"fold_{fold}"
 
-    def taken(self, flags: Mapping[str, int]) -> list[str]:
-        """Return those of the arguments whose flags are named, with their values."""
+    def given(self, flags: Mapping[str, int]) -> dict[str, str | bool]:
+        """Return those of the arguments whose flags are named, with their values; True for one that has none."""
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for flag, count in flags.items():
             parser.add_argument(flag, **({"dest": flag} if count else {"dest": flag, "action": "store_true"}))
         found = vars(parser.parse_known_args(self.arguments)[0])
-        return [word for flag, value in found.items() if value for word in ([flag] if value is True else [flag, value])]
+        return {flag: value for flag, value in found.items() if value}
 
-    def note(self) -> dict:
-        """Return what a fold that is done was asked for; files by their content."""
-        described = self.taken({"--json": 1})[1:] or [self.data_root / "dataset.json"]
-        contents = {name: files.digest(path) for name, path in (("data", *described), ("arch", self.arch_ckpt))}
-        return {"arguments": self.arguments, "num_folds": self.num_folds, **contents}
+    def words(self, flags: Mapping[str, int]) -> list[str]:
+        """Return them as they stand on a command line."""
+        return [word for flag, value in self.given(flags).items() for word in (flag, value) if word is not True]
+
+    def cases(self) -> list[str]:
+        """List the names of the dataset's cases.
+
+        Raises:
+            UserError: it is malformed, has two cases of one name, or fewer cases than folds.
+        """
+        given = self.given(OF_SCORES)
+        key, is_allowed = given.get("--json_key", "training"), given.get("--allow_outside_root", False)
+        listed = list_cases(self.data_root, given.get("--json"), key, is_allowed)
+        check_names(listed)
+        split_fold(listed, self.num_folds, 0)
+        return [case.name for case in listed]
+
+    @cached_property
+    def request(self) -> dict:
+        """What is asked for, as plain values; files by their content."""
+        description = self.given(OF_SCORES).get("--json", self.data_root / "dataset.json")
+        contents = {"description": files.digest(description), "architecture": files.digest(self.arch_ckpt)}
+        return {"arguments": self.arguments, "num_folds": self.num_folds, **contents, "cases": self.cases()}
 
     def is_done(self, fold: int) -> bool:
         """Tell whether a fold was trained as is asked for now, and its cases segmented."""
@@ -129,7 +150,7 @@ class Folds:
             noted = json.loads((self.folder(fold) / "done.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):  # none: train_dints.py and infer_dints.py will see what is there
             return False
-        return noted == self.note() and all(path.is_file() for path in made)
+        return noted == self.request and all(path.is_file() for path in made)
 
     def train(self, fold: int, child: Child) -> None:
         """Train a fold and segment its validation cases, on all devices of all nodes."""
@@ -138,12 +159,12 @@ class Folds:
         child.run(["bash", HERE.parent / "train_dints.sh", *self.arguments], FOLD=fold, OUTPUT_ROOT=self.folder(fold))
         tell(f"fold {fold} of {self.num_folds}: its validation cases")
         flags = ["--checkpoint", model, "--root", self.data_root, "--output_root", self.masks(fold)]
-        command = ["bash", "-c", LAUNCH, "launch", HERE / "launch.sh", "infer_dints.py", *flags, *self.taken(OF_MASKS)]
+        command = ["bash", "-c", LAUNCH, "launch", HERE / "launch.sh", "infer_dints.py", *flags, *self.words(OF_MASKS)]
         # Another port, since node 0 may still be at the one of the training.
         child.run(command, MASTER_PORT=self.master_port + NEXT_PORT)
 
     def note_done(self, fold: int) -> None:
-        files.write_atomically(self.folder(fold) / "done.json", json.dumps(self.note(), indent=2) + "\n")
+        files.write_atomically(self.folder(fold) / "done.json", json.dumps(self.request, indent=2) + "\n")
 
     def make_table(self, child: Child) -> None:
         """Score all cases out of fold, and choose the post-processing."""
@@ -151,7 +172,7 @@ class Folds:
         module = [sys.executable, "-m", "dints.evaluation.cross_validation"]
         flags = ["--root", self.data_root, "--num_folds", self.num_folds, "--output_root", self.output_root]
         paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        child.run([*module, *flags, *self.taken(OF_SCORES)], PYTHONPATH=os.pathsep.join(paths))
+        child.run([*module, *flags, *self.words(OF_SCORES)], PYTHONPATH=os.pathsep.join(paths))
 
 
 def tell(what: str) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dints import files
 from dints.data.formats import read_dataset
-from dints.data.listing import ENDING, ListedCase
+from dints.data.listing import ENDING, ListedCase, check_names
 from dints.errors import UserError, exit_on_user_error
 from dints.evaluation.choice import Parts, Step, choose, chosen_on_others, class_means, mean, parts_of
 from dints.evaluation.masks import Pair, labels_in
@@ -88,40 +88,46 @@ def cross_validate(
         raise UserError(f"--num_folds {num_folds}: give 2 or more, as many as were trained")
     task, listed = read_dataset(root, description, key, allow_outside_root)
     folds = pairs_of_folds(listed, output_root, num_folds, trust_shapes)
-    class_names, rows, parts = task.class_names, [], []
-    classes = dict(enumerate(class_names[1:], start=1))
-    for pairs in folds:
-        parts.append([])
-        for pair in tqdm(pairs, desc="scoring", unit="case", disable=None):
-            masks = read_masks(pair, class_names)
-            rows += score_case(pair.name, *masks, classes, tolerance_mm=tolerance_mm)
-            parts[-1].append(parts_of(*masks, len(class_names)))
-    chosen, steps = choose([case for of_fold in parts for case in of_fold], class_names)
+    rows, parts = score(folds, task.class_names, tolerance_mm)
+    chosen, steps = choose([case for of_fold in parts for case in of_fold], task.class_names)
     described = describe_choice(chosen, steps, parts)
     files.write_atomically(output_root / "postprocessing.json", json.dumps(described, indent=2) + "\n")
     files.write_atomically(output_root / "scores.csv", scores_table(rows))
     summaries = {"as_segmented": summarise(rows, seed)}
+    postprocessed = output_root / "scores_postprocessed.csv"
+    postprocessed.unlink(missing_ok=True)  # what an earlier call chose
     if chosen.removes:
         rows = postprocessed_rows(rows, folds, chosen, tolerance_mm)
-        files.write_atomically(output_root / "scores_postprocessed.csv", scores_table(rows))
+        files.write_atomically(postprocessed, scores_table(rows))
         summaries["postprocessed"] = summarise(rows, seed)
-    else:
-        (output_root / "scores_postprocessed.csv").unlink(missing_ok=True)  # of another dataset or model
-    facts = {"root": str(root), "num_cases": len(listed), "num_folds": num_folds, "folds": folds_of(folds)}
+    names = [[pair.name for pair in pairs] for pairs in folds]
+    facts = {"root": str(root), "num_cases": len(listed), "num_folds": num_folds, "folds": names}
     facts |= {"tolerance_mm": tolerance_mm, "seed": seed}
     content = json.dumps({**facts, **summaries}, indent=2, allow_nan=False)
     files.write_atomically(output_root / "summary.json", content + "\n")
     return "\n".join([*table(summaries), "", *told(steps, described["chosen_on"]["dice"], output_root)])
 
 
+def score(
+    folds: Sequence[Sequence[Pair]], class_names: Sequence[str], tolerance_mm: float
+) -> tuple[list[Row], list[list[Parts]]]:
+    """Score the segmentations of all folds, and measure their components."""
+    rows, parts, classes = [], [], dict(enumerate(class_names[1:], start=1))
+    for pairs in folds:
+        parts.append([])
+        for pair in tqdm(pairs, desc="scoring", unit="case", disable=None):
+            masks = read_masks(pair, class_names)
+            rows += score_case(pair.name, *masks, classes, tolerance_mm=tolerance_mm)
+            parts[-1].append(parts_of(*masks, len(class_names)))
+    return rows, parts
+
+
 def pairs_of_folds(
     listed: Sequence[ListedCase], output_root: Path, num_folds: int, trust_shapes: bool
 ) -> list[list[Pair]]:
     """Find each fold's segmentations with their references, as infer_dints.py noted them in its ``run.json``."""
+    check_names(listed)
     references = {case.name: Path(case.label) for case in listed}
-    if len(references) < len(listed):
-        (name, count), *_ = Counter(case.name for case in listed).most_common(1)
-        raise UserError(f"{count} cases are called {name}: rename all but one, so that each can be scored")
     found = [masks_of_fold(output_root / OUT_OF_FOLD / f"fold_{fold}") for fold in range(num_folds)]
     counts = Counter(name for masks in found for name in masks)
     missing = [name for name in references if name not in counts]
@@ -188,15 +194,10 @@ def describe_choice(chosen: Postprocessing, steps: Sequence[Step], folds: Sequen
     }
     dice = {}
     for what, values in means.items():
-        named = zip((*chosen.class_names[1:], "mean"), (*values, mean(values)), strict=True)
-        dice[what] = {name: float(value) if np.isfinite(value) else None for name, value in named}
+        *of_classes, average = (float(value) if np.isfinite(value) else None for value in (*values, mean(values)))
+        dice[what] = {"classes": dict(zip(chosen.class_names[1:], of_classes, strict=True)), "mean": average}
     facts = {"num_cases": len(cases), "num_folds": len(folds), "dice": dice, "steps": [asdict(step) for step in steps]}
     return {**chosen.to_dict(), "neighbours": 26, "chosen_on": facts}
-
-
-def folds_of(folds: Sequence[Sequence[Pair]]) -> list[list[str]]:
-    """Return the names of each fold's cases."""
-    return [[pair.name for pair in pairs] for pairs in folds]
 
 
 def table(summaries: dict[str, dict]) -> list[str]:

@@ -83,7 +83,7 @@ def test_the_choice_is_written_with_its_reasons(folder):
     assert found["largest_foreground"] and found["classes"]["organ"] == {"largest": False, "min_volume_mm3": 0}
     chosen_on = found["chosen_on"]
     assert (found["neighbours"], chosen_on["num_cases"], chosen_on["num_folds"]) == (26, 3, 2)
-    assert chosen_on["dice"]["postprocessed"] == {"organ": 1, "lesion": 1, "mean": 1}
+    assert chosen_on["dice"]["postprocessed"] == {"classes": {"organ": 1, "lesion": 1}, "mean": 1}
     assert chosen_on["dice"]["chosen_on_other_folds"]["mean"] == 1
     (kept,) = (step for step in chosen_on["steps"] if step["kept"])
     assert kept["what"] in said and "to be expected of new cases, by what the other folds choose: 1.0000" in said

@@ -65,6 +65,10 @@ def each(tmp_path) -> Each:
             nib.save(nib.Nifti1Image(voxels, np.eye(4)), root / path)
         entries.append(entry)
     description = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "organ"}, "training": entries}
+    description["twice"] = [entries[0], {key: f"more/{path}" for key, path in entries[0].items()}]
+    for path in entries[0].values():
+        (root / "more" / path).parent.mkdir(parents=True)
+        (root / "more" / path).write_bytes((root / path).read_bytes())
     (root / "dataset.json").write_text(json.dumps(description))
     return Each(tmp_path, root)
 
@@ -155,6 +159,8 @@ def test_an_array_task_of_two_nodes(each):
         (["--resume", "never"], {}, "set another OUTPUT_ROOT to start afresh"),
         ([], {"NUM_FOLDS": "1"}, "NUM_FOLDS is '1': give a number of folds, 2 or more"),
         ([], {"NUM_FOLDS": "x"}, "NUM_FOLDS is 'x'"),
+        ([], {"NUM_FOLDS": "4"}, "--num_folds 4, but there are only 3 cases"),
+        (["--json_key", "twice"], {}, "2 cases are called case_0: rename all but one"),
         ([], {"SLURM_ARRAY_TASK_ID": "3"}, "the array has a task 3, and NUM_FOLDS=3: give sbatch --array=0-2"),
     ],
 )
