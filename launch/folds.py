@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -146,11 +146,12 @@ class Folds:
     def is_done(self, fold: int) -> bool:
         """Tell whether a fold was trained as is asked for now, and its cases segmented."""
         made = (self.folder(fold) / "best_metric_model.pth", self.masks(fold) / "run.json")
-        try:
-            noted = json.loads((self.folder(fold) / "done.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none: train_dints.py and infer_dints.py will see what is there
-            return False
-        return noted == self.request and all(path.is_file() for path in made)
+        return self.request == self._noted(fold) and all(path.is_file() for path in made)
+
+    def _noted(self, fold: int) -> object:
+        with suppress(OSError, ValueError):  # none: train_dints.py and infer_dints.py will see what is there
+            return json.loads((self.folder(fold) / "done.json").read_text(encoding="utf-8"))
+        return None
 
     def train(self, fold: int, child: Child) -> None:
         """Train a fold and segment its validation cases, on all devices of all nodes."""
