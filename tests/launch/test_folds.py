@@ -73,6 +73,7 @@ def each(tmp_path) -> Each:
     return Each(tmp_path, root)
 
 
+@pytest.mark.slow
 def test_all_folds_are_trained_and_scored_and_then_passed_over(each):
     assert each.code("--num_epochs", "3") == 0, each.said()
     assert each.stages() == STAGES and each.written() == WRITTEN
@@ -111,6 +112,7 @@ def test_stages_get_the_options_that_are_theirs(each):
     assert launched[-1].strip() == f"{model} {masks} --json {description} --trust_shapes"
 
 
+@pytest.mark.slow
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
 @pytest.mark.parametrize(("stage", "number"), [("train 1", signal.SIGTERM), ("infer 1", signal.SIGKILL)])
 def test_the_same_command_goes_on_where_it_was_stopped(each, stage, number):
