@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from dints import __version__, data, files, inference, network, options, running, training
+from dints import __version__, data, evaluation, files, inference, network, options, running, training
 from dints.data.tasks import TASKS
 from dints.errors import PartlyDone, UserError, exit_on_user_error
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from dints.data.listing import ListedCase
     from dints.data.nifti import Header
     from dints.data.tasks import Task
+    from dints.evaluation.postprocessing import Postprocessing
     from dints.inference.decision import Decision
     from dints.inference.predictor import Predictor
     from dints.inference.records import Records
@@ -72,6 +73,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--tta",
         action="store_true",
         help="average over flips of the volume along the axes that the model was trained to flip: 2 to 8 times as long",
+    )
+    parser.add_argument(
+        "--postprocessing",
+        type=Path,
+        help="postprocessing.json that FOLD=each train_dints.sh writes: which components are removed (default: none)",
     )
     parser.add_argument(
         "--save_probabilities",
@@ -146,7 +152,8 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     task, leniency = predictor.task, options.leniency(args)
     selection = processes.on_main(volumes_to_segment, args, predictor)
     outputs = processes.on_main(inference.selection.segmentation_paths, selection.cases, folder)
-    records = inference.records.Records(folder, settings_of(args, predictor))
+    postprocessing = processes.on_main(chosen_postprocessing, args.postprocessing, task)
+    records = inference.records.Records(folder, settings_of(args, predictor, postprocessing))
     maps = [name for name in inference.decision.MAPS if getattr(args, f"save_{name}")]
     try:
         cases = processes.on_main(selection.opened, task, leniency)
@@ -156,9 +163,8 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
             output = outputs[number]
             try:
-                labels, reference = segmented(
-                    selection.cases[number], cases[number], output, predictor, records, leniency, maps
-                )
+                settings = predictor, postprocessing, records, leniency, maps
+                labels, reference = segmented(selection.cases[number], cases[number], output, *settings)
             except UserError as error:
                 faults[output.name] = str(error)
                 records.note_failed(output, str(error))
@@ -194,6 +200,7 @@ def segmented(
     case: Case | UserError,
     output: Path,
     predictor: Predictor,
+    postprocessing: Postprocessing,
     records: Records,
     leniency: Leniency,
     maps: list[str],
@@ -218,9 +225,11 @@ def segmented(
             return None, None
         return data.cases.read_label(data.nifti.read_header(str(output)), predictor.task), reference
     decision = segment(case, predictor, leniency, maps)
+    labels = postprocessing.apply(decision.labels, case.images[0].spacing)
+    decision = dataclasses.replace(decision, labels=labels)
     save(decision, case.images[0], paths, maps)
     records.note_done(listed, paths, time.monotonic() - start)
-    return decision.labels, reference
+    return labels, reference
 
 
 def load_models(args: argparse.Namespace) -> list[Model]:
@@ -250,9 +259,16 @@ def foreign_task(args: argparse.Namespace) -> Task:
     return task
 
 
-def settings_of(args: argparse.Namespace, predictor: Predictor) -> dict[str, object]:
+def chosen_postprocessing(path: Path | None, task: Task) -> Postprocessing:
+    """Read what is removed from segmentations: nothing, where no file is given."""
+    if path is None:
+        return evaluation.postprocessing.Postprocessing.nothing(task.class_names)
+    return evaluation.postprocessing.read(path, task.class_names)
+
+
+def settings_of(args: argparse.Namespace, predictor: Predictor, postprocessing: Postprocessing) -> dict[str, object]:
     """Gather what segmentations depend on beside their images; of models the content, wherever their files lie."""
-    return {
+    settings = {
         "models": [model.digest for model in predictor.models],
         "version": __version__,
         "precision": predictor.precision.name,
@@ -260,6 +276,7 @@ def settings_of(args: argparse.Namespace, predictor: Predictor) -> dict[str, obj
         "mirrored_axes": list(predictor.axes),
         "replace_nonfinite": args.replace_nonfinite,
     }
+    return settings | ({"postprocessing": postprocessing.to_dict()} if postprocessing.removes else {})
 
 
 def segment(case: Case, predictor: Predictor, leniency: Leniency, maps: list[str]) -> Decision:

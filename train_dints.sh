@@ -3,7 +3,9 @@
 #
 #   bash train_dints.sh
 #   TASK=Task04_Hippocampus ARCH_CKPT=runs/search/search_code_600.pth bash train_dints.sh --num_epochs 400
+#   FOLD=each bash train_dints.sh
 #
+# FOLD=each trains all folds, one after another, and scores every case by the fold that did not train on it.
 # ARCH_CKPT is the newest search_code_*.pth under ./runs unless it is set.
 # Further arguments go to train_dints.py (-h lists them); launch/launch.sh says which variables choose devices and nodes.
 set -euo pipefail
@@ -20,6 +22,11 @@ if [[ -z "${ARCH_CKPT:-}" ]]; then
     echo "error: no search_code_*.pth under ./runs: run search_dints.sh first, or set ARCH_CKPT to an architecture file" >&2
     exit 1
   fi
+fi
+
+if [[ "${FOLD:-0}" == each ]]; then
+  export TASK DATA_ROOT ARCH_CKPT OUTPUT_ROOT="${OUTPUT_ROOT:-./runs/train_${TASK}_folds}"
+  exec "$(choose_python)" -P "$here/launch/folds.py" "$@"
 fi
 
 launch train_dints.py \

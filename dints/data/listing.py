@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -47,6 +48,13 @@ def split_fold(cases: Sequence, num_folds: int, fold: int | str) -> tuple[list, 
         raise UserError(f"--num_folds {num_folds}, but there are only {len(cases)} cases: give at most {len(cases)}")
     first, last = len(cases) * fold // num_folds, len(cases) * (fold + 1) // num_folds
     return [*cases[:first], *cases[last:]], list(cases[first:last])
+
+
+def check_names(cases: Sequence[ListedCase]) -> None:
+    """Refuse two cases of one name, where the cases of all folds are told by their names."""
+    ((name, count),) = Counter(case.name for case in cases).most_common(1)
+    if count > 1:
+        raise UserError(f"{count} cases are called {name}: rename all but one of them, so that each can be scored")
 
 
 def check_files(cases: Sequence[ListedCase], source: str | Path, root: str | Path, allow_outside_root: bool) -> None:

@@ -21,11 +21,16 @@ AFFINE_TOLERANCE = 1e-3  # by which the affines of two masks may differ, an entr
 
 @dataclass(frozen=True)
 class Pair:
-    """A case's reference, and its prediction if there is one."""
+    """A case's reference, and its prediction if there is one.
+
+    Attributes:
+        trust_shapes: believe that a reference of the prediction's shape has its place, whatever its header says.
+    """
 
     name: str
     reference: Path
     prediction: Path | None
+    trust_shapes: bool = False
 
     def read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the labels (x, y, z) of reference and prediction, uint8, and the spacing (3,) in mm.
@@ -46,12 +51,12 @@ class Pair:
                 "the reference's grid"
             )
         difference = np.abs(other.affine - header.affine).max()
-        if difference > AFFINE_TOLERANCE:
+        if difference > AFFINE_TOLERANCE and not self.trust_shapes:
             raise UserError(
                 f"{self.prediction} has another affine than {self.reference} (an entry differs by {difference:.4g}): "
                 "resample it to the reference's grid, or mend its header"
             )
-        return reference, _read_mask(other), header.spacing
+        return reference, _read_mask(other), (other if self.trust_shapes else header).spacing
 
 
 def pair_files(

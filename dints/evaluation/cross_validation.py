@@ -1,0 +1,234 @@
+"""Score every case of a dataset once, by the model of the fold that did not train on it, and choose post-processing.
+
+    python -m dints.evaluation.cross_validation --root data_msd/Task09_Spleen --num_folds 5 --output_root runs/folds
+
+`FOLD=each bash train_dints.sh` does this at its end. OUTPUT_ROOT/out_of_fold/fold_0, fold_1, ... are infer_dints.py's
+folders of the folds' validation cases. Written to OUTPUT_ROOT are postprocessing.json, which infer_dints.py
+--postprocessing applies; scores.csv and, where anything is removed, scores_postprocessed.csv; and summary.json. PyTorch
+is not needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dints import files
+from dints.data.formats import read_dataset
+from dints.data.listing import ENDING, ListedCase, check_names
+from dints.errors import UserError, exit_on_user_error
+from dints.evaluation.choice import Parts, Step, choose, chosen_on_others, class_means, mean, parts_of
+from dints.evaluation.masks import Pair, labels_in
+from dints.evaluation.postprocessing import Postprocessing
+from dints.evaluation.scores import Row, score_case
+from dints.evaluation.summary import scores_table, summarise
+
+log = logging.getLogger(__name__)
+
+OUT_OF_FOLD = "out_of_fold"  # in OUTPUT_ROOT, with a folder a fold
+AGAIN = "give the command with FOLD=each again, which segments what is missing"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dints.evaluation.cross_validation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--root", type=Path, required=True, help="folder of the dataset")
+    add("--json", type=Path, dest="description", help="its description (default: ROOT/dataset.json)")
+    add("--json_key", default="training", dest="key", help="list of labelled cases in it (default: %(default)s)")
+    add("--allow_outside_root", action="store_true", help="read files that lie outside ROOT")
+    add(
+        "--trust_shapes", action="store_true", help="where a label has its image's shape, believe that it has its place"
+    )
+    add("--num_folds", type=int, default=5, help="folds that the cases are split into (default: %(default)s)")
+    add("--output_root", type=Path, required=True, help="folder that holds out_of_fold/, and for what is written")
+    add("--tolerance_mm", type=float, default=1.0, help="of the surface Dice (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the bootstrap's resampling (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(cross_validate(**vars(parse_args(argv))))
+
+
+def cross_validate(
+    root: Path,
+    output_root: Path,
+    num_folds: int,
+    *,
+    description: Path | None = None,
+    key: str = "training",
+    allow_outside_root: bool = False,
+    trust_shapes: bool = False,
+    tolerance_mm: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """Score and choose as the module says, and return the table.
+
+    Args:
+        root, description, key, allow_outside_root: as `read_dataset` takes them.
+        trust_shapes: as `Pair` does.
+
+    Raises:
+        UserError: a case has no segmentation, or two; or a mask cannot be scored.
+    """
+    if num_folds < 2:
+        raise UserError(f"--num_folds {num_folds}: give 2 or more, as many as were trained")
+    task, listed = read_dataset(root, description, key, allow_outside_root)
+    folds = pairs_of_folds(listed, output_root, num_folds, trust_shapes)
+    rows, parts = score(folds, task.class_names, tolerance_mm)
+    chosen, steps = choose([case for of_fold in parts for case in of_fold], task.class_names)
+    described = describe_choice(chosen, steps, parts)
+    files.write_atomically(output_root / "postprocessing.json", json.dumps(described, indent=2) + "\n")
+    files.write_atomically(output_root / "scores.csv", scores_table(rows))
+    summaries = {"as_segmented": summarise(rows, seed)}
+    postprocessed = output_root / "scores_postprocessed.csv"
+    postprocessed.unlink(missing_ok=True)  # what an earlier call chose
+    if chosen.removes:
+        rows = postprocessed_rows(rows, folds, chosen, tolerance_mm)
+        files.write_atomically(postprocessed, scores_table(rows))
+        summaries["postprocessed"] = summarise(rows, seed)
+    names = [[pair.name for pair in pairs] for pairs in folds]
+    facts = {"root": str(root), "num_cases": len(listed), "num_folds": num_folds, "folds": names}
+    facts |= {"tolerance_mm": tolerance_mm, "seed": seed}
+    content = json.dumps({**facts, **summaries}, indent=2, allow_nan=False)
+    files.write_atomically(output_root / "summary.json", content + "\n")
+    return "\n".join([*table(summaries), "", *told(steps, described["chosen_on"]["dice"], output_root)])
+
+
+def score(
+    folds: Sequence[Sequence[Pair]], class_names: Sequence[str], tolerance_mm: float
+) -> tuple[list[Row], list[list[Parts]]]:
+    """Score the segmentations of all folds, and measure their components."""
+    rows, parts, classes = [], [], dict(enumerate(class_names[1:], start=1))
+    for pairs in folds:
+        parts.append([])
+        for pair in tqdm(pairs, desc="scoring", unit="case", disable=None):
+            masks = read_masks(pair, class_names)
+            rows += score_case(pair.name, *masks, classes, tolerance_mm=tolerance_mm)
+            parts[-1].append(parts_of(*masks, len(class_names)))
+    return rows, parts
+
+
+def pairs_of_folds(
+    listed: Sequence[ListedCase], output_root: Path, num_folds: int, trust_shapes: bool
+) -> list[list[Pair]]:
+    """Find each fold's segmentations with their references, as infer_dints.py noted them in its ``run.json``."""
+    check_names(listed)
+    references = {case.name: Path(case.label) for case in listed}
+    found = [masks_of_fold(output_root / OUT_OF_FOLD / f"fold_{fold}") for fold in range(num_folds)]
+    counts = Counter(name for masks in found for name in masks)
+    missing = [name for name in references if name not in counts]
+    if missing:
+        raise UserError(
+            f"{output_root / OUT_OF_FOLD} lacks {len(missing)} of the {len(references)} cases, for example "
+            f"{missing[0]}: {AGAIN}"
+        )
+    wrong = [name for name, count in counts.items() if count > 1 or name not in references]
+    if wrong:
+        raise UserError(
+            f"{output_root / OUT_OF_FOLD} has {wrong[0]} in {counts[wrong[0]]} folds of {num_folds}, and the dataset "
+            f"{'once' if wrong[0] in references else 'not at all'}: remove the folder, and {AGAIN}"
+        )
+    return [[Pair(name, references[name], masks[name], trust_shapes) for name in sorted(masks)] for masks in found]
+
+
+def masks_of_fold(folder: Path) -> dict[str, Path]:
+    """List the segmentations of a fold by their case's name."""
+    try:
+        cases = json.loads((folder / "run.json").read_text(encoding="utf-8"))["cases"]
+        done = [name for name, case in cases.items() if case["state"] == "done"]
+    except OSError as error:
+        raise UserError(f"{folder / 'run.json'} cannot be read ({error.strerror}): {AGAIN}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / 'run.json'} is malformed: remove it, and {AGAIN}") from error
+    return {ENDING.sub("", name): folder / name for name in done}
+
+
+def read_masks(pair: Pair, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the labels of reference and prediction, and the spacing, with no label that has no class."""
+    reference, prediction, spacing = pair.read()
+    for path, mask in ((pair.reference, reference), (pair.prediction, prediction)):
+        highest = max(labels_in(mask), default=0)
+        if highest >= len(class_names):
+            raise UserError(
+                f"{path} has the label {highest}, and the dataset the classes {', '.join(class_names)}: correct it"
+            )
+    return reference, prediction, spacing
+
+
+def postprocessed_rows(
+    rows: Sequence[Row], folds: Sequence[Sequence[Pair]], chosen: Postprocessing, tolerance_mm: float
+) -> list[Row]:
+    """Score segmentations again from which something is removed; of the others the rows are kept."""
+    classes, by_case = dict(enumerate(chosen.class_names[1:], start=1)), {}
+    for row in rows:
+        by_case.setdefault(row.case, []).append(row)
+    for pair in tqdm([pair for pairs in folds for pair in pairs], desc="post-processing", unit="case", disable=None):
+        reference, prediction, spacing = pair.read()
+        after = chosen.apply(prediction, spacing)
+        if not np.array_equal(after, prediction):
+            by_case[pair.name] = score_case(pair.name, reference, after, spacing, classes, tolerance_mm=tolerance_mm)
+    return [row for of_case in by_case.values() for row in of_case]
+
+
+def describe_choice(chosen: Postprocessing, steps: Sequence[Step], folds: Sequence[Sequence[Parts]]) -> dict:
+    """Return what ``postprocessing.json`` holds: what is removed, and by which Dice it was chosen."""
+    cases = [case for of_fold in folds for case in of_fold]
+    means = {
+        "as_segmented": class_means(cases, Postprocessing.nothing(chosen.class_names)),
+        "postprocessed": class_means(cases, chosen),
+        "chosen_on_other_folds": chosen_on_others(folds, chosen.class_names),
+    }
+    dice = {}
+    for what, values in means.items():
+        *of_classes, average = (float(value) if np.isfinite(value) else None for value in (*values, mean(values)))
+        dice[what] = {"classes": dict(zip(chosen.class_names[1:], of_classes, strict=True)), "mean": average}
+    facts = {"num_cases": len(cases), "num_folds": len(folds), "dice": dice, "steps": [asdict(step) for step in steps]}
+    return {**chosen.to_dict(), "neighbours": 26, "chosen_on": facts}
+
+
+def table(summaries: dict[str, dict]) -> list[str]:
+    """Return the lines of a Markdown table of Dice, a row a class and one for all."""
+    whats = {"as_segmented": "Dice", "postprocessed": "post-processed"}
+    titles = [f" {whats[what]} | 95% interval | false positive cases |" for what in summaries]
+    lines = ["| class | cases |" + "".join(titles), "| --- | ---: |" + " ---: | ---: | ---: |" * len(summaries)]
+    first = next(iter(summaries.values()))
+    for name, scores in [*first["classes"].items(), ("all", first["all"])]:
+        cells = [name.replace("|", "\\|"), str(scores["dice"]["n"])]
+        for summary in summaries.values():
+            found = summary["all"] if scores is first["all"] else summary["classes"][name]
+            dice = found["dice"]
+            mean_, low, high = ("-" if dice[key] is None else f"{dice[key]:.4f}" for key in ("mean", "low", "high"))
+            cells += [mean_, f"{low} to {high}", str(found["false_positive_cases"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def told(steps: Sequence[Step], dice: dict[str, dict], output_root: Path) -> list[str]:
+    """Tell people what was chosen, and where it is."""
+    lines = [
+        f"removed: {step.what} (Dice {step.before:.4f}, then {step.after:.4f})" for step in steps if step.kept
+    ] or ["nothing is removed from segmentations: no post-processing helps"]
+    if any(step.kept for step in steps):
+        others, before = dice["chosen_on_other_folds"]["mean"], dice["as_segmented"]["mean"]
+        lines.append(
+            f"to be expected of new cases, by what the other folds choose: {others:.4f} instead of {before:.4f}"
+        )
+    return [*lines, f"scores, summary.json and postprocessing.json are in {output_root}"]
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

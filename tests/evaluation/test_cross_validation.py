@@ -1,0 +1,167 @@
+"""Cases scored out of fold: which files are taken, what is written and printed, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from commands import run
+
+from dints.errors import UserError
+from dints.evaluation import cross_validation
+
+AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
+FOLDS = [["case_0", "case_1"], ["case_2"]]
+
+
+def mask(*bars: tuple[int, int, int]) -> np.ndarray:
+    voxels = np.zeros((40, 6, 5), np.uint8)
+    for label, start, end in bars:
+        voxels[start:end, 1:4, 1:4] = label
+    return voxels
+
+
+def write(path: Path, voxels: np.ndarray, affine: np.ndarray = AFFINE) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, affine), path)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Write three cases in two folds, which infer_dints.py has segmented with a blob too many each."""
+    entries, labels = [], {"0": "background", "1": "organ", "2": "lesion"}
+    for fold, names in enumerate(FOLDS):
+        masks, notes = tmp_path / f"runs/out_of_fold/fold_{fold}", {}
+        for name in names:
+            reference = mask((1, 2, 12), (2, 12, 15))
+            for place in ("imagesTr", "labelsTr"):
+                write(tmp_path / f"data/{place}/{name}.nii.gz", reference)
+            entries.append({"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"})
+            write(masks / f"{name}.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 32 + fold)))
+            notes[f"{name}.nii.gz"] = {"state": "done"}
+        write(masks / "old.nii.gz", mask())  # not of the last run
+        (masks / "run.json").write_text(json.dumps({"settings": {}, "cases": notes}))
+    description = {"modality": {"0": "CT"}, "labels": labels, "training": entries}
+    (tmp_path / "data/dataset.json").write_text(json.dumps(description))
+    return tmp_path
+
+
+def validate(folder: Path, num_folds: int = 2, **settings) -> str:
+    return cross_validation.cross_validate(folder / "data", folder / "runs", num_folds, **settings)
+
+
+def rows(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_every_case_is_scored_once_before_and_after(folder):
+    said = validate(folder)
+    before, after = (rows(folder / "runs" / f"scores{name}.csv") for name in ("", "_postprocessed"))
+    assert [(row["case"], row["label"]) for row in before] == [
+        (name, label) for names in FOLDS for name in names for label in ("organ", "lesion")
+    ]
+    expected = [20 / 22, 20 / 22, 20 / 23]
+    assert [float(row["dice"]) for row in before[::2]] == pytest.approx(expected, abs=1e-6)
+    assert [row["dice"] for row in after] == ["1.000000"] * 6
+    summary = json.loads((folder / "runs/summary.json").read_text())
+    assert (summary["num_cases"], summary["num_folds"], summary["folds"]) == (3, 2, FOLDS)
+    mean = float(np.mean(expected))
+    assert summary["as_segmented"]["classes"]["organ"]["dice"]["mean"] == pytest.approx(mean)
+    assert summary["postprocessed"]["all"]["dice"]["mean"] == 1
+    assert f"| organ | 3 | {mean:.4f} | " in said and "| all | 3 |" in said and "| 1.0000 | 1.0000 to 1.0000 |" in said
+    assert {line.count("|") for line in said.splitlines() if line.startswith("|")} == {9}
+
+
+def test_the_choice_is_written_with_its_reasons(folder):
+    said = validate(folder)
+    found = json.loads((folder / "runs/postprocessing.json").read_text())
+    assert found["largest_foreground"] and found["classes"]["organ"] == {"largest": False, "min_volume_mm3": 0}
+    chosen_on = found["chosen_on"]
+    assert (found["neighbours"], chosen_on["num_cases"], chosen_on["num_folds"]) == (26, 3, 2)
+    assert chosen_on["dice"]["postprocessed"] == {"classes": {"organ": 1, "lesion": 1}, "mean": 1}
+    assert chosen_on["dice"]["chosen_on_other_folds"]["mean"] == 1
+    (kept,) = (step for step in chosen_on["steps"] if step["kept"])
+    assert kept["what"] in said and "to be expected of new cases, by what the other folds choose: 1.0000" in said
+
+
+def test_nothing_is_removed_where_nothing_helps(folder):
+    validate(folder)
+    for fold, names in enumerate(FOLDS):
+        for name in names:
+            write(folder / f"runs/out_of_fold/fold_{fold}/{name}.nii.gz", mask((1, 2, 11), (2, 12, 15)))
+    said = validate(folder)
+    assert "nothing is removed" in said and {line.count("|") for line in said.splitlines()[:5]} == {6}
+    assert not (folder / "runs/scores_postprocessed.csv").exists()  # it was of other masks
+    assert "postprocessed" not in json.loads((folder / "runs/summary.json").read_text())
+
+
+def test_labels_that_lie_elsewhere_may_be_trusted(folder):
+    for path in (folder / "data/labelsTr").iterdir():
+        write(path, np.asarray(nib.load(path).dataobj), np.eye(4))
+    with pytest.raises(UserError, match="has another affine"):
+        validate(folder)
+    validate(folder, trust_shapes=True)
+    assert rows(folder / "runs/scores.csv")[0]["prediction_ml"] == "0.216000"  # 108 voxels of the image's 2 mm3
+
+
+def spoil(folder: Path, name: str) -> None:
+    masks = folder / "runs/out_of_fold"
+    first, second = masks / "fold_0/run.json", masks / "fold_1/run.json"
+    noted = json.loads(first.read_text())
+    if name == "a case that failed":
+        noted["cases"]["case_1.nii.gz"] = {"state": "failed", "reason": "damaged"}
+        first.write_text(json.dumps(noted))
+    elif name == "no fold":
+        second.unlink()
+    elif name == "cut short":
+        second.write_text('{"cases": {')
+    elif name == "a case twice":
+        second.write_text(json.dumps({"cases": {f"case_{n}.nii.gz": {"state": "done"} for n in (1, 2)}}))
+    elif name == "another dataset's case":
+        noted["cases"]["other.nii.gz"] = {"state": "done"}
+        first.write_text(json.dumps(noted))
+    elif name == "unknown label":
+        write(masks / "fold_1/case_2.nii.gz", mask((3, 0, 3)))
+    else:
+        write(masks / "fold_1/case_2.nii.gz", mask()[1:])
+
+
+BAD = {
+    "a case that failed": r"lacks 1 of the 3 cases, for example case_1: give the command with FOLD=each again",
+    "no fold": r"fold_1/run\.json cannot be read \(No such file",
+    "cut short": r"fold_1/run\.json is malformed: remove it",
+    "a case twice": r"has case_1 in 2 folds of 2, and the dataset once",
+    "another dataset's case": r"has other in 1 folds of 2, and the dataset not at all: remove the folder",
+    "unknown label": r"case_2\.nii\.gz has the label 3, and the dataset the classes background, organ, lesion: correct",
+    "another grid": r"case_2\.nii\.gz has 39 x 6 x 5 voxels",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_scored_is_told(name, folder):
+    spoil(folder, name)
+    with pytest.raises(UserError, match=BAD[name]) as refusal:
+        validate(folder)
+    assert "\n" not in str(refusal.value) and not (folder / "runs/postprocessing.json").exists()
+
+
+def test_one_fold_is_no_cross_validation(folder):
+    with pytest.raises(UserError, match=re.escape("--num_folds 1: give 2 or more")):
+        validate(folder, 1)
+
+
+def test_a_process_of_its_own_never_imports_pytorch(folder):
+    program = """if True:
+        import sys
+        from dints.evaluation import cross_validation
+        cross_validation.main()
+        print(sorted({"torch", "monai"} & sys.modules.keys()))
+    """
+    flags = ("--root", folder / "data", "--output_root", folder / "runs", "--num_folds 2")
+    done = run("-c", Path(program), *flags)
+    assert done.returncode == 0 and "| organ | 3 |" in done.stdout and done.stdout.endswith("[]\n"), done.stderr
