@@ -155,6 +155,7 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     postprocessing = processes.on_main(chosen_postprocessing, args.postprocessing, task)
     records = inference.records.Records(folder, settings_of(args, predictor, postprocessing))
     maps = [name for name in inference.decision.MAPS if getattr(args, f"save_{name}")]
+    how = predictor, postprocessing, records, leniency, maps
     try:
         cases = processes.on_main(selection.opened, task, leniency)
         log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision)
@@ -163,8 +164,7 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
             output = outputs[number]
             try:
-                settings = predictor, postprocessing, records, leniency, maps
-                labels, reference = segmented(selection.cases[number], cases[number], output, *settings)
+                labels, reference = segmented(selection.cases[number], cases[number], output, *how)
             except UserError as error:
                 faults[output.name] = str(error)
                 records.note_failed(output, str(error))
