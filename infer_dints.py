@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from dints import __version__, data, files, inference, network, options, running, training
+from dints import __version__, data, files, inference, network, options, report, running, training
 from dints.errors import PartlyDone, UserError, exit_on_user_error
 
 if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, after the command line is read
@@ -62,6 +62,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--tta",
         action="store_true",
         help="average over flips of the volume along the axes that the model was trained to flip: 2 to 8 times as long",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="write OUTPUT_ROOT/report.html: scores, volumes, pictures of cases, the model; it needs nothing beside it",
     )
     options.add_machine(parser)
     args = parser.parse_args(argv)
@@ -128,6 +133,9 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         trained_on = predictor.training_cases & {case.name for case in selected}
         write_scores(folder / "scores.csv", scores, outputs, task, trained_on if args.allow_training_cases else None)
         print(scores.describe(task.class_names) + f", {len(trained_on)} training cases among them" * bool(trained_on))
+    if args.report and processes.is_main:
+        page = report.page.write(folder, cases, outputs, predictor.models, args.checkpoint, leniency)
+        log.info("the report is %s", page)
     log.info("segmentations are in %s", folder)
     if faults:
         name, fault = next(iter(faults.items()))
