@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dints.data.opening import describe
 from dints.errors import UserError
-from dints.network.cost import cost
+from dints.network.cost import Cost, cost
 from dints.network.drawing import architecture_svg
 from dints.network.model_file import Model
 from dints.report import plots
@@ -77,11 +77,12 @@ def about(models: Sequence[Model], paths: Sequence[Path]) -> list[About]:
             for key, name in (("training_cases", "trained on"), ("validation_cases", "validated on"))
             if model.info.get(key)
         }
-        told.append(About(str(path), tuple(_facts(model, costs)), cases, drawing, curves, (*filter(None, (note, absence)),)))
+        notes = tuple(text for text in (note, absence) if text)
+        told.append(About(str(path), tuple(_facts(model, costs)), cases, drawing, curves, notes))
     return told
 
 
-def _facts(model: Model, costs) -> list[tuple[str, str]]:
+def _facts(model: Model, costs: Cost) -> list[tuple[str, str]]:
     info = model.info
     facts = [
         ("task", model.task.name),
@@ -101,7 +102,9 @@ def _facts(model: Model, costs) -> list[tuple[str, str]]:
 
 def value_of(value: object) -> str:
     """Write a value of an unknown kind for people."""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)[:LONGEST]
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(value_of, value)) or "none"
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)[:LONGEST]
 
 
 def _drawing(model: Model, caption: Sequence[str]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""A case in three planes: pieces of its image, and the outlines of reference and segmentation that lie over them.
+"""A case in three views: planes of its image, and the outlines of reference and segmentation that lie over them.
 
 Planes are shown in radiological convention, the patient's right on the left. Pixels are the file's voxels and outlines
 are lines in the same coordinates; a browser stretches both to mm, so that no voxel is squashed and little is stored.
@@ -23,7 +23,7 @@ DIRECTIONS = {2: ("axial", "RLAP"), 1: ("coronal", "RLSI"), 0: ("sagittal", "APS
 MARGIN_MM, MARGIN_SHARE = 8.0, 0.2  # around the structure: the larger of mm, and a share of its longest side
 PERCENTILES = 1, 99.5  # of the non-zero voxels, shown from black to white where intensities are not absolute
 SAMPLES = 500_000  # voxels that percentiles are taken of
-MOST_PIXELS = 400  # along a side of a picture
+MOST_PIXELS, MOST_PIXELS_OF_MANY = 400, 220  # along a side of a picture; of those that are leafed through
 LOSSLESS_PIXELS = 1 << 14  # up to so many a picture is kept as it is: enlarged, its blocks would be seen
 QUALITY = 80  # of larger ones
 
@@ -47,54 +47,75 @@ class Outline:
 
 @dataclass(frozen=True)
 class Plane:
-    """A plane as it is shown.
+    """A plane of a view.
 
     Attributes:
-        name: ``axial``, ``coronal`` or ``sagittal``.
-        letters: what lies left, right, above and below: R, L, A, P, S, I.
-        number, count: of the plane, from 1, and of all that the volume has in this direction.
-        width, height: mm.
-        voxel: mm of a voxel across and down.
+        number: of all that the volume has in this direction, from 1.
         image: a data URI.
     """
 
-    name: str
-    letters: str
     number: int
-    count: int
-    width: float
-    height: float
-    voxel: tuple[float, float]
     image: str
     outlines: tuple[Outline, ...]
 
 
 @dataclass(frozen=True)
-class Overlay:
-    """A case's three planes.
+class View:
+    """Planes of one direction.
 
     Attributes:
-        chosen: by what they were chosen, for people.
+        name: ``axial``, ``coronal`` or ``sagittal``.
+        letters: what lies left, right, above and below: R, L, A, P, S, I.
+        count: planes that the volume has in this direction.
+        width, height: mm.
+        voxel: mm of a voxel across and down.
+        planes: some of them, in the order from the left, the back or the bottom.
+        shown: the number of the one that is shown first, from 1.
     """
 
+    name: str
+    letters: str
+    count: int
+    width: float
+    height: float
+    voxel: tuple[float, float]
     planes: tuple[Plane, ...]
+    shown: int
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """A case's three views.
+
+    Attributes:
+        chosen: by what the planes that are shown first were chosen, for people.
+    """
+
+    views: tuple[View, ...]
     chosen: str
 
     @property
     def size(self) -> int:
         """Bytes that it takes in a page, about."""
-        return sum(len(plane.image) + sum(2 * len(line.path) + 200 for line in plane.outlines) for plane in self.planes)
+        planes = [plane for view in self.views for plane in view.planes]
+        return sum(len(plane.image) + 900 + sum(2 * len(o.path) + 300 for o in plane.outlines) for plane in planes)
 
 
 def overlay(
-    image: np.ndarray, prediction: np.ndarray, reference: np.ndarray | None, affine: np.ndarray, task: Task
+    image: np.ndarray,
+    prediction: np.ndarray,
+    reference: np.ndarray | None,
+    affine: np.ndarray,
+    task: Task,
+    most_planes: int = 1,
 ) -> Overlay:
-    """Show a case in three planes: those that hold most errors, else most of the structure.
+    """Show a case in three views: the planes that hold most errors, else most of the structure.
 
     Args:
         image: (channels, x, y, z), as the file has it; the first channel is shown.
         prediction, reference: labels (x, y, z), uint8; None where there is no reference.
         affine: (4, 4), of all of them.
+        most_planes: of a view, beside the shown one those through the structure.
     """
     turning = Resampling(image.shape[1:], affine, None)  # to RAS, and nothing else
     spacing = np.linalg.norm(turning.affine[:3, :3], axis=0)
@@ -103,38 +124,38 @@ def overlay(
     masks = {kind: turning.apply(m[None], nearest=True)[0] for kind, m in masks.items() if m is not None}
     foreground = np.any([mask > 0 for mask in masks.values()], axis=0)
     errors = masks["prediction"] != masks["reference"] if reference is not None else np.zeros_like(foreground)
-    box = box_around(foreground, spacing)
     chosen = "with most errors" if errors.any() else "with most of what was found" if foreground.any() else "midway"
-    numbers = fullest_planes(errors if errors.any() else foreground)
+    shown = fullest_planes(errors if errors.any() else foreground)
+    box = box_around(foreground, spacing)
     window = task.intensity or percentiles(volume[box])
-    planes = []
-    for axis in DIRECTIONS:
-        place = [numbers[axis] if axis == other else side for other, side in enumerate(box)]
-        across, down = (spacing[other] for other in range(3) if other != axis)
-        shown = {kind: as_shown(mask[tuple(place)]) for kind, mask in masks.items()}
-        planes.append(
-            _plane(axis, numbers[axis], volume.shape[axis], as_shown(volume[tuple(place)]), shown, (across, down), window)
-        )
-    return Overlay(tuple(planes), chosen)
+    views = []
+    for axis, (name, letters) in DIRECTIONS.items():
+        voxel = tuple(float(size) for other, size in enumerate(spacing) if other != axis)
+        planes = []
+        for number in spread(box[axis], shown[axis], most_planes):
+            place = tuple(number if axis == other else side for other, side in enumerate(box))
+            outlines = _outlines({kind: as_shown(mask[place]) for kind, mask in masks.items()}, voxel)
+            most_pixels = MOST_PIXELS if most_planes == 1 else MOST_PIXELS_OF_MANY
+            planes.append(Plane(number + 1, data_uri(as_shown(volume[place]), window, most_pixels), outlines))
+        sides = [box[other].stop - box[other].start for other in range(3) if other != axis]
+        width, height = (side * size for side, size in zip(sides, voxel, strict=True))
+        views.append(View(name, letters, volume.shape[axis], width, height, voxel, tuple(planes), shown[axis] + 1))
+    return Overlay(tuple(views), chosen)
 
 
-def _plane(
-    axis: int,
-    number: int,
-    count: int,
-    pixels: np.ndarray,
-    masks: dict[str, np.ndarray],
-    voxel: tuple[float, float],
-    window: tuple[float, float],
-) -> Plane:
-    name, letters = DIRECTIONS[axis]
-    height, width = pixels.shape * np.array(voxel[::-1])
-    lines = []
+def spread(side: slice, shown: int, most: int) -> list[int]:
+    """Return planes through a box's side, at most so many and evenly spaced, ``shown`` among them."""
+    step = -(-(side.stop - side.start) // most)
+    return list(range(shown - (shown - side.start) // step * step, side.stop, step))
+
+
+def _outlines(masks: dict[str, np.ndarray], voxel: tuple[float, float]) -> tuple[Outline, ...]:
+    found = []
     for kind, mask in masks.items():
         for label in np.unique(mask[mask > 0]).tolist():
             path, (x, y) = outline(mask == label)
-            lines.append(Outline(kind, label, path, (x * voxel[0], y * voxel[1])))
-    return Plane(name, letters, number + 1, count, width, height, voxel, data_uri(pixels, window), tuple(lines))
+            found.append(Outline(kind, label, path, (x * voxel[0], y * voxel[1])))
+    return tuple(found)
 
 
 def as_shown(plane: np.ndarray) -> np.ndarray:
@@ -177,12 +198,12 @@ def percentiles(volume: np.ndarray) -> tuple[float, float]:
     return float(low), float(max(high, low + 1e-6))
 
 
-def data_uri(pixels: np.ndarray, window: Sequence[float]) -> str:
+def data_uri(pixels: np.ndarray, window: Sequence[float], most_pixels: int) -> str:
     """Encode a plane (rows, columns) as WebP, its window from black to white."""
     low, high = window
     grey = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low)), 0, 255).round().astype(np.uint8)
     picture = Image.fromarray(np.ascontiguousarray(grey))
-    picture.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.BOX)
+    picture.thumbnail((most_pixels, most_pixels), Image.Resampling.BOX)
     content = io.BytesIO()
     picture.save(content, "WEBP", lossless=grey.size <= LOSSLESS_PIXELS, quality=QUALITY)
     return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()

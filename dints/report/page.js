@@ -14,6 +14,15 @@ for (const button of document.querySelectorAll("th button")) {
     body.append(...rows);
   });
 }
+// A slider leafs through the planes of its view; so do the arrow keys on it.
+for (const slider of document.querySelectorAll("input[type=range]")) {
+  const planes = [...slider.parentElement.querySelectorAll("svg")];
+  slider.addEventListener("input", () => {
+    planes.forEach((plane, number) => plane.toggleAttribute("hidden", number !== Number(slider.value)));
+    const [name, , at, of, count] = planes[slider.value].getAttribute("aria-label").split(" ");
+    slider.nextElementSibling.textContent = [name, at, of, count].join(" ");
+  });
+}
 // A link to a picture unfolds what it lies in.
 const unfold = () => {
   const target = document.getElementById(location.hash.slice(1));

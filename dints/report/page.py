@@ -10,30 +10,35 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 from tqdm import tqdm
 
 from dints import __version__, files
 from dints.data.cases import Case
 from dints.data.leniency import Leniency
+from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.evaluation.summary import summarise
 from dints.network.model_file import Model
 from dints.report import models as model_facts
 from dints.report import plots, results
+from dints.report.overlays import Overlay
 from dints.report.results import Result
 
 NAME = "report.html"
 WORST, MIDDLE, BEST = 4, 1, 2  # cases whose pictures are shown at once
-FIRST = 4  # of those without a reference, beside unusual ones
-BYTES_OF_PICTURES = 3_500_000  # of all of them; the page is to stay below 5 MB
-SCORES = {"dice": "Dice", "surface_dice": "Surface Dice, 1 mm", "hausdorff95_mm": "HD95, mm"}
+FIRST, UNUSUAL = 4, 8  # of those without references
+MOST_PLANES = 16  # of a view of a case that is shown at once
+BYTES_OF_PICTURES = 4_000_000  # of all of them; the page is to stay below 5 MB
+OTHERS = "All other cases"
+SCORES = {"dice": "Dice", "surface_dice": "Surface Dice at 1 mm", "hausdorff95_mm": "HD95 in mm"}
 
 
 def write(
@@ -57,20 +62,17 @@ def write(
     path = folder / NAME
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        task, ranges = models[0].task, models[0].info.get("ranges", {})
-        notes = [run["cases"][output.name] for output in outputs]
-        done = [number for number, note in enumerate(notes) if note.get("state") == "done"]
-        looked_at = [
-            results.look_at(cases[number], outputs[number], task, leniency, ranges)
-            for number in tqdm(done, desc="report", unit="case", disable=None)
-        ]
-        facts = {
-            "seconds": [notes[number].get("seconds") for number in done],
-            "failures": [(o.name, n.get("reason", "")) for o, n in zip(outputs, notes, strict=True) if "reason" in n],
-            "settings": run["settings"],
-        }
-        about = model_facts.about(models, model_paths)
-        files.write_atomically(path, render(looked_at, models, about, **facts))
+        notes = {output.name: run["cases"][output.name] for output in outputs}
+        done = [pair for pair in zip(cases, outputs, strict=True) if notes[pair[1].name].get("state") == "done"]
+        batch = Batch(
+            _looked_at(done, models[0], leniency),
+            models,
+            seconds=[notes[output.name].get("seconds") for _, output in done],
+            failures=[(name, note["reason"]) for name, note in notes.items() if note.get("state") == "failed"],
+            settings=run["settings"],
+        )
+        leaf = partial(_leafed, done, models[0].task, leniency)
+        files.write_atomically(path, render(batch, model_facts.about(models, model_paths), leaf))
     except (MemoryError, OSError, RuntimeError, ValueError, UserError) as error:
         raise UserError(
             f"{path} could not be made ({error}); segmentations and scores are written: mend this and give the same "
@@ -79,51 +81,78 @@ def write(
     return path
 
 
-def render(
-    looked_at: Sequence[Result],
-    models: Sequence[Model],
-    about: Sequence[model_facts.About],
-    *,
-    seconds: Sequence[float | None],
-    failures: Sequence[tuple[str, str]],
-    settings: Mapping[str, object],
-) -> str:
-    """Return the page.
+@dataclass(frozen=True)
+class Batch:
+    """What is told of a batch.
 
-    Args:
-        seconds: that each case took.
+    Attributes:
+        results: of the cases that were segmented.
+        seconds: that each of them took.
         failures: files that are not there, and why.
         settings: of the batch, as ``run.json`` has them.
     """
-    task, names = models[0].task, [result.name for result in looked_at]
-    class_names = task.class_names[1:]
-    rows = [row for result in looked_at for row in result.rows]
-    trained_on = {name for model in models for name in model.info.get("training_cases", [])}
-    remarks = _remarks(looked_at, class_names, trained_on)
-    groups, num_left_out = groups_of_pictures(looked_at, remarks, bool(rows))
-    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+
+    results: Sequence[Result]
+    models: Sequence[Model]
+    seconds: Sequence[float | None]
+    failures: Sequence[tuple[str, str]]
+    settings: Mapping[str, object]
+
+    @property
+    def task(self) -> Task:
+        return self.models[0].task
+
+    @property
+    def has_scores(self) -> bool:
+        return any(result.rows for result in self.results)
+
+    @property
+    def trained_on(self) -> set[str]:
+        """Names of its cases that a model was trained on."""
+        trained_on = {name for model in self.models for name in model.info.get("training_cases", [])}
+        return trained_on & {result.name for result in self.results}
+
+
+def _looked_at(done: Sequence[tuple[Case, Path]], model: Model, leniency: Leniency) -> list[Result]:
+    ranges = model.info.get("ranges", {})
+    bar = tqdm(done, desc="report", unit="case", disable=None)
+    return [results.look_at(case, output, model.task, leniency, ranges) for case, output in bar]
+
+
+def _leafed(done: Sequence[tuple[Case, Path]], task: Task, leniency: Leniency, number: int) -> Overlay:
+    return results.leafed(*done[number], task, leniency, MOST_PLANES)
+
+
+def render(batch: Batch, about: Sequence[model_facts.About], leaf: Callable[[int], Overlay]) -> str:
+    """Return the page.
+
+    Args:
+        leaf: returns the picture of many planes of a case, by its number.
+    """
+    remarks = remarks_on(batch)
+    groups, num_left_out = pictures(batch, remarks, leaf)
+    rows = [row for result in batch.results for row in result.rows]
+    folder = Path(__file__).parent
+    script = (folder / "page.js").read_text(encoding="utf-8")
     return _template().render(
-        task=task,
-        class_names=class_names,
-        colours=[plots.colour(label) for label in range(1, task.num_classes)],
-        results=looked_at,
-        has_scores=bool(rows),
+        batch=batch,
+        task=batch.task,
+        class_names=batch.task.class_names[1:],
+        colours=[plots.colour(label) for label in range(1, batch.task.num_classes)],
         summary=summarise(rows) if rows else {},
-        plots=[(caption, Markup(text)) for caption, text in _plots(looked_at, class_names, names)],  # noqa: S704  ours
+        plots=_plots(batch),
         groups=groups,
-        pictured={number for _, numbers, _ in groups for number in numbers},
+        pictured={number for _, overlays in groups for number in overlays},
+        others=OTHERS,
         num_left_out=num_left_out,
         remarks=remarks,
-        num_trained_on=len(trained_on & set(names)),
-        seconds=seconds,
-        median_seconds=float(np.median([s for s in seconds if s is not None] or [math.nan])),
-        failures=failures,
-        settings=[(name.replace("_", " "), model_facts.value_of(value)) for name, value in settings.items()],
+        num_unusual=sum(map(bool, remarks)),
+        median_seconds=float(np.median([s for s in batch.seconds if s is not None] or [math.nan])),
         about=about,
         version=__version__,
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        style=Markup((Path(__file__).parent / "page.css").read_text(encoding="utf-8")),  # noqa: S704  ours
-        script=Markup(script),  # noqa: S704  ours
+        style=(folder / "page.css").read_text(encoding="utf-8"),
+        script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
@@ -136,7 +165,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "volume": volume, "percent": percent}
+    environment.filters |= {"number": number, "volume": volume, "percent": percent, "value": model_facts.value_of}
     return environment.get_template("page.html")
 
 
@@ -148,85 +177,94 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def volume(value: float) -> str:
-    """Write ml for people, three digits or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """Write ml for people: three digits, or all before the point."""
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def percent(value: float | None) -> str:
     """Write a relative error for people."""
-    return "–" if value is None or math.isnan(value) else f"{100 * value:+.1f}%"
+    return "–" if value is None or math.isnan(value) else f"{100 * value:+.1f}%".replace("-", "−")
 
 
-def _remarks(looked_at: Sequence[Result], class_names: Sequence[str], trained_on: set[str]) -> list[list[str]]:
+def remarks_on(batch: Batch) -> list[list[str]]:
     """Return what is to be told of each case."""
-    volumes = np.array([result.volumes for result in looked_at])
+    volumes = np.array([result.volumes for result in batch.results])
+    unusual = results.unusual_volumes(volumes, batch.task.class_names[1:])
     remarks = []
-    for result, of_volumes in zip(looked_at, results.unusual_volumes(volumes, class_names), strict=True):
+    for result, of_volumes in zip(batch.results, unusual, strict=True):
         false = [f"{row.label} was found where the reference has none" for row in result.rows if row.false_positive]
         missed = [f"{row.label} was missed" for row in result.rows if math.isinf(row.hausdorff95_mm)]
-        trained = ["the model was trained on it"] * (result.name in trained_on)
+        trained = ["the model was trained on it"] * (result.name in batch.trained_on)
         remarks.append([*result.doubts, *missed, *false, *of_volumes, *trained])
     return remarks
 
 
-def groups_of_pictures(
-    looked_at: Sequence[Result], remarks: Sequence[Sequence[str]], has_scores: bool
-) -> tuple[list[tuple[str, list[int], bool]], int]:
-    """Divide cases into those whose pictures are shown at once, and the others, which are unfolded.
+Groups = list[tuple[str, dict[int, Overlay]]]
+
+
+def pictures(batch: Batch, remarks: Sequence[Sequence[str]], leaf: Callable[[int], Overlay]) -> tuple[Groups, int]:
+    """Choose the pictures: those that are shown at once have many planes, the others one a view.
 
     Returns:
-        (title, numbers of the cases, whether they are shown at once) of each group; how many are left out to keep
-        the page small.
+        titles of groups, with the pictures in them by their cases' numbers; how many are left out to keep the page
+        small.
     """
-    numbers = range(len(looked_at))
-    if has_scores:
-        order = sorted(numbers, key=lambda number: looked_at[number].rank)
-        middle = len(order) // 2
-        chosen = {
-            "The worst by Dice": order[:WORST],
-            "The median by Dice": order[middle : middle + MIDDLE],
-            "The best by Dice": order[: -BEST - 1 : -1],
+    groups = {title: numbers for title, numbers in grouped(batch, remarks).items() if numbers}
+    left, chosen, num_left_out = BYTES_OF_PICTURES, [], 0
+    left -= sum(batch.results[n].overlay.size for title, numbers in groups.items() for n in numbers if title != OTHERS)
+    for title, numbers in groups.items():
+        kept = {}
+        for number in numbers:
+            still = batch.results[number].overlay
+            if title != OTHERS:
+                many = leaf(number)
+                fits = many.size - still.size <= left
+                kept[number] = many if fits else still
+                left -= fits * (many.size - still.size)
+            elif still.size <= left:
+                kept[number] = still
+                left -= still.size
+        num_left_out += len(numbers) - len(kept)
+        chosen.append((title, kept))
+    return [group for group in chosen if group[1]], num_left_out
+
+
+def grouped(batch: Batch, remarks: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+    """Divide the cases' numbers into groups, by their titles; `OTHERS` are those that are not shown at once."""
+    numbers = list(range(len(batch.results)))
+    if batch.has_scores:
+        numbers.sort(key=lambda number: batch.results[number].rank)
+        middle = len(numbers) // 2
+        groups = {
+            "The worst by Dice": numbers[:WORST],
+            "The median by Dice": numbers[middle : middle + MIDDLE],
+            "The best by Dice": numbers[: -BEST - 1 : -1],
         }
-        if len(order) <= WORST + MIDDLE + BEST:
-            chosen = {"All cases, the worst by Dice first": order}
+        if len(numbers) <= WORST + MIDDLE + BEST:
+            groups = {"All cases, the worst by Dice first": numbers}
     else:
-        order = list(numbers)
-        unusual = [number for number in numbers if remarks[number]]
         usual = [number for number in numbers if not remarks[number]]
-        chosen = {"Unusual cases": unusual, "The first cases" if unusual or len(usual) > FIRST else "All cases": usual[:FIRST]}
-    shown = {number for group in chosen.values() for number in group}
-    chosen["All other cases"] = [number for number in order if number not in shown]
-    left, groups, num_left_out = BYTES_OF_PICTURES, [], 0
-    for title, group in chosen.items():
-        kept = []
-        for case in group:
-            left -= looked_at[case].overlay.size
-            if left >= 0:
-                kept.append(case)
-        num_left_out += len(group) - len(kept)
-        groups.append((title, kept, title != "All other cases"))
-    return [group for group in groups if group[1]], num_left_out
+        unusual = [number for number in numbers if remarks[number]]
+        groups = {"Unusual cases": unusual[:UNUSUAL], "The first cases" if unusual else "Cases": usual[:FIRST]}
+    shown = {number for group in groups.values() for number in group}
+    return groups | {OTHERS: [number for number in numbers if number not in shown]}
 
 
-def _plots(looked_at: Sequence[Result], class_names: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]]:
+def _plots(batch: Batch) -> list[tuple[str, str]]:
     """Draw scores and volumes; return what each plot shows, and its SVG."""
-    if not looked_at:
+    found, class_names, names = batch.results, batch.task.class_names[1:], [result.name for result in batch.results]
+    if not found:
         return []
-    volumes = {name: [result.volumes[label] for result in looked_at] for label, name in enumerate(class_names)}
-    scored = [number for number, result in enumerate(looked_at) if result.rows]
-    if not scored:
-        return [("Volume of each class as segmented, a point a case", plots.strips(volumes, names, "ml"))]
+    volumes = {name: [result.volumes[label] for result in found] for label, name in enumerate(class_names)}
+    if not batch.has_scores:
+        return [("Volume as segmented, in ml", plots.strips(volumes, names))]
+
+    def column(score: str, label: int) -> list[float]:
+        return [getattr(result.rows[label], score) if result.rows else math.nan for result in found]
+
     drawn = []
     for score, title in SCORES.items():
-        values = {
-            name: [getattr(result.rows[label], score) if result.rows else math.nan for result in looked_at]
-            for label, name in enumerate(class_names)
-        }
-        best = 1.0 if "Dice" in title else None
-        drawn.append((f"{title} of each class, a point a case", plots.strips(values, names, title, best)))
-    references = {
-        name: [result.rows[label].reference_ml if result.rows else math.nan for result in looked_at]
-        for label, name in enumerate(class_names)
-    }
-    drawn.append(("Volume as segmented over the reference's, a point a case and class", plots.agreement(references, volumes, names)))
-    return drawn
+        values = {name: column(score, label) for label, name in enumerate(class_names)}
+        drawn.append((title, plots.strips(values, names, 1.0 if score != "hausdorff95_mm" else None)))
+    references = {name: column("reference_ml", label) for label, name in enumerate(class_names)}
+    return [*drawn, ("Volume", plots.agreement(references, volumes, names))]

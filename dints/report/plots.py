@@ -34,17 +34,16 @@ def colour(label: int) -> str:
     return COLOURS[(label - 1) % len(COLOURS)]
 
 
-def strips(values: Mapping[str, Sequence[float]], cases: Sequence[str], name: str, best: float | None = None) -> str:
+def strips(values: Mapping[str, Sequence[float]], cases: Sequence[str], best: float | None = None) -> str:
     """Draw each class's values as points, one a case that leads to its row, over a box of quartiles and median.
 
     Args:
         values: of each class by its name, a value a case; those that are not finite are left out.
         cases: names for people.
-        name: of what is drawn.
         best: the end of the axis, where it has one.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 0.75 + 0.5 * len(values)), layout="constrained")
+        figure = Figure(figsize=(4.6, 0.45 + 0.5 * len(values)), layout="constrained")
         axes = figure.subplots()
         for row, of_class in enumerate(values.values()):
             kept = np.flatnonzero(np.isfinite(of_class))
@@ -64,7 +63,6 @@ def strips(values: Mapping[str, Sequence[float]], cases: Sequence[str], name: st
                 _box(axes, np.asarray(of_class)[kept], row)
         axes.set_yticks(range(len(values)), list(values))
         axes.set_ylim(len(values) - 0.4, -0.6)
-        axes.set_xlabel(name)
         if best is not None:
             axes.set_xlim(right=best + 0.01 * (best - axes.get_xlim()[0]))
         axes.grid(alpha=0.3, axis="x")

@@ -60,25 +60,32 @@ def look_at(case: Case, output: Path, task: Task, leniency: Leniency, ranges: pl
     Raises:
         UserError: a file is missing or damaged.
     """
-    image, _ = read_image(case.images, leniency)
-    prediction = read_label(read_header(str(output)), task)
-    reference = None if case.label is None else read_label(case.label, task)
+    image, prediction, reference = _read(case, output, task, leniency)
     header, classes = case.images[0], dict(enumerate(task.class_names[1:], start=1))
     rows = []
     if reference is not None:
         rows = score_case(case.name, reference, prediction, header.spacing, classes, tolerance_mm=TOLERANCE_MM)
     counts = np.bincount(prediction.ravel("K"), minlength=task.num_classes)[1:]
+    volumes = counts * math.prod(header.spacing) / 1000
     doubts = plausibility.doubts(case, ranges)
     if "intensity" in ranges:  # of the file's own voxels: resampling hardly changes their mean and spread
         sampled = image[:, ::2, ::2, ::2].astype(np.float32)
         doubts += plausibility.doubts_of_intensities(normalise(sampled, task), ranges)
-    return Result(
-        case.name,
-        tuple(rows),
-        tuple((counts * math.prod(header.spacing) / 1000).tolist()),
-        tuple(doubts),
-        overlay(image, prediction, reference, header.affine, task),
-    )
+    picture = overlay(image, prediction, reference, header.affine, task)
+    return Result(case.name, tuple(rows), tuple(volumes.tolist()), tuple(doubts), picture)
+
+
+def leafed(case: Case, output: Path, task: Task, leniency: Leniency, most_planes: int) -> Overlay:
+    """Return a case's picture of many planes; arguments and errors are those of `look_at`."""
+    volumes = _read(case, output, task, leniency)
+    return overlay(*volumes, case.images[0].affine, task, most_planes)
+
+
+def _read(case: Case, output: Path, task: Task, leniency: Leniency) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return image (channels, x, y, z), segmentation and label (x, y, z)."""
+    image, _ = read_image(case.images, leniency)
+    prediction = read_label(read_header(str(output)), task)
+    return image, prediction, None if case.label is None else read_label(case.label, task)
 
 
 def unusual_volumes(volumes: np.ndarray, class_names: Sequence[str]) -> list[list[str]]:
