@@ -139,7 +139,7 @@ def svg(figure: Figure, cases: Sequence[str] = ()) -> str:
     for what, instead in (
         (r'\A<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">'),
         (r"<style.*?</style>", ""),  # it would hold for the whole page
-        (r'<g id="[^"]*">', "<g>"),  # several plots have the same ones
+        (r'<g id="[^"]*"', "<g"),  # several plots have the same ones
         (r"; font-family: [^;\">]*", ""),
         ("#000000", "currentColor"),
         (r"\s*\n\s*", "\n"),
