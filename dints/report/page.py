@@ -194,8 +194,7 @@ def remarks_on(batch: Batch) -> list[list[str]]:
     for result, of_volumes in zip(batch.results, unusual, strict=True):
         false = [f"{row.label} was found where the reference has none" for row in result.rows if row.false_positive]
         missed = [f"{row.label} was missed" for row in result.rows if math.isinf(row.hausdorff95_mm)]
-        trained = ["the model was trained on it"] * (result.name in batch.trained_on)
-        remarks.append([*result.doubts, *missed, *false, *of_volumes, *trained])
+        remarks.append([*result.doubts, *missed, *false, *of_volumes])
     return remarks
 
 
@@ -257,7 +256,10 @@ def _plots(batch: Batch) -> list[tuple[str, str]]:
         return []
     volumes = {name: [result.volumes[label] for result in found] for label, name in enumerate(class_names)}
     if not batch.has_scores:
-        return [("Volume as segmented, in ml", plots.strips(volumes, names))]
+        return [  # an axis a class: a lesion is seen beside its organ
+            (f"{name}, ml as segmented", plots.strips({name: of_class}, names, first_label=label))
+            for label, (name, of_class) in enumerate(volumes.items(), start=1)
+        ]
 
     def column(score: str, label: int) -> list[float]:
         return [getattr(result.rows[label], score) if result.rows else math.nan for result in found]

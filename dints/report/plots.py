@@ -18,6 +18,7 @@ from dints.training import curves
 # Of Okabe and Ito, safe for colour-blind readers, those first that are seen well on grey; one a class.
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
 MARKERS = "osD^vPX"  # beside colours, so that classes are told apart without them
+UNLIKE = 8  # times as large, volumes of two classes are shown on a logarithmic scale
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "dints",  # names of parts do not differ from time to time
@@ -34,13 +35,16 @@ def colour(label: int) -> str:
     return COLOURS[(label - 1) % len(COLOURS)]
 
 
-def strips(values: Mapping[str, Sequence[float]], cases: Sequence[str], best: float | None = None) -> str:
+def strips(
+    values: Mapping[str, Sequence[float]], cases: Sequence[str], best: float | None = None, first_label: int = 1
+) -> str:
     """Draw each class's values as points, one a case that leads to its row, over a box of quartiles and median.
 
     Args:
         values: of each class by its name, a value a case; those that are not finite are left out.
         cases: names for people.
         best: the end of the axis, where it has one.
+        first_label: the first class's label value.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 0.45 + 0.5 * len(values)), layout="constrained")
@@ -52,8 +56,8 @@ def strips(values: Mapping[str, Sequence[float]], cases: Sequence[str], best: fl
                 np.asarray(of_class)[kept],
                 y,
                 s=16,
-                color=colour(row + 1),
-                marker=MARKERS[row % len(MARKERS)],
+                color=colour(first_label + row),
+                marker=MARKERS[(first_label + row - 1) % len(MARKERS)],
                 edgecolors="black",
                 linewidths=0.4,
                 zorder=2,
@@ -106,10 +110,19 @@ def agreement(
                 label=name,
             )
             points.set_urls([f"#case-{number}" for number in range(len(x))])
-        largest = np.nanmax([*reference.values(), *prediction.values()])
-        axes.axline((0, 0), slope=1, color="black", linewidth=1, linestyle="--", zorder=0)
-        axes.set_xlim(0, 1.05 * largest or 1)
-        axes.set_ylim(0, 1.05 * largest or 1)
+        volumes = np.array([*reference.values(), *prediction.values()])
+        largest = 1.05 * np.nanmax(volumes) or 1.0
+        axes.plot((0, largest), (0, largest), color="black", linewidth=1, linestyle="--", zorder=0)
+        medians = [np.median(of_class[of_class > 0]) for of_class in volumes if (of_class > 0).any()]
+        if medians and max(medians) > UNLIKE * min(medians):  # a lesion beside its organ would lie at the origin
+            scale = {"linthresh": min(medians) / UNLIKE, "linscale": 0.5}
+            axes.set_xscale("symlog", **scale)  # not log, which has no 0
+            axes.set_yscale("symlog", **scale)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:g}")  # in place of powers of ten in TeX
+            largest *= 1.5
+        axes.set_xlim(0, largest)
+        axes.set_ylim(0, largest)
         axes.set_aspect("equal")
         axes.set_xlabel("reference, ml")
         axes.set_ylabel("segmentation, ml")

@@ -200,10 +200,12 @@ class TestUnlabelled:
         (tmp_path / "accuracy_history.csv").write_text("epoch\tmetric\n1\t0.5\n")  # of another program
         models = [tmp_path / "model.pth", tmp_path / "other.pth"]
         found = segmented(tmp_path / "out", monkeypatch, images, "--checkpoint", *models, ranges=ranges)
-        assert "Dice" not in found.text.partition("Model")[0] and "organ <1>, ml" in found.text
+        assert "Dice" not in found.text.partition("Model")[0] and "organ <1>, ml as segmented" in found.text
         assert "3 mm between voxels bottom-top, where training cases have 1 to 1" in found.text
         assert "are they in Hounsfield units?" in found.text
-        assert "1 of these cases were trained on" in found.text and "the model was trained on it" in found.text
+        assert "1 of these cases was trained on" in found.text and "trained_1 ⚠ trained on" in " ".join(
+            found.text.split()
+        )
         assert "No picture of the architecture" in found.text and "'dot', which is not installed" in found.text
         assert "none of train_dints.py's" in found.text
         assert "Models, whose class probabilities" in found.text and f"that of {models[0]}" in found.text
