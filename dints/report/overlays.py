@@ -122,11 +122,14 @@ def overlay(
     volume = turning.apply(image[:1], nearest=True)[0]
     masks = {"reference": reference, "prediction": prediction}  # in the order in which they are drawn
     masks = {kind: turning.apply(m[None], nearest=True)[0] for kind, m in masks.items() if m is not None}
-    foreground = np.any([mask > 0 for mask in masks.values()], axis=0)
-    errors = masks["prediction"] != masks["reference"] if reference is not None else np.zeros_like(foreground)
-    chosen = "with most errors" if errors.any() else "with most of what was found" if foreground.any() else "midway"
-    shown = fullest_planes(errors if errors.any() else foreground)
+    foreground = np.logical_or.reduce([mask > 0 for mask in masks.values()])
     box = box_around(foreground, spacing)
+    counted = masks["prediction"][box] != masks["reference"][box] if reference is not None else np.zeros(1, bool)
+    chosen = "with most errors"
+    if not counted.any():
+        counted = foreground[box]
+        chosen = "with most of what was found" if counted.any() else "midway"
+    shown = [side.start + number for side, number in zip(box, fullest_planes(counted), strict=True)]
     window = task.intensity or percentiles(volume[box])
     views = []
     for axis, (name, letters) in DIRECTIONS.items():

@@ -36,7 +36,8 @@ NAME = "report.html"
 WORST, MIDDLE, BEST = 4, 1, 2  # cases whose pictures are shown at once
 FIRST, UNUSUAL = 4, 8  # of those without references
 MOST_PLANES = 16  # of a view of a case that is shown at once
-BYTES_OF_PICTURES = 4_000_000  # of all of them; the page is to stay below 5 MB
+# Of pictures, plots, drawings and curves. With tables and text the page is to stay below 5 MB.
+BYTES = 4_500_000
 OTHERS = "All other cases"
 SCORES = {"dice": "Dice", "surface_dice": "Surface Dice at 1 mm", "hausdorff95_mm": "HD95 in mm"}
 
@@ -129,8 +130,9 @@ def render(batch: Batch, about: Sequence[model_facts.About], leaf: Callable[[int
     Args:
         leaf: returns the picture of many planes of a case, by its number.
     """
-    remarks = remarks_on(batch)
-    groups, num_left_out = pictures(batch, remarks, leaf)
+    remarks, drawn = remarks_on(batch), _plots(batch)
+    others = [text for _, text in drawn] + [text for one in about for text in (one.drawing, *one.curves.values())]
+    groups, num_left_out = pictures(batch, remarks, leaf, BYTES - sum(map(len, others)))
     rows = [row for result in batch.results for row in result.rows]
     folder = Path(__file__).parent
     script = (folder / "page.js").read_text(encoding="utf-8")
@@ -140,7 +142,7 @@ def render(batch: Batch, about: Sequence[model_facts.About], leaf: Callable[[int
         class_names=batch.task.class_names[1:],
         colours=[plots.colour(label) for label in range(1, batch.task.num_classes)],
         summary=summarise(rows) if rows else {},
-        plots=_plots(batch),
+        plots=drawn,
         groups=groups,
         pictured={number for _, overlays in groups for number in overlays},
         others=OTHERS,
@@ -201,15 +203,21 @@ def remarks_on(batch: Batch) -> list[list[str]]:
 Groups = list[tuple[str, dict[int, Overlay]]]
 
 
-def pictures(batch: Batch, remarks: Sequence[Sequence[str]], leaf: Callable[[int], Overlay]) -> tuple[Groups, int]:
+def pictures(
+    batch: Batch, remarks: Sequence[Sequence[str]], leaf: Callable[[int], Overlay], most_bytes: int
+) -> tuple[Groups, int]:
     """Choose the pictures: those that are shown at once have many planes, the others one a view.
+
+    Args:
+        leaf: as of `render`.
+        most_bytes: of all of them.
 
     Returns:
         titles of groups, with the pictures in them by their cases' numbers; how many are left out to keep the page
         small.
     """
     groups = {title: numbers for title, numbers in grouped(batch, remarks).items() if numbers}
-    left, chosen, num_left_out = BYTES_OF_PICTURES, [], 0
+    left, chosen, num_left_out = most_bytes, [], 0
     left -= sum(batch.results[n].overlay.size for title, numbers in groups.items() for n in numbers if title != OTHERS)
     for title, numbers in groups.items():
         kept = {}

@@ -23,6 +23,7 @@ STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "dints",  # names of parts do not differ from time to time
     "text.parse_math": False,  # a class may be called $
+    "path.simplify_threshold": 1.0,  # points, within which long curves may be simplified
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -156,6 +157,7 @@ def svg(figure: Figure, cases: Sequence[str] = ()) -> str:
         (r"; font-family: [^;\">]*", ""),
         ("#000000", "currentColor"),
         (r"\s*\n\s*", "\n"),
+        (r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0])),  # tenths of a point are enough
         (r'<a xlink:href="#case-(\d+)" target="_blank">', lambda found: _link(int(found[1]), cases)),
         ("xlink:href", "href"),
     ):

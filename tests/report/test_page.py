@@ -257,8 +257,9 @@ def test_cases_are_grouped_by_dice_and_what_is_falsely_found_counts():
 def test_pictures_keep_to_their_bytes(monkeypatch):
     monkeypatch.setattr(Overlay, "size", property(lambda overlay: {"still": 10, "many": 25}[overlay.chosen]))
     found = [replace(result(str(number), 0.5), overlay=Overlay((), "still")) for number in range(9)]
-    monkeypatch.setattr(page, "BYTES_OF_PICTURES", 7 * 10 + 2 * 15 + 10)
-    groups, num_left_out = page.pictures(batch(*found), [[]] * 9, lambda number: Overlay((), "many"))
+    groups, num_left_out = page.pictures(
+        batch(*found), [[]] * 9, lambda number: Overlay((), "many"), 7 * 10 + 2 * 15 + 10
+    )
     chosen = [picture.chosen for _, group in groups for picture in group.values()]
     assert chosen == ["many"] * 2 + ["still"] * 6 and num_left_out == 1
 
