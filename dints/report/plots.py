@@ -63,7 +63,7 @@ def strips(
                 linewidths=0.4,
                 zorder=2,
             )
-            points.set_urls([f"#case-{number}" for number in kept])
+            points.set_urls([f"#case-{case}" for case in kept])
             if len(kept) > 2:
                 _box(axes, np.asarray(of_class)[kept], row)
         axes.set_yticks(range(len(values)), list(values))
@@ -100,9 +100,10 @@ def agreement(
         figure = Figure(figsize=(4.6, 4.2), layout="constrained")
         axes = figure.subplots()
         for number, (name, x) in enumerate(reference.items()):
+            kept = np.flatnonzero(np.isfinite(x))
             points = axes.scatter(
-                x,
-                prediction[name],
+                np.asarray(x)[kept],
+                np.asarray(prediction[name])[kept],
                 s=18,
                 color=colour(number + 1),
                 marker=MARKERS[number % len(MARKERS)],
@@ -110,7 +111,7 @@ def agreement(
                 linewidths=0.4,
                 label=name,
             )
-            points.set_urls([f"#case-{number}" for number in range(len(x))])
+            points.set_urls([f"#case-{case}" for case in kept])
         volumes = np.array([*reference.values(), *prediction.values()])
         largest = 1.05 * np.nanmax(volumes) or 1.0
         axes.plot((0, largest), (0, largest), color="black", linewidth=1, linestyle="--", zorder=0)
@@ -166,4 +167,5 @@ def svg(figure: Figure, cases: Sequence[str] = ()) -> str:
 
 
 def _link(number: int, cases: Sequence[str]) -> str:
-    return f'<a href="#case-{number}"><title>{html.escape(cases[number])}</title>'
+    # Hidden from screen readers, as the whole plot, and from the tab key: the table of cases has the same numbers.
+    return f'<a href="#case-{number}" tabindex="-1"><title>{html.escape(cases[number])}</title>'

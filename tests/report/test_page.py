@@ -35,7 +35,7 @@ TASK = Task(
 )
 HOSTILE = 'b"><img src=x onerror=alert(1)>&lt;'
 FACTS = {
-    "architecture": chain(0, 1, 0, num_depths=2),
+    "architecture": replace(chain(0, 1, 0, num_depths=2), info={"task": HOSTILE}),
     "channel_mul": 0.125,
     "training_cases": ["trained_1"],
     "validation_cases": ["a"],
