@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from dints import __version__, data, evaluation, files, inference, network, options, running, training
+from dints import __version__, data, evaluation, files, inference, network, options, report, running, training
 from dints.data.tasks import TASKS
 from dints.errors import PartlyDone, UserError, exit_on_user_error
 
@@ -89,6 +89,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="write where the network is in doubt, OUTPUT_ROOT/uncertainty/<case>: entropy, 1 where all classes are "
         "equally probable",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="write OUTPUT_ROOT/report.html: scores, volumes, pictures of cases, the model; it needs nothing beside it",
     )
     options.add_machine(parser)
     args = parser.parse_args(argv)
@@ -159,33 +164,23 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     try:
         cases = processes.on_main(selection.opened, task, leniency)
         log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision)
-        overlaps, faults = training.validation.Overlaps(len(cases), task.num_classes, processes), {}
-        share = processes.share(len(cases))
-        for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
-            output = outputs[number]
-            try:
-                labels, reference = segmented(selection.cases[number], cases[number], output, *how)
-            except UserError as error:
-                faults[output.name] = str(error)
-                records.note_failed(output, str(error))
-                log.warning("%s is left out: %s", output.name, error)
-                continue
-            if reference is not None:
-                overlaps.add(number, labels, reference)
-        scores = overlaps.scores()
-        faults = {name: fault for of_rank in processes.gather(faults) for name, fault in of_rank.items()}
+        scores, faults = segment_cases(selection, cases, outputs, how, processes)
+        if processes.is_main:
+            records.write_run(outputs)
+        if len(faults) == len(cases):
+            others = "" if len(cases) == 1 else f"none of the {len(cases)} cases can be segmented, for example "
+            raise UserError(others + next(iter(faults.values())))
+        if processes.is_main and any(case.label is not None for case in selection.cases):
+            trained_on = predictor.training_cases & {case.name for case in selection.cases}
+            marked = trained_on if args.allow_training_cases else None
+            write_scores(folder / "scores.csv", scores, outputs, task, marked)
+            print(scores.describe(task.class_names) + f", {len(trained_on)} training cases among them" * bool(marked))
+        if processes.is_main and args.report:
+            page = report.page.write(folder, cases, outputs, predictor.models, args.checkpoint, leniency)
+            log.info("the report is %s", page)
     finally:
         if processes.is_main:
             selection.remove_converted()
-    if processes.is_main:
-        records.write_run(outputs)
-    if len(faults) == len(cases):
-        others = "" if len(cases) == 1 else f"none of the {len(cases)} cases can be segmented, for example "
-        raise UserError(others + next(iter(faults.values())))
-    if processes.is_main and any(case.label is not None for case in selection.cases):
-        trained_on = predictor.training_cases & {case.name for case in selection.cases}
-        write_scores(folder / "scores.csv", scores, outputs, task, trained_on if args.allow_training_cases else None)
-        print(scores.describe(task.class_names) + f", {len(trained_on)} training cases among them" * bool(trained_on))
     log.info("segmentations are in %s", folder)
     if faults:
         name, fault = next(iter(faults.items()))
@@ -193,6 +188,32 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
             f"{len(faults)} of {len(cases)} cases are not segmented ({folder / 'run.json'} lists them), for example "
             f"{name}: {fault}"
         )
+
+
+def segment_cases(
+    selection: Selection, cases: list[Case | UserError], outputs: list[Path], how: tuple, processes: Processes
+) -> tuple[Scores, dict[str, str]]:
+    """Segment this rank's share of the cases; return the scores of all ranks' cases, and why some have none.
+
+    Args:
+        how: what `segmented` takes beside.
+    """
+    predictor, _, records, *_ = how
+    overlaps, faults = training.validation.Overlaps(len(cases), predictor.task.num_classes, processes), {}
+    share = processes.share(len(cases))
+    for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
+        output = outputs[number]
+        try:
+            labels, reference = segmented(selection.cases[number], cases[number], output, *how)
+        except UserError as error:
+            faults[output.name] = str(error)
+            records.note_failed(output, str(error))
+            log.warning("%s is left out: %s", output.name, error)
+            continue
+        if reference is not None:
+            overlaps.add(number, labels, reference)
+    faults = {name: fault for of_rank in processes.gather(faults) for name, fault in of_rank.items()}
+    return overlaps.scores(), faults
 
 
 def segmented(

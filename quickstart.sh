@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole story, small: set up, make data, search a topology, draw it, retrain it, segment and score.
+# The whole story, small: set up, make data, search a topology, draw it, retrain it, segment, score and report.
 #
 #   bash quickstart.sh
 #   TASK=Task04_Hippocampus DATA_ROOT=data_msd/Task04_Hippocampus bash quickstart.sh
@@ -56,9 +56,10 @@ OUTPUT_ROOT="$results/train" bash train_dints.sh \
   --channel_mul 0.5 --num_images_per_batch 4 --learning_rate 0.05 \
   --num_iterations "${TRAIN_ITERATIONS:-270}" --num_epochs 100 --num_epochs_per_validation 34 --overlap_ratio 0.25
 
-step "6 of 6: segmentation and scores"
+step "6 of 6: segmentation, scores and report"
 "$PYTHON" infer_dints.py --checkpoint "$results/train/best_metric_model.pth" \
-  --root "$DATA_ROOT" --fold "$FOLD" --num_folds "$NUM_FOLDS" --overlap_ratio 0.25 --output_root "$results/segmentations"
+  --root "$DATA_ROOT" --fold "$FOLD" --num_folds "$NUM_FOLDS" --overlap_ratio 0.25 --output_root "$results/segmentations" \
+  --report
 
 step "done: what was made"
 printf '%-24s %s\n' \
@@ -67,4 +68,5 @@ printf '%-24s %s\n' \
   "the search's course" "$results/search/search.png $results/search/validation_metric.png" \
   "training curves" "$results/train/training_loss.png $results/train/validation_metric.png" \
   network "$results/train/best_metric_model.pth" \
-  "segmentations, scores" "$results/segmentations/ $results/segmentations/scores.csv"
+  "segmentations, scores" "$results/segmentations/ $results/segmentations/scores.csv" \
+  "all of it to look at" "$results/segmentations/report.html"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dints.data.tasks import Task
+from dints.network.architecture import Architecture
 from dints.network.model_file import Model
 
 
@@ -28,8 +29,14 @@ class Threshold(nn.Module):
 def knows(monkeypatch: pytest.MonkeyPatch, task: Task) -> Callable[..., None]:
     """Return a function that has every model file hold a network of the test's choice, and perhaps further facts."""
 
-    def use(network: nn.Module, task: Task = task, digest: str = "", **info: object) -> None:
-        model = Model(network, None, task, info, digest)
+    def use(
+        network: nn.Module,
+        task: Task = task,
+        digest: str = "",
+        architecture: Architecture | None = None,
+        **info: object,
+    ) -> None:
+        model = Model(network, architecture, task, info, digest)
         monkeypatch.setattr("dints.network.model_file.load_model", lambda path: model)
 
     return use

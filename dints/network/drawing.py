@@ -111,14 +111,27 @@ def draw_architecture(
         UserError: the files cannot be written, or graphviz's ``dot`` is missing or fails. The source is on disk by
             then, so that a search may catch it, warn and go on.
     """
+    return _write(_graph_of(architecture, caption), filename, directory, format)
+
+
+def architecture_svg(architecture: Architecture, caption: Sequence[str] = ()) -> str:
+    """Return the drawing as the text of an SVG file; nothing is written.
+
+    Raises:
+        UserError: graphviz's ``dot`` is missing or fails.
+    """
+    graph = _graph_of(architecture, caption)
+    return _rendered(graph, "svg", "drawing the architecture").decode()
+
+
+def _graph_of(architecture: Architecture, caption: Sequence[str]) -> graphviz.Digraph:
     operations, ends = [OPERATIONS[name] for name in architecture.operations], paths(architecture.num_depths)
     active = [
         ActivePath(block, *ends[path], operations[architecture.arch_code_c[block, path]])
         for block, path in np.argwhere(architecture.arch_code_a == 1).tolist()
     ]
     title = " · ".join(["DiNTS architecture", *_facts(architecture.info)])
-    graph = _graph(architecture.node_a == 1, active, operations, title, caption, architecture.use_downsample)
-    return _write(graph, filename, directory, format)
+    return _graph(architecture.node_a == 1, active, operations, title, caption, architecture.use_downsample)
 
 
 def draw_search_space(
@@ -367,18 +380,27 @@ def _write(graph: graphviz.Digraph, filename: str, directory: str | Path, format
     source, picture = (Path(directory) / f"{filename}.{ending}" for ending in ("gv", format))
     with replacing(source) as file:
         file.write(graph.source.encode())
-    try:
-        # not graph.pipe(), which is broken off where dot ends before it has read all, and then loses what dot said
-        content = graphviz.pipe(graph.engine, format, graph.source.encode())
-    except graphviz.ExecutableNotFound as error:
-        raise UserError(
-            f"{source} is written, but drawing {picture} needs graphviz's program 'dot', which is not installed: "
-            "apt-get install graphviz, conda install graphviz, or brew install graphviz"
-        ) from error
-    except graphviz.CalledProcessError as error:
-        reason = (error.stderr or b"").decode(errors="replace")
-        raise UserError(f"{source} is written, but graphviz's 'dot' could not draw {picture}: {reason}") from error
+    content = _rendered(graph, format, f"{source} is written, but drawing {picture}")
     with replacing(picture) as file:
         file.write(content)
     logger.info("drawn: %s", picture)
     return graph
+
+
+def _rendered(graph: graphviz.Digraph, format: str, task: str) -> bytes:
+    """Return a drawing's file.
+
+    Args:
+        task: what is not done where it fails, for the message.
+    """
+    try:
+        # not graph.pipe(), which is broken off where dot ends before it has read all, and then loses what dot said
+        return graphviz.pipe(graph.engine, format, graph.source.encode())
+    except graphviz.ExecutableNotFound as error:
+        raise UserError(
+            f"{task} needs graphviz's program 'dot', which is not installed: apt-get install graphviz, "
+            "conda install graphviz, or brew install graphviz"
+        ) from error
+    except graphviz.CalledProcessError as error:
+        reason = (error.stderr or b"").decode(errors="replace")
+        raise UserError(f"{task} failed in graphviz's 'dot': {reason}") from error

@@ -19,20 +19,27 @@ MARKED, SMOOTHED = 40, 200  # up to so many rows each point is marked; beyond so
 
 def draw_all(folder: Path) -> None:
     """Draw ``training_loss.png``, ``validation_metric.png`` and, of a search, ``search.png``."""
-    losses, accuracy = read_rows(folder / LOSSES), read_rows(folder / ACCURACY)
+    for name, figure in figures(folder).items():
+        _save(figure, folder / f"{name}.png")
+
+
+def figures(folder: Path) -> dict[str, Figure]:
+    """Make the pictures of a run folder, by their names without ending; of a table that is not there none."""
+    losses, accuracy, made = read_rows(folder / LOSSES), read_rows(folder / ACCURACY), {}
     is_search = bool(losses) and "architecture_loss" in losses[0]
     if losses:
         names = {"loss": "weights' cases", "architecture_loss": "architecture's cases"}
         names = names if is_search else {"loss": "training cases"}
-        _save(_over_iterations_and_time(losses, names, "training loss (Dice + CE)"), folder / "training_loss.png")
+        made["training_loss"] = _over_iterations_and_time(losses, names, "training loss (Dice + CE)")
     if any(row["dice"] for row in accuracy):
         names = {key: key.removeprefix("dice_").replace("_", " ") for key in accuracy[0] if key.startswith("dice_")}
         names = {"dice": "mean", **names} if len(names) > 1 else names
         figure = _over_iterations_and_time(accuracy, names, "Dice of the validation cases", corner="lower right")
         figure.axes[0].set_ylim(*_range_of_dice(accuracy, names))
-        _save(figure, folder / "validation_metric.png")
+        made["validation_metric"] = figure
     if is_search:
-        _save(_course_of_search(losses, accuracy), folder / "search.png")
+        made["search"] = _course_of_search(losses, accuracy)
+    return made
 
 
 KINDS = {"gradient": "tab:blue", "by_hand": "tab:orange", "random": "tab:green", "mutant": "tab:purple"}

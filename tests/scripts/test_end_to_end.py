@@ -41,7 +41,7 @@ def check_files(said: str, results: Path) -> None:
     """Check that all that is told in the end is there, and fits together."""
     told = [line.split(str(results)) for line in said.partition("== done")[2].splitlines() if str(results) in line]
     files = {str(results) + rest.strip() for _, *rests in told for rest in rests}
-    assert len(files) >= 8 and all(Path(file).exists() for file in files), files
+    assert len(files) >= 9 and all(Path(file).exists() for file in files), files
     (code,) = (file for file in files if "search_code_" in file)
     model = load_model(results / "train" / "best_metric_model.pth")
     assert model.architecture.codes()[:2] == load_architecture(code).codes()

@@ -1,0 +1,280 @@
+"""The page: what became of a batch and how good it is, as one HTML file that needs nothing beside it.
+
+`page.html` is its text, `page.css` its look and `page.js` the few lines that it runs. Its Content-Security-Policy lets
+a browser load nothing and run nothing but these lines, whatever a case is called.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from tqdm import tqdm
+
+from dints import __version__, files
+from dints.data.cases import Case
+from dints.data.leniency import Leniency
+from dints.data.tasks import Task
+from dints.errors import UserError
+from dints.evaluation.summary import summarise
+from dints.network.model_file import Model
+from dints.report import models as model_facts
+from dints.report import plots, results
+from dints.report.overlays import Overlay
+from dints.report.results import Result
+
+NAME = "report.html"
+WORST, MIDDLE, BEST = 4, 1, 2  # cases whose pictures are shown at once
+FIRST, UNUSUAL = 4, 8  # of those without references
+MOST_PLANES = 16  # of a view of a case that is shown at once
+# Of pictures, plots, drawings and curves. With tables and text the page is to stay below 5 MB.
+BYTES = 4_500_000
+OTHERS = "All other cases"
+SCORES = {"dice": "Dice", "surface_dice": "Surface Dice at 1 mm", "hausdorff95_mm": "HD95 in mm"}
+
+
+def write(
+    folder: Path,
+    cases: Sequence[Case | UserError],
+    outputs: Sequence[Path],
+    models: Sequence[Model],
+    model_paths: Sequence[Path],
+    leniency: Leniency,
+) -> Path:
+    """Write ``report.html`` of a batch into its folder, which has ``run.json`` and the segmentations, and return it.
+
+    Args:
+        cases: as `dints.data.cases.try_to_open` returns them.
+        outputs: the file of each one's segmentation.
+        model_paths: the files of ``models``, whose folders may hold tables of their training.
+
+    Raises:
+        UserError: something that the report needs is missing or cannot be read, or the page cannot be written.
+    """
+    path = folder / NAME
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        notes = {output.name: run["cases"][output.name] for output in outputs}
+        done = [pair for pair in zip(cases, outputs, strict=True) if notes[pair[1].name].get("state") == "done"]
+        batch = Batch(
+            _looked_at(done, models[0], leniency),
+            models,
+            seconds=[notes[output.name].get("seconds") for _, output in done],
+            failures=[(name, note["reason"]) for name, note in notes.items() if note.get("state") == "failed"],
+            settings=run["settings"],
+        )
+        leaf = partial(_leafed, done, models[0].task, leniency)
+        files.write_atomically(path, render(batch, model_facts.about(models, model_paths), leaf))
+    except (MemoryError, OSError, RuntimeError, ValueError, UserError) as error:
+        raise UserError(
+            f"{path} could not be made ({error}); segmentations and scores are written: mend this and give the same "
+            "command again, which keeps them, or leave --report out"
+        ) from error
+    return path
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is told of a batch.
+
+    Attributes:
+        results: of the cases that were segmented.
+        seconds: that each of them took.
+        failures: files that are not there, and why.
+        settings: of the batch, as ``run.json`` has them.
+    """
+
+    results: Sequence[Result]
+    models: Sequence[Model]
+    seconds: Sequence[float | None]
+    failures: Sequence[tuple[str, str]]
+    settings: Mapping[str, object]
+
+    @property
+    def task(self) -> Task:
+        return self.models[0].task
+
+    @property
+    def has_scores(self) -> bool:
+        return any(result.rows for result in self.results)
+
+    @property
+    def trained_on(self) -> set[str]:
+        """Names of its cases that a model was trained on."""
+        trained_on = {name for model in self.models for name in model.info.get("training_cases", [])}
+        return trained_on & {result.name for result in self.results}
+
+
+def _looked_at(done: Sequence[tuple[Case, Path]], model: Model, leniency: Leniency) -> list[Result]:
+    ranges = model.info.get("ranges", {})
+    bar = tqdm(done, desc="report", unit="case", disable=None)
+    return [results.look_at(case, output, model.task, leniency, ranges) for case, output in bar]
+
+
+def _leafed(done: Sequence[tuple[Case, Path]], task: Task, leniency: Leniency, number: int) -> Overlay:
+    return results.leafed(*done[number], task, leniency, MOST_PLANES)
+
+
+def render(batch: Batch, about: Sequence[model_facts.About], leaf: Callable[[int], Overlay]) -> str:
+    """Return the page.
+
+    Args:
+        leaf: returns the picture of many planes of a case, by its number.
+    """
+    remarks, drawn = remarks_on(batch), _plots(batch)
+    others = [text for _, text in drawn] + [text for one in about for text in (one.drawing, *one.curves.values())]
+    groups, num_left_out = pictures(batch, remarks, leaf, BYTES - sum(map(len, others)))
+    rows = [row for result in batch.results for row in result.rows]
+    folder = Path(__file__).parent
+    script = (folder / "page.js").read_text(encoding="utf-8")
+    return _template().render(
+        batch=batch,
+        task=batch.task,
+        class_names=batch.task.class_names[1:],
+        colours=[plots.colour(label) for label in range(1, batch.task.num_classes)],
+        summary=summarise(rows) if rows else {},
+        plots=drawn,
+        groups=groups,
+        pictured={number for _, overlays in groups for number in overlays},
+        others=OTHERS,
+        num_left_out=num_left_out,
+        remarks=remarks,
+        num_unusual=sum(map(bool, remarks)),
+        median_seconds=float(np.median([s for s in batch.seconds if s is not None] or [math.nan])),
+        about=about,
+        version=__version__,
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        style=(folder / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "volume": volume, "percent": percent, "value": model_facts.value_of}
+    return environment.get_template("page.html")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Write a score for people."""
+    if value is None or math.isnan(value):
+        return "–"
+    return "∞" if math.isinf(value) else f"{value:.{digits}f}"
+
+
+def volume(value: float) -> str:
+    """Write ml for people: three digits, or all before the point."""
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def percent(value: float | None) -> str:
+    """Write a relative error for people."""
+    return "–" if value is None or math.isnan(value) else f"{100 * value:+.1f}%".replace("-", "−")
+
+
+def remarks_on(batch: Batch) -> list[list[str]]:
+    """Return what is to be told of each case."""
+    volumes = np.array([result.volumes for result in batch.results])
+    unusual = results.unusual_volumes(volumes, batch.task.class_names[1:])
+    remarks = []
+    for result, of_volumes in zip(batch.results, unusual, strict=True):
+        false = [f"{row.label} was found where the reference has none" for row in result.rows if row.false_positive]
+        missed = [f"{row.label} was missed" for row in result.rows if math.isinf(row.hausdorff95_mm)]
+        remarks.append([*result.doubts, *missed, *false, *of_volumes])
+    return remarks
+
+
+Groups = list[tuple[str, dict[int, Overlay]]]
+
+
+def pictures(
+    batch: Batch, remarks: Sequence[Sequence[str]], leaf: Callable[[int], Overlay], most_bytes: int
+) -> tuple[Groups, int]:
+    """Choose the pictures: those that are shown at once have many planes, the others one a view.
+
+    Args:
+        leaf: as of `render`.
+        most_bytes: of all of them.
+
+    Returns:
+        titles of groups, with the pictures in them by their cases' numbers; how many are left out to keep the page
+        small.
+    """
+    groups = {title: numbers for title, numbers in grouped(batch, remarks).items() if numbers}
+    left, chosen, num_left_out = most_bytes, [], 0
+    left -= sum(batch.results[n].overlay.size for title, numbers in groups.items() for n in numbers if title != OTHERS)
+    for title, numbers in groups.items():
+        kept = {}
+        for number in numbers:
+            still = batch.results[number].overlay
+            if title != OTHERS:
+                many = leaf(number)
+                fits = many.size - still.size <= left
+                kept[number] = many if fits else still
+                left -= fits * (many.size - still.size)
+            elif still.size <= left:
+                kept[number] = still
+                left -= still.size
+        num_left_out += len(numbers) - len(kept)
+        chosen.append((title, kept))
+    return [group for group in chosen if group[1]], num_left_out
+
+
+def grouped(batch: Batch, remarks: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+    """Divide the cases' numbers into groups, by their titles; `OTHERS` are those that are not shown at once."""
+    numbers = list(range(len(batch.results)))
+    if batch.has_scores:
+        numbers.sort(key=lambda number: batch.results[number].rank)
+        middle = len(numbers) // 2
+        groups = {
+            "The worst by Dice": numbers[:WORST],
+            "The median by Dice": numbers[middle : middle + MIDDLE],
+            "The best by Dice": numbers[: -BEST - 1 : -1],
+        }
+        if len(numbers) <= WORST + MIDDLE + BEST:
+            groups = {"All cases, the worst by Dice first": numbers}
+    else:
+        usual = [number for number in numbers if not remarks[number]]
+        unusual = [number for number in numbers if remarks[number]]
+        groups = {"Unusual cases": unusual[:UNUSUAL], "The first cases" if unusual else "Cases": usual[:FIRST]}
+    shown = {number for group in groups.values() for number in group}
+    return groups | {OTHERS: [number for number in numbers if number not in shown]}
+
+
+def _plots(batch: Batch) -> list[tuple[str, str]]:
+    """Draw scores and volumes; return what each plot shows, and its SVG."""
+    found, class_names, names = batch.results, batch.task.class_names[1:], [result.name for result in batch.results]
+    if not found:
+        return []
+    volumes = {name: [result.volumes[label] for result in found] for label, name in enumerate(class_names)}
+    if not batch.has_scores:
+        return [  # an axis a class: a lesion is seen beside its organ
+            (f"{name}, ml as segmented", plots.strips({name: of_class}, names, first_label=label))
+            for label, (name, of_class) in enumerate(volumes.items(), start=1)
+        ]
+
+    def column(score: str, label: int) -> list[float]:
+        return [getattr(result.rows[label], score) if result.rows else math.nan for result in found]
+
+    drawn = []
+    for score, title in SCORES.items():
+        values = {name: column(score, label) for label, name in enumerate(class_names)}
+        drawn.append((title, plots.strips(values, names, 1.0 if score != "hausdorff95_mm" else None)))
+    references = {name: column("reference_ml", label) for label, name in enumerate(class_names)}
+    return [*drawn, ("Volume", plots.agreement(references, volumes, names))]

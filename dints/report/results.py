@@ -1,0 +1,113 @@
+"""A case of a batch, looked at: its scores, its volumes, what is unusual about it, and its picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dints.data import plausibility
+from dints.data.cases import Case, normalise, read_image, read_label
+from dints.data.leniency import Leniency
+from dints.data.nifti import read_header
+from dints.data.tasks import Task
+from dints.evaluation.scores import NAN, Row, score_case
+from dints.report.overlays import Overlay, overlay
+
+TOLERANCE_MM = 1.0  # of the surface Dice, as of evaluate.py
+WHISKERS = 1.5  # times the quartiles' distance beyond them, a volume is told: where a box plot's whiskers end
+LEAST_CASES = 8  # that a volume is compared with
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is told of a case.
+
+    Attributes:
+        rows: its scores, a row a class; empty where there is no reference.
+        volumes: ml of each foreground class, as segmented.
+        doubts: what is unlike the training cases.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    volumes: tuple[float, ...]
+    doubts: tuple[str, ...]
+    overlay: Overlay
+
+    @property
+    def dice(self) -> float:
+        """Mean Dice of the classes that the reference has; NaN where it has none, or there is no reference."""
+        return _mean([row.dice for row in self.rows])
+
+    @property
+    def rank(self) -> float:
+        """By which it is better than others: the mean with nnU-Net's Dice, in which what is falsely found is 0."""
+        mean = _mean([row.dice_nnunet for row in self.rows])
+        return 1.0 if math.isnan(mean) else mean
+
+
+def look_at(case: Case, output: Path, task: Task, leniency: Leniency, ranges: plausibility.Ranges) -> Result:
+    """Read a case's image, its label if it has one, and its segmentation, and compare them.
+
+    Args:
+        output: the segmentation's file.
+        ranges: of the training cases.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    image, prediction, reference = _read(case, output, task, leniency)
+    header, classes = case.images[0], dict(enumerate(task.class_names[1:], start=1))
+    rows = []
+    if reference is not None:
+        rows = score_case(case.name, reference, prediction, header.spacing, classes, tolerance_mm=TOLERANCE_MM)
+    counts = np.bincount(prediction.ravel("K"), minlength=task.num_classes)[1:]
+    volumes = counts * math.prod(header.spacing) / 1000
+    doubts = plausibility.doubts(case, ranges)
+    if "intensity" in ranges:  # of the file's own voxels: resampling hardly changes their mean and spread
+        sampled = image[:, ::2, ::2, ::2].astype(np.float32)
+        doubts += plausibility.doubts_of_intensities(normalise(sampled, task), ranges)
+    picture = overlay(image, prediction, reference, header.affine, task)
+    return Result(case.name, tuple(rows), tuple(volumes.tolist()), tuple(doubts), picture)
+
+
+def leafed(case: Case, output: Path, task: Task, leniency: Leniency, most_planes: int) -> Overlay:
+    """Return a case's picture of many planes; arguments and errors are those of `look_at`."""
+    volumes = _read(case, output, task, leniency)
+    return overlay(*volumes, case.images[0].affine, task, most_planes)
+
+
+def _read(case: Case, output: Path, task: Task, leniency: Leniency) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return image (channels, x, y, z), segmentation and label (x, y, z)."""
+    image, _ = read_image(case.images, leniency)
+    prediction = read_label(read_header(str(output)), task)
+    return image, prediction, None if case.label is None else read_label(case.label, task)
+
+
+def unusual_volumes(volumes: np.ndarray, class_names: Sequence[str]) -> list[list[str]]:
+    """Tell for each case which of its volumes is far from the others'.
+
+    Args:
+        volumes: (cases, classes), ml.
+        class_names: of the foreground.
+    """
+    found: list[list[str]] = [[] for _ in volumes]
+    if len(volumes) < LEAST_CASES:
+        return found
+    for name, of_class in zip(class_names, volumes.T, strict=True):
+        low, high = np.percentile(of_class, (25, 75))
+        margin = WHISKERS * (high - low)
+        for number in np.flatnonzero((of_class < low - margin) | (of_class > high + margin)):
+            found[number].append(
+                f"{name} has {of_class[number]:.3g} ml, where half of these cases have {low:.3g} to {high:.3g} ml"
+            )
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else NAN

@@ -1,0 +1,278 @@
+"""infer_dints.py --report writes one page that tells of a batch, needs nothing beside it, and costs no segmentation."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from architectures import chain
+from commands import infer
+from threshold import Threshold, knows
+
+from dints.data.tasks import Task
+from dints.errors import PartlyDone, UserError
+from dints.evaluation.scores import NAN, Row
+from dints.report import page, results
+from dints.report.overlays import Overlay
+from dints.report.results import Result, unusual_volumes
+
+TASK = Task(
+    "Toy & <co>",
+    "CT",
+    1,
+    ("background", "organ <1>", "other"),
+    spacing=None,
+    intensity=(0.0, 200.0),
+    patch_size=(16,) * 3,
+)
+HOSTILE = 'b"><img src=x onerror=alert(1)>&lt;'
+FACTS = {
+    "architecture": replace(chain(0, 1, 0, num_depths=2), info={"task": HOSTILE}),
+    "channel_mul": 0.125,
+    "training_cases": ["trained_1"],
+    "validation_cases": ["a"],
+    "flips": {"axes": [0]},
+    "recipe": "<i>own</i>",
+}
+
+
+class Page(HTMLParser):
+    """A page, parsed: its elements with their attributes, and its text."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.content, self.elements, self.text = path.read_text(encoding="utf-8"), [], ""
+        self.feed(self.content)
+        self.ids = [attributes["id"] for _, attributes in self.elements if "id" in attributes]
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for found, attributes in self.elements if found == tag]
+
+
+def save(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1, 3, 1]) if affine is None else affine), path)
+    return path
+
+
+def ball(radius: float) -> np.ndarray:
+    """Make an image in which class 1 is a ball of this radius, in voxels."""
+    x, y, z = np.indices((18, 20, 16))
+    return np.clip(100 + 15 * (radius - np.sqrt((x - 9) ** 2 + (y - 9) ** 2 + (z - 8) ** 2)), 0, 200).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """Nine labelled cases: the references of later ones are smaller than what a threshold finds; one has no file."""
+    root, entries = tmp_path_factory.mktemp("data") / "toy", []
+    for number, name in enumerate(["a", HOSTILE, *"cdefghi"]):
+        paths = {"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"}
+        image = ball(5 if number < 8 else 7.5)
+        save(root / paths["image"], image)
+        save(root / paths["label"], (image > 100 + 4 * number).astype(np.uint8))
+        entries.append(paths)
+    (root / "dataset.json").write_text(json.dumps({"training": entries}))
+    (root / entries[3]["image"]).write_bytes(b"no <b>image</b>")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A model file's folder, with the tables of its training."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "accuracy_history.csv").write_text("epoch,iteration,seconds,dice,dice_organ\n1,5,9,0.5,0.5\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory, dataset, run) -> Path:
+    """Segment the dataset twice, the second time for the report alone; return its folder."""
+    out = tmp_path_factory.mktemp("labelled")
+    flags = ["--checkpoint", run / "best_metric_model.pth", "--root", dataset, "--fold", "all"]
+    with pytest.MonkeyPatch.context() as patch:
+        knows(patch, TASK)(Threshold(num_classes=3), **FACTS)
+        with pytest.raises(PartlyDone):
+            infer(out, *flags)
+        assert not (out / "report.html").exists()
+        patch.setattr("infer_dints.segment", lambda *a: pytest.fail("what is done is done again"))
+        with pytest.raises(PartlyDone):
+            infer(out, *flags, "--report")
+    return out
+
+
+@pytest.fixture(scope="module")
+def labelled_page(labelled) -> Page:
+    return Page(labelled / "report.html")
+
+
+class TestLabelled:
+    def test_it_asks_for_nothing_and_runs_its_own_lines_only(self, labelled_page):
+        for name, attributes in labelled_page.elements:
+            for key, value in attributes.items():
+                assert not key.startswith("on") and key not in ("srcset", "action", "poster"), (name, key)
+                if key.split(":")[-1] in ("src", "href"):
+                    assert value.startswith(("#", "data:")), (name, value)
+        assert "://" not in labelled_page.content and "@import" not in labelled_page.content
+        assert {*re.findall(r"url\((.)", labelled_page.content)} <= {"#"}
+        (script,) = re.findall("<script>(.*?)</script>", labelled_page.content, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        (policy,) = [a["content"] for a in labelled_page.all("meta") if "http-equiv" in a]
+        assert policy.startswith("default-src 'none'; ") and policy.endswith(f"script-src 'sha256-{digest}'")
+
+    def test_names_are_text(self, labelled_page):
+        assert not labelled_page.all("img") and not labelled_page.all("i") and not labelled_page.all("co")
+        for text in (HOSTILE, "organ <1>", "Toy & <co>", "<i>own</i>"):
+            assert text in labelled_page.text
+
+    def test_ids_are_unique_and_links_lead_somewhere(self, labelled_page):
+        own = [name for name in labelled_page.ids if not re.match("[a-zA-Z]+[0-9_]*[0-9a-f]{10}", name)]
+        assert len(own) == len({*own}) and own.count("case-0") == own.count("picture-0") == 1
+        assert {a["href"][1:] for a in labelled_page.all("a")} <= {*labelled_page.ids}
+
+    def test_scores_are_those_of_the_evaluation(self, labelled, labelled_page):
+        table = [line.split(",") for line in (labelled / "scores.csv").read_text().splitlines()[1:] if ".gz,0." in line]
+        dice = {name.removesuffix(".nii.gz"): float(value) for name, value, _ in table if "img" not in name}
+        assert len(dice) == 6 and "a" not in dice  # which is perfect
+        for name, value in dice.items():
+            assert f"{name}{value:.3f}" in re.sub(r"[\s⚠]", "", labelled_page.text), name
+        rows = [a["id"] for a in labelled_page.all("tr") if "id" in a]
+        assert rows == [f"case-{number}" for number in range(8)]
+
+    def test_pictures_are_described_and_the_worst_come_first(self, labelled_page):
+        pictures = [a["id"] for a in labelled_page.all("figure") if "id" in a]
+        assert pictures[:2] == ["picture-6", "picture-7"] and len(pictures) == 8
+        drawn = [a for a in labelled_page.all("svg") if a.get("role") == "img"]
+        assert len(drawn) > 3 * 8  # those at once have many planes
+        assert all(" plane " in a["aria-label"] and "of the reference" in a["aria-label"] for a in drawn)
+        assert sum("hidden" not in a for a in drawn) == 3 * 8
+        sliders = [a for a in labelled_page.all("input") if a["type"] == "range"]
+        assert len(sliders) == 3 * 7 and all(0 <= int(a["value"]) <= int(a["max"]) for a in sliders)
+
+    def test_what_failed_and_what_is_unusual_is_told(self, labelled_page):
+        assert "d.nii.gz" in labelled_page.text and "cannot be read: it is no NIfTI file" in labelled_page.text
+        assert "8 of 9" in labelled_page.text
+        assert re.search(r"organ <1> has [\d.]+ ml, where half of these cases have", labelled_page.text)
+
+    def test_the_model_is_told(self, labelled_page, run):
+        for text in (str(run), "GMAC a patch of 16 x 16 x 16 voxels", "along X", "Dice of the validation cases over"):
+            assert text in labelled_page.text
+        assert "resolution" in labelled_page.text  # of the drawing
+
+    def test_its_size(self, labelled):
+        assert (labelled / "report.html").stat().st_size < 1_000_000
+
+
+def segmented(out: Path, patch: pytest.MonkeyPatch, images: Path, *flags: object, **facts: object) -> Page:
+    knows(patch, TASK)(Threshold(num_classes=3), **{**FACTS, **facts})
+    return Page(infer(out, "--input", images, "--report", *flags) / "report.html")
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    for number in range(3):
+        save(tmp_path / f"images/trained_{number}.nii.gz", ball(3 + number))
+    return tmp_path / "images"
+
+
+class TestUnlabelled:
+    def test_volumes_take_the_place_of_scores(self, tmp_path, monkeypatch, images):
+        """Beside them, training cases among them are told, and what is unlike those in header or intensities."""
+        monkeypatch.setenv("PATH", "")  # no dot
+        ranges = {
+            "spacing": [[1, 1, 1], [1, 1, 1]],
+            "extent": [[9, 9, 9], [99, 99, 99]],
+            "intensity": [[3, 0], [3, 0.1]],
+        }
+        (tmp_path / "accuracy_history.csv").write_text("epoch\tmetric\n1\t0.5\n")  # of another program
+        models = [tmp_path / "model.pth", tmp_path / "other.pth"]
+        found = segmented(tmp_path / "out", monkeypatch, images, "--checkpoint", *models, ranges=ranges)
+        assert "Dice" not in found.text.partition("Model")[0] and "organ <1>, ml as segmented" in found.text
+        assert "3 mm between voxels bottom-top, where training cases have 1 to 1" in found.text
+        assert "are they in Hounsfield units?" in found.text
+        assert "1 of these cases was trained on" in found.text and "trained_1 ⚠ trained on" in " ".join(
+            found.text.split()
+        )
+        assert "No picture of the architecture" in found.text and "'dot', which is not installed" in found.text
+        assert "none of train_dints.py's" in found.text
+        assert "Models, whose class probabilities" in found.text and f"that of {models[0]}" in found.text
+
+    def test_a_report_that_fails_costs_nothing_else(self, tmp_path, monkeypatch, images):
+        (tmp_path / "out/report.html").mkdir(parents=True)
+        with pytest.raises(
+            UserError, match=r"report.html could not be made \(.*report.html cannot be written.*--report"
+        ):
+            segmented(tmp_path / "out", monkeypatch, images)
+        (tmp_path / "out/report.html").rmdir()
+
+        def fail(*arguments):
+            raise ValueError("no picture")
+
+        monkeypatch.setattr(results, "overlay", fail)
+        with pytest.raises(UserError, match=r"could not be made \(no picture\)"):
+            segmented(tmp_path / "out", monkeypatch, images)
+        run = json.loads((tmp_path / "out/run.json").read_text())
+        assert {case["state"] for case in run["cases"].values()} == {"done"} and len(run["cases"]) == 3
+        assert not list((tmp_path / "out").glob("*.html")) and not list((tmp_path / "out").glob(".*.partial"))
+
+
+def result(name: str, dice: float, falsely: float = NAN) -> Result:
+    """Make a result of two classes, of which the reference has but the first."""
+    rows = [
+        Row(name, label, *scores, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1, 0, 0, False)
+        for label, *scores in (("a", dice, dice), ("b", NAN, falsely))
+    ]
+    return Result(name, tuple(rows), (1.0, 1.0), (), Overlay((), ""))
+
+
+def batch(*found: Result) -> page.Batch:
+    return page.Batch(found, [], [], [], {})
+
+
+def test_cases_are_grouped_by_dice_and_what_is_falsely_found_counts():
+    found = [result(str(number), 0.5 + number / 100) for number in range(20)]
+    found[15] = result("15", 0.9, falsely=0.0)
+    groups = page.grouped(batch(*found), [[]] * 20)
+    assert groups["The worst by Dice"] == [15, 0, 1, 2] and groups["The best by Dice"] == [19, 18]
+    assert groups["The median by Dice"] == [9]
+    assert sorted(number for numbers in groups.values() for number in numbers) == list(range(20))
+    assert list(page.grouped(batch(*found[:3]), [[]] * 3).values()) == [[0, 1, 2], []]
+    assert found[15].dice == 0.9 and found[15].rank == 0.45
+    assert np.isnan(result("x", NAN).dice) and result("x", NAN).rank == 1.0  # rightly empty
+
+
+def test_pictures_keep_to_their_bytes(monkeypatch):
+    monkeypatch.setattr(Overlay, "size", property(lambda overlay: {"still": 10, "many": 25}[overlay.chosen]))
+    found = [replace(result(str(number), 0.5), overlay=Overlay((), "still")) for number in range(9)]
+    groups, num_left_out = page.pictures(
+        batch(*found), [[]] * 9, lambda number: Overlay((), "many"), 7 * 10 + 2 * 15 + 10
+    )
+    chosen = [picture.chosen for _, group in groups for picture in group.values()]
+    assert chosen == ["many"] * 2 + ["still"] * 6 and num_left_out == 1
+
+
+def test_volumes_that_are_far_from_the_others_are_told():
+    volumes = np.array([[1.0, 5.0]] * 8 + [[1.1, 5.0], [9.0, 0.0]]) + np.linspace(0, 0.4, 10)[:, None]
+    told = unusual_volumes(volumes, ["a", "b"])
+    assert [len(of_case) for of_case in told] == [0] * 9 + [2]
+    assert told[9][0].startswith("a has 9.4 ml, where half of these cases have 1.")
+    assert unusual_volumes(volumes[5:], ["a", "b"]) == [[]] * 5  # too few to compare with
+
+
+def test_numbers_for_people():
+    assert [page.number(value) for value in (0.12345, NAN, np.inf, None)] == ["0.123", "–", "∞", "–"]
+    assert [page.volume(value) for value in (1.4, 12.34, 1234.5)] == ["1.40", "12.3", "1,234"]
+    assert [page.percent(value) for value in (0.1234, -0.05, NAN)] == ["+12.3%", "−5.0%", "–"]
