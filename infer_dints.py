@@ -151,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
 
 def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     models = load_models(args)
-    precision = running.precision.choose_precision(args.precision, processes).name  # of all ranks alike
+    precision = chosen_precision(args.precision, models, processes, folder)
     settings = {**options.window(args), "mirrored": args.tta, "compile": args.compile}
     predictor = inference.predictor.Predictor(models, args.device, precision, **settings)
     task, leniency = predictor.task, options.leniency(args)
@@ -164,6 +164,8 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     try:
         cases = processes.on_main(selection.opened, task, leniency)
         log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision)
+        if processes.is_main:
+            records.write_run([])  # a batch that is killed goes on with these settings
         scores, faults = segment_cases(selection, cases, outputs, how, processes)
         if processes.is_main:
             records.write_run(outputs)
@@ -278,6 +280,14 @@ def foreign_task(args: argparse.Namespace) -> Task:
     if task.modality == "CT" and task.intensity is None:
         raise UserError(f"{task.name} is CT: give the window that the weights were trained with, --intensity_range")
     return task
+
+
+def chosen_precision(name: str, models: list[Model], processes: Processes, folder: Path) -> str:
+    """Choose the precision, of all ranks alike; ``auto`` is that of the folder's earlier batch by the same models."""
+    if name == "auto" and processes.device.type == "cpu":
+        digests = [model.digest for model in models]
+        name = processes.on_main(inference.records.precision_of_earlier, folder, digests) or name
+    return running.precision.choose_precision(name, processes).name
 
 
 def chosen_postprocessing(path: Path | None, task: Task) -> Postprocessing:

@@ -12,7 +12,19 @@ from pathlib import Path
 from dints import files
 from dints.data.listing import ListedCase
 
-NOTES = ".cases"
+NOTES, RUN = ".cases", "run.json"
+
+
+def precision_of_earlier(folder: Path, models: Sequence[str]) -> str | None:
+    """Return the precision that an earlier batch in the folder had by the same models, of these digests, if there was.
+
+    On a CPU ``auto`` is measured, and may turn out otherwise on a busy machine: what is done would be done again.
+    """
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        settings = json.loads((folder / RUN).read_text(encoding="utf-8"))["settings"]
+        if settings["models"] == list(models) and settings["precision"] in ("fp32", "bf16"):
+            return settings["precision"]
+    return None
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Records:
         notes = {output.name: self._read(output) for output in outputs}
         cases = {name: {key: note[key] for key in shown if key in note} for name, note in notes.items()}
         content = {"settings": dict(self.settings), "cases": cases}
-        files.write_atomically(self.folder / "run.json", json.dumps(content, indent=2) + "\n")
+        files.write_atomically(self.folder / RUN, json.dumps(content, indent=2) + "\n")
 
     def _note(self, output: Path) -> Path:
         return self.folder / NOTES / f"{output.name}.json"

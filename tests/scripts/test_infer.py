@@ -450,6 +450,17 @@ class TestBatches:
         assert segmented == ["a", "b", "c"] and self.states(tmp_path / "out") == dict.fromkeys(first, "done")
         assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.nii.gz")} == first
 
+    def test_a_measured_precision_is_kept(self, tmp_path, images, segmented, monkeypatch):
+        """On a busy machine another one may be the faster one, and all would be done again."""
+        for faster in ("bf16", "fp32"):
+            monkeypatch.setattr("dints.running.precision._faster_on_cpu", lambda name=faster: name)
+            infer(tmp_path / "out", "--input", images, "--precision auto")
+        assert segmented == ["a", "b", "c"]
+        assert json.loads((tmp_path / "out/run.json").read_text())["settings"]["precision"] == "bf16"
+        self.knowing(Threshold(), digest="of another file")
+        infer(tmp_path / "out", "--input", images, "--precision auto")
+        assert json.loads((tmp_path / "out/run.json").read_text())["settings"]["precision"] == "fp32"
+
     @pytest.mark.parametrize(
         ("change", "again"),
         [
