@@ -79,7 +79,7 @@ NUM_RANDOM = 8  # random architectures that they are compared with
 SPACE = "--num_blocks 5 --num_depths 3 --keep_finest"
 GRADIENT = "--channel_mul 0.25 --num_images_per_batch 2 --num_epochs 16 --num_epochs_warmup 6 --learning_rate_arch 0.02"
 GRADIENT += " --num_epochs_per_validation 16 --ram_budget fixed --factor_ram_cost 0.5"
-COMPETITION = "--candidate_iterations 1600 --overlap_ratio 0.25 --num_workers 0 --cache ram"
+COMPETITION = "--candidate_iterations 800 --overlap_ratio 0.25 --num_workers 0 --cache ram"
 # Kinds of searches. The control has as many more candidates as the gradient search takes time.
 SEARCHES = {"search": "--candidates 16", "control": "--candidates 24 --proposals by_hand random"}
 BUDGETS, SEARCH_SEEDS = (30.0, 87.0), (0, 1, 2)  # MiB
