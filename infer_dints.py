@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from dints import __version__, data, files, inference, network, options, running, training
+from dints import __version__, data, exports, files, inference, network, options, running, training
 from dints.errors import PartlyDone, UserError, exit_on_user_error
 
 if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, after the command line is read
@@ -63,13 +63,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="average over flips of the volume along the axes that the model was trained to flip: 2 to 8 times as long",
     )
+    parser.add_argument(
+        "--export",
+        nargs="+",
+        choices=("onnx", "exported_program", "bundle"),
+        metavar="KIND",
+        help="do not segment, but write the network to OUTPUT_ROOT as onnx, exported_program (PyTorch's) or bundle "
+        "(MONAI's), or several; each is checked on the first image, on the CPU in fp32",
+    )
     options.add_machine(parser)
     args = parser.parse_args(argv)
     if (args.input is None) == (args.root is None):
         parser.error("give either --input (images to segment) or --root (a dataset whose fold is segmented and scored)")
     complaints = options.data_complaints(args)
+    if args.export and (len(args.checkpoint) > 1 or args.tta):
+        complaints.append("--export writes one network as it is: give one --checkpoint, and no --tta")
     if complaints:
         parser.error("; ".join(complaints))
+    if args.export:
+        args.device, args.precision, args.compile = "cpu", "fp32", "off"
     return args
 
 
@@ -88,6 +100,9 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     predictor = inference.predictor.Predictor(models, args.device, precision, **settings)
     task, leniency = predictor.task, options.leniency(args)
     selected = processes.on_main(cases_to_segment, args, predictor)
+    if args.export:
+        processes.on_main(exports.checked.export, args.export, predictor, selected[0], folder)
+        return
     outputs = processes.on_main(segmentation_paths, selected, folder)
     cases = processes.on_main(data.cases.try_to_open, selected, task, leniency)
     records = inference.records.Records(folder, settings_of(args, predictor))

@@ -24,6 +24,7 @@ LEVELS = (
     ("data",),
     ("network", "training", "evaluation"),
     ("candidates", "inference"),
+    ("exports",),
     ("scripts",),
 )
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
