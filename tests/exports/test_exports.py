@@ -113,7 +113,7 @@ def scores(network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
 
 
 class TestFolder:
-    """What the script leaves: every form, as its own runtime takes it, and nothing half written."""
+    """The script leaves every form, as its own runtime takes it, and nothing half written."""
 
     @pytest.mark.slow
     def test_every_form_is_there_and_nothing_else(self, made):
@@ -260,7 +260,7 @@ class TestBundle:
 
 
 class TestChecks:
-    """What does not give the network's labels is not left as if it did."""
+    """An export that does not give the network's labels is not left as if it did."""
 
     @pytest.fixture
     def listed(self, case) -> ListedCase:
