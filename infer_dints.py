@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from dints import __version__, data, evaluation, files, inference, network, options, report, running, training
+from dints import __version__, data, evaluation, exports, files, inference, network, options, report, running, training
 from dints.data.tasks import TASKS
 from dints.errors import PartlyDone, UserError, exit_on_user_error
 
@@ -95,11 +95,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="write OUTPUT_ROOT/report.html: scores, volumes, pictures of cases, the model; it needs nothing beside it",
     )
+    parser.add_argument(
+        "--export",
+        nargs="+",
+        choices=("onnx", "exported_program", "bundle"),
+        metavar="KIND",
+        help="do not segment, but write the network to OUTPUT_ROOT as onnx, exported_program (PyTorch's) or bundle "
+        "(MONAI's), or several; each is checked on the first image, on the CPU in fp32",
+    )
     options.add_machine(parser)
     args = parser.parse_args(argv)
     complaints = [*options.data_complaints(args), *complaints_of(args)]
     if complaints:
         parser.error("; ".join(complaints))
+    if args.export:
+        args.device, args.precision, args.compile = "cpu", "fp32", "off"
     return args
 
 
@@ -133,6 +143,8 @@ def complaints_of(args: argparse.Namespace) -> list[str]:
         found.append(f"{', '.join(given)}: only with --arch_ckpt, a model file has its own")
     if args.arch_ckpt is not None and not (args.msd_task or args.json or args.root):
         found.append("--arch_ckpt needs --msd_task, --json or --root, which name channels and classes")
+    if args.export and (len(args.checkpoint) > 1 or args.tta):
+        found.append("--export writes one network as it is: give one --checkpoint, and no --tta")
     return found
 
 
@@ -156,6 +168,9 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     predictor = inference.predictor.Predictor(models, args.device, precision, **settings)
     task, leniency = predictor.task, options.leniency(args)
     selection = processes.on_main(volumes_to_segment, args, predictor)
+    if args.export:
+        processes.on_main(exports.checked.export, args.export, predictor, selection.first_file(), folder)
+        return
     outputs = processes.on_main(inference.selection.segmentation_paths, selection.cases, folder)
     postprocessing = processes.on_main(chosen_postprocessing, args.postprocessing, task)
     records = inference.records.Records(folder, settings_of(args, predictor, postprocessing))

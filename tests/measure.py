@@ -24,7 +24,7 @@ LEVELS = (
     ("data",),
     ("network", "training", "evaluation"),
     ("candidates", "inference"),
-    ("report",),
+    ("exports", "report"),
     ("scripts",),
 )
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef

@@ -47,6 +47,17 @@ class Selection:
         cases = try_to_open(self.cases, task, leniency)
         return [faults.get(listed.images[0], case) for listed, case in zip(self.cases, cases, strict=True)]
 
+    def first_file(self) -> ListedCase:
+        """Return the first case that is there as a file.
+
+        Raises:
+            UserError: all are DICOM series.
+        """
+        for case in self.cases:
+            if case.images[0] not in self.series:
+                return case
+        raise UserError("--export is checked on an image in a file: give one (.nii or .nii.gz) with --input")
+
     def remove_converted(self) -> None:
         """Remove the NIfTI files that DICOM series became."""
         for image in self.series:

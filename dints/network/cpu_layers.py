@@ -97,9 +97,9 @@ def _sees_single_voxels(weight: torch.Tensor, stride: tuple[int, ...]) -> bool:
 
 def _is_wrong_in_bfloat16(image: torch.Tensor, weight: torch.Tensor) -> bool:
     """Tell whether PyTorch 2.13's gradient of the weight may be that of memory which nobody wrote."""
-    if image.device.type != "cpu" or image.ndim != 5 or image.shape[2] >= weight.shape[2]:
-        return False
-    return image.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    if image.device.type != "cpu" or not (image.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")):
+        return False  # before any size is looked at, which an exported network would be bound to
+    return image.ndim == 5 and image.shape[2] < weight.shape[2]
 
 
 def _padded_first(image: torch.Tensor, padding: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:

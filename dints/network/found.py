@@ -73,7 +73,7 @@ def check_patch_size(
     patch_size: tuple[int, int, int], num_depths: int, use_downsample: bool = True, flag: str = "--patch_size"
 ) -> None:
     """Raise `UserError` unless a network of ``num_depths`` can halve ``patch_size`` down to its deepest level."""
-    step = 2 ** (num_depths if use_downsample else num_depths - 1)
+    step = _step(num_depths, use_downsample)
     if any(size <= 0 or size % step for size in patch_size) or all(size <= step for size in patch_size):
         nearest = [max(step, round(size / step) * step) for size in patch_size]
         if all(size <= step for size in nearest):  # InstanceNorm needs more than one voxel at the deepest level
@@ -82,6 +82,15 @@ def check_patch_size(
             f"{flag} {' '.join(map(str, patch_size))} does not fit {num_depths} depths, which need multiples of {step} "
             f"and more than {step} in one direction: for example {' '.join(map(str, nearest))}"
         )
+
+
+def patch_step(architecture: Architecture) -> int:
+    """Return what the network's images must be a multiple of along each axis, in voxels."""
+    return _step(architecture.num_depths, architecture.use_downsample)
+
+
+def _step(num_depths: int, use_downsample: bool) -> int:
+    return 2 ** (num_depths if use_downsample else num_depths - 1)
 
 
 def count_parameters(network: nn.Module) -> int:
