@@ -96,7 +96,8 @@ def export(kinds: Sequence[str], predictor: Predictor, listed: ListedCase, folde
 
 
 def _segmented(predictor: Predictor, case: Case) -> np.ndarray:
-    return predictor.segment(lambda: read_image(case.images, Leniency())[0], case.images[0].affine, case.name)
+    decision = predictor.segment(lambda: read_image(case.images, Leniency())[0], case.images[0].affine, case.name)
+    return decision.labels
 
 
 def _write_onnx(path: Path, content: bytes, check: Check) -> None:
