@@ -229,6 +229,7 @@ def segment_cases(
             continue
         if reference is not None:
             overlaps.add(number, labels, reference)
+    processes.wait_for_all("segmented")  # shares take unequal times
     faults = {name: fault for of_rank in processes.gather(faults) for name, fault in of_rank.items()}
     return overlaps.scores(), faults
 

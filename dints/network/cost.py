@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dints.errors import UserError
 from dints.network.architecture import Architecture
 from dints.network.found import FoundNetwork, check_patch_size, count_parameters
+from dints.running.failures import lacks_memory
 
 MIB = 2**20
 
@@ -147,7 +148,7 @@ def _measure(settings: tuple, input_shape: tuple[int, ...], device: torch.device
             "measured_mib": _peak_mib(network, image) if device.type == "cuda" else None,
         }
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not lacks_memory(error):
             raise
         raise UserError(
             f"the memory of {name} is too small for a network of channel_mul {settings[-1]:g} with an input of "

@@ -25,7 +25,7 @@ def explain(
         timeout_minutes: how long a collective waits for a rank.
     """
     what = str(error).splitlines()[0].strip() if str(error) else "of this machine"
-    if _is_lack_of_memory(error):
+    if lacks_memory(error):
         return UserError(
             f"memory is exhausted ({what}): lower --patch_size, --num_images_per_batch, --channel_mul, or in "
             "validation --num_sw_batch_size; for the machine's memory also --num_workers, or use --cache disk"
@@ -58,6 +58,11 @@ def _lost_rank(what: str, rank: int, world_size: int, store: dist.Store | None, 
     return ProcessLost(f"rank {names} did not answer for --timeout_minutes {timeout_minutes:g}: it {AGAIN}")
 
 
-def _is_lack_of_memory(error: Exception) -> bool:
-    signs = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+def lacks_memory(error: Exception) -> bool:
+    """Tell whether an error means that the memory of the machine or of a GPU is exhausted, whichever library says it.
+
+    CUDA and NCCL say "out of memory", cuDNN and cuBLAS ..._STATUS_ALLOC_FAILED.
+    """
+    signs = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "can't allocate memory")
+    signs += ("out of memory", "_STATUS_ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)

@@ -6,11 +6,11 @@ import gc
 import logging
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from dints import launcher
 from dints.running.failures import explain
 from dints.running.machine import choose_device, keep_freed_memory
 
+FIRST_TO_GIVE_UP = 0.9  # of the time that a collective waits
+SECONDS_BETWEEN_LOOKS = 0.5  # at whether other ranks are there
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # may stop a run
 
 
@@ -32,6 +34,8 @@ class Processes:
     world_size: int
     device: torch.device
     board: dist.Store = field(default_factory=dist.HashStore, compare=False)  # where each may write, and all may read
+    # Of all ranks, for numbers on the CPU; None: the group of all exchanges them.
+    cpu_group: dist.ProcessGroup | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -55,7 +59,7 @@ class Processes:
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
-        dist.all_gather_object(values, value, group=_cpu_group())
+        dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
     def largest(self, values: Sequence[float]) -> list[float]:
@@ -63,7 +67,7 @@ class Processes:
         if self.world_size == 1:
             return list(values)
         agreed = torch.tensor(values)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=_cpu_group())
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.cpu_group)
         return agreed.tolist()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -71,6 +75,16 @@ class Processes:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def wait_for_all(self, what: str) -> None:
+        """Wait until every rank has come here, however long that takes: a collective would give up on a slow one.
+
+        Args:
+            what: a name that no other place has.
+        """
+        self.board.add(what, 1)
+        while self.board.add(what, 0) < self.world_size:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace each parameter's gradient by its mean over the ranks, all in one message."""
@@ -103,12 +117,6 @@ class Processes:
         return result
 
 
-@cache
-def _cpu_group() -> dist.ProcessGroup | None:
-    """Return the ranks that exchange numbers on the CPU; None where the group of all does so."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-
-
 @contextmanager
 def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Processes]:
     """Join the processes that the launcher started.
@@ -125,7 +133,9 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
     try:
         if processes.world_size > 1:
             store = _join(processes, timeout_minutes)
-            processes = replace(processes, board=dist.PrefixStore("board", store))
+            processes = replace(
+                processes, board=dist.PrefixStore("board", store), cpu_group=_cpu_group(timeout_minutes)
+            )
         yield processes
     except (MemoryError, RuntimeError) as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for the next worker that is killed
@@ -155,6 +165,16 @@ def _join(processes: Processes, timeout_minutes: float) -> dist.Store:
         device_id=processes.device if backend == "nccl" else None,
     )
     return store
+
+
+def _cpu_group(timeout_minutes: float) -> dist.ProcessGroup | None:
+    """Make a group of all ranks for numbers on the CPU, where the group of all is one of GPUs.
+
+    It is the first to give up on a rank: its error can be explained, and NCCL's watchdog ends the process.
+    """
+    if dist.get_backend() == "gloo":
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=FIRST_TO_GIVE_UP * timeout_minutes))
 
 
 def start_logging() -> None:

@@ -27,8 +27,12 @@ MEMORY = pytest.mark.fault("GPU or host memory exhausted")
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),  # which a CPU cannot provoke
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.distributed.DistBackendError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
     ],
-    ids=["Python", "CPU", "GPU"],
+    ids=["Python", "CPU", "GPU", "CUDA", "cuDNN", "cuBLAS", "NCCL"],
 )
 def test_exhausted_memory_names_the_flags_that_lower_it(error):
     with pytest.raises(UserError, match="memory is exhausted .*--patch_size.*--num_sw_batch_size"), started("cpu"):
