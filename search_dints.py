@@ -452,7 +452,9 @@ def open_ledger(args: argparse.Namespace, prepared: Prepared, processes: Process
     configuration = training.checkpoint.configured(settings, 1, **contents)  # any number of processes finds the same
     precision = running.precision.choose_precision(args.precision, processes)
     place = folder / "candidates"
+    is_continued = (place / candidates.halving.SETTINGS).exists() and args.resume != "never"
     name = processes.on_main(candidates.halving.open_folder, place, configuration, precision.name, args.resume)
+    processes.on_main(data.identity.check, place, prepared.training_cases, is_continued, args.allow_changed_data)
     requests = training.stops.Requests(args.warning_signal)
     train = short_trainings(args, prepared, running.precision.choose_precision(name, processes), processes, requests)
     return candidates.halving.Ledger(folder, processes, requests, train, rows=[])
