@@ -25,6 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rows import U
 from runner import read_results
 
 from dints import files
@@ -32,6 +33,8 @@ from dints.data.formats import read_dataset
 from dints.network.drawing import draw_search_space
 
 FIGURES = Path(__file__).resolve().parents[1] / "Figures"
+CURVES_OF = {"recipe": "recommended", "processes": 1, "fold": 0, "seed": 0}  # of Dice against minutes
+NAMES = {U: "a U of our space", "dynunet": "MONAI's DynUNet", "segresnet": "MONAI's SegResNet"}
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442")  # of Okabe and Ito; one a class
 
 
@@ -60,17 +63,18 @@ def draw_opening(args: argparse.Namespace) -> None:
 
 
 def draw_time(args: argparse.Namespace) -> None:
+    curves = time_to_dice(read_results())
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for number, (network, points) in enumerate(time_to_dice(read_results()).items()):
+    for (network, points), colour, marker in zip(curves.items(), COLOURS, "osD^v", strict=False):
         minutes, dice = zip(*points, strict=True)
-        axes.plot(minutes, dice, "o-", color=f"C{number}", label=network)
+        axes.plot(minutes, dice, f"{marker}-", color=colour, label=NAMES.get(network, network))
     axes.set_xscale("log")
-    ticks = [tick for tick in (2, 4, 8, 15, 30, 60, 120) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
-    axes.set_xticks(ticks, map(str, ticks))
+    ticks = sorted({minutes for points in curves.values() for minutes, _ in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("minutes of training on one core")
-    axes.set_ylabel("Dice, mean of both classes")
+    axes.set_xlabel("minutes of training on one core; each point is a training of its own")
+    axes.set_ylabel(f"Dice of fold {CURVES_OF['fold']}, mean of both classes")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     with files.replacing(args.output) as file:
@@ -78,16 +82,15 @@ def draw_time(args: argparse.Namespace) -> None:
 
 
 def time_to_dice(results: list[dict]) -> dict[str, list[tuple[float, float]]]:
-    """Return the points (minutes, Dice) of each network, by the recommended recipe: means over folds and seeds."""
-    points = defaultdict(lambda: defaultdict(list))
+    """Return the points (minutes, Dice) of each network of which there are several, by the recommended recipe.
+
+    All are of one fold and one seed, so that points differ in the time alone: minutes are those on an idle core.
+    """
+    points = defaultdict(dict)
     for result in results:
-        timed = result.get("minutes") is not None and result["seconds"] is not None
-        if timed and (result["recipe"], result["processes"]) == ("recommended", 1):
-            points[result["network"]][result["minutes"]].append((result["seconds"] / 60, result["dice"]))
-    return {
-        network: [tuple(map(statistics.mean, zip(*runs, strict=True))) for _, runs in sorted(lengths.items())]
-        for network, lengths in points.items()
-    }
+        if result.get("minutes") is not None and all(result[key] == value for key, value in CURVES_OF.items()):
+            points[result["network"]][result["minutes"]] = result["dice"]
+    return {network: sorted(of_network.items()) for network, of_network in points.items() if len(of_network) > 1}
 
 
 def median_case(scores: Path) -> tuple[str, float]:

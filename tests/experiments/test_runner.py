@@ -149,15 +149,15 @@ def test_a_table_has_a_row_a_setting_and_a_column_a_fold():
     ]
 
 
-def test_the_curves_are_means_over_folds_of_trainings_of_one_process():
+def test_the_curves_are_of_one_fold_and_one_seed():
     def result(network: str, minutes: float, dice: float, **others) -> dict:
-        plain = {"recipe": "recommended", "processes": 1, "seconds": 100 * minutes}
+        plain = {"recipe": "recommended", "processes": 1, "fold": 0, "seed": 0}
         return {"network": network, "minutes": minutes, "dice": dice, **plain, **others}
 
-    results = [result("u", 6, 0.8), result("u", 3, 0.7), result("u", 6, 0.9), result("dynunet", 3, 0.6)]
-    results += [result("u", 6, 0, recipe="published"), result("u", 6, 0, processes=2), result("u", 6, 0, seconds=None)]
-    curves = figures.time_to_dice(results)
-    assert curves == {"u": [(5, 0.7), (10, pytest.approx(0.85))], "dynunet": [(5, 0.6)]}
+    results = [result("u", 6, 0.8), result("u", 3, 0.7), result("dynunet", 3, 0.6)]  # one point is no curve
+    others = ({"recipe": "published"}, {"processes": 2}, {"fold": 1}, {"seed": 1}, {"minutes": None})
+    results += [{**result("u", 6, 0), **other} for other in others]
+    assert figures.time_to_dice(results) == {"u": [(3, 0.7), (6, 0.8)]}
 
 
 def test_at_equal_memory_a_kind_has_a_row_and_what_searches_gain_over_it():
