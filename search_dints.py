@@ -230,11 +230,11 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
     found = processes.on_main(
         training.checkpoint.find_state, folder, configuration, args.resume, args.allow_other_num_processes
     )
-    processes.on_main(data.identity.check, folder, used, found is not None, args.allow_changed_data)
     precision = running.precision.choose_precision(found.precision if found else args.precision, processes)
     # First, so that a --checkpoint that does not fit costs no reading.
     supernet = Supernet(args, task, precision, processes, use_downsample)
 
+    processes.on_main(data.identity.check, folder, used, found is not None, args.allow_changed_data)
     processes.on_main(data.fingerprint.write_task, folder, task, dataset.measured)
     weights_loader, arch_loader, volumes = read(args, dataset, weights_cases, arch_cases, validation_cases, processes)
     steps = weights_loader.steps

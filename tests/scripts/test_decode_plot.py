@@ -220,7 +220,7 @@ def test_cost_is_of_the_files_task(tmp_path, monkeypatch, task, flags, settings)
     ("flags", "message"),
     [
         ("--patch_size 30 32 32", "--patch_size 30 32 32 does not fit 3 depths"),
-        ("--channel_mul inf", "channel_mul inf.* too large"),
+        ("--channel_mul 1e300", r"channel_mul 1e\+300.* too large"),
         pytest.param(
             "--device cuda",
             "--device cuda, but PyTorch sees no GPU",
