@@ -221,6 +221,8 @@ def equal_time() -> list[Row]:
     rows += [
         Training(U, recipe, 24, fold, 0) for fold in (0, 1) for recipe in ("recommended", "published-augmentation")
     ]
+    rows += [Training(U, "nnunet", 12, fold, 0) for fold in (0, 1)]  # at which length `auto` should change
+    rows += [Training(U, "recommended", 12, 1, 0)]
     for minutes in (3, 12, 24, 48):  # how Dice grows with time: each length has its own schedule
         rows += [Training(network, "recommended", minutes, 0, 0) for network in (U, "dynunet", "segresnet")]
     for fold in (0, 2, 3):
