@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
             beside.append(1 - network.seconds / whole[-1])
         print(
             f"{' x '.join(map(str, image.shape[1:]))}{', with --tta' if mirrored else ''}: "
-            f"{statistics.median(whole[1:]):.2f} s, {statistics.median(beside[1:]):.1%} of them beside the network"
+            f"{statistics.median(whole[1:] or whole):.2f} s, {statistics.median(beside[1:] or beside):.1%} of them beside the network"
         )
 
 
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--image", type=Path, help="a volume (default: a CT of random voxels)")
     parser.add_argument("--channel_mul", type=float, default=0.5, help="width of the network (default: 0.5)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="(default: bf16)")
-    parser.add_argument("--repeats", type=int, default=3, help="after one to warm up (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="after one to warm up (default: 3); 0: that one counts")
     return parser.parse_args()
 
 
