@@ -67,9 +67,10 @@ def main(args: argparse.Namespace) -> None:
             predictor(image, affine)
             whole.append(time.perf_counter() - start)
             beside.append(1 - network.seconds / whole[-1])
+        seconds, share = (statistics.median(values[1:] or values) for values in (whole, beside))
         print(
             f"{' x '.join(map(str, image.shape[1:]))}{', with --tta' if mirrored else ''}: "
-            f"{statistics.median(whole[1:] or whole):.2f} s, {statistics.median(beside[1:] or beside):.1%} of them beside the network"
+            f"{seconds:.2f} s, {share:.1%} of them beside the network"
         )
 
 
