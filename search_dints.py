@@ -245,7 +245,7 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
     augmentation = data.augmentation.chosen(args.augmentation, iterations, seen)
     for loader in (weights_loader, arch_loader):
         loader.augment_by(data.augmentation.chain(augmentation, flips.axes))
-    window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
+    window = training.windows.SlidingWindow(task.patch_size, **options.window(args))
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
     decoded = DecodedDice(supernet, validation, weights_loader, args.decoded_steps)
 
@@ -475,7 +475,7 @@ def short_trainings(
     seen = args.candidate_iterations * patches["batch_size"] / len(training_cases)
     augmentation = data.augmentation.chosen(args.augmentation, args.candidate_iterations, seen)
     loader.augment_by(data.augmentation.chain(augmentation, flips.axes))
-    window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
+    window = training.windows.SlidingWindow(task.patch_size, **options.window(args))
     volumes = data.loaders.validation_loader(judging_cases, cache, alone)
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, alone)
     settings = args.candidate_learning_rate, args.seed, args.save_minutes

@@ -138,7 +138,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     augmentation = data.augmentation.chosen(args.augmentation, iterations, seen)
     loader.augment_by(data.augmentation.chain(augmentation, flips.axes))
     waited = data.loaders.ShareOfWaiting(loader)
-    window = training.validation.SlidingWindow(task.patch_size, **options.window(args))
+    window = training.windows.SlidingWindow(task.patch_size, **options.window(args))
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
 
     weights = weights_training(args, found_network, precision, processes)

@@ -315,7 +315,7 @@ def batches(args: argparse.Namespace) -> dict:
 
 
 def window(args: argparse.Namespace) -> dict:
-    """Return what `dints.training.validation.SlidingWindow` takes, beside the patch size."""
+    """Return what `dints.training.windows.SlidingWindow` takes, beside the patch size."""
     return {"overlap": args.overlap_ratio, "batch_size": args.num_sw_batch_size}
 
 

@@ -116,7 +116,7 @@ def _rotate(image: torch.Tensor, label: torch.Tensor, angles: Sequence[float]) -
     # Rounded where MONAI rounds, or a label voxel half-way between two others would now and then take the other one.
     theta = to_norm_affine(torch.from_numpy(pull).to(torch.float32)[None], shape, shape, align_corners=False)
     theta = theta[:, [2, 1, 0]][:, :, [2, 1, 0, 3]]  # grids name the last axis first
-    grid = F.affine_grid(theta.to(image.device), [1, 1, *shape], align_corners=False)
+    grid = F.affine_grid(theta.to(image.device, non_blocking=True), [1, 1, *shape], align_corners=False)
     sample = partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
     return sample(image[None], mode="bilinear")[0], sample(label[None].float(), mode="nearest")[0].to(label.dtype)
 

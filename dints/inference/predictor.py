@@ -21,7 +21,7 @@ from dints.running.machine import choose_device
 from dints.running.precision import choose_precision
 from dints.running.processes import Processes
 from dints.training.steps import compiled
-from dints.training.validation import SlidingWindow
+from dints.training.windows import SlidingWindow
 
 log = logging.getLogger(__name__)
 

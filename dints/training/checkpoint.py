@@ -236,9 +236,12 @@ def _tensors(content: object) -> Iterator[torch.Tensor]:
 
 def _check_finite(parts: Mapping[str, object]) -> None:
     """Raise rather than let a state take the place of a good one that no training recovers from."""
+    finite: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in _tensors(parts):
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise Diverged(
-                "the training diverged: weights are not finite, and are not saved; lower --learning_rate, set "
-                "--max_gradient_norm, or try --precision fp32. latest.pth is from before"
-            )
+        if tensor.is_floating_point():
+            finite.setdefault(tensor.device, []).append(tensor.isfinite().all())
+    if not all(torch.stack(answers).all() for answers in finite.values()):  # one wait, and not one a tensor
+        raise Diverged(
+            "the training diverged: weights are not finite, and are not saved; lower --learning_rate, set "
+            "--max_gradient_norm, or try --precision fp32. latest.pth is from before"
+        )

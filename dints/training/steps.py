@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from dints.running.precision import Precision
 from dints.running.processes import Processes
@@ -30,7 +30,7 @@ class WeightsTraining:
     criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     precision: Precision
     max_gradient_norm: float | None = None
-    average: AveragedModel | None = None
+    average: MovingAverage | None = None
 
     @property
     def parts(self) -> dict[str, object]:
@@ -51,7 +51,7 @@ def weights_training(
     *,
     learning_rate: float,
     max_gradient_norm: float | None = None,
-    average: AveragedModel | None = None,
+    average: MovingAverage | None = None,
 ) -> WeightsTraining:
     """Make the published training of ``weights``, parameters of ``network``, distributed over the processes."""
     return WeightsTraining(
@@ -140,19 +140,34 @@ def compiled(network: nn.Module, choice: str, device: torch.device) -> nn.Module
     )
 
 
-def averaged(network: nn.Module, decay: float) -> AveragedModel | None:
-    """Make a copy of the network for an exponential moving average of its weights; None where ``decay`` is 0.
+class MovingAverage(AveragedModel):
+    """A copy of a network for an exponential moving average of its weights.
+
+    PyTorch's own update asks the GPU at each step how many there were, and waits for the answer.
 
     Args:
         decay: a step's weights count so many times as much after each further step; at first less, for otherwise the
             start would linger in short trainings.
     """
 
-    def update(averages: list[torch.Tensor], weights: list[torch.Tensor], steps: torch.Tensor) -> None:
-        early = (1 + int(steps)) / (10 + int(steps))
-        get_ema_multi_avg_fn(min(decay, early))(averages, weights, steps)
+    def __init__(self, network: nn.Module, decay: float):
+        super().__init__(network)  # which counts the steps on the CPU
+        self.decay = decay
 
-    return AveragedModel(network, multi_avg_fn=update) if decay else None
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take a step's weights in; the first ones are taken as they are."""
+        steps = int(self.n_averaged)
+        share = 1 - min(self.decay, (1 + steps) / (10 + steps)) if steps else 1.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), share)
+        for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)
+        self.n_averaged += 1
+
+
+def averaged(network: nn.Module, decay: float) -> MovingAverage | None:
+    """Make the moving average of a network's weights; None where ``decay`` is 0."""
+    return MovingAverage(network, decay) if decay else None
 
 
 def scheduled(schedule: str, base: float, progress: float, milestones: Sequence[float]) -> float:

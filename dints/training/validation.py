@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from torch import nn
 from tqdm import tqdm
 
@@ -15,43 +15,10 @@ from dints.data.loaders import ValidationLoader
 from dints.running.precision import Precision
 from dints.running.processes import Processes
 from dints.training.steps import to_device
+from dints.training.windows import SlidingWindow
 
 SLAB = 16  # planes of a volume whose predictions are counted at once
-
-
-@dataclass(frozen=True)
-class SlidingWindow:
-    """Computes class scores of an image from overlapping patches, weighted by a Gaussian around each one's centre.
-
-    Images smaller than a patch are padded by reflection, as in training; where an image is too small for that (less
-    than a third of the patch), by its border voxels.
-    """
-
-    patch_size: tuple[int, int, int]
-    overlap: float
-    batch_size: int
-
-    def __call__(self, image: torch.Tensor, network: nn.Module) -> torch.Tensor:
-        """Return (1, classes, *spatial) of an image (1, channels, *spatial)."""
-        reflectable = all(
-            (patch - size + 1) // 2 < size for patch, size in zip(self.patch_size, image.shape[2:], strict=True)
-        )
-        return sliding_window_inference(
-            image,
-            self.patch_size,
-            self.batch_size,
-            network,
-            overlap=self.overlap,
-            mode="gaussian",
-            padding_mode="reflect" if reflectable else "replicate",
-        )
-
-    @torch.no_grad()
-    def probabilities(self, image: np.ndarray, network: nn.Module, precision: Precision) -> np.ndarray:
-        """Return class probabilities (classes, *spatial), float32, of an image (channels, *spatial), float32."""
-        with precision.autocast():
-            scores = self(torch.from_numpy(image[None]).to(precision.device), network)[0]
-        return scores.float().softmax(0).cpu().numpy()
+MANY_SCORES = 2**29  # numbers, 2 GiB: a volume's class scores, when they are no longer all kept at once
 
 
 @dataclass(frozen=True)
@@ -95,7 +62,11 @@ def count_overlap(predicted: torch.Tensor, reference: torch.Tensor, num_classes:
     """
     size = num_classes * num_classes
     pairs = reference.flatten().long() * num_classes + predicted.flatten().long()
-    confusion = torch.bincount(pairs, minlength=size).reshape(num_classes, num_classes).double()
+    if pairs.is_cuda:  # `bincount` asks the GPU for the largest one, and waits
+        confusion = pairs.new_zeros(size).scatter_add_(0, pairs, torch.ones_like(pairs))
+    else:
+        confusion = torch.bincount(pairs, minlength=size)
+    confusion = confusion.reshape(num_classes, num_classes).double()
     return torch.stack([confusion.diagonal(), confusion.sum(0), confusion.sum(1)], -1)[1:]
 
 
@@ -117,7 +88,9 @@ class Overlaps:
     def add(self, number: int, predicted: torch.Tensor | np.ndarray, reference: torch.Tensor | np.ndarray) -> None:
         """Count a case, or a part of it, by its number among all cases."""
         predicted, reference = torch.as_tensor(predicted), torch.as_tensor(reference)
-        self.counts[number] += count_overlap(predicted, reference, self.num_classes)
+        self.counts[number] += count_overlap(predicted, reference, self.num_classes).to(
+            self.counts.device, non_blocking=True
+        )
 
     def scores(self) -> Scores:
         """Return the scores over all ranks' cases; every rank must call it."""
@@ -154,11 +127,24 @@ class Validation:
         overlaps = Overlaps(self.cases.num_cases, self.num_classes, self.processes)
         silent = None if self.processes.is_main else True  # None: a bar only where there is a terminal
         for case in tqdm(each(self.cases), "validation", len(self.cases), unit="case", leave=False, disable=silent):
-            image, label = to_device(case, self.processes.device)
-            with self.precision.autocast():
-                scores = self.window(image, network)
-            # In parts: a large volume's predictions would be 8 bytes a voxel, and its pairs of classes as much again.
-            for part, reference in zip(scores.split(SLAB, 2), label.split(SLAB, 2), strict=True):
-                overlaps.add(case["number"], part.argmax(1), reference)
+            for predicted, reference in self._predictions(case, network):
+                overlaps.add(case["number"], predicted, reference)
         network.train(was_training)
         return overlaps.scores()
+
+    def _predictions(
+        self, case: dict[str, torch.Tensor], network: nn.Module
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield what the network predicts of a case, part by part, with the reference."""
+        shape = case["image"].shape[2:]
+        if self.num_classes * math.prod(shape) > MANY_SCORES and self.window.fits(shape):
+            axis = int(np.argmax(shape))  # along the longest, planes are smallest
+            for first, scores in self.window.slabs(case["image"][0], network, self.precision, axis):
+                yield scores.argmax(0), case["label"][0, 0].narrow(axis, first, scores.shape[1 + axis])
+            return
+        image, label = to_device(case, self.processes.device)
+        with self.precision.autocast():
+            scores = self.window(image, network)
+        # In parts: a large volume's predictions would be 8 bytes a voxel, and its pairs of classes as much again.
+        for part, reference in zip(scores.split(SLAB, 2), label.split(SLAB, 2), strict=True):
+            yield part.argmax(1), reference

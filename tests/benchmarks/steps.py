@@ -44,7 +44,7 @@ from dints.network.weights import fitting_state  # noqa: E402
 from dints.running import processes as running  # noqa: E402
 from dints.running.precision import Precision, choose_precision  # noqa: E402
 from dints.training import steps as training  # noqa: E402
-from dints.training.validation import SlidingWindow  # noqa: E402
+from dints.training.windows import SlidingWindow  # noqa: E402
 
 # Blocks and depths are the published 12 and 4 in both. "small" is what a CPU can do many times.
 SIZES = {

@@ -11,7 +11,7 @@ from dints.data.grid import Resampling
 from dints.inference import slabs
 from dints.network.found import FoundNetwork
 from dints.running.precision import Precision
-from dints.training.validation import SlidingWindow
+from dints.training.windows import SlidingWindow
 
 FP32 = Precision("fp32", torch.device("cpu"))
 WINDOW = SlidingWindow((16, 8, 8), 0.4, 3)

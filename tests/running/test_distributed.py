@@ -20,7 +20,8 @@ from dints.data.opening import open_dataset
 from dints.network.model_file import load_model
 from dints.running.precision import Precision
 from dints.running.processes import Processes
-from dints.training.validation import SlidingWindow, Validation
+from dints.training.validation import Validation
+from dints.training.windows import SlidingWindow
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow

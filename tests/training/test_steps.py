@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dints.running.precision import Precision
 from dints.running.processes import Processes
@@ -152,6 +153,26 @@ def test_weights_are_averaged_after_every_step():
     torch.testing.assert_close(average.module.weight.detach(), expected)
     assert not torch.equal(average.module.weight, network.weight)
     assert averaged(network, 0.0) is None
+
+
+def test_the_average_is_pytorchs():
+    """To the bit, and its state too, so that runs of before go on."""
+    torch.manual_seed(0)
+
+    def update(averages, weights, steps):
+        get_ema_multi_avg_fn(min(0.5, (1 + int(steps)) / (10 + int(steps))))(averages, weights, steps)
+
+    network = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2))
+    pytorchs, ours = AveragedModel(network, multi_avg_fn=update), averaged(network, 0.5)
+    for _ in range(12):
+        network(torch.randn(1, 1, 4, 4, 4))
+        for weight in network.parameters():
+            weight.data += torch.randn_like(weight)
+        pytorchs.update_parameters(network)
+        ours.update_parameters(network)
+        states = pytorchs.state_dict(), ours.state_dict()
+        assert states[0].keys() == states[1].keys()
+        assert all(map(torch.equal, states[0].values(), states[1].values()))
 
 
 @pytest.mark.parametrize(

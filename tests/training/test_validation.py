@@ -13,7 +13,9 @@ from torch import nn
 
 from dints.running.precision import Precision
 from dints.running.processes import Processes
-from dints.training.validation import Scores, SlidingWindow, Validation, count_overlap, scores_from_counts
+from dints.training import validation
+from dints.training.validation import Scores, Validation, count_overlap, scores_from_counts
+from dints.training.windows import SlidingWindow
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU)
@@ -149,8 +151,8 @@ def batches() -> list[dict[str, torch.Tensor]]:
 def validate(batches: list[dict], num_cases: int, processes: Processes = ALONE, network=None) -> Scores | None:
     cases = Cases(batches)
     cases.num_cases = num_cases
-    validation = Validation(cases, 3, SlidingWindow((8, 8, 8), 0.5, 4), Precision("fp32", CPU), processes)
-    return validation.scores(network or Threshold())
+    window = SlidingWindow((8, 8, 8), 0.5, 4)
+    return Validation(cases, 3, window, Precision("fp32", CPU), processes).scores(network or Threshold())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -164,6 +166,18 @@ def test_validation_scores_whole_cases_and_leaves_the_mode(batches, training):
             expected = 2 * (p & r).sum() / (p.sum() + r.sum()) if r.any() else math.nan
             assert dice == pytest.approx(float(expected), nan_ok=True)
     assert math.isnan(scores.dice[2, 1]) and 0.7 < scores.mean < 1
+
+
+def test_large_volumes_are_scored_slab_by_slab_alike(batches, monkeypatch):
+    """Of those that hold a patch; the others are padded, and are small."""
+    whole, before = Threshold(), Threshold()
+    expected = validate(batches, len(batches), network=before)
+    monkeypatch.setattr(validation, "MANY_SCORES", 3 * 8**3)  # the second case has just as many
+    calls, real = [], SlidingWindow.slabs
+    monkeypatch.setattr(SlidingWindow, "slabs", lambda self, *a: calls.append(a[-1]) or real(self, *a))
+    scores = validate(batches, len(batches), network=whole)
+    assert calls == [1, 1] and whole.windows == before.windows
+    assert torch.equal(scores.dice.nan_to_num(-1), expected.dice.nan_to_num(-1))
 
 
 def test_two_ranks_shares_add_up_to_the_whole(batches):

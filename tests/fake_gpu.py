@@ -1,0 +1,182 @@
+"""Stands for a GPU where there is none: tensors on it have a shape, a type and a device, and no numbers.
+
+    python tests/fake_gpu.py -m pytest tests/fake_cuda.py       with the CUDA build: runs Python with such a GPU
+
+`FakeTensorMode` says what each operation of the CUDA build returns, and refuses those whose tensors are on two devices.
+Autograd and autocast ask CUDA for a device and its streams first: fixtures/fake_cuda.c answers. There is
+memory without end and there are no kernels, so that nothing is said of what these compute, or when.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+LIBRARY = "libcuda.so.1"  # by which name PyTorch looks for the driver
+GPU = torch.device("cuda", 0)
+aten = torch.ops.aten
+# Of optimizers and the gradient scaler: they change what they are given, and PyTorch does not know what they return.
+CHANGING = (
+    aten._fused_sgd_.default,
+    aten._fused_adam_.default,
+    aten._amp_foreach_non_finite_check_and_unscale_.default,
+    aten._amp_update_scale_.default,
+)
+
+
+def is_there() -> bool:
+    """Tell whether this process has the fake GPU."""
+    return LIBRARY in os.environ.get("LD_PRELOAD", "")
+
+
+def main(arguments: list[str]) -> int:
+    """Run Python with these arguments and the fake GPU; return its exit code.
+
+    It needs the CUDA build of PyTorch for Linux, whose Triton brings CUDA's headers, and a C compiler.
+    """
+    if torch.version.cuda is None:
+        sys.exit("error: this needs the CUDA build of PyTorch, see tests/fake_cuda.py")
+    headers = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "include"
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / LIBRARY
+        command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{LIBRARY}", f"-I{headers}", "-o", library]
+        subprocess.run([*command, CHECKOUT / "tests" / "fixtures" / "fake_cuda.c"], check=True)
+        environment = {**os.environ, "LD_PRELOAD": str(library)}
+        return subprocess.run([sys.executable, *arguments], env=environment).returncode
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What the host waits for the GPU for, and the lines of ours, the outermost first, that led there."""
+
+    what: str
+    lines: tuple[str, ...]
+
+
+@dataclass
+class Gpu(TorchDispatchMode):
+    """Computes what is on the CPU, and of what is on the GPU only shapes.
+
+    Attributes:
+        answer: whenever the host asks for a number.
+        launches: names of the operations there that are no views, each with how often it was called.
+        bytes: that they read and wrote.
+        waits: in their order.
+    """
+
+    fake: FakeTensorMode
+    answer: float = 1.0
+    launches: Counter = field(default_factory=Counter)
+    bytes: Counter = field(default_factory=Counter)
+    waits: list[Wait] = field(default_factory=list)
+
+    def __post_init__(self):
+        super().__init__()
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        for counted in (self.launches, self.bytes, self.waits):
+            counted.clear()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if function is torch.ops.prim.device.default:
+            return function(*args)
+        on_gpu = any(isinstance(tensor, FakeTensor) for tensor in tensors) or GPU.type in {
+            leaf.type for leaf in leaves if isinstance(leaf, torch.device)
+        }
+        if not on_gpu:
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+        self._note_waiting(function, args, kwargs)
+        if function is aten._local_scalar_dense.default:
+            return self.answer
+        if function in CHANGING:
+            assert {tensor.device for tensor in tensors} == {GPU}, f"{function}: {[t.device for t in tensors]}"
+            results = args[0] if function is aten._amp_update_scale_.default else None
+        else:
+            results = function(*tree_map_only(torch.Tensor, self._faked, args), **kwargs)
+        self._count(function, tensors, results)
+        return results
+
+    def _faked(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
+
+    def _count(self, function, tensors: list[torch.Tensor], results: object) -> None:
+        made = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
+        if function.is_view or function.__name__.startswith(("empty", "new_empty", "detach", "_reshape_alias")):
+            return  # no kernel
+        name = str(function).split(".")[1]
+        self.launches[name] += 1
+        self.bytes[name] += sum(tensor.nbytes for tensor in (*tensors, *made))
+
+    def _note_waiting(self, function, args, kwargs) -> None:
+        if function is aten._local_scalar_dense.default:
+            what = "a number"
+        elif function is aten.copy_.default:
+            what = _waiting_copy(args[1].device, args[0].device, args[2] if len(args) > 2 else False)
+        elif function is aten._to_copy.default:
+            target = torch.device(kwargs.get("device") or args[0].device)
+            what = _waiting_copy(args[0].device, target, kwargs.get("non_blocking", False))
+        elif function in (aten.nonzero.default, aten.bincount.default):  # how large their results are, is a number
+            what = f"the size of {function.__name__.split('.')[0]}"
+        else:
+            return
+        if what:
+            frames = [Path(frame.filename) for frame in traceback.extract_stack()]
+            numbers = [frame.lineno for frame in traceback.extract_stack()]
+            ours = [
+                f"{path.relative_to(CHECKOUT)}:{number}"
+                for path, number in zip(frames, numbers, strict=False)
+                if path.is_relative_to(CHECKOUT) and not path.is_relative_to(CHECKOUT / "tests")
+            ]
+            self.waits.append(Wait(what, tuple(ours)))
+
+
+def _waiting_copy(source: torch.device, target: torch.device, non_blocking: bool) -> str | None:
+    """Name a copy that the host waits for: to the host, or from it where it was not allowed to go on."""
+    if source.type == target.type or (source.type == "cpu" and non_blocking):
+        return None
+    return f"a copy to the {'host' if target.type == 'cpu' else 'GPU'}"
+
+
+@contextmanager
+def a_gpu(answer: float = 1.0) -> Iterator[Gpu]:
+    """Let what asks for CUDA have the fake GPU."""
+    fake, own = FakeTensorMode(allow_non_fake_inputs=True), torch.Generator()
+    overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a weight cannot turn into one without numbers
+    try:
+        with (
+            mock.patch.object(torch.cuda, "_initialized", True),
+            mock.patch.object(torch.cuda, "default_generators", (own,)),
+            mock.patch.object(torch, "Generator", lambda _device: own),  # CUDA's has its state on the GPU
+            mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+            fake,
+            Gpu(fake, answer) as gpu,
+        ):
+            yield gpu
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
