@@ -54,7 +54,7 @@ def waits(gpu: Gpu, part: str) -> list[str]:
     """Return what was waited for and where, and say so."""
     found = [f"{wait.what} at {wait.lines[-1] if wait.lines else 'no line of ours'}" for wait in gpu.waits]
     said = ", ".join(f"{count} x {wait}" for wait, count in Counter(found).items())
-    log.warning("%s: %d launches, waits: %s", part, sum(gpu.launches.values()), said or "none")
+    log.warning("%s: %d launches, waits: %s", part, gpu.launches, said or "none")
     return found
 
 
@@ -144,6 +144,14 @@ def test_validation_waits_for_the_case_and_for_what_is_found(name: str, large: b
         assert {wait.split(" at ")[0] for wait in found} <= {"a copy to the host", "a copy to the GPU", "a number"}
         windows = 2 * 2 * 3
         assert len(found) <= (4 * windows if large else 12)
+
+
+def test_what_was_predicted_on_the_host_is_counted_on_the_gpu():
+    labels = np.zeros((40, 48, 64), np.uint8)
+    with a_gpu():
+        overlaps = validation.Overlaps(1, TASK.num_classes, ALONE)
+        overlaps.add(0, labels, labels)
+        assert overlaps.counts.device == GPU
 
 
 def test_segmenting_slab_by_slab():

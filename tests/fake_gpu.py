@@ -15,21 +15,25 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 LIBRARY = "libcuda.so.1"  # by which name PyTorch looks for the driver
 GPU = torch.device("cuda", 0)
+DEFAULT = "_default_to_fused_or_foreach"  # of PyTorch's optimizers
 aten = torch.ops.aten
 # Of optimizers and the gradient scaler: they change what they are given, and PyTorch does not know what they return.
 CHANGING = (
@@ -69,21 +73,28 @@ class Wait:
     lines: tuple[str, ...]
 
 
+class OnGpu(NamedTuple):
+    """A call of an operation: how many kernels it is at the least, the bytes that it reads and writes, and its FLOP."""
+
+    name: str
+    kernels: int
+    bytes: int
+    flop: int
+
+
 @dataclass
 class Gpu(TorchDispatchMode):
     """Computes what is on the CPU, and of what is on the GPU only shapes.
 
     Attributes:
-        answer: whenever the host asks for a number.
-        launches: names of the operations there that are no views, each with how often it was called.
-        bytes: that they read and wrote.
+        answer: what every number is that comes to the host.
+        calls: of the operations there that are no views.
         waits: in their order.
     """
 
     fake: FakeTensorMode
     answer: float = 1.0
-    launches: Counter = field(default_factory=Counter)
-    bytes: Counter = field(default_factory=Counter)
+    calls: list[OnGpu] = field(default_factory=list)
     waits: list[Wait] = field(default_factory=list)
 
     def __post_init__(self):
@@ -91,8 +102,13 @@ class Gpu(TorchDispatchMode):
 
     def forget(self) -> None:
         """Begin to count anew."""
-        for counted in (self.launches, self.bytes, self.waits):
-            counted.clear()
+        self.calls.clear()
+        self.waits.clear()
+
+    @property
+    def launches(self) -> int:
+        """How many kernels they are at the least."""
+        return sum(call.kernels for call in self.calls)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -109,24 +125,28 @@ class Gpu(TorchDispatchMode):
         self._note_waiting(function, args, kwargs)
         if function is aten._local_scalar_dense.default:
             return self.answer
+        if function is aten._to_copy.default and torch.device(kwargs.get("device") or GPU).type == "cpu":
+            with unset_fake_temporarily():
+                return torch.full(args[0].shape, self.answer, dtype=kwargs.get("dtype") or args[0].dtype)
         if function in CHANGING:
             assert {tensor.device for tensor in tensors} == {GPU}, f"{function}: {[t.device for t in tensors]}"
             results = args[0] if function is aten._amp_update_scale_.default else None
         else:
             results = function(*tree_map_only(torch.Tensor, self._faked, args), **kwargs)
-        self._count(function, tensors, results)
+        self._count(function, args, kwargs, results)
         return results
 
     def _faked(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
-    def _count(self, function, tensors: list[torch.Tensor], results: object) -> None:
-        made = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
+    def _count(self, function, args, kwargs, results) -> None:
         if function.is_view or function.__name__.startswith(("empty", "new_empty", "detach", "_reshape_alias")):
             return  # no kernel
-        name = str(function).split(".")[1]
-        self.launches[name] += 1
-        self.bytes[name] += sum(tensor.nbytes for tensor in (*tensors, *made))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, results)) if isinstance(leaf, torch.Tensor)]
+        flop_of, name = flop_registry.get(function.overloadpacket), str(function).split(".")[1]
+        flop = flop_of(*args, **kwargs, out_val=results) if flop_of else 0
+        kernels = sum(args[-1]) if function is aten.convolution_backward.default else 1  # of image, weight and bias
+        self.calls.append(OnGpu(name, kernels, sum(tensor.nbytes for tensor in tensors), flop))
 
     def _note_waiting(self, function, args, kwargs) -> None:
         if function is aten._local_scalar_dense.default:
@@ -158,24 +178,50 @@ def _waiting_copy(source: torch.device, target: torch.device, non_blocking: bool
     return f"a copy to the {'host' if target.type == 'cpu' else 'GPU'}"
 
 
+class FromHost(TorchFunctionMode):
+    """Brings Python's numbers to the GPU by way of tensors on the CPU, and not directly: those of lists."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
+            tensor, index = args
+            places = (torch.tensor(place).to(GPU) if isinstance(place, list) else place for place in index)
+            args = tensor, tuple(places)
+        if function is torch.tensor and (device := (kwargs or {}).pop("device", None)):
+            return torch.tensor(*args, **kwargs).to(device)
+        return function(*args, **(kwargs or {}))
+
+
+def _moved(network: nn.Module, device: torch.device) -> nn.Module:
+    """Do `nn.Module.to` with new parameters: one with numbers cannot turn into one without."""
+    made: dict[int, nn.Parameter] = {}
+    for module in network.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.device != device:
+                new = made.get(id(weight)) or nn.Parameter(weight.detach().to(device), weight.requires_grad)
+                made[id(weight)] = module._parameters[name] = new
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else buffer.to(device)
+    return network
+
+
 @contextmanager
 def a_gpu(answer: float = 1.0) -> Iterator[Gpu]:
     """Let what asks for CUDA have the fake GPU."""
     fake, own = FakeTensorMode(allow_non_fake_inputs=True), torch.Generator()
-    overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a weight cannot turn into one without numbers
-    try:
-        with (
-            mock.patch.object(torch.cuda, "_initialized", True),
-            mock.patch.object(torch.cuda, "default_generators", (own,)),
-            mock.patch.object(torch, "Generator", lambda _device: own),  # CUDA's has its state on the GPU
-            mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
-            fake,
-            Gpu(fake, answer) as gpu,
-        ):
-            yield gpu
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
+    with (
+        mock.patch.object(torch.cuda, "_initialized", True),
+        mock.patch.object(torch.cuda, "default_generators", (own,)),
+        mock.patch.object(torch, "Generator", lambda _device=None: own),  # CUDA's has its state on the GPU
+        mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+        mock.patch.object(nn.Module, "to", _moved),
+        # What they choose on a GPU, for tensors of PyTorch's own kind.
+        mock.patch.object(sys.modules["torch.optim.sgd"], DEFAULT, lambda *_, **__: (False, True)),
+        mock.patch.object(sys.modules["torch.optim.adam"], DEFAULT, lambda *_, **__: (False, True)),
+        fake,
+        Gpu(fake, answer) as gpu,
+        FromHost(),
+    ):
+        yield gpu
 
 
 if __name__ == "__main__":
