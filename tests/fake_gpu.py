@@ -43,6 +43,8 @@ CHANGING = (
     aten._amp_update_scale_.default,
 )
 
+NO_KERNEL = ("empty", "new_empty", "detach", "_reshape_alias", "_unsafe_view")  # openings of names, beside views
+
 
 def is_there() -> bool:
     """Tell whether this process has the fake GPU."""
@@ -140,7 +142,7 @@ class Gpu(TorchDispatchMode):
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
     def _count(self, function, args, kwargs, results) -> None:
-        if function.is_view or function.__name__.startswith(("empty", "new_empty", "detach", "_reshape_alias")):
+        if function.is_view or function.__name__.startswith(NO_KERNEL):
             return  # no kernel
         tensors = [leaf for leaf in tree_leaves((args, kwargs, results)) if isinstance(leaf, torch.Tensor)]
         flop_of, name = flop_registry.get(function.overloadpacket), str(function).split(".")[1]
@@ -182,7 +184,7 @@ class FromHost(TorchFunctionMode):
     """Brings Python's numbers to the GPU by way of tensors on the CPU, and not directly: those of lists."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
+        if function is torch.Tensor.__getitem__ and isinstance(args[0], FakeTensor) and isinstance(args[1], tuple):
             tensor, index = args
             places = (torch.tensor(place).to(GPU) if isinstance(place, list) else place for place in index)
             args = tensor, tuple(places)

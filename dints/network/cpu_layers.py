@@ -92,7 +92,7 @@ class Convolution(nn.Conv3d):
 
 def _sees_single_voxels(weight: torch.Tensor, stride: tuple[int, ...]) -> bool:
     """Tell whether the convolution looks at single voxels, and leaves some out."""
-    return weight[0, 0].numel() == 1 and math.prod(stride) > 1
+    return math.prod(weight.shape[2:]) == 1 and math.prod(stride) > 1
 
 
 def _is_wrong_in_bfloat16(image: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -121,6 +121,9 @@ def instance_norm(
     image: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
     """Compute `torch.nn.functional.instance_norm`: on a CPU as a group norm with one channel in a group."""
+    if image.is_cuda and len(image) == 1:  # what it comes to, without copies of the weights
+        flat = image.reshape(1, -1, *image.shape[2:])
+        return F.batch_norm(flat, None, None, weight, bias, training=True, eps=eps).view(image.shape)
     if image.device.type != "cpu" or image[0, 0].numel() == 1:  # one voxel has no deviation: PyTorch's error says so
         return F.instance_norm(image, weight=weight, bias=bias, eps=eps)
     return F.group_norm(image, image.shape[1], weight, bias, eps)
@@ -162,9 +165,21 @@ def convolve_side_by_side(convolutions: Sequence[nn.Module], image: torch.Tensor
         shares = zip(convolutions, image.chunk(groups, 1), strict=True)
         return torch.cat([convolution(share) for convolution, share in shares], 1)
     weight = torch.cat([convolution.weight for convolution in convolutions])
+    return _grouped(image, weight, first.stride, first.padding, groups)
+
+
+def convolve(weight: torch.Tensor, image: torch.Tensor, groups: int) -> torch.Tensor:
+    """Convolve without a bias, keeping the size, each group of channels of ``image`` by its share of the kernels."""
+    padding = tuple(size // 2 for size in weight.shape[2:])
+    if padding[0] and _is_wrong_in_bfloat16(image, weight):
+        image, padding = _padded_first(image, padding)
+    return _grouped(image, weight, (1, 1, 1), padding, groups)
+
+
+def _grouped(image, weight, stride, padding, groups) -> torch.Tensor:
     if _can_take(image) and _in_fp32(image, weight):
-        return _OneDnnConvolution.apply(image, weight, first.stride, first.padding, groups)
-    return F.conv3d(image, weight, None, first.stride, first.padding, groups=groups)
+        return _OneDnnConvolution.apply(image, weight, stride, padding, groups)
+    return F.conv3d(image, weight, None, stride, padding, groups=groups)
 
 
 def _can_take(image: torch.Tensor) -> bool:

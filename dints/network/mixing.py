@@ -8,41 +8,81 @@ import torch
 from monai.networks.nets.dints import Cell
 from torch import nn
 
-from dints.network.cpu_layers import convolve_side_by_side, instance_norm
+from dints.network.composition import Composed
+from dints.network.cpu_layers import convolve, convolve_side_by_side, instance_norm
 from dints.network.operations import ActivatedConvolutions
 
 
-def mix(cells: Sequence[Cell], images: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+def mix(
+    cells: Sequence[Cell],
+    images: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    parts: Sequence[Composed] | None = None,
+) -> torch.Tensor:
     """Return what the sum of ``cell(image, weight)`` computes, operations of one kind in few calls for all cells.
 
     Args:
         images: each cell's input; the outputs have the same shape.
         weights: (cells, operations).
+        parts: operations that are composed, for as many cells at a time as `cells_together` says.
     """
-    if images[0].device.type == "cpu":  # a call costs more than what the deeper levels compute in it
-        return _mix_side_by_side(cells, images, weights)
-    # Grouped 3D convolutions are known to be slow in cuDNN; we had no GPU to measure them on.
-    parts = [slice(index, index + 1) for index in range(len(cells))]
-    return _sum([_mix_side_by_side(cells[part], images[part], weights[part]) for part in parts])
+    together = cells_together(len(cells), images[0].device)
+    terms = [
+        _mix_side_by_side(cells[start:end], images[start:end], weights[start:end], part)
+        for start, end, part in zip(
+            range(0, len(cells), together),
+            range(together, len(cells) + 1, together),
+            parts or [None] * (len(cells) // together),
+            strict=True,
+        )
+    ]
+    return _sum(terms)
 
 
-def _mix_side_by_side(cells: Sequence[Cell], images: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+def cells_together(count: int, device: torch.device) -> int:
+    """Return how many of the cells into a node are computed in one call.
+
+    All of them on a CPU, where a call costs more than what the deeper levels compute in it. On a GPU each by itself:
+    grouped 3D convolutions are known to be slow in cuDNN; we had no GPU to measure them on.
+    """
+    return count if device.type == "cpu" else 1
+
+
+def _mix_side_by_side(
+    cells: Sequence[Cell], images: Sequence[torch.Tensor], weights: torch.Tensor, composed: Composed | None
+) -> torch.Tensor:
     images = [cell.preprocess(image) for cell, image in zip(cells, images, strict=True)]
     joined = torch.cat(images, 1) if len(images) > 1 else images[0]
     operations = list(zip(*(cell.op.ops for cell in cells), strict=True))  # of each operation, the cells' blocks
     weights = weights.unbind(1)
-    plain = [index for index, blocks in enumerate(operations) if _is_plain(blocks[0])]
-    skips = [index for index, blocks in enumerate(operations) if type(blocks[0]) is nn.Identity]
+    left = [number for number in range(len(operations)) if composed is None or number not in composed.operations]
+    plain = [number for number in left if _is_plain(operations[number][0])]
+    skips = [number for number in left if type(operations[number][0]) is nn.Identity]
     terms = []
+    if composed is not None:
+        terms.append(_convolved_at_once(operations[composed.operations[0]], composed, joined))
     if plain:
         terms.append(_convolved([operations[index] for index in plain], [weights[index] for index in plain], joined))
     for index in skips:
+        if len(cells) == 1:
+            terms.append(joined * weights[index][0])
+            continue
         of_cells = joined.unflatten(1, (len(cells), -1)) * weights[index].view(-1, 1, *[1] * (joined.ndim - 2))
         terms.append(of_cells.sum(1, dtype=joined.dtype))
-    for index in set(range(len(operations))) - {*plain, *skips}:
+    for index in set(left) - {*plain, *skips}:
         for block, image, weight in zip(operations[index], images, weights[index], strict=True):
             terms.append((block(image) * weight).to(joined.dtype))
     return _sum(terms)
+
+
+def _convolved_at_once(
+    blocks: Sequence[ActivatedConvolutions], composed: Composed, image: torch.Tensor
+) -> torch.Tensor:
+    """Sum the composed operations of cells whose images are side by side in ``image``; ``blocks`` are any of theirs."""
+    features = convolve(composed.kernels, blocks[0].acti(image), len(blocks))
+    normalised = instance_norm(features, composed.scale, composed.shift, blocks[0].norm.eps)
+    channels = composed.kernels.shape[1]
+    return normalised.unflatten(1, (-1, channels)).sum(1, dtype=image.dtype)  # else autocast would make it fp32
 
 
 def _is_plain(block: nn.Module) -> bool:

@@ -23,8 +23,9 @@ from dints.network import decoding
 from dints.network.architecture import Architecture, paths
 from dints.network.cells import cell_of
 from dints.network.children import depth_sizes, patterns, switchings
+from dints.network.composition import Composed, composed, pays
 from dints.network.cpu_layers import accelerated
-from dints.network.mixing import mix
+from dints.network.mixing import cells_together, mix
 from dints.network.operations import PUBLISHED, check_names
 
 CERTAIN = 1000.0  # an alpha at which a path's probability is 1 to the last bit, and its complement 0
@@ -256,14 +257,27 @@ class SearchSpace(TopologySearch):
         """
         # A path's probability scales the sum of its operations, so it may scale each of their weights instead.
         weights = self.get_prob_a()[1].unsqueeze(-1) * F.softmax(self.log_alpha_c, -1)
+        of_depths = [self._composed(into, image, weights) for into, image in zip(self.paths_into, x, strict=True)]
         for block in range(self.num_blocks):
             outputs = []
-            for into in self.paths_into:
+            for into, parts in zip(self.paths_into, of_depths, strict=True):
                 cells = [self.cell_tree[str((block, path))] for path in into]
                 images = [x[self.paths[path][0]] for path in into]
-                outputs.append(mix(cells, images, weights[block, into.start : into.stop]))
+                outputs.append(mix(cells, images, weights[block, into.start : into.stop], parts[block]))
             x = outputs
         return x
+
+    def _composed(self, into: range, image: torch.Tensor, weights: torch.Tensor) -> Sequence[Sequence[Composed] | None]:
+        """Compose what the paths ``into`` a depth hold, where that pays for maps like ``image``; return it by block."""
+        if not pays(image):
+            return [None] * self.num_blocks
+        cells = [self.cell_tree[str((block, path))] for block in range(self.num_blocks) for path in into]
+        of_cells = weights[:, into.start : into.stop].flatten(0, 1)
+        parts = composed(cells, of_cells, cells_together(len(into), image.device))
+        if parts is None:
+            return [None] * self.num_blocks
+        in_a_block = len(parts) // self.num_blocks
+        return [parts[start : start + in_a_block] for start in range(0, len(parts), in_a_block)]
 
 
 def supernet(space: SearchSpace, in_channels: int, num_classes: int) -> DiNTS:
