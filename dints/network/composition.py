@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -28,12 +29,14 @@ class Composed(NamedTuple):
         kernels: (cells * operations * channels, channels, 3, 3, 3), in the type that is computed in.
         scale, shift: (cells * operations * channels,), of the norm, times the operations' weights.
         operations: their numbers among those of a cell.
+        others: the weights of the other operations by their numbers, (cells,).
     """
 
     kernels: torch.Tensor
     scale: torch.Tensor
     shift: torch.Tensor
     operations: tuple[int, ...]
+    others: dict[int, torch.Tensor]
 
 
 def pays(image: torch.Tensor) -> bool:
@@ -68,8 +71,14 @@ def composed(cells: Sequence[Cell], weights: torch.Tensor, together: int) -> lis
         (of_norms * torch.stack([torch.stack([getattr(block.norm, name) for block in blocks]) for blocks in chosen], 1))
         for name in ("weight", "bias")
     )
+    # Each is split once for all cells: a slice for each would be a gradient as large as the whole, and their sum.
+    left = [number for number in range(len(kinds)) if number not in operations]
+    others = zip(*(weights[:, number].split(together) for number in left), strict=True) if left else repeat(())
     parts = zip(*(values.split(together) for values in (kernels, scale, shift)), strict=True)
-    return [Composed(part.flatten(0, 1), up.flatten(), by.flatten(), operations) for part, up, by in parts]
+    return [
+        Composed(part.flatten(0, 1), up.flatten(), by.flatten(), operations, dict(zip(left, rest, strict=True)))
+        for (part, up, by), rest in zip(parts, others, strict=False)
+    ]
 
 
 def _composes(block: nn.Module) -> bool:

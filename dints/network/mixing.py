@@ -54,25 +54,28 @@ def _mix_side_by_side(
     images = [cell.preprocess(image) for cell, image in zip(cells, images, strict=True)]
     joined = torch.cat(images, 1) if len(images) > 1 else images[0]
     operations = list(zip(*(cell.op.ops for cell in cells), strict=True))  # of each operation, the cells' blocks
-    weights = weights.unbind(1)
-    left = [number for number in range(len(operations)) if composed is None or number not in composed.operations]
+    left = dict(enumerate(weights.unbind(1))) if composed is None else composed.others
     plain = [number for number in left if _is_plain(operations[number][0])]
     skips = [number for number in left if type(operations[number][0]) is nn.Identity]
     terms = []
     if composed is not None:
         terms.append(_convolved_at_once(operations[composed.operations[0]], composed, joined))
     if plain:
-        terms.append(_convolved([operations[index] for index in plain], [weights[index] for index in plain], joined))
-    for index in skips:
-        if len(cells) == 1:
-            terms.append(joined * weights[index][0])
-            continue
-        of_cells = joined.unflatten(1, (len(cells), -1)) * weights[index].view(-1, 1, *[1] * (joined.ndim - 2))
-        terms.append(of_cells.sum(1, dtype=joined.dtype))
-    for index in set(left) - {*plain, *skips}:
-        for block, image, weight in zip(operations[index], images, weights[index], strict=True):
+        terms.append(_convolved([operations[number] for number in plain], [left[number] for number in plain], joined))
+    for number in skips:
+        terms.append(_scaled(joined, left[number]))
+    for number in left.keys() - {*plain, *skips}:
+        for block, image, weight in zip(operations[number], images, left[number], strict=True):
             terms.append((block(image) * weight).to(joined.dtype))
     return _sum(terms)
+
+
+def _scaled(image: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum cells that are side by side in ``image``, each times its weight."""
+    if len(weights) == 1:
+        return image * weights.squeeze(0)
+    of_cells = image.unflatten(1, (len(weights), -1)) * weights.view(-1, 1, *[1] * (image.ndim - 2))
+    return of_cells.sum(1, dtype=image.dtype)
 
 
 def _convolved_at_once(
