@@ -19,6 +19,7 @@ import pytest
 import torch
 from architectures import random_architecture
 from fake_gpu import GPU, Gpu, a_gpu, is_there
+from torch import nn
 
 import search_dints
 from dints.data import augmentation, loaders
@@ -90,6 +91,21 @@ def test_the_step_of_a_retraining_does_not_wait(name: str):
             assert steps.weights_step(training, a_batch()).device == GPU
             assert waits(gpu, f"retraining step, {name}") == []
         assert all(weight.device == GPU for weight in training.average.module.parameters())
+
+
+@each_precision
+def test_features_keep_their_type_where_they_grow(name: str):
+    """PyTorch's autocast would make them fp32."""
+    with a_gpu():
+        types, network = [], a_network().to(GPU)
+        for module in network.modules():
+            if isinstance(module, nn.Upsample) and module.scale_factor == 2:
+                module.register_forward_hook(lambda _, given, result: types.append((given[0].dtype, result.dtype)))
+        with Precision(name, GPU).autocast():
+            network(torch.rand(1, TASK.num_channels, *PATCH).to(GPU))
+    expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    assert len(types) > 3 and {result for _, result in types} <= {expected, torch.float32}
+    assert all(given == result for given, result in types)
 
 
 def test_losses_are_looked_at_once_in_many_steps():
@@ -185,6 +201,7 @@ def test_a_state_is_restored_on_the_gpu(name: str, tmp_path):
             assert state["momentum_buffer"].device == GPU
 
 
-def test_the_newest_precision_is_chosen():
+def test_the_precision_is_the_newest_and_says_what_fp32_is():
     with a_gpu():
         assert choose_precision("auto", ALONE).name == "bf16"
+        assert choose_precision("fp32", ALONE).describe(ALONE) == "1 x cuda in fp32, convolutions in TF32"

@@ -15,7 +15,8 @@
 One is not about speed: where the first spatial axis is shorter than the kernel (2 planes for one of 3), the gradient of
 a weight in bfloat16 is what lay in memory before, NaN at times. We pad that axis ourselves.
 
-On a GPU, and on processors other than x86, PyTorch's own calls stay.
+On processors other than x86 PyTorch's own calls stay. So they do on a GPU but for two things that are less work whatever
+the GPU: an InstanceNorm of one image needs no copies of its weights, upsampling in bf16 or fp16 no fp32.
 """
 
 from __future__ import annotations
@@ -150,6 +151,10 @@ class Upsample(nn.Upsample):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if _can_take(input) and input.dtype in (torch.float32, torch.bfloat16):
             return _Doubling.apply(input.float()).to(input.dtype)
+        if input.is_cuda and input.dtype in (torch.float16, torch.bfloat16):
+            # Autocast would write fp32, eight times the input, for what comes next to read and round to this type.
+            with torch.autocast("cuda", enabled=False):
+                return super().forward(input)
         return super().forward(input)
 
 

@@ -27,7 +27,8 @@ class Precision:
 
     def describe(self, processes: Processes) -> str:
         """Tell people what computes, and in which precision."""
-        return f"{processes.world_size} x {self.device.type} in {self.name}"
+        tf32 = self.name == "fp32" and self.device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        return f"{processes.world_size} x {self.device.type} in {self.name}{', convolutions in TF32' * tf32}"
 
     def scaler(self) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")

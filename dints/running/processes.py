@@ -98,7 +98,11 @@ class Processes:
             return network
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(
-            network, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+            network,
+            device_ids=device_ids,
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,
+            batched_grad_copy=True,  # else a copy for each of thousands of weights
         )
 
     def on_main(self, function: Callable, *args, **keywords):
