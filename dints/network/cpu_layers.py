@@ -15,8 +15,8 @@
 One is not about speed: where the first spatial axis is shorter than the kernel (2 planes for one of 3), the gradient of
 a weight in bfloat16 is what lay in memory before, NaN at times. We pad that axis ourselves.
 
-On processors other than x86 PyTorch's own calls stay. So they do on a GPU but for two things that are less work whatever
-the GPU: an InstanceNorm of one image needs no copies of its weights, upsampling in bf16 or fp16 no fp32.
+On processors other than x86 PyTorch's own calls stay. So they do on a GPU but for two things that are less work on any
+of them: an InstanceNorm of one image needs no copies of its weights, upsampling in bf16 or fp16 no fp32.
 """
 
 from __future__ import annotations
