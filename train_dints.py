@@ -206,6 +206,9 @@ def prepare(args: argparse.Namespace) -> tuple[Architecture, Dataset, list[Case]
         use_downsample = data.fingerprint.use_downsample(args.use_downsample, dataset.cases, dataset.task)
         architecture = dataclasses.replace(architecture, use_downsample=use_downsample)
     network.found.check_patch_size(dataset.task.patch_size, architecture.num_depths, architecture.use_downsample)
+    network.step_memory.check(
+        dataset.task, architecture, with_width(args, architecture).channel_mul, **options.step(args)
+    )
     return architecture, dataset, *data.listing.split_fold(dataset.cases, **options.folds(args))
 
 

@@ -158,16 +158,16 @@ def _choose_mode(mode: str, num_cases: int, needed: int, folder: Path, num_nodes
         "cache %s: %d cases take %s%s; free are %s of memory and %s in %s",
         mode,
         num_cases,
-        _gib(needed),
+        machine.gib(needed),
         " on each node" if num_nodes > 1 else "",
-        _gib(memory),
-        _gib(disk),
+        machine.gib(memory),
+        machine.gib(disk),
         folder,
     )
     if mode == "ram" and needed > memory:
         raise UserError(
-            f"--cache ram: {num_cases} cases take {_gib(needed)} of memory, and {_gib(memory)} are free: use --cache "
-            "disk, a larger machine, or more nodes"
+            f"--cache ram: {num_cases} cases take {machine.gib(needed)} of memory, and {machine.gib(memory)} are free: "
+            "use --cache disk, a larger machine, or more nodes"
         )
     return mode
 
@@ -176,10 +176,6 @@ def _free_bytes(folder: Path) -> int:
     """Return what is free on the disk that the folder is on, or will be."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return shutil.disk_usage(existing).free
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.3g} GiB"
 
 
 class CasesInMemory(Sequence):

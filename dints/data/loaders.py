@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,13 @@ from dints.data.augmentation import Step
 from dints.data.cache import Cache
 from dints.data.cases import Case, Prepared
 from dints.data.crops import cut_patch
+from dints.data.tasks import Task
 from dints.running.machine import cores_per_process
 from dints.running.processes import STOP_SIGNALS, Processes
 from dints.running.seeds import seed_from
 
 SECONDS_TO_HEAR_OF_A_DEATH = 2.0
+AHEAD = 2  # batches that each worker prepares before they are asked for
 Sample = tuple[torch.Tensor, torch.Tensor, dict[str, object], str]
 
 
@@ -115,6 +118,7 @@ class TrainingLoader:
             batch_size=batch_size,
             sampler=sampler,
             num_workers=num_workers,
+            prefetch_factor=AHEAD if num_workers else None,
             worker_init_fn=_ignore_signals,
             collate_fn=_patches if self.on_gpu else samples.augmented_patches,
             pin_memory=device.type == "cuda",
@@ -214,6 +218,20 @@ def steps_per_epoch(num_cases: int, batch_size: int, processes: Processes) -> in
     return max(1, -(-num_cases // (batch_size * processes.world_size)))
 
 
+def workers(num_workers: int | None) -> int:
+    """Return how many processes prepare batches; of None, what is left of this process's cores, at most 6."""
+    return min(6, cores_per_process() - 1) if num_workers is None else num_workers
+
+
+def bytes_ahead(task: Task, batch_size: int, num_workers: int | None, device_type: str) -> int:
+    """Count the bytes of patches that a loader holds while the network validates: all that its workers prepare ahead.
+
+    Without workers that is one batch. For a GPU patches stay float16 until they are there.
+    """
+    voxel = (4 if device_type == "cpu" else 2) * task.num_channels + 1  # the label is uint8
+    return max(1, AHEAD * workers(num_workers)) * batch_size * math.prod(task.patch_size) * voxel
+
+
 def training_loader(
     cases: Sequence[Case],
     cache: Cache,
@@ -235,8 +253,7 @@ def training_loader(
             computes the network, at most 6.
         stream: tells apart the random draws of loaders that share a seed.
     """
-    if num_workers is None:
-        num_workers = min(6, cores_per_process() - 1)
+    num_workers = workers(num_workers)
     numbers = list(processes.share(len(cases))) or [processes.rank % len(cases)]
     own = [cases[number] for number in numbers]
     held = cache.hold(own, stream)

@@ -64,5 +64,5 @@ def lacks_memory(error: Exception) -> bool:
     CUDA and NCCL say "out of memory", cuDNN and cuBLAS ..._STATUS_ALLOC_FAILED.
     """
     signs = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "can't allocate memory")
-    signs += ("out of memory", "_STATUS_ALLOC_FAILED")
+    signs += ("out of memory", "_STATUS_ALLOC_FAILED", "Unable to allocate")  # the last is NumPy's, from a worker
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def choose_device(name: str = "auto") -> torch.device:
     Args:
         name: ``auto`` (CUDA where there is a GPU), ``cuda`` or ``cpu``; each process of a node has a GPU of its own.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if device_type(name) == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch sees no GPU: use --device cpu, or install a CUDA build of PyTorch")
@@ -53,6 +53,11 @@ def choose_device(name: str = "auto") -> torch.device:
     torch.cuda.set_device(number)
     torch.backends.cudnn.benchmark = True
     return torch.device("cuda", number)
+
+
+def device_type(name: str) -> str:
+    """Return ``cpu`` or ``cuda``: what ``name``, as for `choose_device`, means on this machine."""
+    return "cpu" if name == "cpu" or (name == "auto" and not torch.cuda.is_available()) else "cuda"
 
 
 def cores_per_process() -> int:
@@ -82,6 +87,36 @@ def available_memory() -> int:
             continue
         available = min(available, free + (int(cached[1]) if cached else 0))
     return max(0, available)
+
+
+def check_memory(needed: int, what: str, remedy: str, device: torch.device | None = None) -> None:
+    """Raise `UserError` where ``needed`` bytes are more than can be had: all of a GPU's, else what is free, with swap.
+
+    Args:
+        what: needs them, as the message's beginning.
+        device: whose memory is meant; None: this machine's.
+    """
+    if device is not None and device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = available_memory() + free_swap()
+    if needed > there:
+        raise UserError(
+            f"{what} at least {needed:,} bytes ({gib(needed)}) of memory, and {gib(there)} are to be had: {remedy}"
+        )
+
+
+def gib(count: int) -> str:
+    """Write a number of bytes for people."""
+    return f"{count / 2**30:.3g} GiB" if count < 1000 * 2**30 else f"{count / 2**30:,.0f} GiB"
+
+
+def free_swap() -> int:
+    """Return the bytes of this node's swap that are free; 0 where that is not known."""
+    with suppress(OSError):
+        found = re.search(r"^SwapFree:\s*(\d+)", Path("/proc/meminfo").read_text(), re.M)
+        return 1024 * int(found[1]) if found else 0
+    return 0
 
 
 def keep_freed_memory() -> None:

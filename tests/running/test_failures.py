@@ -30,9 +30,12 @@ MEMORY = pytest.mark.fault("GPU or host memory exhausted")
         torch.AcceleratorError("CUDA error: out of memory"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError(
+            "Caught _ArrayMemoryError in DataLoader worker process 0.\nUnable to allocate 64.0 GiB for an array"
+        ),
         torch.distributed.DistBackendError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
     ],
-    ids=["Python", "CPU", "GPU", "CUDA", "cuDNN", "cuBLAS", "NCCL"],
+    ids=["Python", "CPU", "GPU", "CUDA", "cuDNN", "cuBLAS", "NumPy", "NCCL"],
 )
 def test_exhausted_memory_names_the_flags_that_lower_it(error):
     with pytest.raises(UserError, match="memory is exhausted .*--patch_size.*--num_sw_batch_size"), started("cpu"):
