@@ -6,11 +6,10 @@ import json
 import multiprocessing
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 
-from dints import launcher
+from dints import launcher, system
 
 
 class UserError(Exception):
@@ -81,7 +80,7 @@ def _leave(message: str, code: int) -> None:
 
 def _end(code: int) -> None:
     # Workers ignore the signals that stop a run, and Python's end would wait for those that an error still holds.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for a worker that is killed
+    system.forget_children()
     for worker in multiprocessing.active_children():
         worker.kill()
     if launcher.world_size() > 1:  # the error holds the group of processes, whose threads may abort an orderly end

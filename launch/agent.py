@@ -27,6 +27,9 @@ import sys
 import threading
 import time
 
+if not hasattr(os, "killpg"):  # Windows
+    sys.exit("error: launch/agent.py needs Linux or macOS: run the script itself with python, which is one process")
+
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent

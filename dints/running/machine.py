@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import re
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dints import launcher
+from dints import launcher, system
 from dints.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -62,18 +61,16 @@ def device_type(name: str) -> str:
 
 def cores_per_process() -> int:
     """Return how many CPU cores this process may use, when the processes of its node share them evenly."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // launcher.local_world_size())
+    return max(1, system.num_cores() // launcher.local_world_size())
 
 
 def available_memory() -> int:
     """Return the bytes of this node's memory that can be taken now, within the limit of its container."""
-    page = os.sysconf("SC_PAGE_SIZE")
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         available = 1024 * int(fields["MemAvailable"].split()[0])
-    except FileNotFoundError:  # not Linux, where half of the memory is taken to be free
-        return os.sysconf("SC_PHYS_PAGES") * page // 2
+    except FileNotFoundError:  # not Linux
+        return system.free_memory()
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from dints import files
 from dints.errors import UserError
 from dints.running.processes import Processes
 
@@ -18,11 +17,7 @@ def opened(path: str | Path, processes: Processes) -> Iterator[Path]:
 
     def open_folder() -> None:
         try:
-            Path(path).mkdir(parents=True, exist_ok=True)
-            lock = os.open(Path(path) / ".lock", os.O_RDWR | os.O_CREAT)
-            locks.callback(_unlock, lock)
-            _locks.add(lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.enter_context(files.locked(Path(path) / ".lock", wait=False))
             for partial in Path(path).rglob(".*.partial"):  # of a run that was killed while it wrote: the lock is ours
                 partial.unlink()
         except BlockingIOError as error:
@@ -35,15 +30,3 @@ def opened(path: str | Path, processes: Processes) -> Iterator[Path]:
     with ExitStack() as locks:
         processes.on_main(open_folder)
         yield Path(path)
-
-
-_locks: set[int] = set()  # file descriptors of this process
-
-
-def _unlock(lock: int) -> None:
-    _locks.discard(lock)
-    os.close(lock)
-
-
-# A worker shares its parent's lock, and would hold it for some seconds after the parent was killed.
-os.register_at_fork(after_in_child=lambda: [_unlock(lock) for lock in list(_locks)])
