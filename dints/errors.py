@@ -47,8 +47,8 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
         main(*args)
     except UserError as error:
         _leave(f"error: {_speaker()}{error}", 1)
-    except PartlyDone as partly:
-        _leave(f"error: {partly}", 3)
+    except PartlyDone as partly:  # all ranks know what is not done: one tells
+        _leave(f"error: {partly}", 3, tells=launcher.rank() == 0)
     except Stopped as stopped:
         if launcher.rank() == 0:  # all stopped at the same step: one tells
             _tell(f"stopped {stopped.saved}: the same command continues it: {shlex.join(sys.argv)}")
@@ -70,8 +70,9 @@ def _speaker() -> str:
     return f"[rank {launcher.rank()}] " if launcher.world_size() > 1 else ""
 
 
-def _leave(message: str, code: int) -> None:
-    _tell(message)
+def _leave(message: str, code: int, tells: bool = True) -> None:
+    if tells:
+        _tell(message)
     if launcher.error_file() is not None:  # launch/agent.py does not start again what left a message
         with open(launcher.error_file(), "w", encoding="utf-8") as file:
             json.dump({"message": message}, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 import pytest
 
@@ -30,6 +31,21 @@ def test_what_a_person_can_mend_ends_with_one_line_and_a_code(error, code, line,
         exit_on_user_error(fail)
     said = capsys.readouterr().err
     assert ended.value.code == code and said.startswith(line) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_tells_of_a_batch_that_is_done_in_part_and_all_leave_alike(rank, monkeypatch, capsys, tmp_path):
+    def fail() -> None:
+        raise PartlyDone("2 of 3 are missing")
+
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "TORCHELASTIC_ERROR_FILE": tmp_path / "error.json"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(fail)
+    assert ended.value.code == 3 and capsys.readouterr().err == "error: 2 of 3 are missing\n" * (rank == 0)
+    assert (tmp_path / "error.json").exists()  # or the launcher would start it again
 
 
 def test_a_bug_keeps_its_traceback(capsys):
