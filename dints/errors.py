@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -43,6 +44,8 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
     The exit code is 1 for a `UserError`, 3 for a batch that is done but in part, and 128 and the signal's number for a
     run that was asked to stop. What nobody expected keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no script
     try:
         main(*args)
     except UserError as error:

@@ -46,7 +46,12 @@ def replacing(path: str | Path, keep: Path | None = None) -> Iterator[io.Buffere
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            yield file
+            try:
+                yield file
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # of which torch.save makes one that does not tell why
+                    raise error.__context__ from error
+                raise
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and path.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -53,3 +54,9 @@ def test_a_bug_keeps_its_traceback(capsys):
         exit_on_user_error(lambda: 1 / 0)
     said = capsys.readouterr().err
     assert ended.value.code == 1 and said.startswith("Traceback") and "ZeroDivisionError" in said
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_no_script():
+    code = "import sys; from dints.errors import exit_on_user_error; exit_on_user_error(print, 'L\u00e9ber')"
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.stdout == b"L\\xe9ber\n" and done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from dints.data import augmentation
 from dints.data.augmentation import Step
@@ -71,7 +71,9 @@ class TrainingSamples(Dataset):
 
     def augmented_patches(self, samples: list[Sample]) -> dict[str, torch.Tensor | list[str]]:
         """Make a batch of samples, on the CPU."""
-        return augmented(_patches(samples), torch.device("cpu"), self.steps)
+        batch = augmented(_patches(samples), torch.device("cpu"), self.steps)
+        _share([batch["image"], batch["label"]])
+        return batch
 
 
 class EpochSampler(Sampler):
@@ -120,7 +122,7 @@ class TrainingLoader:
             num_workers=num_workers,
             prefetch_factor=AHEAD if num_workers else None,
             worker_init_fn=_ignore_signals,
-            collate_fn=_patches if self.on_gpu else samples.augmented_patches,
+            collate_fn=_shared_patches if self.on_gpu else samples.augmented_patches,
             pin_memory=device.type == "cuda",
         )
         self.seconds_waited = 0.0
@@ -187,6 +189,23 @@ Patches = tuple[list[torch.Tensor], list[torch.Tensor], list[dict[str, object]],
 def _patches(samples: list[Sample]) -> Patches:
     images, labels, draws, names = zip(*samples, strict=True)
     return list(images), list(labels), list(draws), list(names)
+
+
+def _shared_patches(samples: list[Sample]) -> Patches:
+    patches = _patches(samples)
+    _share([*patches[0], *patches[1]])
+    return patches
+
+
+def _share(tensors: Sequence[torch.Tensor]) -> None:
+    """Put what a worker sends into shared memory.
+
+    PyTorch would do that in a thread of the worker's which, where there is no room, prints that and drops the batch;
+    the main process would wait for it for ever.
+    """
+    if get_worker_info() is not None:
+        for tensor in tensors:
+            tensor.share_memory_()
 
 
 def augmented(patches: Patches, device: torch.device, steps: Sequence[Step]) -> dict[str, torch.Tensor | list[str]]:

@@ -24,8 +24,17 @@ def threads(number: int) -> Iterator[ThreadPool]:
 
     A plain `ThreadPool` leaves an error without waiting for them; where the program ends at once, one that is within
     PyTorch then aborts it ("terminate called without an active exception").
+
+    Raises:
+        UserError: the system does not let this process have so many.
     """
-    pool = ThreadPool(number)
+    try:
+        pool = ThreadPool(number)
+    except (RuntimeError, AttributeError) as error:  # the second is Python's, which cannot take back those it started
+        raise UserError(
+            f"{number} threads cannot be started: raise the limits of this shell or container on memory and processes "
+            "(ulimit -v, ulimit -u)"
+        ) from error
     try:
         yield pool
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ def opened(path: str | Path, processes: Processes) -> Iterator[Path]:
     def open_folder() -> None:
         try:
             locks.enter_context(files.locked(Path(path) / ".lock", wait=False))
-            for partial in Path(path).rglob(".*.partial"):  # of a run that was killed while it wrote: the lock is ours
+            for partial in _left_by_a_kill(Path(path)):
                 partial.unlink()
         except BlockingIOError as error:
             raise UserError(
@@ -30,3 +31,10 @@ def opened(path: str | Path, processes: Processes) -> Iterator[Path]:
     with ExitStack() as locks:
         processes.on_main(open_folder)
         yield Path(path)
+
+
+def _left_by_a_kill(folder: Path) -> list[Path]:
+    """List what a run that was killed has left half written: the lock is ours, but not that of a run's folder below."""
+    found = [path for path in folder.rglob(".*.partial") if re.search(r"\.\d+\.partial\Z", path.name)]
+    below = {path: path.parents[: path.parents.index(folder)] for path in found}
+    return [path for path, parents in below.items() if not any((parent / ".lock").exists() for parent in parents)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dints import files
+from dints.errors import UserError
 
 LOSSES, ACCURACY, CANDIDATES = "loss_history.csv", "accuracy_history.csv", "candidates.csv"
 Rows = Sequence[Mapping[str, str]]
@@ -34,9 +35,16 @@ def write_rows(path: Path, rows: Rows) -> None:
 
 
 def add_row(path: Path, row: Mapping[str, object]) -> None:
-    """Append a row, and a header before the first one; None becomes an empty cell."""
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-        if file.tell() == 0:
-            table.writeheader()
-        table.writerow(row)
+    """Append a row, and a header before the first one; None becomes an empty cell.
+
+    Raises:
+        UserError: the disk is full, or closed to writing.
+    """
+    try:
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+            if file.tell() == 0:
+                table.writeheader()
+            table.writerow(row)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error

@@ -9,11 +9,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from dints.data.loaders import EpochSampler, TrainingLoader
+from dints.data.cases import Prepared
+from dints.data.loaders import EpochSampler, TrainingLoader, TrainingSamples
 from dints.errors import ProcessLost, UserError
+from dints.running.machine import threads
 from dints.running.processes import started
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -48,6 +51,46 @@ def test_memory_that_is_really_exhausted_is_told():
         torch.empty(2**60, dtype=torch.uint8)
 
 
+@MEMORY
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("could not create a primitive"), "memory is exhausted"),  # oneDNN
+        (RuntimeError("unable to open shared memory object </torch_1_2>: Too many open files (24)"), "ulimit -n"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left"), "--shm-size"),
+    ],
+)
+def test_other_limits_of_the_system_are_told(error, told):
+    with pytest.raises(UserError, match=told), started("cpu"):
+        raise error
+
+
+@MEMORY
+def test_threads_that_the_system_refuses_are_told(monkeypatch):
+    monkeypatch.setattr("threading.Thread.start", lambda _: (_ for _ in ()).throw(RuntimeError("can't start new")))
+    with pytest.raises(UserError, match="3 threads cannot be started: .*ulimit -u"), threads(3):
+        pass
+
+
+@MEMORY
+@pytest.mark.parametrize("is_for_gpu", [False, True])
+def test_a_batch_that_shared_memory_does_not_hold_is_told_and_not_waited_for(monkeypatch, is_for_gpu):
+    """PyTorch's own thread in the worker drops it, and both processes would wait for ever."""
+
+    def refuse(_: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    case = Prepared(np.zeros((1, 9, 9, 9), np.float16), np.zeros((9, 9, 9), np.uint8), None, None)
+    monkeypatch.setattr(
+        TrainingSamples, "__getitem__", lambda *_: (torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4), {}, "")
+    )
+    samples = TrainingSamples([case], ["a"], [0], (4, 4, 4), 0, "weights")
+    loader = TrainingLoader(samples, EpochSampler(1, 1, 0, ""), 1, 1, torch.device("meta" if is_for_gpu else "cpu"))
+    with pytest.raises(UserError, match="a batch does not fit .*shared memory"), started("cpu"):
+        next(loader.epoch(0))
+
+
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="a bug"), started("cpu"):
         raise RuntimeError("a bug")
@@ -72,7 +115,8 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch_is_told(error):
 def test_processes_that_do_not_meet_are_told():
     program = """
         from dints import errors
-        from dints.running.processes import started
+        from dints.running.machine import threads
+from dints.running.processes import started
 
         def main():
             with started("cpu", timeout_minutes=0.02):
