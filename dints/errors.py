@@ -61,6 +61,10 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
     except ProcessLost as error:
         _tell(f"error: {_speaker()}{error}")
         _end(1)
+    except ModuleNotFoundError as error:
+        if (error.name or "dints").partition(".")[0] == "dints":
+            raise
+        _leave(f"error: {sys.executable} has no module {error.name}: run install.sh, and use .venv/bin/python", 1)
     except SystemExit as left:  # a rank that leaves since rank 0 does, which says why
         _end(left.code)
     except Exception:  # noqa: BLE001  reported as Python does, and then ended as all else

@@ -18,7 +18,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 choose_python() {
   if [[ -n "${PYTHON:-}" ]]; then
     echo "$PYTHON"
-  elif [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$here/.venv/bin/python" ]]; then
+  elif [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -f "$here/.venv/bin/python" && -x "$here/.venv/bin/python" ]]; then
     echo "$here/.venv/bin/python"
   elif command -v python >/dev/null; then
     echo python

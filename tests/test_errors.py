@@ -18,6 +18,11 @@ STOPPED = Stopped(signal.SIGTERM, "after iteration 7, with its state in run/late
     [
         (UserError("file\nx.pth\x1b is bad"), 1, "error: file x.pth? is bad\n"),
         (PartlyDone("2 of 3 are missing"), 3, "error: 2 of 3 are missing\n"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            1,
+            f"error: {sys.executable} has no module torch: ",
+        ),
         (ProcessLost("rank 1 is gone"), 1, "error: rank 1 is gone\n"),
         (STOPPED, 143, "stopped after iteration 7, with its state in run/latest.pth: the same command continues it: "),
         (KeyboardInterrupt(), 130, "interrupted: the same command goes on with what is saved\n"),

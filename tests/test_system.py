@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -46,6 +48,16 @@ def test_the_launcher_says_that_it_needs_posix(tmp_path):
     done = run(RUN, tmp_path / "script.py", "then launch/agent.py")
     assert "launch/agent.py needs Linux or macOS" in only_error(done)
     assert done.stdout == "False False\n"  # what stands in for Windows does take things away
+
+
+def test_a_user_without_a_name_is_given_one():
+    """As with docker run --user: MONAI, when it is imported, ends with a KeyError where there is none."""
+    code = (
+        "import getpass, pwd\ndef none(_): raise KeyError\npwd.getpwuid = none\nimport dints\nprint(getpass.getuser())"
+    )
+    environment = {key: os.environ[key] for key in os.environ.keys() - {"LOGNAME", "USER", "LNAME", "USERNAME"}}
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "user\n", done.stderr
 
 
 class Region:
