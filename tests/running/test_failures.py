@@ -115,8 +115,7 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch_is_told(error):
 def test_processes_that_do_not_meet_are_told():
     program = """
         from dints import errors
-        from dints.running.machine import threads
-from dints.running.processes import started
+        from dints.running.processes import started
 
         def main():
             with started("cpu", timeout_minutes=0.02):
