@@ -281,6 +281,7 @@ class TestTrain:
         assert all(torch.equal(lost.network.state_dict()[key], v) for key, v in found.network.state_dict().items())
         assert str(found.info["iteration"]) in (tmp_path / "progress.yaml").read_text()
 
+    @pytest.mark.slow
     def test_a_model_file_of_after_the_last_save_is_the_best_that_is_told_of(self, phantom, code, tmp_path, caplog):
         """As where a kill came between the two, and the validation that is done again comes out worse, on a GPU."""
         caplog.set_level("INFO")
