@@ -295,10 +295,10 @@ def checked_members(tar: tarfile.TarFile, task: str) -> list[tarfile.TarInfo]:
             continue
         elif path.parts[0] != task or ".." in path.parts:
             fault = f"is not in {task}/"
-        elif path in members and not (member.isdir() and members[path].isdir()):
-            fault = "is there twice"
+        elif (key := str(path).casefold()) in members and not (member.isdir() and members[key].isdir()):
+            fault = "is there twice"  # or would be, on a disk that does not tell capitals
         else:
-            members[path] = member
+            members[key] = member
             continue
         raise UserError(f"member {member.name!a:.200} {fault}: nothing was unpacked, check --msd_task and --url")
     return list(members.values())

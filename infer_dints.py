@@ -56,10 +56,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="best_metric_model.pth of train_dints.py; of several, as of all folds, class probabilities are averaged",
     )
     parser.add_argument("--input", type=Path, nargs="+", help="images, or folders of images, to segment")
-    parser.add_argument("--output_root", type=Path, default=Path("segmentations"), help="folder for what is written")
-    parser.add_argument(
-        "--describe", action="store_true", help="print what the model is as JSON, and segment nothing unless asked to"
-    )
     options.add_data(parser, required=False)
     parser.set_defaults(fold=None)
     add_foreign(parser)
@@ -79,30 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="postprocessing.json that FOLD=each train_dints.sh writes: which components are removed (default: none)",
     )
-    parser.add_argument(
-        "--save_probabilities",
-        action="store_true",
-        help="write each class's probability too, OUTPUT_ROOT/probabilities/<case>, in steps of 1/255",
-    )
-    parser.add_argument(
-        "--save_uncertainty",
-        action="store_true",
-        help="write where the network is in doubt, OUTPUT_ROOT/uncertainty/<case>: entropy, 1 where all classes are "
-        "equally probable",
-    )
-    parser.add_argument(
-        "--report",
-        action="store_true",
-        help="write OUTPUT_ROOT/report.html: scores, volumes, pictures of cases, the model; it needs nothing beside it",
-    )
-    parser.add_argument(
-        "--export",
-        nargs="+",
-        choices=("onnx", "exported_program", "bundle"),
-        metavar="KIND",
-        help="do not segment, but write the network to OUTPUT_ROOT as onnx, exported_program (PyTorch's) or bundle "
-        "(MONAI's), or several; each is checked on the first image, on the CPU in fp32",
-    )
+    add_written(parser)
     options.add_machine(parser)
     args = parser.parse_args(argv)
     complaints = [*options.data_complaints(args), *complaints_of(args)]
@@ -111,6 +84,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.export:
         args.device, args.precision, args.compile = "cpu", "fp32", "off"
     return args
+
+
+def add_written(parser: argparse.ArgumentParser) -> None:
+    """Add what is written and printed."""
+    add = parser.add_argument_group("what is written").add_argument
+    add("--output_root", type=Path, default=Path("segmentations"), help="folder for what is written")
+    add(
+        "--save_probabilities",
+        action="store_true",
+        help="write each class's probability too, OUTPUT_ROOT/probabilities/<case>, in steps of 1/255",
+    )
+    add(
+        "--save_uncertainty",
+        action="store_true",
+        help="write where the network is in doubt, OUTPUT_ROOT/uncertainty/<case>: entropy, 1 where all classes are "
+        "equally probable",
+    )
+    add(
+        "--report",
+        action="store_true",
+        help="write OUTPUT_ROOT/report.html: scores, volumes, pictures of cases, the model; it needs nothing beside it",
+    )
+    add("--describe", action="store_true", help="print what the model is as JSON, and segment nothing unless asked to")
+    add(
+        "--export",
+        nargs="+",
+        choices=("onnx", "exported_program", "bundle"),
+        metavar="KIND",
+        help="do not segment, but write the network to OUTPUT_ROOT as onnx, exported_program (PyTorch's) or bundle "
+        "(MONAI's), or several; each is checked on the first image, on the CPU in fp32",
+    )
 
 
 def add_foreign(parser: argparse.ArgumentParser) -> None:
@@ -175,13 +179,13 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     postprocessing = processes.on_main(chosen_postprocessing, args.postprocessing, task)
     records = inference.records.Records(folder, settings_of(args, predictor, postprocessing))
     maps = [name for name in inference.decision.MAPS if getattr(args, f"save_{name}")]
-    how = predictor, postprocessing, records, leniency, maps
+    manner = Manner(predictor, postprocessing, records, leniency, maps)
     try:
         cases = processes.on_main(selection.opened, task, leniency)
         log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision)
         if processes.is_main:
             records.write_run([])  # a batch that is killed goes on with these settings
-        scores, faults = segment_cases(selection, cases, outputs, how, processes)
+        scores, faults = segment_cases(selection, cases, outputs, manner, processes)
         if processes.is_main:
             records.write_run(outputs)
         if len(faults) == len(cases):
@@ -207,24 +211,35 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         )
 
 
-def segment_cases(
-    selection: Selection, cases: list[Case | UserError], outputs: list[Path], how: tuple, processes: Processes
-) -> tuple[Scores, dict[str, str]]:
-    """Segment this rank's share of the cases; return the scores of all ranks' cases, and why some have none.
+@dataclasses.dataclass(frozen=True)
+class Manner:
+    """How each case of a batch is segmented, and what is written of it.
 
-    Args:
-        how: what `segmented` takes beside.
+    Attributes:
+        records: of what is done.
+        maps: that are written beside a segmentation, of `dints.inference.decision.MAPS`.
     """
-    predictor, _, records, *_ = how
-    overlaps, faults = training.validation.Overlaps(len(cases), predictor.task.num_classes, processes), {}
+
+    predictor: Predictor
+    postprocessing: Postprocessing
+    records: Records
+    leniency: Leniency
+    maps: list[str]
+
+
+def segment_cases(
+    selection: Selection, cases: list[Case | UserError], outputs: list[Path], manner: Manner, processes: Processes
+) -> tuple[Scores, dict[str, str]]:
+    """Segment this rank's share of the cases; return the scores of all ranks' cases, and why some have none."""
+    overlaps, faults = training.validation.Overlaps(len(cases), manner.predictor.task.num_classes, processes), {}
     share = processes.share(len(cases))
     for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
         output = outputs[number]
         try:
-            labels, reference = segmented(selection.cases[number], cases[number], output, *how)
+            labels, reference = segmented(selection.cases[number], cases[number], output, manner)
         except UserError as error:
             faults[output.name] = str(error)
-            records.note_failed(output, str(error))
+            manner.records.note_failed(output, str(error))
             log.warning("%s is left out: %s", output.name, error)
             continue
         if reference is not None:
@@ -235,14 +250,7 @@ def segment_cases(
 
 
 def segmented(
-    listed: ListedCase,
-    case: Case | UserError,
-    output: Path,
-    predictor: Predictor,
-    postprocessing: Postprocessing,
-    records: Records,
-    leniency: Leniency,
-    maps: list[str],
+    listed: ListedCase, case: Case | UserError, output: Path, manner: Manner
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Segment a case, unless that is done, and write what was wanted of it.
 
@@ -254,6 +262,7 @@ def segmented(
     """
     if isinstance(case, UserError):
         raise case
+    predictor, records, maps = manner.predictor, manner.records, manner.maps
     # First, so that a bad one costs no segmentation.
     reference = None if case.label is None else data.cases.read_label(case.label, predictor.task)
     for doubt in data.plausibility.doubts(case, predictor.ranges):
@@ -263,8 +272,8 @@ def segmented(
         if reference is None:
             return None, None
         return data.cases.read_label(data.nifti.read_header(str(output)), predictor.task), reference
-    decision = segment(case, predictor, leniency, maps)
-    labels = postprocessing.apply(decision.labels, case.images[0].spacing)
+    decision = segment(case, predictor, manner.leniency, maps)
+    labels = manner.postprocessing.apply(decision.labels, case.images[0].spacing)
     decision = dataclasses.replace(decision, labels=labels)
     save(decision, case.images[0], paths, maps)
     records.note_done(listed, paths, time.monotonic() - start)

@@ -421,12 +421,24 @@ def prepare(args: argparse.Namespace) -> Prepared:
     dataset = data.opening.open_dataset(**options.dataset(args), measured_in=[args.output_root])
     use_downsample = data.fingerprint.use_downsample(args.use_downsample, dataset.cases, dataset.task)
     network.found.check_patch_size(dataset.task.patch_size, args.num_depths, use_downsample)
+    check_memory(args, dataset.task, use_downsample)
     training_cases, validation_cases = data.listing.split_fold(dataset.cases, **options.folds(args))
     halves(training_cases)
     prepared = Prepared(dataset, use_downsample, training_cases, validation_cases)
     if args.candidates:
         limits_of_candidates(args, prepared).check()
     return prepared
+
+
+def check_memory(args: argparse.Namespace, task: Task, use_downsample: bool) -> None:
+    """Refuse patches that this machine cannot hold, and a supernet whose steps it cannot."""
+    if "gradient" in args.proposals:
+        operations = args.operations or network.operations.PUBLISHED
+        every_path = network.step_memory.within_supernet(args.num_blocks, args.num_depths, operations, use_downsample)
+        network.step_memory.check(task, every_path, args.channel_mul, **options.step(args), num_loaders=2)
+    if args.candidates:  # what their networks keep is --memory_mib
+        patches = {"batch_size": args.candidate_images_per_batch, "flag": "--candidate_images_per_batch"}
+        network.step_memory.check(task, None, 1.0, **{**options.step(args), **patches})
 
 
 def limits_of_candidates(args: argparse.Namespace, prepared: Prepared) -> Limits:

@@ -162,6 +162,8 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     best = BestNetwork(
         folder / "best_metric_model.pth", kept_network, architecture, args.channel_mul, task, facts, processes
     )
+    if found is not None:
+        best.hold_against(progress, loader.steps)
     if best.is_lost(progress):
         best.replace(progress, validation.scores(kept_network))
         history.write_progress(progress)
@@ -206,6 +208,9 @@ def prepare(args: argparse.Namespace) -> tuple[Architecture, Dataset, list[Case]
         use_downsample = data.fingerprint.use_downsample(args.use_downsample, dataset.cases, dataset.task)
         architecture = dataclasses.replace(architecture, use_downsample=use_downsample)
     network.found.check_patch_size(dataset.task.patch_size, architecture.num_depths, architecture.use_downsample)
+    network.step_memory.check(
+        dataset.task, architecture, with_width(args, architecture).channel_mul, **options.step(args)
+    )
     return architecture, dataset, *data.listing.split_fold(dataset.cases, **options.folds(args))
 
 
@@ -301,6 +306,17 @@ class BestNetwork:
             found |= {"dice_of_classes": scores and scores.per_class}
             settings = self.network, self.architecture, self.channel_mul, self.task
             network.model_file.save_model(self.path, *settings, **found, **self.facts)
+
+    def hold_against(self, progress: Progress, steps_per_epoch: int) -> None:
+        """Count the file's network as the best so far where it is of after the last save: a kill came between the two.
+
+        The validation that it was the best of is done again, and on a GPU not to the same result.
+        """
+        noted = self.processes.on_main(network.model_file.validation_of, self.path)
+        if noted is not None and noted["iteration"] > progress.iteration:
+            progress.best_dice, progress.best_iteration = noted["dice"], noted["iteration"]
+            progress.best_epoch, progress.best_path = noted["iteration"] // steps_per_epoch, str(self.path)
+            log.info("%s is of iteration %d, after the last save: it is the best so far", self.path, noted["iteration"])
 
     def is_lost(self, progress: Progress) -> bool:
         """Tell whether the run wrote a model file that is no longer there."""

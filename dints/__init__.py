@@ -1,10 +1,17 @@
 """What more than one of the DiNTS scripts needs: one wing a subject, one module a room; the README has the map."""
 
+import getpass
 import importlib
+import os
 from collections.abc import Callable
 from types import ModuleType
 
 __version__ = "0.1.0"
+
+try:
+    getpass.getuser()
+except (KeyError, ImportError, OSError):  # MONAI asks for the name as it is imported; a container's user often has none
+    os.environ["USER"] = "user"
 
 
 def modules_when_used(package: str) -> Callable[[str], ModuleType]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 
-from dints import launcher
+from dints import launcher, system
 
 
 class UserError(Exception):
@@ -44,12 +44,14 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
     The exit code is 1 for a `UserError`, 3 for a batch that is done but in part, and 128 and the signal's number for a
     run that was asked to stop. What nobody expected keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no script
     try:
         main(*args)
     except UserError as error:
         _leave(f"error: {_speaker()}{error}", 1)
-    except PartlyDone as partly:
-        _leave(f"error: {partly}", 3)
+    except PartlyDone as partly:  # all ranks know what is not done: one tells
+        _leave(f"error: {partly}", 3, tells=launcher.rank() == 0)
     except Stopped as stopped:
         if launcher.rank() == 0:  # all stopped at the same step: one tells
             _tell(f"stopped {stopped.saved}: the same command continues it: {shlex.join(sys.argv)}")
@@ -59,6 +61,10 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
     except ProcessLost as error:
         _tell(f"error: {_speaker()}{error}")
         _end(1)
+    except ModuleNotFoundError as error:
+        if (error.name or "dints").partition(".")[0] == "dints":
+            raise
+        _leave(f"error: {sys.executable} has no module {error.name}: run install.sh, and use .venv/bin/python", 1)
     except SystemExit as left:  # a rank that leaves since rank 0 does, which says why
         _end(left.code)
     except Exception:  # noqa: BLE001  reported as Python does, and then ended as all else
@@ -71,8 +77,9 @@ def _speaker() -> str:
     return f"[rank {launcher.rank()}] " if launcher.world_size() > 1 else ""
 
 
-def _leave(message: str, code: int) -> None:
-    _tell(message)
+def _leave(message: str, code: int, tells: bool = True) -> None:
+    if tells:
+        _tell(message)
     if launcher.error_file() is not None:  # launch/agent.py does not start again what left a message
         with open(launcher.error_file(), "w", encoding="utf-8") as file:
             json.dump({"message": message}, file)
@@ -81,7 +88,7 @@ def _leave(message: str, code: int) -> None:
 
 def _end(code: int) -> None:
     # Workers ignore the signals that stop a run, and Python's end would wait for those that an error still holds.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for a worker that is killed
+    system.forget_children()
     for worker in multiprocessing.active_children():
         worker.kill()
     if launcher.world_size() > 1:  # the error holds the group of processes, whose threads may abort an orderly end

@@ -9,18 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dints import system
 from dints.errors import UserError
+
+DIGITS = 32  # of a digest
 
 
 def digest(path: str | Path) -> str:
-    """Return the digest of a file's content.
+    """Return the digest of a file's content, of `DIGITS` characters.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:DIGITS]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -43,17 +46,50 @@ def replacing(path: str | Path, keep: Path | None = None) -> Iterator[io.Buffere
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            yield file
+            try:
+                yield file
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # of which torch.save makes one that does not tell why
+                    raise error.__context__ from error
+                raise
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        system.sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock on the file at ``path``, which is made if need be; it goes with the process that holds it.
+
+    Raises:
+        BlockingIOError: another process, or another part of this one, holds it, and ``wait`` is not set.
+        OSError: the file cannot be made.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    _locks.add(file)
+    try:
+        system.lock(file, wait)
+        yield
+    finally:
+        _unlock(file)
+
+
+_locks: set[int] = set()  # file descriptors of this process
+
+
+def _unlock(file: int) -> None:
+    _locks.discard(file)
+    os.close(file)
+
+
+# A worker shares its parent's locks, and would hold them for some seconds after the parent was killed.
+system.after_fork(lambda: [_unlock(file) for file in list(_locks)])

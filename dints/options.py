@@ -314,6 +314,16 @@ def batches(args: argparse.Namespace) -> dict:
     return {"batch_size": args.num_images_per_batch, "num_workers": args.num_workers, "seed": args.seed}
 
 
+def step(args: argparse.Namespace) -> dict:
+    """Return what `dints.network.step_memory.check` takes, beside the task and the network.
+
+    What is only checked here may be trained on another machine: its device counts as a CPU if it is said to be one.
+    """
+    device = "cuda" if args.check and args.device == "auto" else args.device
+    numbers = {"batch_size": args.num_images_per_batch, "num_workers": args.num_workers}
+    return {**numbers, "device": device, "precision": args.precision}
+
+
 def window(args: argparse.Namespace) -> dict:
     """Return what `dints.training.windows.SlidingWindow` takes, beside the patch size."""
     return {"overlap": args.overlap_ratio, "batch_size": args.num_sw_batch_size}

@@ -27,7 +27,13 @@ import sys
 import threading
 import time
 
-from torch.distributed import run as torchrun
+if not hasattr(os, "killpg"):  # Windows
+    sys.exit("error: launch/agent.py needs Linux or macOS: run the script itself with python, which is one process")
+
+try:
+    from torch.distributed import run as torchrun
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {sys.executable} has no module {missing.name}: run install.sh, or name another one with PYTHON")
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure

@@ -15,20 +15,19 @@ one task, whichever is last, finds all of them, and makes the table.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # -P leaves it out
-from dints import files
+from dints import files, system
 from dints.data.formats import list_cases
 from dints.data.listing import check_names, split_fold
 from dints.errors import UserError, exit_on_user_error
@@ -61,7 +60,7 @@ class Child:
     def __init__(self):
         self.process: subprocess.Popen | None = None
         self.is_starting, self.stopped = False, 0  # the first signal
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        for number in system.signals("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 signal.signal(number, self._pass_on)
 
@@ -180,15 +179,6 @@ def tell(what: str) -> None:
     print(f"\n== {what}", flush=True)
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is here."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def folds_of(arguments: Sequence[str], environment: Mapping[str, str]) -> Folds:
     """Read what is to be done from the variables that train_dints.sh sets or passes on.
 
@@ -221,7 +211,7 @@ def main(folds: Folds, child: Child) -> None:
             folds.train(fold, child)
         if folds.node_rank > 0:  # node 0 notes it
             continue
-        with alone(folds.output_root):
+        with files.locked(folds.output_root / ".lock"):
             folds.note_done(fold)
             missing = [other for other in range(folds.num_folds) if not folds.is_done(other)]
             if fold == folds.own[-1] and not missing:

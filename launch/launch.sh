@@ -18,7 +18,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 choose_python() {
   if [[ -n "${PYTHON:-}" ]]; then
     echo "$PYTHON"
-  elif [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$here/.venv/bin/python" ]]; then
+  elif [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -f "$here/.venv/bin/python" && -x "$here/.venv/bin/python" ]]; then
     echo "$here/.venv/bin/python"
   elif command -v python >/dev/null; then
     echo python
@@ -52,8 +52,20 @@ require_data() {
   exit 1
 }
 
+# require_numbers: leave where a variable that is one of these is no number. (Bash's arithmetic would run what is in it.)
+require_numbers() {
+  local name
+  for name in NUM_GPUS_PER_NODE NUM_NODES NODE_RANK MAX_RESTARTS MASTER_PORT SECONDS_TO_SAVE OMP_NUM_THREADS; do
+    if [[ -n "${!name:-}" && ! "${!name}" =~ ^(0|[1-9][0-9]*)$ || "$name=${!name:-1}" =~ ^NUM_.*=0$ ]]; then
+      printf 'error: %s is %q: give a whole number\n' "$name" "${!name}" >&2
+      exit 1
+    fi
+  done
+}
+
 # launch SCRIPT [ARGUMENT ...]: print the command, then become it.
 launch() {
+  require_numbers
   local script="$1" gpus processes nodes="${NUM_NODES:-1}"
   shift
   gpus="$(count_gpus)"

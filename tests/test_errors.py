@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -16,6 +18,11 @@ STOPPED = Stopped(signal.SIGTERM, "after iteration 7, with its state in run/late
     [
         (UserError("file\nx.pth\x1b is bad"), 1, "error: file x.pth? is bad\n"),
         (PartlyDone("2 of 3 are missing"), 3, "error: 2 of 3 are missing\n"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            1,
+            f"error: {sys.executable} has no module torch: ",
+        ),
         (ProcessLost("rank 1 is gone"), 1, "error: rank 1 is gone\n"),
         (STOPPED, 143, "stopped after iteration 7, with its state in run/latest.pth: the same command continues it: "),
         (KeyboardInterrupt(), 130, "interrupted: the same command goes on with what is saved\n"),
@@ -32,8 +39,29 @@ def test_what_a_person_can_mend_ends_with_one_line_and_a_code(error, code, line,
     assert ended.value.code == code and said.startswith(line) and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_tells_of_a_batch_that_is_done_in_part_and_all_leave_alike(rank, monkeypatch, capsys, tmp_path):
+    def fail() -> None:
+        raise PartlyDone("2 of 3 are missing")
+
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "TORCHELASTIC_ERROR_FILE": tmp_path / "error.json"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(fail)
+    assert ended.value.code == 3 and capsys.readouterr().err == "error: 2 of 3 are missing\n" * (rank == 0)
+    assert (tmp_path / "error.json").exists()  # or the launcher would start it again
+
+
 def test_a_bug_keeps_its_traceback(capsys):
     with pytest.raises(SystemExit) as ended:
         exit_on_user_error(lambda: 1 / 0)
     said = capsys.readouterr().err
     assert ended.value.code == 1 and said.startswith("Traceback") and "ZeroDivisionError" in said
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_no_script():
+    code = "import sys; from dints.errors import exit_on_user_error; exit_on_user_error(print, 'L\u00e9ber')"
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.stdout == b"L\\xe9ber\n" and done.returncode == 0, done.stderr

@@ -6,6 +6,8 @@ import os
 import pickle
 import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,21 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="file/state.pth cannot be written"):
         save_atomically({}, tmp_path / "file" / "state.pth")
+
+
+@pytest.mark.fault("disk full while saving")
+def test_a_file_that_does_not_fit_keeps_the_old_one_and_tells_why(tmp_path):
+    """Of the error of a write PyTorch makes a RuntimeError that does not name it."""
+    save_atomically({"value": 1}, tmp_path / "state.pth")
+    code = (
+        "import resource, signal, sys, torch; from dints.torch_files import save_atomically\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"
+        "save_atomically(torch.zeros(99999), sys.argv[1])"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "state.pth"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith(f"UserError: {tmp_path}/state.pth cannot be written: File too large")
+    assert load_safely(tmp_path / "state.pth") == {"value": 1}
 
 
 class Payload:

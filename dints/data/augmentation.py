@@ -45,6 +45,17 @@ class Step:
     draw: Callable[[np.random.Generator], object]
     apply: Callable[[torch.Tensor, torch.Tensor, object], Sample]
 
+    def __reduce__(self) -> tuple[Callable[..., Step], tuple]:
+        """Have a worker that is started anew, as on Windows and macOS, look a step of the table up: it has lambdas."""
+        for chain_name, steps in CHAINS.items():
+            if self in steps:
+                return _of_table, (chain_name, steps.index(self))
+        return Step, (self.name, self.probability, self.draw, self.apply)
+
+
+def _of_table(chain_name: str, number: int) -> Step:
+    return CHAINS[chain_name][number]
+
 
 def draw(seed: int, steps: Sequence[Step]) -> dict[str, object]:
     """Draw what is to be done to one sample: of each step that is done, by its name, how."""

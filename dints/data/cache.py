@@ -6,14 +6,13 @@ are memory-mapped: only what is cut out of them is read, and the system keeps in
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -89,7 +88,7 @@ class Cache:
         """Return the entry of a case, written unless it is there; one process writes it, the others wait."""
         entry = self.folder / self._key(case)
         try:
-            with _locked(entry.with_suffix(".lock")):
+            with files.locked(entry.with_suffix(".lock")):
                 if not _is_whole(entry):
                     _write_entry(entry, self._prepare(case))
             return entry
@@ -114,7 +113,7 @@ class Cache:
         name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]
         note, noted = self.folder / "digests" / f"{name}.json", None
         with suppress(OSError, ValueError):
-            noted = json.loads(note.read_text())
+            noted = json.loads(note.read_text(encoding="utf-8"))
         found = digest(path, noted)
         if found != noted:
             files.write_atomically(note, json.dumps(found))
@@ -158,16 +157,16 @@ def _choose_mode(mode: str, num_cases: int, needed: int, folder: Path, num_nodes
         "cache %s: %d cases take %s%s; free are %s of memory and %s in %s",
         mode,
         num_cases,
-        _gib(needed),
+        machine.gib(needed),
         " on each node" if num_nodes > 1 else "",
-        _gib(memory),
-        _gib(disk),
+        machine.gib(memory),
+        machine.gib(disk),
         folder,
     )
     if mode == "ram" and needed > memory:
         raise UserError(
-            f"--cache ram: {num_cases} cases take {_gib(needed)} of memory, and {_gib(memory)} are free: use --cache "
-            "disk, a larger machine, or more nodes"
+            f"--cache ram: {num_cases} cases take {machine.gib(needed)} of memory, and {machine.gib(memory)} are free: "
+            "use --cache disk, a larger machine, or more nodes"
         )
     return mode
 
@@ -176,10 +175,6 @@ def _free_bytes(folder: Path) -> int:
     """Return what is free on the disk that the folder is on, or will be."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return shutil.disk_usage(existing).free
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.3g} GiB"
 
 
 class CasesInMemory(Sequence):
@@ -268,15 +263,6 @@ def _write_entry(entry: Path, prepared: Prepared) -> None:
             file.flush()
             os.fsync(file.fileno())
     partial.rename(entry)
-
-
-@contextmanager
-def _locked(path: Path):
-    """Hold an exclusive lock on a file, which goes with the process that holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _code_digest() -> str:

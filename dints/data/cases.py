@@ -136,7 +136,7 @@ def case_faults(case: Case, task: Task, leniency: Leniency) -> Iterator[str]:
             f"{task.num_channels}: mend or remove the case, or the channels in dataset.json"
         )
     grid = case.resampling(task).shape
-    if np.prod(grid, dtype=object) > MAX_GRID:
+    if np.prod(grid, dtype=object) > MAX_GRID or max(grid) == 1 < max(first.shape):
         yield (
             f"{first.path} would become {' x '.join(map(str, grid))} voxels at a spacing of "
             f"{' x '.join(f'{size:.4g}' for size in task.spacing)} mm; its own is "

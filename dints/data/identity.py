@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -30,12 +29,11 @@ def digest(path: str, noted: Sequence | None) -> list:
     try:
         status = os.stat(path)
         state = [status.st_size, status.st_mtime_ns]
-        if isinstance(noted, list) and len(noted) == 3 and noted[:2] == state:
-            return noted
-        with open(path, "rb") as file:
-            return [*state, hashlib.file_digest(file, "blake2b").hexdigest()]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; it was there before: put it back") from error
+    if isinstance(noted, list) and len(noted) == 3 and noted[:2] == state:
+        return [*state, str(noted[-1])[: files.DIGITS]]  # older notes have longer ones
+    return [*state, files.digest(path)]
 
 
 def check(folder: Path, cases: Sequence[Case], is_continued: bool, allow_changed: bool) -> None:
@@ -52,7 +50,7 @@ def check(folder: Path, cases: Sequence[Case], is_continued: bool, allow_changed
     known, of_files = noted.get("files", {}), _files(cases)
     with threads(8) as pool:
         found = dict(zip(of_files, pool.starmap(digest, [(p, known.get(k)) for k, p in of_files.items()]), strict=True))
-    changed = [key for key in found if key in known and known[key][-1] != found[key][-1]]
+    changed = [key for key in found if key in known and known[key][-1][: files.DIGITS] != found[key][-1]]
     changes = noted.get("changes", [])
     if changed:
         told = f"{len(changed)} files of the data are not as they were when the run began, for example the {changed[0]}"
@@ -82,6 +80,7 @@ def _read(path: Path) -> dict:
     """Return what was noted; nothing of a run that began before there were notes, or where they are damaged."""
     with suppress(OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and isinstance(content.get("files"), dict):
+        notes = content.get("files") if isinstance(content, dict) else None
+        if isinstance(notes, dict) and all(isinstance(note, list) and str(note[-1:]) for note in notes.values()):
             return content
     return {}

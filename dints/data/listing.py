@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,9 +78,12 @@ def check_files(cases: Sequence[ListedCase], source: str | Path, root: str | Pat
         )
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
+        remedy, encoding = "complete the dataset, or give its folder with --root", sys.getfilesystemencoding()
+        if encoding != "utf-8" and not all(file.isascii() for file in missing):
+            remedy = f"set PYTHONUTF8=1, since this Python takes all names for {encoding}; or {remedy}"
         raise UserError(
             f"{len(missing)} of the {len(files)} files that {source} lists are not under --root {root}, "
-            f"for example {', '.join(missing[:3])}: complete the dataset, or give its folder with --root"
+            f"for example {', '.join(missing[:3])}: {remedy}"
         )
     _check_unique(cases, source, real)
 

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from dints.data import augmentation
 from dints.data.augmentation import Step
 from dints.data.cache import Cache
 from dints.data.cases import Case, Prepared
 from dints.data.crops import cut_patch
+from dints.data.tasks import Task
 from dints.running.machine import cores_per_process
 from dints.running.processes import STOP_SIGNALS, Processes
 from dints.running.seeds import seed_from
 
 SECONDS_TO_HEAR_OF_A_DEATH = 2.0
+AHEAD = 2  # batches that each worker prepares before they are asked for
 Sample = tuple[torch.Tensor, torch.Tensor, dict[str, object], str]
 
 
@@ -68,7 +71,9 @@ class TrainingSamples(Dataset):
 
     def augmented_patches(self, samples: list[Sample]) -> dict[str, torch.Tensor | list[str]]:
         """Make a batch of samples, on the CPU."""
-        return augmented(_patches(samples), torch.device("cpu"), self.steps)
+        batch = augmented(_patches(samples), torch.device("cpu"), self.steps)
+        _share([batch["image"], batch["label"]])
+        return batch
 
 
 class EpochSampler(Sampler):
@@ -115,8 +120,9 @@ class TrainingLoader:
             batch_size=batch_size,
             sampler=sampler,
             num_workers=num_workers,
+            prefetch_factor=AHEAD if num_workers else None,
             worker_init_fn=_ignore_signals,
-            collate_fn=_patches if self.on_gpu else samples.augmented_patches,
+            collate_fn=_shared_patches if self.on_gpu else samples.augmented_patches,
             pin_memory=device.type == "cuda",
         )
         self.seconds_waited = 0.0
@@ -185,6 +191,23 @@ def _patches(samples: list[Sample]) -> Patches:
     return list(images), list(labels), list(draws), list(names)
 
 
+def _shared_patches(samples: list[Sample]) -> Patches:
+    patches = _patches(samples)
+    _share([*patches[0], *patches[1]])
+    return patches
+
+
+def _share(tensors: Sequence[torch.Tensor]) -> None:
+    """Put what a worker sends into shared memory.
+
+    PyTorch would do that in a thread of the worker's which, where there is no room, prints that and drops the batch;
+    the main process would wait for it for ever.
+    """
+    if get_worker_info() is not None:
+        for tensor in tensors:
+            tensor.share_memory_()
+
+
 def augmented(patches: Patches, device: torch.device, steps: Sequence[Step]) -> dict[str, torch.Tensor | list[str]]:
     """Make a batch of patches, each changed as was drawn for it of the steps, on ``device``."""
     *patches, names = patches
@@ -214,6 +237,20 @@ def steps_per_epoch(num_cases: int, batch_size: int, processes: Processes) -> in
     return max(1, -(-num_cases // (batch_size * processes.world_size)))
 
 
+def workers(num_workers: int | None) -> int:
+    """Return how many processes prepare batches; of None, what is left of this process's cores, at most 6."""
+    return min(6, cores_per_process() - 1) if num_workers is None else num_workers
+
+
+def bytes_ahead(task: Task, batch_size: int, num_workers: int | None, device_type: str) -> int:
+    """Count the bytes of patches that a loader holds while the network validates: all that its workers prepare ahead.
+
+    Without workers that is one batch. For a GPU patches stay float16 until they are there.
+    """
+    voxel = (4 if device_type == "cpu" else 2) * task.num_channels + 1  # the label is uint8
+    return max(1, AHEAD * workers(num_workers)) * batch_size * math.prod(task.patch_size) * voxel
+
+
 def training_loader(
     cases: Sequence[Case],
     cache: Cache,
@@ -235,8 +272,7 @@ def training_loader(
             computes the network, at most 6.
         stream: tells apart the random draws of loaders that share a seed.
     """
-    if num_workers is None:
-        num_workers = min(6, cores_per_process() - 1)
+    num_workers = workers(num_workers)
     numbers = list(processes.share(len(cases))) or [processes.rank % len(cases)]
     own = [cases[number] for number in numbers]
     held = cache.hold(own, stream)

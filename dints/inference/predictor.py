@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Sequence
 from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from dints.data import plausibility
 from dints.data.cases import preprocess_image
 from dints.data.flips import ALL
 from dints.data.grid import Resampling
+from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.inference import slabs
 from dints.inference.decision import Decision, decided
 from dints.network.model_file import Model, load_model
-from dints.running.machine import choose_device
+from dints.running.machine import check_memory, choose_device
 from dints.running.precision import choose_precision
 from dints.running.processes import Processes
 from dints.training.steps import compiled
@@ -50,7 +53,8 @@ class Predictor:
         validation_cases: of those that one was validated on, and none trained.
 
     Raises:
-        UserError: no model file, models of different tasks, none that was trained with flips, or what the device lacks.
+        UserError: no model file, models of different tasks, none that was trained with flips, or what the device
+            lacks, as memory for one window.
     """
 
     def __init__(
@@ -68,11 +72,13 @@ class Predictor:
         first = self.models[0]
         self.task, self.ranges = first.task, first.info.get("ranges", {})
         _check_alike(self.models)
+        device = choose_device(device)
+        _check_memory(self.task, device)
         self.training_cases = {name for model in self.models for name in model.info.get("training_cases", [])}
         validated = {name for model in self.models for name in model.info.get("validation_cases", [])}
         self.validation_cases = validated - self.training_cases
         self.axes = _axes_of(self.models) if mirrored else ()
-        self.precision = choose_precision(precision, Processes(0, 1, choose_device(device)))
+        self.precision = choose_precision(precision, Processes(0, 1, device))
         overlap = first.info.get("overlap_ratio", 0.5) if overlap is None else overlap
         self.window = SlidingWindow(self.task.patch_size, overlap, batch_size)
         self.networks = [
@@ -151,6 +157,17 @@ def _check_alike(models: Sequence[Model]) -> None:
                 raise UserError(
                     f"model {number} has {what} {value}, and the first one {expected}: give models of one task"
                 )
+
+
+def _check_memory(task: Task, device: torch.device) -> None:
+    """Raise `UserError` where the device cannot hold a single window: its image, and its scores in 2 bytes and in 4.
+
+    A volume has one at least, however small it is: it is padded to that.
+    """
+    needed = math.prod(task.patch_size) * (4 * task.num_channels + 6 * task.num_classes)
+    size = " x ".join(map(str, task.patch_size))
+    remedy = "use a machine with more of it, or a model that was trained with smaller patches (--patch_size)"
+    check_memory(needed, f"the model's windows have {size} voxels, and one takes", remedy, device)
 
 
 def _axes_of(models: Sequence[Model]) -> tuple[int, ...]:

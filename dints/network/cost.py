@@ -117,23 +117,32 @@ def counts(make: Callable[[], nn.Module], input_shape: tuple[int, ...]) -> dict[
     """
     with torch.device("meta"):
         network = make()
-        image = torch.empty(input_shape)
+    with FlopCounterMode(display=False) as counter:
+        activations = activation_bytes(network, input_shape)
+    return {
+        "parameters": count_parameters(network),
+        "gmac": counter.get_total_flops() / 2 / 1e9,  # the counter takes a multiply-add as two operations
+        "activation_mib": activations / MIB,
+    }
+
+
+def activation_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Count what autograd keeps of a forward pass for the backward one, of a network on the meta device.
+
+    Args:
+        input_shape: (batch, channels, *patch_size).
+    """
     kept = []  # holds the tensors, so that no two storages have one address
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept.append(tensor)
         return tensor
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, FlopCounterMode(display=False) as counter:
-        network(image)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(torch.empty(input_shape, device="meta"))
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in kept)}
-    return {
-        "parameters": count_parameters(network),
-        "gmac": counter.get_total_flops() / 2 / 1e9,  # the counter takes a multiply-add as two operations
-        "activation_mib": sum(size for address, size in storages.items() if address not in weights) / MIB,
-    }
+    return sum(size for address, size in storages.items() if address not in weights)
 
 
 def _measure(settings: tuple, input_shape: tuple[int, ...], device: torch.device) -> dict[str, str | float | None]:

@@ -81,6 +81,21 @@ def load_model(path: str | Path) -> Model:
     return Model(network, architecture, task, info, files.digest(path))
 
 
+def validation_of(path: Path) -> dict[str, float | int | None] | None:
+    """Read of which ``iteration`` a file's network is, and the ``dice`` of its validation; None where there is no file.
+
+    Raises:
+        UserError: it is damaged, or does not say so.
+    """
+    if not path.is_file():
+        return None
+    content = torch_files.load_safely(path)
+    noted = {key: content.get(key) for key in ("iteration", "dice")} if isinstance(content, dict) else {}
+    if type(noted.get("iteration")) is not int or not isinstance(noted["dice"], (float, type(None))):
+        raise UserError(f"{path} is not of this run: move it away, and the same command writes it anew")
+    return noted
+
+
 def model_of_weights(path: str | Path, architecture: Architecture, channel_mul: float, task: Task) -> Model:
     """Make a model of weights alone, as MONAI's DiNTS saves them, which say nothing of their network and data.
 

@@ -30,6 +30,13 @@ def explain(
             f"memory is exhausted ({what}): lower --patch_size, --num_images_per_batch, --channel_mul, or in "
             "validation --num_sw_batch_size; for the machine's memory also --num_workers, or use --cache disk"
         )
+    if "Too many open files" in str(error):
+        return UserError("too many files are open: raise the limit (ulimit -n 4096), or lower --num_workers")
+    if "</torch_" in str(error):  # as PyTorch's shared memory is called
+        return UserError(
+            "a batch does not fit into what is left of shared memory (/dev/shm): give a container more "
+            "(docker run --ipc=host, or --shm-size), or lower --num_workers (0 needs none) or --patch_size"
+        )
     if "DataLoader worker (pid" in what:
         return ProcessLost(
             f"a process that prepares batches died ({what}): if for want of memory, lower --num_workers, use --cache "
@@ -61,8 +68,10 @@ def _lost_rank(what: str, rank: int, world_size: int, store: dist.Store | None, 
 def lacks_memory(error: Exception) -> bool:
     """Tell whether an error means that the memory of the machine or of a GPU is exhausted, whichever library says it.
 
-    CUDA and NCCL say "out of memory", cuDNN and cuBLAS ..._STATUS_ALLOC_FAILED.
+    CUDA and NCCL say "out of memory", cuDNN and cuBLAS ..._STATUS_ALLOC_FAILED, NumPy in a worker "Unable to allocate".
     """
     signs = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "can't allocate memory")
-    signs += ("out of memory", "_STATUS_ALLOC_FAILED")
+    signs += ("out of memory", "_STATUS_ALLOC_FAILED", "Unable to allocate")
+    if str(error).strip() == "could not create a primitive":  # oneDNN
+        return True
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
 
-from dints import launcher
+from dints import launcher, system
 from dints.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -25,8 +24,17 @@ def threads(number: int) -> Iterator[ThreadPool]:
 
     A plain `ThreadPool` leaves an error without waiting for them; where the program ends at once, one that is within
     PyTorch then aborts it ("terminate called without an active exception").
+
+    Raises:
+        UserError: the system does not let this process have so many.
     """
-    pool = ThreadPool(number)
+    try:
+        pool = ThreadPool(number)
+    except (RuntimeError, AttributeError) as error:  # the second is Python's, which cannot take back those it started
+        raise UserError(
+            f"{number} threads cannot be started: raise the limits of this shell or container on memory and processes "
+            "(ulimit -v, ulimit -u)"
+        ) from error
     try:
         yield pool
     finally:
@@ -40,7 +48,7 @@ def choose_device(name: str = "auto") -> torch.device:
     Args:
         name: ``auto`` (CUDA where there is a GPU), ``cuda`` or ``cpu``; each process of a node has a GPU of its own.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if device_type(name) == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch sees no GPU: use --device cpu, or install a CUDA build of PyTorch")
@@ -55,20 +63,23 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", number)
 
 
+def device_type(name: str) -> str:
+    """Return ``cpu`` or ``cuda``: what ``name``, as for `choose_device`, means on this machine."""
+    return "cpu" if name == "cpu" or (name == "auto" and not torch.cuda.is_available()) else "cuda"
+
+
 def cores_per_process() -> int:
     """Return how many CPU cores this process may use, when the processes of its node share them evenly."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // launcher.local_world_size())
+    return max(1, system.num_cores() // launcher.local_world_size())
 
 
 def available_memory() -> int:
     """Return the bytes of this node's memory that can be taken now, within the limit of its container."""
-    page = os.sysconf("SC_PAGE_SIZE")
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         available = 1024 * int(fields["MemAvailable"].split()[0])
-    except FileNotFoundError:  # not Linux, where half of the memory is taken to be free
-        return os.sysconf("SC_PHYS_PAGES") * page // 2
+    except FileNotFoundError:  # not Linux
+        return system.free_memory()
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -82,6 +93,36 @@ def available_memory() -> int:
             continue
         available = min(available, free + (int(cached[1]) if cached else 0))
     return max(0, available)
+
+
+def check_memory(needed: int, what: str, remedy: str, device: torch.device | None = None) -> None:
+    """Raise `UserError` where ``needed`` bytes are more than can be had: all of a GPU's, else what is free, with swap.
+
+    Args:
+        what: needs them, as the message's beginning.
+        device: whose memory is meant; None: this machine's.
+    """
+    if device is not None and device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = available_memory() + free_swap()
+    if needed > there:
+        raise UserError(
+            f"{what} at least {needed:,} bytes ({gib(needed)}) of memory, and {gib(there)} are to be had: {remedy}"
+        )
+
+
+def gib(count: int) -> str:
+    """Write a number of bytes for people."""
+    return f"{count / 2**30:.3g} GiB" if count < 1000 * 2**30 else f"{count / 2**30:,.0f} GiB"
+
+
+def free_swap() -> int:
+    """Return the bytes of this node's swap that are free; 0 where that is not known."""
+    with suppress(OSError):
+        found = re.search(r"^SwapFree:\s*(\d+)", Path("/proc/meminfo").read_text(), re.M)
+        return 1024 * int(found[1]) if found else 0
+    return 0
 
 
 def keep_freed_memory() -> None:

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dints import launcher
+from dints import launcher, system
 from dints.running.failures import explain
 from dints.running.machine import choose_device, keep_freed_memory
 
 FIRST_TO_GIVE_UP = 0.9  # of the time that a collective waits
 SECONDS_BETWEEN_LOOKS = 0.5  # at whether other ranks are there
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # may stop a run
+STOP_SIGNALS = system.signals("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")  # may stop a run
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
             )
         yield processes
     except (MemoryError, RuntimeError) as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for the next worker that is killed
+        system.forget_children()
         explained = explain(error, processes.rank, processes.world_size, store, timeout_minutes)
         if explained is None:
             raise

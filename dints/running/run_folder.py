@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from dints import files
 from dints.errors import UserError
 from dints.running.processes import Processes
 
@@ -18,12 +18,8 @@ def opened(path: str | Path, processes: Processes) -> Iterator[Path]:
 
     def open_folder() -> None:
         try:
-            Path(path).mkdir(parents=True, exist_ok=True)
-            lock = os.open(Path(path) / ".lock", os.O_RDWR | os.O_CREAT)
-            locks.callback(_unlock, lock)
-            _locks.add(lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for partial in Path(path).rglob(".*.partial"):  # of a run that was killed while it wrote: the lock is ours
+            locks.enter_context(files.locked(Path(path) / ".lock", wait=False))
+            for partial in _left_by_a_kill(Path(path)):
                 partial.unlink()
         except BlockingIOError as error:
             raise UserError(
@@ -37,13 +33,8 @@ def opened(path: str | Path, processes: Processes) -> Iterator[Path]:
         yield Path(path)
 
 
-_locks: set[int] = set()  # file descriptors of this process
-
-
-def _unlock(lock: int) -> None:
-    _locks.discard(lock)
-    os.close(lock)
-
-
-# A worker shares its parent's lock, and would hold it for some seconds after the parent was killed.
-os.register_at_fork(after_in_child=lambda: [_unlock(lock) for lock in list(_locks)])
+def _left_by_a_kill(folder: Path) -> list[Path]:
+    """List what a run that was killed has left half written: the lock is ours, but not that of a run's folder below."""
+    found = [path for path in folder.rglob(".*.partial") if re.search(r"\.\d+\.partial\Z", path.name)]
+    below = {path: path.parents[: path.parents.index(folder)] for path in found}
+    return [path for path, parents in below.items() if not any((parent / ".lock").exists() for parent in parents)]

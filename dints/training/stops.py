@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from dints import system
 from dints.errors import Stopped
 from dints.running.processes import Processes
 from dints.training.checkpoint import Checkpoint
@@ -28,7 +29,7 @@ class Requests:
     def __init__(self, warning_signal: str = "USR1"):
         self.received: int | None = None
         self.received_at = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, f"SIG{warning_signal}")):
+        for number in system.signals("SIGTERM", "SIGINT", f"SIG{warning_signal}"):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: object) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dints import files
+from dints.errors import UserError
 
 LOSSES, ACCURACY, CANDIDATES = "loss_history.csv", "accuracy_history.csv", "candidates.csv"
 Rows = Sequence[Mapping[str, str]]
@@ -17,7 +18,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Read the rows of a table, [] if there is none yet; a last line cut short by a kill is left out."""
     if not path.exists():
         return []
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
@@ -34,9 +35,16 @@ def write_rows(path: Path, rows: Rows) -> None:
 
 
 def add_row(path: Path, row: Mapping[str, object]) -> None:
-    """Append a row, and a header before the first one; None becomes an empty cell."""
-    with open(path, "a", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-        if file.tell() == 0:
-            table.writeheader()
-        table.writerow(row)
+    """Append a row, and a header before the first one; None becomes an empty cell.
+
+    Raises:
+        UserError: the disk is full, or closed to writing.
+    """
+    try:
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+            if file.tell() == 0:
+                table.writeheader()
+            table.writerow(row)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error

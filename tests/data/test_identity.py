@@ -46,6 +46,20 @@ def test_the_same_files_go_on_wherever_they_lie(root, tmp_path):
     check(tmp_path, cases(moved), True, False)
 
 
+def test_longer_digests_of_an_earlier_version_are_known(root, tmp_path):
+    check(tmp_path, cases(root), False, False)
+    noted = json.loads((tmp_path / NAME).read_text())
+    for note in noted["files"].values():
+        note[-1] += "0123"
+    for times in (None, (1, 1)):  # of files that were moved, too
+        (tmp_path / NAME).write_text(json.dumps(noted))
+        for path in root.rglob("*.nii.gz"):
+            os.utime(path, times)
+        check(tmp_path, cases(root), True, False)
+    (tmp_path / NAME).write_text(json.dumps({"files": {key: 5 for key in noted["files"]}}))
+    check(tmp_path, cases(root), True, False)  # what is damaged counts as nothing
+
+
 def test_a_replaced_file_is_refused_by_name_and_noted_where_that_is_allowed(root, tmp_path, caplog):
     check(tmp_path, cases(root), False, False)
     name = replace_label(root)

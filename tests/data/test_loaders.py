@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,20 @@ def test_patches_do_not_depend_on_workers_restart_or_cache(cases, tmp_path):
     for mode in ("disk", "none"):
         other = loader_of(cases, cache=cache_of(mode, tmp_path))
         assert same(patches(other, 1), expected[1])
+
+
+@pytest.mark.parametrize("mode", ["ram", "disk", "none"])
+@pytest.mark.parametrize("chain", augmentation.CHAINS)
+def test_workers_that_are_started_anew_give_the_same_patches(cases, tmp_path, mode, chain):
+    """As on Windows and macOS, where a worker is no copy of this process but gets everything in writing."""
+    loader = loader_of(cases, cache=cache_of(mode, tmp_path))
+    loader.augment_by(augmentation.chain(chain, (0, 2)))
+    sent = ForkingPickler.dumps((loader.loader.dataset, loader.loader.collate_fn, loaders._ignore_signals))
+    samples, make_batch, _ = ForkingPickler.loads(sent)
+    for place in ((0, 0, 1), (3, 1, 4)):
+        expected = loader.loader.collate_fn([loader.loader.dataset[place]])
+        batch = make_batch([samples[place]])
+        assert all(torch.equal(batch[key], expected[key]) for key in ("image", "label"))
 
 
 def test_patches_do_not_depend_on_how_far_an_earlier_epoch_was_followed(cases):

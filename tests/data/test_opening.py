@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -82,10 +83,12 @@ def test_what_is_given_takes_the_place_of_what_is_known_and_what_is_measured(tmp
 
 
 @pytest.mark.parametrize("name", ["Task09_Spleen", "Mine"])
-def test_a_spacing_that_makes_cases_too_large_is_refused(tmp_path, name):
-    says = "^3 of 3 cases cannot be used .* would become .* at a spacing of 0.01 x 0.01 x 0.01 mm.* another --spacing"
+@pytest.mark.parametrize(("spacing", "grid"), [("0.01", r"\d{3,} x \d{3,} x \d{3,}"), ("1e+06", "1 x 1 x 1")])
+def test_a_spacing_that_makes_cases_too_large_or_a_single_voxel_is_refused(tmp_path, name, spacing, grid):
+    at = re.escape(" x ".join([spacing] * 3))
+    says = f"^3 of 3 cases cannot be used .* would become {grid} voxels at a spacing of {at} mm.* another --spacing"
     with pytest.raises(UserError, match=says):
-        open_dataset(write(tmp_path / name), spacing=(0.01, 0.01, 0.01))
+        open_dataset(write(tmp_path / name), spacing=(float(spacing),) * 3)
 
 
 def test_a_patch_that_the_network_cannot_take_is_reported_with_the_nearest_that_it_can(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dints.inference.predictor import Predictor
 from dints.network import model_file
 from dints.network.found import FoundNetwork
 from dints.network.model_file import save_model
+from dints.running import machine
 
 TASK = Task(
     "Toy", "CT", 1, ("background", "a", "b"), spacing=(2.0, 2.0, 2.0), intensity=(0.0, 1.0), patch_size=(16,) * 3
@@ -150,3 +152,16 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match="is not a model file"):
         Predictor(tmp_path / "weights.pth")
+
+
+def test_windows_that_no_memory_holds_are_refused_before_a_volume(model, monkeypatch):
+    """One window is counted, since a small volume has no more: its image, and its scores in 2 bytes and in 4."""
+    loaded = model_file.load_model(model)
+    huge = replace(loaded, task=replace(TASK, patch_size=(2048,) * 3))
+    with pytest.raises(UserError, match=r"2048 x 2048 x 2048 voxels, and one takes at least 188,978,561,024 bytes"):
+        Predictor(huge, "cpu", "fp32")
+    monkeypatch.setattr(machine, "free_swap", lambda: 0)
+    for free, is_refused in ((16**3 * (4 + 6 * 3) - 1, True), (16**3 * (4 + 6 * 3), False)):
+        monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
+        with pytest.raises(UserError) if is_refused else nullcontext():
+            Predictor(loaded, "cpu", "fp32")

@@ -98,6 +98,16 @@ def test_gpus_are_counted(smi, visible, gpus, tmp_path):
     assert (done.returncode, done.stdout) == (0, f"{gpus}\n"), done.stderr
 
 
+@pytest.mark.parametrize("value", ["PATH[$(touch ran)]", "1 2", "-1", "*", "08", "x", "0"])
+@pytest.mark.parametrize("name", ["NUM_NODES", "NUM_GPUS_PER_NODE"])
+def test_a_variable_that_is_no_number_is_told_and_not_run(name, value, tmp_path):
+    """Bash's arithmetic would run what is in it."""
+    script = f"source {shlex.quote(str(CHECKOUT))}/launch/launch.sh; launch x.py"
+    done = run_bash(tmp_path, "-euc", script, **{name: value})
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {name} is ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+
+
 def launched(script: str, folder: Path, *arguments: str, **environment: str) -> tuple[list[str], list[str]]:
     """Return the arguments that a launcher calls Python with, and what it sets of the variables that it may set."""
     variables = '"${OMP_NUM_THREADS-}" "${TORCH_CPP_LOG_LEVEL-}" "${AGENT_ONLY-}" "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE"'

@@ -9,11 +9,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from dints.data.loaders import EpochSampler, TrainingLoader
+from dints.data.cases import Prepared
+from dints.data.loaders import EpochSampler, TrainingLoader, TrainingSamples
 from dints.errors import ProcessLost, UserError
+from dints.running.machine import threads
 from dints.running.processes import started
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -30,9 +33,12 @@ MEMORY = pytest.mark.fault("GPU or host memory exhausted")
         torch.AcceleratorError("CUDA error: out of memory"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError(
+            "Caught _ArrayMemoryError in DataLoader worker process 0.\nUnable to allocate 64.0 GiB for an array"
+        ),
         torch.distributed.DistBackendError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
     ],
-    ids=["Python", "CPU", "GPU", "CUDA", "cuDNN", "cuBLAS", "NCCL"],
+    ids=["Python", "CPU", "GPU", "CUDA", "cuDNN", "cuBLAS", "NumPy", "NCCL"],
 )
 def test_exhausted_memory_names_the_flags_that_lower_it(error):
     with pytest.raises(UserError, match="memory is exhausted .*--patch_size.*--num_sw_batch_size"), started("cpu"):
@@ -43,6 +49,46 @@ def test_exhausted_memory_names_the_flags_that_lower_it(error):
 def test_memory_that_is_really_exhausted_is_told():
     with pytest.raises(UserError, match="memory is exhausted .*allocate"), started("cpu"):
         torch.empty(2**60, dtype=torch.uint8)
+
+
+@MEMORY
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("could not create a primitive"), "memory is exhausted"),  # oneDNN
+        (RuntimeError("unable to open shared memory object </torch_1_2>: Too many open files (24)"), "ulimit -n"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left"), "--shm-size"),
+    ],
+)
+def test_other_limits_of_the_system_are_told(error, told):
+    with pytest.raises(UserError, match=told), started("cpu"):
+        raise error
+
+
+@MEMORY
+def test_threads_that_the_system_refuses_are_told(monkeypatch):
+    monkeypatch.setattr("threading.Thread.start", lambda _: (_ for _ in ()).throw(RuntimeError("can't start new")))
+    with pytest.raises(UserError, match="3 threads cannot be started: .*ulimit -u"), threads(3):
+        pass
+
+
+@MEMORY
+@pytest.mark.parametrize("is_for_gpu", [False, True])
+def test_a_batch_that_shared_memory_does_not_hold_is_told_and_not_waited_for(monkeypatch, is_for_gpu):
+    """PyTorch's own thread in the worker drops it, and both processes would wait for ever."""
+
+    def refuse(_: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    case = Prepared(np.zeros((1, 9, 9, 9), np.float16), np.zeros((9, 9, 9), np.uint8), None, None)
+    monkeypatch.setattr(
+        TrainingSamples, "__getitem__", lambda *_: (torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4), {}, "")
+    )
+    samples = TrainingSamples([case], ["a"], [0], (4, 4, 4), 0, "weights")
+    loader = TrainingLoader(samples, EpochSampler(1, 1, 0, ""), 1, 1, torch.device("meta" if is_for_gpu else "cpu"))
+    with pytest.raises(UserError, match="a batch does not fit .*shared memory"), started("cpu"):
+        next(loader.epoch(0))
 
 
 def test_other_errors_stay_what_they_are():

@@ -68,3 +68,14 @@ def test_partial_files_of_a_killed_run_are_swept(tmp_path):
     (tmp_path / "candidates/.latest.pth.123.partial").write_bytes(b"half")
     with opened(tmp_path, ALONE):
         assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_files_of_other_runs_and_programs_are_not_swept(tmp_path):
+    """A run's folder may lie in another one's, and another program may call its files so."""
+    kept = [tmp_path / "fold_0/.latest.pth.123.partial", tmp_path / ".download.partial", tmp_path / "x.1.partial"]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    (tmp_path / "fold_0/.lock").touch()
+    with opened(tmp_path, ALONE):
+        assert all(path.exists() for path in kept)

@@ -410,6 +410,13 @@ def test_a_fault_is_told_before_a_training(name, dataset, tmp_path):
         assert message.startswith(f"{root}/imagesTr/case_1.nii")
 
 
+def test_names_that_python_takes_for_ascii_are_told_with_the_remedy(dataset, tmp_path, monkeypatch):
+    """With LC_ALL=C and PYTHONUTF8=0 it finds no file whose name is not ASCII."""
+    root = spoilt(dataset, tmp_path, listed("image", "imagesTr/f\u00e4ll.nii.gz"))
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    assert "set PYTHONUTF8=1, since this Python takes all names for ascii" in refusal(held, root, "none")
+
+
 @pytest.mark.parametrize("name", rows(FAULTS))
 def test_a_fault_is_listed_by_check(name, dataset, tmp_path, capsys):
     row = FAULTS[name]

@@ -371,6 +371,7 @@ def test_what_is_in_the_way_is_named_and_left(mirror, tmp_path, name, link):
         (member(f"./{TASK}//dataset.json", b"{}"), "is there twice"),
         (member(f"{TASK}/dataset.json", type=tarfile.DIRTYPE), "is there twice"),
         (member(TASK, b"x"), "is there twice"),
+        (member(f"{TASK}/LabelsTr/la_000.nii.gz", b"x"), "is there twice"),  # but for capitals
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value[0].name}-{value[0].type.decode()}",
 )

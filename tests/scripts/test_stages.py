@@ -281,6 +281,26 @@ class TestTrain:
         assert all(torch.equal(lost.network.state_dict()[key], v) for key, v in found.network.state_dict().items())
         assert str(found.info["iteration"]) in (tmp_path / "progress.yaml").read_text()
 
+    @pytest.mark.slow
+    def test_a_model_file_of_after_the_last_save_is_the_best_that_is_told_of(self, phantom, code, tmp_path, caplog):
+        """As where a kill came between the two, and the validation that is done again comes out worse, on a GPU."""
+        caplog.set_level("INFO")
+        flags = "--num_epochs 2 --num_epochs_per_validation 1"
+        path = train(phantom, tmp_path, code, flags) / "best_metric_model.pth"
+        (tmp_path / "previous.pth").replace(tmp_path / "latest.pth")
+        content = torch.load(path, weights_only=True)
+        iteration = torch.load(tmp_path / "latest.pth", weights_only=True)["progress"]["iteration"] * 2
+        torch.save({**content, "iteration": iteration, "dice": 0.9}, path)
+        train(phantom, tmp_path, code, flags)
+        assert f"is of iteration {iteration}, after the last save: it is the best so far" in caplog.text
+        told = yaml.safe_load((tmp_path / "progress.yaml").read_text())
+        assert 0.9 in told.values() and load_model(path).info["dice"] == 0.9
+        best = torch.load(tmp_path / "latest.pth", weights_only=True)["progress"]
+        assert (best["best_dice"], best["best_iteration"], best["best_epoch"]) == (0.9, iteration, 2)
+        torch.save({**content, "iteration": "9"}, path)
+        with pytest.raises(UserError, match=f"{path} is not of this run: move it away"):
+            train(phantom, tmp_path, code, flags)
+
     def test_a_label_that_was_replaced_is_refused(self, phantom, trained, code, tmp_path):
         root, run = shutil.copytree(phantom, tmp_path / phantom.name), shutil.copytree(trained, tmp_path / "run")
         label = root / "labelsTr/phantom_001.nii.gz"

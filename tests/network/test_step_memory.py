@@ -1,0 +1,116 @@
+"""Patches and networks that a machine cannot hold are refused before a case is read; no others are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from architectures import chain, everything
+from commands import SPACE, search, train
+
+from dints.data.tasks import Task
+from dints.errors import UserError
+from dints.network import space
+from dints.network.architecture import save_architecture
+from dints.network.cost import activation_bytes
+from dints.network.found import FoundNetwork
+from dints.network.step_memory import check, within_supernet
+from dints.running import machine
+
+MEMORY = pytest.mark.fault("GPU or host memory exhausted")
+TASK = Task("Toy", "MRI", 2, ("background", "a", "b"), patch_size=(32, 32, 16))
+VOXELS = 32 * 32 * 16
+PATCH = VOXELS * (2 * 4 + 1)  # two channels in float32, a label in uint8
+ARCHITECTURE = chain(0, 1, 0, num_depths=3)
+OF_PATCHES = {"batch_size": 2, "num_workers": 3, "device": "cpu"}
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Return a function that sets what is free of the machine's memory, in bytes."""
+    monkeypatch.setattr(machine, "free_swap", lambda: 0)
+    return lambda count: monkeypatch.setattr(machine, "available_memory", lambda: count)
+
+
+@MEMORY
+@pytest.mark.parametrize(
+    ("changes", "loaders", "needed"),
+    [
+        ({}, 1, 6 * 2 * PATCH),
+        ({}, 2, 2 * 6 * 2 * PATCH),
+        ({"num_workers": 0}, 1, 2 * PATCH),
+        ({"batch_size": 5}, 1, 6 * 5 * PATCH),
+    ],
+)
+def test_patches_ahead_are_counted(memory, changes, loaders, needed):
+    """All that a loader's workers have ready while the network validates; without workers one batch."""
+    settings = {**OF_PATCHES, **changes, "num_loaders": loaders}
+    memory(needed)
+    check(TASK, None, 1.0, **settings)
+    memory(needed - 1)
+    told = rf"--patch_size 32 32 16 and --num_images_per_batch \d: .* at least {needed:,} bytes \(.* GiB\).*: lower "
+    with pytest.raises(UserError, match=told):
+        check(TASK, None, 1.0, **settings)
+
+
+@MEMORY
+def test_processes_of_a_node_share_its_memory_and_swap_counts(memory, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    memory(4 * 12 * PATCH - 1)
+    with pytest.raises(UserError, match=f"{4 * 12 * PATCH:,} bytes"):
+        check(TASK, None, 1.0, **OF_PATCHES)
+    monkeypatch.setattr(machine, "free_swap", lambda: 1)
+    check(TASK, None, 1.0, **OF_PATCHES)
+
+
+@MEMORY
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.9), ("auto", 0.45), ("bf16", 0.45)])
+def test_a_steps_activations_count_on_a_cpu(memory, precision, share):
+    with torch.device("meta"):
+        network = FoundNetwork(ARCHITECTURE, 2, 3, 0.5)
+    needed = 12 * PATCH + int(share * activation_bytes(network, (2, 2, 32, 32, 16)))
+    memory(needed)
+    check(TASK, ARCHITECTURE, 0.5, **OF_PATCHES, precision=precision)
+    memory(needed - 1)
+    with pytest.raises(UserError, match=f"a training step on the CPU takes at least {needed:,} bytes"):
+        check(TASK, ARCHITECTURE, 0.5, **OF_PATCHES, precision=precision)
+
+
+def test_where_there_is_room_activations_are_not_counted(memory, monkeypatch):
+    """The rough figure from which on they are is above what even every path keeps."""
+    monkeypatch.setattr("dints.network.step_memory.activation_bytes", lambda *_: pytest.fail("counted"))
+    architecture = everything(3, 3)
+    with torch.device("meta"):
+        network = FoundNetwork(replace(architecture, use_downsample=False), 2, 3, 0.5)
+    memory(12 * PATCH + 64 * 2 * VOXELS * 16 * 3 + 1)
+    check(TASK, architecture, 0.5, **OF_PATCHES)
+    assert activation_bytes(network, (2, 2, 32, 32, 16)) < 64 * 2 * VOXELS * 16 * 3
+
+
+def test_what_a_supernet_keeps_is_counted_low():
+    sizes = 2, 3, ("skip_connect", "conv_3x3x3")
+    whole = space.supernet(space.SearchSpace(0.25, *sizes), 1, 2).to("meta")
+    with torch.device("meta"):
+        part = FoundNetwork(within_supernet(*sizes, True), 1, 2, 0.25)
+    shape = (1, 1, 16, 16, 16)
+    assert 0.2 < activation_bytes(part, shape) / activation_bytes(whole, shape) < 1
+
+
+@MEMORY
+def test_the_scripts_refuse_a_patch_before_a_case_is_read(phantom, tmp_path, monkeypatch):
+    """As --check does; and also where only candidates are trained."""
+    monkeypatch.setattr("dints.data.cache.Cache.hold", lambda *_: pytest.fail("read"))
+    save_architecture(tmp_path / "arch.pth", chain(0, 0, num_depths=3))
+    huge = "--patch_size 4096 4096 4096"
+    told = "--patch_size 4096 4096 4096 and --num_images_per_batch 2: .* at least 687,194,767,360 bytes"
+    for check_only in ("", "--check"):
+        with pytest.raises(UserError, match=told):
+            train(phantom, tmp_path / "train", tmp_path / "arch.pth", huge, check_only)
+    with pytest.raises(UserError, match="--num_images_per_batch 1: .* at least 687,194,767,360 bytes"):
+        search(phantom, tmp_path / "search", huge)
+    only = "--proposals random --candidates 2 --memory_mib 9"
+    with pytest.raises(UserError, match="--candidate_images_per_batch 3: .* at least 1,030,792,151,040 bytes"):
+        search(phantom, tmp_path / "search", SPACE, huge, only, "--candidate_images_per_batch 3")
+    assert np.prod((4096, 4096, 4096)) * 2 * 5 == 687194767360
