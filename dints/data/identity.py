@@ -81,6 +81,6 @@ def _read(path: Path) -> dict:
     with suppress(OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
         notes = content.get("files") if isinstance(content, dict) else None
-        if isinstance(notes, dict) and all(isinstance(note, list) and str(note[-1:]) for note in notes.values()):
+        if isinstance(notes, dict) and all(isinstance(note, list) and note for note in notes.values()):
             return content
     return {}

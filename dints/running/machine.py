@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from dints import launcher, system
 from dints.errors import UserError
 
+DEVICES = Path("/dev")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -47,8 +49,13 @@ def choose_device(name: str = "auto") -> torch.device:
 
     Args:
         name: ``auto`` (CUDA where there is a GPU), ``cuda`` or ``cpu``; each process of a node has a GPU of its own.
+
+    Raises:
+        UserError: there is no such device, or a GPU that this PyTorch cannot use.
     """
     if device_type(name) == "cpu":
+        if name == "auto":
+            _refuse_gpu_that_is_not_seen()
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch sees no GPU: use --device cpu, or install a CUDA build of PyTorch")
@@ -58,9 +65,35 @@ def choose_device(name: str = "auto") -> torch.device:
             f"process {number} of this node has no GPU: {torch.cuda.device_count()} are visible; "
             "lower NUM_GPUS_PER_NODE (torchrun --nproc_per_node)"
         )
+    _refuse_old_gpu(number)
     torch.cuda.set_device(number)
     torch.backends.cudnn.benchmark = True
     return torch.device("cuda", number)
+
+
+def _refuse_gpu_that_is_not_seen() -> None:
+    """Raise rather than let a CPU do, for days, what a GPU was bought for."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or not any(DEVICES.glob("nvidia[0-9]*")):
+        return
+    if torch.version.cuda is None:
+        why = "is a build without CUDA: run install.sh"
+    else:
+        why = f"with CUDA {torch.version.cuda} cannot use it, as with a driver that is too old: see nvidia-smi"
+    raise UserError(
+        f"this machine has an NVIDIA GPU, and PyTorch {torch.__version__} {why}; or give --device cpu to do without it"
+    )
+
+
+def _refuse_old_gpu(number: int) -> None:
+    built_for = [int(name[3:]) for name in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", name)]
+    major, minor = torch.cuda.get_device_capability(number)
+    if built_for and 10 * major + minor < min(built_for):
+        raise UserError(
+            f"{torch.cuda.get_device_name(number)} has compute capability {major}.{minor}, and PyTorch "
+            f"{torch.__version__} is built for {min(built_for) / 10} and newer: install an older build of PyTorch, or "
+            "give --device cpu"
+        )
 
 
 def device_type(name: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dints.errors import UserError
-from dints.running import precision
+from dints.running import machine, precision
 from dints.running.machine import choose_device
 from dints.running.precision import choose_precision
 from dints.running.processes import Processes
@@ -19,6 +19,42 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 def test_cuda_without_a_gpu_is_refused():
     with pytest.raises(UserError, match="--device cuda, but PyTorch sees no GPU"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "why"), [(None, "is a build without CUDA: run install.sh"), ("13.0", "a driver that is too old")]
+)
+def test_a_gpu_that_pytorch_does_not_see_is_not_done_without_silently(cuda, why, tmp_path, monkeypatch):
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(machine, "DEVICES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match=f"has an NVIDIA GPU, and PyTorch .* {why}.*--device cpu"):
+        choose_device("auto")
+    assert choose_device("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert choose_device("auto").type == "cpu"
+    (tmp_path / "nvidia0").rename(tmp_path / "nvidiactl")  # of a driver without a GPU
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert choose_device("auto").type == "cpu"
+
+
+def test_a_gpu_that_is_too_old_for_the_build_is_refused(monkeypatch):
+    chosen = []
+    for name, answer in (
+        ("is_available", True),
+        ("device_count", 1),
+        ("get_arch_list", ["sm_75", "sm_120", "compute_120"]),
+        ("get_device_capability", (7, 0)),
+        ("get_device_name", "Tesla V100"),
+        ("set_device", None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, answer=answer: chosen.append(given) or answer)
+    with pytest.raises(UserError, match="Tesla V100 has compute capability 7.0, and PyTorch .* built for 7.5"):
+        choose_device("auto")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert choose_device("auto") == torch.device("cuda", 0)
 
 
 def test_fp16_on_a_cpu_is_refused():
