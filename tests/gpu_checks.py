@@ -278,8 +278,8 @@ def history(folder: Path) -> list[dict[str, str]]:
 
 
 def phantom(setting: Setting) -> Path:
-    root = setting.folder / "Task00_Phantom"
-    return root if root.exists() else write_phantom(root, num_training=8, num_test=2)
+    root, size = setting.folder / "Task00_Phantom", {"shape": (24, 24, 24)} if setting.small else {}
+    return root if root.exists() else write_phantom(root, num_training=8, num_test=2, **size)
 
 
 def ran(command: list[object], setting: Setting, **environment: str) -> str:

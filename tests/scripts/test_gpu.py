@@ -11,12 +11,12 @@ from commands import run
 
 @pytest.mark.slow
 def test_all_parts_pass_in_a_rehearsal(tmp_path):
-    """But quickstart.sh and the benchmark, which have tests of their own and take minutes."""
+    """But those of quickstart.sh, the launchers and the benchmark, which have tests of their own and take minutes."""
     output = tmp_path / "results.json"
-    done = run("tests/gpu.py --rehearse --without quickstart steps --output", output, timeout=400)
+    done = run("tests/gpu.py --rehearse --without quickstart launchers steps --output", output, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(output.read_text())
-    assert all(result["ok"] for result in results.values()) and len(results) == 11
+    assert all(result["ok"] for result in results.values()) and len(results) == 10
     assert results["resumes"]["largest_relative_difference_of_losses"] == 0
     assert set(results["losses_fall"]) >= {"fp32", "bf16"}
     assert results["variants"]["plain"]["ms"] > 0 and results["loader"]["s_per_iteration"] > 0
