@@ -5,9 +5,10 @@
     python tests/gpu.py --output results.json --rehearse            all of it small, on the CPU, to try this script
 
 Needed are torch, monai, nibabel and what else requirements.txt names for running; no internet. Correctness comes first
-(gpu_checks.py), then speed (gpu_speed.py), then a search and a retraining of Task04, where it is there, for the time
-that is left. Each part is a process of its own, so that one that fails, or hangs, takes no other with it. The file has
-what was found so far, part by part: `ok` false where something was wrong, with the end of what it said.
+(gpu_checks.py), then speed (gpu_speed.py), then what takes minutes: compiled networks, quickstart.sh, a search and a
+retraining of Task04, where it is there. Each part is a process of its own, so that one that fails, or hangs, takes no
+other with it. The file has what was found so far, part by part: `ok` false where something was wrong, with the end of
+what it said.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from gpu_checks import Setting  # noqa: E402
 
 from dints import files  # noqa: E402
 
-PARTS = {**gpu_checks.PARTS, **gpu_speed.PARTS}  # names, and functions of a `Setting` that return what they found
+# Names, and functions of a `Setting` that return what they found, in their order.
+PARTS = {**gpu_checks.PARTS, **gpu_speed.PARTS, **gpu_checks.LAST, **gpu_speed.LAST}
 RESULT = "result: "
 LEAST_SECONDS = 10  # that a part is begun for
 

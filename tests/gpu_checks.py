@@ -117,10 +117,10 @@ def exact() -> Iterator[None]:
             place.allow_tf32 = value
 
 
-def networks() -> Iterator[tuple[str, nn.Module]]:
+def networks(blocks_and_depths: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Make a supernet and a found network, on the CPU."""
     alone = Processes(0, 1, torch.device("cpu"))
-    options = search_dints.parse_args(f"--root . --output_root . {SPACE}".split())
+    options = search_dints.parse_args(f"--root . --output_root . {SPACE} {blocks_and_depths}".split())
     yield "supernet", search_dints.Supernet(options, TASK, Precision("fp32", alone.device), alone).network
     yield "found network", a_network()
 
@@ -132,8 +132,9 @@ def a_network(channel_mul: float = 0.125) -> FoundNetwork:
 
 def a_batch(device: torch.device, num_images: int = 2) -> dict[str, torch.Tensor]:
     """Make images, and labels that can be told from them."""
-    image = torch.rand(num_images, TASK.num_channels, *PATCH, generator=torch.Generator().manual_seed(0))
-    label = (image > 0.5).to(torch.uint8) + (image > 0.8)
+    coarse = torch.rand(num_images, TASK.num_channels, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    image = nn.functional.interpolate(coarse, PATCH, mode="trilinear")
+    label = (image > 0.5).to(torch.uint8) + (image > 0.7)
     return {"image": image.to(device), "label": label.to(torch.uint8).to(device)}
 
 
@@ -188,10 +189,11 @@ def skips_infinite(setting: Setting) -> dict:
         before = weights_of(training.network)
         steps.weights_step(training, {**batch, "image": batch["image"] * torch.inf})
         assert all(map(torch.equal, before, weights_of(training.network))), f"{precision.name}: weights changed"
-        steps.weights_step(training, batch)
+        for _ in range(12):  # fp16's scaler may skip some of its own accord, until it has found a scale
+            steps.weights_step(training, batch)
         after = weights_of(training.network)
         assert all(weight.isfinite().all() for weight in after), f"{precision.name}: not finite"
-        assert not any(map(torch.equal, before, after)), f"{precision.name}: the step after did nothing"
+        assert not any(map(torch.equal, before, after)), f"{precision.name}: no step after it did anything"
     return {"precisions": [precision.name for precision in setting.precisions]}
 
 
@@ -230,7 +232,7 @@ def compiles(setting: Setting) -> dict:
     small = {"backend": "eager"} if setting.small else {}
     compiling = torch.compile
     with exact(), mock.patch.object(torch, "compile", lambda network, **how: compiling(network, **{**how, **small})):
-        for name, network in networks():
+        for name, network in networks("--num_blocks 2 --num_depths 2"):
             plain = scores_and_gradients(network, device)
             start = time.monotonic()
             compiled = steps.compiled(network, "on", device)
@@ -242,11 +244,11 @@ def compiles(setting: Setting) -> dict:
 
 
 def resumes(setting: Setting) -> dict:
-    """Kill a retraining in its middle and continue it: it must end as one that was left alone."""
-    root, arch = phantom(setting), setting.folder / "arch.pth"
+    """Kill a retraining in its middle and continue it: it must go on as one that was left alone."""
+    root, arch, epochs = phantom(setting), setting.folder / "arch.pth", 12 if setting.small else 60
     save_architecture(arch, random_architecture(0, 2, 3))
     train = [sys.executable, "train_dints.py", "--arch_ckpt", arch, "--root", root, *STAGE.split()]
-    train += ["--num_epochs", "12", "--num_epochs_per_validation", "4", "--save_minutes", "0.001"]
+    train += ["--num_epochs", epochs, "--num_epochs_per_validation", epochs, "--save_minutes", 0.001]
     train += ["--device", setting.device]
     ran([*train, "--output_root", setting.folder / "straight"], setting)
     killed = setting.folder / "killed"
@@ -257,16 +259,19 @@ def resumes(setting: Setting) -> dict:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    while process.poll() is None and len(history(killed)) < 5:
-        time.sleep(0.05)
+    while process.poll() is None and len(history(killed)) < 3:
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it had ended before"
+    done = len(history(killed))
     ran([*train, "--output_root", killed], setting)
     losses = [[float(row["loss"]) for row in history(folder)] for folder in (setting.folder / "straight", killed)]
-    assert len(losses[0]) == len(losses[1]) == 12, losses
-    worst = max(abs(a - b) / a for a, b in zip(*losses, strict=True))
-    assert worst < (0.05 if setting.device == "cuda" else 1e-6), losses  # a GPU adds in no fixed order
-    return {"epochs": 12, "largest_relative_difference_of_losses": worst}
+    assert len(losses[0]) == len(losses[1]) == epochs, losses
+    # A GPU adds in no fixed order, so that two runs part with time.
+    compared = done + 3 if setting.device == "cuda" else epochs
+    worst = max(abs(a - b) / a for a, b in list(zip(*losses, strict=True))[:compared])
+    assert worst < (0.05 if setting.device == "cuda" else 1e-6), losses
+    return {"epochs": epochs, "killed_after": done, "largest_relative_difference_of_losses": worst}
 
 
 def history(folder: Path) -> list[dict[str, str]]:
@@ -344,6 +349,5 @@ PARTS: dict[str, Callable[[Setting], dict]] = {
     "ddp": ddp,
     "resumes": resumes,
     "launchers": launchers,
-    "compiles": compiles,
-    "quickstart": quickstart,
 }
+LAST: dict[str, Callable[[Setting], dict]] = {"compiles": compiles, "quickstart": quickstart}  # they take minutes
