@@ -210,9 +210,7 @@ def ddp(setting: Setting) -> dict:
         scores_and_gradients(network, device)
         plain = [weight.grad.clone() for weight in network.parameters()]
         ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(
-            network, ids, forward_sync_buffers=False, gradient_as_bucket_view=True, batched_grad_copy=True
-        )
+        wrapped = DistributedDataParallel(network, ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
         with exact():
             scores_and_gradients(wrapped, device)
         difference = largest_difference(
