@@ -227,6 +227,7 @@ def equal_time() -> list[Row]:
         rows += [Training(network, "recommended", minutes, 0, 0) for network in (U, "dynunet", "segresnet")]
     for fold in (0, 2, 3):
         rows += [Training(U, "recommended", minutes, fold, 0, processes=2) for minutes in (10, 60)]
+    rows += [Training("dynunet", "recommended", minutes, 0, 0, processes=2) for minutes in (10, 60)]
     return rows
 
 
