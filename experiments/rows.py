@@ -44,17 +44,19 @@ class Network:
     Attributes:
         channel_mul: of an arch file in experiments/architectures, or of one of opponents.py.
         seconds: of a step of `BATCH_SIZE` patches on one idle core of an AMD EPYC (Zen 4): how many steps a row has.
+        speedup_of_two: of two processes on two cores over one on one, the other idle.
     """
 
     channel_mul: float
     seconds: float
+    speedup_of_two: float = 1.3
 
 
 U = "u_shaped_skip_9x3"
 NETWORKS = {
     U: Network(0.5, 0.174),
     "u_shaped_5x3": Network(0.5, 0.224),
-    "dynunet": Network(1.0, 0.418),
+    "dynunet": Network(1.0, 0.418, 1.85),
     "segresnet": Network(1.0, 0.190),
 }
 # Recipes, and of those that take another time a step how many times as much.
@@ -69,7 +71,6 @@ RECIPES = {
 }
 SHORT = [name for name in RECIPES if name != "published-augmentation"]  # short ones have it by the recommended recipe
 TIMES_AS_LONG = {"half-resolution": 0.59}
-SPEEDUP_OF_TWO = 1.3  # of two processes on two cores over one on one, the other idle
 # One validation, at the end: each training has the whole of its time.
 TRAINING = "--learning_rate 0.05 --learning_rate_scaling none --num_epochs 100 --num_epochs_per_validation 100"
 TRAINING += " --overlap_ratio 0 --num_workers 0 --cache ram"
@@ -116,8 +117,9 @@ class Training:
         """The steps of so many minutes, to two digits."""
         if self.minutes is None:
             return EQUAL_ITERATIONS
-        seconds = NETWORKS[self.network].seconds * TIMES_AS_LONG.get(self.recipe, 1)
-        seconds /= SPEEDUP_OF_TWO if self.processes == 2 else 1
+        network = NETWORKS[self.network]
+        seconds = network.seconds * TIMES_AS_LONG.get(self.recipe, 1)
+        seconds /= network.speedup_of_two if self.processes == 2 else 1
         return int(float(f"{60 * self.minutes / seconds:.2g}"))
 
     @property
