@@ -163,13 +163,12 @@ class Gpu(TorchDispatchMode):
         else:
             return
         if what:
-            frames = [Path(frame.filename) for frame in traceback.extract_stack()]
-            numbers = [frame.lineno for frame in traceback.extract_stack()]
-            ours = [
+            places = ((Path(frame.filename), frame.lineno) for frame in traceback.extract_stack())
+            ours = (
                 f"{path.relative_to(CHECKOUT)}:{number}"
-                for path, number in zip(frames, numbers, strict=False)
+                for path, number in places
                 if path.is_relative_to(CHECKOUT) and not path.is_relative_to(CHECKOUT / "tests")
-            ]
+            )
             self.waits.append(Wait(what, tuple(ours)))
 
 

@@ -120,15 +120,8 @@ def test_free_memory_is_what_windows_says(monkeypatch):
 def test_nothing_else_asks_for_what_windows_lacks():
     """So that one place knows the difference; the launcher needs POSIX, and says so before."""
     names = ("fcntl", "msvcrt", "signal.SIGHUP", "signal.SIGUSR", "signal.SIGCHLD", "os.fork", "sysconf", "statvfs")
-    names += (
-        "sched_getaffinity",
-        "O_DIRECTORY",
-        "register_at_fork",
-        "import resource",
-        "import pwd",
-        "killpg",
-        "getuid",
-    )
+    names += ("sched_getaffinity", "O_DIRECTORY", "register_at_fork", "killpg", "getuid")
+    names += ("import resource", "import pwd")
     own = [path for path in CHECKOUT.glob("*.py")] + sorted((CHECKOUT / "dints").rglob("*.py"))
     found = [
         (path.name, name)

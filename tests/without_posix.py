@@ -23,18 +23,8 @@ import torch  # noqa: F401
 
 MODULES = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
 OF_OS = ("fork", "forkpty", "sysconf", "sched_getaffinity", "statvfs", "register_at_fork", "killpg", "setsid")
-OF_OS += (
-    "getpgid",
-    "O_DIRECTORY",
-    "O_NOFOLLOW",
-    "getuid",
-    "geteuid",
-    "getgid",
-    "sync",
-    "mkfifo",
-    "chown",
-    "set_blocking",
-)
+OF_OS += ("getpgid", "O_DIRECTORY", "O_NOFOLLOW", "getuid", "geteuid", "getgid", "sync", "mkfifo", "chown")
+OF_OS += ("set_blocking",)
 SIGNALS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGQUIT", "SIGALRM", "SIGKILL", "SIGSTOP", "SIGCONT")
 
 

@@ -123,7 +123,7 @@ class Predictor:
         del image
         for doubt in plausibility.doubts_of_intensities(prepared, self.ranges):
             log.warning("%s is unusual: %s", name, doubt)
-        if not self.axes and slabs.fits(resampling.shape, self.task.patch_size, resampling):
+        if not self.axes and slabs.fits(resampling.shape, self.window, resampling):
             return slabs.segmented(prepared, self.networks, self.window, self.precision, resampling, maps)
         probabilities = self._probabilities(prepared)
         del prepared

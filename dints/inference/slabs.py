@@ -16,9 +16,9 @@ from dints.training.windows import SlidingWindow
 Slab = tuple[int, np.ndarray]  # its first plane; (classes, planes, *plane)
 
 
-def fits(shape: Sequence[int], patch_size: Sequence[int], resampling: Resampling) -> bool:
+def fits(shape: Sequence[int], window: SlidingWindow, resampling: Resampling) -> bool:
     """Tell whether a volume can be done slab by slab: one that needs no padding, nor shearing on the way back."""
-    return all(size >= patch for size, patch in zip(shape, patch_size, strict=True)) and resampling.is_separable
+    return window.fits(shape) and resampling.is_separable
 
 
 def segmented(

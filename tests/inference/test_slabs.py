@@ -41,7 +41,7 @@ def affine(axes: np.ndarray) -> np.ndarray:
 def test_labels_are_those_of_the_whole_volume(networks, axes, spacing, shape):
     resampling = Resampling(shape, affine(AXES[axes]), spacing)
     image = np.random.default_rng(0).normal(size=(2, *resampling.shape)).astype(np.float32)
-    assert slabs.fits(resampling.shape, WINDOW.patch_size, resampling)
+    assert slabs.fits(resampling.shape, WINDOW, resampling)
     found = slabs.segmented(image, networks[:1], WINDOW, FP32, resampling).labels
     expected = resampling.undo(WINDOW.probabilities(image, networks[0], FP32)).argmax(0)
     assert found.shape == shape and found.dtype == np.uint8 and len(np.unique(found)) == 3
@@ -81,11 +81,11 @@ def test_maps_are_those_of_the_whole_volume(networks, spacing):
 
 def test_what_needs_padding_or_shearing_is_done_at_once():
     straight = Resampling((40, 40, 40), np.eye(4), (2.0, 2.0, 2.0))
-    assert straight.is_separable and not slabs.fits((15, 40, 40), WINDOW.patch_size, straight)
+    assert straight.is_separable and not slabs.fits((15, 40, 40), WINDOW, straight)
     angle = np.radians(20)
     rotated = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1.2]])
     sheared = rotated @ np.array([[1, 0.3, 0], [0, 1, 0], [0, 0, 1]])
     for axes, separable in ((rotated, True), (sheared, False)):
         resampling = Resampling((40, 40, 40), affine(axes), (2.0, 2.0, 2.0))
         assert resampling.is_separable == separable
-        assert slabs.fits(resampling.shape, (8, 8, 8), resampling) == separable
+        assert slabs.fits(resampling.shape, SlidingWindow((8, 8, 8), 0.5, 1), resampling) == separable

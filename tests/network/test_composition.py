@@ -58,7 +58,7 @@ def test_zeros_beyond_the_border_are_composed_too():
         torch.testing.assert_close(nn.functional.conv3d(small, part.kernels, padding=1), expected)
 
 
-SAME = {
+OTHERS = {
     "dilated": partial(ActivatedConvolutions, kernels=[(3, 3, 3)], dilation=2),
     "grouped": partial(ActivatedConvolutions, kernels=[(3, 3, 3)], groups=CHANNELS),
     "twice": partial(ActivatedConvolutions, kernels=[(3, 3, 3), (3, 3, 3)]),  # together 5x5x5, and other borders
@@ -67,9 +67,9 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize(("name", "composes"), [*((name, name == "three") for name in SAME)])
+@pytest.mark.parametrize(("name", "composes"), [*((name, name == "three") for name in OTHERS)])
 def test_what_does_not_compose_to_3x3x3_is_computed_as_before(name, composes, monkeypatch):
-    monkeypatch.setitem(OPERATIONS, name, Operation("", "", "", 3, SAME[name]))
+    monkeypatch.setitem(OPERATIONS, name, Operation("", "", "", 3, OTHERS[name]))
     cells, images, weights = cells_and_images(2, ("skip_connect", name, "conv_3x1x3"))
     parts = composed(cells, weights, 2)
     assert parts[0].operations == ((1, 2) if composes else (2,))
