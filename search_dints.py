@@ -547,6 +547,7 @@ class Supernet:
         operations = args.operations or network.operations.PUBLISHED
         size = args.channel_mul, args.num_blocks, args.num_depths
         self.space = network.space.SearchSpace(*size, operations, use_downsample, bool(args.keep_finest))
+        self.space.checkpoint_activations = args.checkpoint_activations
         check_max_ram_ratio(args.max_ram_ratio, self.space)
         self.network = network.space.supernet(self.space, task.num_channels, task.num_classes)
         if args.checkpoint is not None:

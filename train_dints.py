@@ -261,6 +261,7 @@ def build(args: argparse.Namespace, architecture: Architecture, task: Task) -> F
     """Build the found network, with the weights of ``--checkpoint`` where that is given."""
     running.seeds.seed_everything(args.seed, "initialisation")
     found_network = network.found.FoundNetwork(architecture, task.num_channels, task.num_classes, args.channel_mul)
+    found_network.checkpoint_activations = args.checkpoint_activations
     if args.checkpoint is not None:
         network.weights.load_weights(found_network, args.checkpoint, found_network.unused_stems)
     return found_network

@@ -147,6 +147,12 @@ def add_training(
         type=positive,
         help="scale the weights' gradients down to this norm where they exceed it (default: as they are)",
     )
+    add(
+        "--checkpoint_activations",
+        action="store_true",
+        help="keep for the backward pass only what goes from block to block, and compute the rest twice: a step takes "
+        "less memory and more time, to the same result",
+    )
     return group
 
 
@@ -321,7 +327,12 @@ def step(args: argparse.Namespace) -> dict:
     """
     device = "cuda" if args.check and args.device == "auto" else args.device
     numbers = {"batch_size": args.num_images_per_batch, "num_workers": args.num_workers}
-    return {**numbers, "device": device, "precision": args.precision}
+    return {
+        **numbers,
+        "device": device,
+        "precision": args.precision,
+        "checkpoint_activations": args.checkpoint_activations,
+    }
 
 
 def window(args: argparse.Namespace) -> dict:
@@ -342,7 +353,13 @@ def course(args: argparse.Namespace) -> dict[str, object]:
     """
     places = {"output_root", "root", "json", "arch_ckpt", "allow_outside_root"}
     manner = {"resume", "save_minutes", "num_workers", "cache", "cache_dir", "check", "local_rank", "device"}
-    manner |= {"warning_signal", "timeout_minutes", "allow_other_num_processes", "allow_changed_data"}
+    manner |= {
+        "checkpoint_activations",
+        "warning_signal",
+        "timeout_minutes",
+        "allow_other_num_processes",
+        "allow_changed_data",
+    }
     after = {"candidates", "proposals", "memory_mib"}  # the gradient search's end, so that they may follow any
     kept = {name: value for name, value in vars(args).items() if name not in places | manner | after}
     kept = {name: value for name, value in kept.items() if not name.startswith("candidate_")}

@@ -60,23 +60,27 @@ def waits(gpu: Gpu, part: str) -> list[str]:
 
 
 @each_precision
-def test_neither_step_of_the_search_waits(name: str):
+@pytest.mark.parametrize("more", ["", "--checkpoint_activations"])
+def test_neither_step_of_the_search_waits(name: str, more: str):
     with a_gpu() as gpu:
-        supernet = search_dints.Supernet(search_dints.parse_args(SETTINGS.split()), TASK, Precision(name, GPU), ALONE)
+        settings = search_dints.parse_args([*SETTINGS.split(), *more.split()])
+        supernet = search_dints.Supernet(settings, TASK, Precision(name, GPU), ALONE)
         gpu.forget()
         assert search_dints.weights_step(supernet, a_batch()).device == GPU
-        assert waits(gpu, f"weights step, {name}") == []
+        assert waits(gpu, f"weights step, {name} {more}") == []
         weights = supernet.weights_parameters
         assert all(weight.device == GPU and weight.grad.device == GPU for weight in weights)
         gpu.forget()
         assert search_dints.architecture_step(supernet, a_batch(), 0.5).device == GPU
-        assert waits(gpu, f"architecture step, {name}") == []
+        assert waits(gpu, f"architecture step, {name} {more}") == []
 
 
 @each_precision
-def test_the_step_of_a_retraining_does_not_wait(name: str):
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_the_step_of_a_retraining_does_not_wait(name: str, checkpoint_activations: bool):
     with a_gpu() as gpu:
         network = a_network().to(GPU)
+        network.checkpoint_activations = checkpoint_activations
         training = steps.weights_training(
             network,
             network.parameters(),

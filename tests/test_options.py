@@ -91,6 +91,12 @@ def test_runs_from_before_there_were_recipes_go_on():
         assert options.course(script.parse_args([*flags, "--recipe", "recommended"]))["flip_axes"] == ["auto"]
 
 
+def test_a_run_may_go_on_with_activations_computed_twice():
+    for script, flags in ((search_dints, SEARCH), (train_dints, TRAIN)):
+        courses = [options.course(script.parse_args([*flags, *more])) for more in ([], ["--checkpoint_activations"])]
+        assert courses[0] == courses[1]
+
+
 def test_a_run_from_before_the_finest_path_could_be_kept_goes_on():
     courses = [options.course(search_dints.parse_args([*SEARCH, *more])) for more in ([], ["--keep_finest"])]
     assert [course["keep_finest"] for course in courses] == [None, True]  # None: as if it were not there

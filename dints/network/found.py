@@ -13,6 +13,7 @@ from dints.errors import UserError
 from dints.network.architecture import Architecture, paths
 from dints.network.cells import cell_of
 from dints.network.cpu_layers import accelerated
+from dints.network.recomputation import kept_or_recomputed
 
 
 class FoundNetwork(DiNTS):
@@ -25,7 +26,12 @@ class FoundNetwork(DiNTS):
         in_channels: image channels.
         num_classes: output channels, background included.
         channel_mul: times 32, 64, 128, ... channels from the full resolution down.
+
+    Attributes:
+        checkpoint_activations: keep only what goes from block to block for the backward pass.
     """
+
+    checkpoint_activations = False
 
     def __init__(self, architecture: Architecture, in_channels: int, num_classes: int, channel_mul: float = 1.0):
         with contextlib.redirect_stdout(io.StringIO()):  # MONAI prints its advice about patch sizes
@@ -57,16 +63,22 @@ class FoundNetwork(DiNTS):
         """Return class scores (batch, classes, *spatial) of images (batch, channels, *spatial)."""
         features = {depth: self.stem_down[str(depth)](x) for depth in self.inputs}
         for block in self.blocks:
-            outputs = {}
-            for name, source, target in block:
-                output = self.dints_space.cell_tree[name](features[source], None)
-                outputs[target] = outputs[target] + output if target in outputs else output
-            features = outputs
+            features = kept_or_recomputed(self.checkpoint_activations, self._computed, block, features)
         up = None
         for depth in range(self.deepest_output, -1, -1):
             terms = [term for term in (features.get(depth), up) if term is not None]
             up = self.stem_up[str(depth)](sum(terms[1:], terms[0]))
         return self.stem_finals(up)
+
+    def _computed(
+        self, block: list[tuple[str, int, int]], features: dict[int, torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """Return a block's feature maps by their depth, of those of the block before."""
+        outputs = {}
+        for name, source, target in block:
+            output = self.dints_space.cell_tree[name](features[source], None)
+            outputs[target] = outputs[target] + output if target in outputs else output
+        return outputs
 
 
 def check_patch_size(

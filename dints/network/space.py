@@ -27,6 +27,7 @@ from dints.network.composition import Composed, composed, pays
 from dints.network.cpu_layers import accelerated
 from dints.network.mixing import cells_together, mix
 from dints.network.operations import PUBLISHED, check_names
+from dints.network.recomputation import kept_or_recomputed
 
 CERTAIN = 1000.0  # an alpha at which a path's probability is 1 to the last bit, and its complement 0
 
@@ -44,7 +45,12 @@ class SearchSpace(TopologySearch):
         use_downsample: as in `Architecture`.
         keep_finest: only children with the path along depth 0 active; all probabilities are conditional on that, and
             no gradient reaches its alphas. The parameters are the same.
+
+    Attributes:
+        checkpoint_activations: keep only what goes from block to block for the backward pass.
     """
+
+    checkpoint_activations = False
 
     def __init__(
         self,
@@ -259,13 +265,20 @@ class SearchSpace(TopologySearch):
         weights = self.get_prob_a()[1].unsqueeze(-1) * F.softmax(self.log_alpha_c, -1)
         of_depths = [self._composed(into, image, weights) for into, image in zip(self.paths_into, x, strict=True)]
         for block in range(self.num_blocks):
-            outputs = []
-            for into, parts in zip(self.paths_into, of_depths, strict=True):
-                cells = [self.cell_tree[str((block, path))] for path in into]
-                images = [x[self.paths[path][0]] for path in into]
-                outputs.append(mix(cells, images, weights[block, into.start : into.stop], parts[block]))
-            x = outputs
+            parts = [of_blocks[block] for of_blocks in of_depths]
+            x = kept_or_recomputed(self.checkpoint_activations, self._mixed, block, x, weights[block], parts)
         return x
+
+    def _mixed(
+        self, block: int, x: list[torch.Tensor], weights: torch.Tensor, parts: Sequence[Sequence[Composed] | None]
+    ) -> list[torch.Tensor]:
+        """Return a block's feature maps, of those of the block before."""
+        outputs = []
+        for into, composed_cells in zip(self.paths_into, parts, strict=True):
+            cells = [self.cell_tree[str((block, path))] for path in into]
+            images = [x[self.paths[path][0]] for path in into]
+            outputs.append(mix(cells, images, weights[into.start : into.stop], composed_cells))
+        return outputs
 
     def _composed(self, into: range, image: torch.Tensor, weights: torch.Tensor) -> Sequence[Sequence[Composed] | None]:
         """Compose what the paths ``into`` a depth hold, where that pays for maps like ``image``; return it by block."""

@@ -30,6 +30,7 @@ def check(
     num_workers: int | None,
     device: str,
     precision: str = "auto",
+    checkpoint_activations: bool = False,
     num_loaders: int = 1,
     flag: str = "--num_images_per_batch",
 ) -> None:
@@ -42,6 +43,7 @@ def check(
         architecture: that is trained; None: activations are not looked at.
         batch_size, num_workers: as for `dints.data.loaders.training_loader`.
         device: as for `dints.running.machine.choose_device`.
+        checkpoint_activations: as `FoundNetwork` has it.
         num_loaders: that prepare batches at the same time.
         flag: that sets ``batch_size``.
     """
@@ -59,10 +61,21 @@ def check(
         return
     with torch.device("meta"):
         network = FoundNetwork(architecture, task.num_channels, task.num_classes, channel_mul)
-    activations = activation_bytes(network, (batch_size, task.num_channels, *task.patch_size))
+    activations = _at_the_peak(network, (batch_size, task.num_channels, *task.patch_size), checkpoint_activations)
     share = 0.9 if precision == "fp32" else 0.45  # on a CPU some layers keep less than counted
     needed = patches + int(processes * activations * share)
-    machine.check_memory(needed, f"{of}: a training step on the CPU takes", f"{remedy}, or use a GPU")
+    remedy += ", or use a GPU" if checkpoint_activations else ", give --checkpoint_activations, or use a GPU"
+    machine.check_memory(needed, f"{of}: a training step on the CPU takes", remedy)
+
+
+def _at_the_peak(network: FoundNetwork, input_shape: tuple[int, ...], checkpoint_activations: bool) -> float:
+    """Return the bytes that are kept at once, of blocks that are computed again only the average one's: no less."""
+    whole = activation_bytes(network, input_shape)
+    if not checkpoint_activations:
+        return whole
+    network.checkpoint_activations = True
+    stems = activation_bytes(network, input_shape)
+    return stems + (whole - stems) / len(network.blocks)
 
 
 def within_supernet(num_blocks: int, num_depths: int, operations: Sequence[str], use_downsample: bool) -> Architecture:

@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
 def calls(row: str, args: argparse.Namespace) -> list[list[OnGpu]]:
     """Return what the published step and ours have the GPU do, after a first one that may set things up."""
     with a_gpu() as gpu:
-        options = argparse.Namespace(size=args.size, compile="off")
+        options = argparse.Namespace(size=args.size, compile="off", checkpoint_activations=False)
         rows = benchmark.build_rows(options, Processes(0, 1, GPU), Precision("bf16", GPU))
         return [of_second_call(step, gpu) for step in rows[row]()]
 

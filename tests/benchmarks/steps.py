@@ -78,6 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="small", help="patch 32 or 96, see SIZES")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of both sides")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="of ours")
+    parser.add_argument("--checkpoint_activations", action="store_true", help="of ours: see train_dints.py -h")
     parser.add_argument("--repeats", type=int, default=7, help="pairs per row, after one that is not counted")
     parser.add_argument("--seconds_per_row", type=float, default=120, help="but no more pairs after so long and three")
     parser.add_argument("--rows", nargs="+", help="names of rows (default: all)")
@@ -153,6 +154,7 @@ def build_rows(
 
     def retraining(num_images: int) -> tuple[Call, Call]:
         samples, (theirs, ours) = batch(num_images), networks()
+        ours.checkpoint_activations = args.checkpoint_activations
         ours = training.weights_training(
             training.compiled(ours, args.compile, device), ours.parameters(), precision, processes, learning_rate=0.025
         )
@@ -188,6 +190,7 @@ def twin_searches(args, size: dict, processes, precision) -> tuple[published.Sea
     theirs = published.Search(12, 4, size["search_channel_mul"], 1, TASK.num_classes, precision)
     patch = [str(size["patch_size"])] * 3
     flags = ["--root", ".", "--output_root", ".", "--channel_mul", str(size["search_channel_mul"])]
+    flags += ["--checkpoint_activations"] * args.checkpoint_activations
     options = search_dints.parse_args([*flags, "--patch_size", *patch, "--compile", args.compile])
     task = replace(TASK, patch_size=tuple(options.patch_size))
     ours = search_dints.Supernet(options, task, precision, processes)

@@ -78,6 +78,26 @@ def test_a_steps_activations_count_on_a_cpu(memory, precision, share):
         check(TASK, ARCHITECTURE, 0.5, **OF_PATCHES, precision=precision)
 
 
+@MEMORY
+def test_of_blocks_that_are_computed_again_the_average_one_counts(memory):
+    """No step keeps less: the largest block's activations, and the stems'."""
+    shape = (2, 2, 32, 32, 16)
+    with torch.device("meta"):
+        network = FoundNetwork(ARCHITECTURE, 2, 3, 0.5)
+    whole = activation_bytes(network, shape)
+    network.checkpoint_activations = True
+    stems = activation_bytes(network, shape)
+    needed = 12 * PATCH + int(0.9 * (stems + (whole - stems) / 2))
+    settings = {**OF_PATCHES, "precision": "fp32"}
+    memory(needed)
+    check(TASK, ARCHITECTURE, 0.5, **settings, checkpoint_activations=True)
+    with pytest.raises(UserError, match="give --checkpoint_activations, or use a GPU"):
+        check(TASK, ARCHITECTURE, 0.5, **settings)
+    memory(needed - 1)
+    with pytest.raises(UserError, match=f"at least {needed:,} bytes .*num_workers, or use a GPU"):
+        check(TASK, ARCHITECTURE, 0.5, **settings, checkpoint_activations=True)
+
+
 def test_where_there_is_room_activations_are_not_counted(memory, monkeypatch):
     """The rough figure from which on they are is above what even every path keeps."""
     monkeypatch.setattr("dints.network.step_memory.activation_bytes", lambda *_: pytest.fail("counted"))

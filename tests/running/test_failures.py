@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -89,6 +90,9 @@ def test_a_batch_that_shared_memory_does_not_hold_is_told_and_not_waited_for(mon
     loader = TrainingLoader(samples, EpochSampler(1, 1, 0, ""), 1, 1, torch.device("meta" if is_for_gpu else "cpu"))
     with pytest.raises(UserError, match="a batch does not fit .*shared memory"), started("cpu"):
         next(loader.epoch(0))
+    # Its worker ignores the signal by which Python would end it, before waiting for it: a script ends otherwise.
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def test_other_errors_stay_what_they_are():
