@@ -2,10 +2,13 @@
 
     python experiments/figures.py opening --root data_msd/Task04_Hippocampus --segmentations segmentations
     python experiments/figures.py time
+    python experiments/figures.py memory
+    python experiments/figures.py rungs --search search_30mib_fold2_seed0
 
 opening: what a search chooses from, and a case as a found network segments it. SEGMENTATIONS is what infer_dints.py
 wrote with --root: the case is the one whose mean Dice is the median of scores.csv, so that the picture flatters nobody.
-time: Dice against the minutes of training, from results.jsonl.
+time, memory, rungs, from results.jsonl: Dice against the minutes of training; Dice of what was trained at equal memory,
+a panel a budget; how the candidates of a search competed.
 """
 
 from __future__ import annotations
@@ -27,14 +30,26 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rows import U
 from runner import read_results
+from tables import kind_of
 
 from dints import files
 from dints.data.formats import read_dataset
 from dints.network.drawing import draw_search_space
+from dints.training import curves, tables
 
 FIGURES = Path(__file__).resolve().parents[1] / "Figures"
 CURVES_OF = {"recipe": "recommended", "processes": 1, "fold": 0, "seed": 0}  # of Dice against minutes
 NAMES = {U: "a U of our space", "dynunet": "MONAI's DynUNet", "segresnet": "MONAI's SegResNet"}
+KINDS = {  # of what is trained at equal memory, from top to bottom
+    "search": "search with candidates",
+    "control": "candidates alone",
+    "gradient": "gradient search alone",
+    "random": "random, finest path kept",
+    "u_shaped_5x3": "U, 5 blocks",
+    U: "U, 9 blocks and skips",
+    "dynunet": "MONAI's DynUNet",
+    "segresnet": "MONAI's SegResNet",
+}
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442")  # of Okabe and Ito; one a class
 
 
@@ -63,14 +78,14 @@ def draw_opening(args: argparse.Namespace) -> None:
 
 
 def draw_time(args: argparse.Namespace) -> None:
-    curves = time_to_dice(read_results())
+    of_networks = time_to_dice(read_results())
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for (network, points), colour, marker in zip(curves.items(), COLOURS, "osD^v", strict=False):
+    for (network, points), colour, marker in zip(of_networks.items(), COLOURS, "osD^v", strict=False):
         minutes, dice = zip(*points, strict=True)
         axes.plot(minutes, dice, f"{marker}-", color=colour, label=NAMES.get(network, network))
     axes.set_xscale("log")
-    ticks = sorted({minutes for points in curves.values() for minutes, _ in points})
+    ticks = sorted({minutes for points in of_networks.values() for minutes, _ in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("minutes of training on one core; each point is a training of its own")
@@ -91,6 +106,43 @@ def time_to_dice(results: list[dict]) -> dict[str, list[tuple[float, float]]]:
         if result.get("minutes") is not None and all(result[key] == value for key, value in CURVES_OF.items()):
             points[result["network"]][result["minutes"]] = result["dice"]
     return {network: sorted(of_network.items()) for network, of_network in points.items() if len(of_network) > 1}
+
+
+def draw_memory(args: argparse.Namespace) -> None:
+    of_budgets = at_equal_memory(read_results())
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(of_budgets), sharey=True, squeeze=False)[0]
+    for axes, (memory, of_kinds) in zip(panels, of_budgets.items(), strict=True):
+        for place, kind in enumerate(KINDS):
+            dice = of_kinds.get(kind, [])
+            axes.plot(dice, [place] * len(dice), "o", color=COLOURS[0], markersize=6, alpha=0.7)
+            if len(dice) > 1:
+                axes.plot(statistics.mean(dice), place, "|", color="black", markersize=16, markeredgewidth=2)
+        axes.set_title(f"{memory:g} MiB of activations", loc="left")
+        axes.set_xlabel("Dice, mean of both classes")
+        axes.locator_params(axis="x", nbins=6)
+        axes.grid(alpha=0.3, axis="x")
+    panels[0].set_yticks(range(len(KINDS)), KINDS.values())
+    panels[0].invert_yaxis()
+    with files.replacing(args.output) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def at_equal_memory(results: list[dict]) -> dict[float, dict[str, list[float]]]:
+    """Return the Dice of all networks that were trained at equal memory, by budget in MiB and by kind."""
+    dice = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        if result.get("memory_mib") is not None and "network" in result:
+            dice[result["memory_mib"]][kind_of(result["network"])].append(result["dice"])
+    return dict(sorted(dice.items()))
+
+
+def draw_rungs(args: argparse.Namespace) -> None:
+    (search,) = (line for line in read_results() if line["name"] == args.search)
+    with tempfile.TemporaryDirectory() as folder:
+        tables.write_rows(Path(folder) / tables.CANDIDATES, search["candidates"])
+        curves.draw_candidates(Path(folder))
+        files.write_atomically(args.output, (Path(folder) / "candidates.png").read_bytes())
 
 
 def median_case(scores: Path) -> tuple[str, float]:
@@ -142,6 +194,13 @@ def parse_args() -> argparse.Namespace:
     time = pictures.add_parser("time", help="Dice against minutes")
     time.set_defaults(draw=draw_time)
     time.add_argument("--output", type=Path, default=FIGURES / "time_to_dice.png", help="the picture")
+    memory = pictures.add_parser("memory", help="Dice at equal memory")
+    memory.set_defaults(draw=draw_memory)
+    memory.add_argument("--output", type=Path, default=FIGURES / "equal_memory.png", help="the picture")
+    rungs = pictures.add_parser("rungs", help="a search's candidates")
+    rungs.set_defaults(draw=draw_rungs)
+    rungs.add_argument("--search", required=True, help="name of its row")
+    rungs.add_argument("--output", type=Path, default=FIGURES / "rungs.png", help="the picture")
     return parser.parse_args()
 
 

@@ -173,3 +173,25 @@ def test_at_equal_memory_a_kind_has_a_row_and_what_searches_gain_over_it():
         "| 30 | search | 2 | 1.50 to 1.50 M | 10 | 0.7500 (0.6500 to 0.8500) | - |",
         "| 30 | random | 1 | 1.50 M | - | 0.6500 | +0.1000 (+0.1000 to +0.1000) |",
     ]
+
+
+def test_pictures_of_searches_are_drawn_from_their_lines(monkeypatch, tmp_path):
+    line = {"memory_mib": 30.0, "name": "a training"}
+    candidates = [
+        {"candidate": name, "kind": kind, "iterations": "200", "dice": dice}
+        for name, kind, dice in (("random_1", "random", "0.8"), ("mutant_1", "mutant", "0.9"))
+    ]
+    networks = [("search_30mib_seed0", 0.9), ("random_0", 0.6), ("random_1", 0.8), ("dynunet", 0.7)]
+    lines = [{**line, "name": "search_30mib", "kind": "search", "candidates": candidates}]
+    lines += [{"name": "another", "minutes": 6, "network": "u"}]
+    lines += [{**line, "network": name, "dice": dice} for name, dice in networks]
+    lines += [{**line, "network": "dynunet", "dice": 0.5, "memory_mib": 20.0}]
+    monkeypatch.setattr(figures, "read_results", lambda: lines)
+    of_budgets = figures.at_equal_memory(lines)
+    assert list(of_budgets) == [20.0, 30.0] and of_budgets[20.0] == {"dynunet": [0.5]}
+    assert of_budgets[30.0] == {"search": [0.9], "random": [0.6, 0.8], "dynunet": [0.7]}
+    for picture, flags in (("memory", []), ("rungs", ["--search", "search_30mib"])):
+        monkeypatch.setattr(sys, "argv", ["figures.py", picture, "--output", str(tmp_path / picture), *flags])
+        arguments = figures.parse_args()
+        arguments.draw(arguments)
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
