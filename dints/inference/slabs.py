@@ -35,7 +35,7 @@ def segmented(
         image: (channels, *spatial), on the grid that it leads to.
         maps: as for `decided`.
     """
-    axis = int(np.argmax(image.shape[1:]))  # along the longest, planes are smallest
+    axis = window.slab_axis(image.shape[1:])
     streams = [probabilities(image, network, window, precision, axis) for network in networks]
     undone = resampling.undone_by_slabs(_means(streams), axis)
     return joined([decided(slab, len(slab), maps) for slab in undone], axis, resampling)

@@ -138,7 +138,7 @@ class Validation:
         """Yield what the network predicts of a case, part by part, with the reference."""
         shape = case["image"].shape[2:]
         if self.num_classes * math.prod(shape) > MANY_SCORES and self.window.fits(shape):
-            axis = int(np.argmax(shape))  # along the longest, planes are smallest
+            axis = self.window.slab_axis(shape)
             for first, scores in self.window.slabs(case["image"][0], network, self.precision, axis):
                 yield scores.argmax(0), case["label"][0, 0].narrow(axis, first, scores.shape[1 + axis])
             return

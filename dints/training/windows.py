@@ -54,6 +54,10 @@ class SlidingWindow:
         """Tell whether a volume can be done slab by slab: one that needs no padding."""
         return all(size >= patch for size, patch in zip(shape, self.patch_size, strict=True))
 
+    def slab_axis(self, shape: Sequence[int]) -> int:
+        """Return the axis along which slabs of a volume take least memory: the longest, whose planes are smallest."""
+        return int(np.argmax(shape))
+
     @torch.no_grad()
     def slabs(
         self, image: torch.Tensor, network: nn.Module, precision: Precision, axis: int
