@@ -314,7 +314,7 @@ def architecture_step(supernet: Supernet, batch: dict[str, torch.Tensor], ramp: 
         optimizer.zero_grad()
     with frozen(supernet.weights_parameters):
         with supernet.precision.autocast():
-            scores = supernet.compiled(image)
+            scores = supernet.computing(image)
         segmentation = supernet.weights.criterion(scores.float(), label)
         terms = regularisers(supernet.space, supernet.input_shape, supernet.ram_budget)
         loss = segmentation + ramp * architecture_loss(terms, *supernet.loss_settings)
@@ -421,6 +421,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     dataset = data.opening.open_dataset(**options.dataset(args), measured_in=[args.output_root])
     use_downsample = data.fingerprint.use_downsample(args.use_downsample, dataset.cases, dataset.task)
     network.found.check_patch_size(dataset.task.patch_size, args.num_depths, use_downsample)
+    training.cuda_graphs.check(args.cuda_graphs, options.step(args)["device"])
     check_memory(args, dataset.task, use_downsample)
     training_cases, validation_cases = data.listing.split_fold(dataset.cases, **options.folds(args))
     halves(training_cases)
@@ -525,7 +526,7 @@ class Supernet:
     """The search space in MONAI's `DiNTS`, and what trains it: SGD for the weights, Adam for the architecture.
 
     Attributes:
-        network: for saving and validating; ``compiled`` computes the same.
+        network: for saving and validating; ``computing`` computes the same in an architecture step.
         weights: what trains them, over all processes.
     """
 
@@ -553,14 +554,16 @@ class Supernet:
         if args.checkpoint is not None:
             network.weights.load_weights(self.network, args.checkpoint)
         self.network.to(processes.device)
-        self.compiled = training.steps.compiled(self.network, args.compile, processes.device)
 
         self.arch_parameters = [self.space.log_alpha_a, self.space.log_alpha_c]
         is_arch = {id(alpha) for alpha in self.arch_parameters}
         self.weights_parameters = [weight for weight in self.network.parameters() if id(weight) not in is_arch]
+        manner = self.input_shape, precision
+        with frozen(self.weights_parameters):
+            self.computing = training.steps.computing(self.network, *manner, **options.manner(args))
         with frozen(self.arch_parameters):  # DDP averages the weights' gradients only; `architecture_step` the others
             self.weights = training.steps.weights_training(
-                self.compiled,
+                training.steps.computing(self.network, *manner, **options.manner(args)),
                 self.weights_parameters,
                 precision,
                 processes,

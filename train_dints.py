@@ -141,7 +141,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     window = training.windows.SlidingWindow(task.patch_size, **options.window(args))
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
 
-    weights = weights_training(args, found_network, precision, processes)
+    weights = weights_training(args, found_network, task, precision, processes)
     kept_network = found_network if weights.average is None else weights.average.module  # validated and written
     losses = training.losses.EpochLoss("loss", processes)
     parts = {"network": found_network, **weights.parts, "loss": losses}
@@ -208,6 +208,7 @@ def prepare(args: argparse.Namespace) -> tuple[Architecture, Dataset, list[Case]
         use_downsample = data.fingerprint.use_downsample(args.use_downsample, dataset.cases, dataset.task)
         architecture = dataclasses.replace(architecture, use_downsample=use_downsample)
     network.found.check_patch_size(dataset.task.patch_size, architecture.num_depths, architecture.use_downsample)
+    training.cuda_graphs.check(args.cuda_graphs, options.step(args)["device"])
     network.step_memory.check(
         dataset.task, architecture, with_width(args, architecture).channel_mul, **options.step(args)
     )
@@ -268,12 +269,13 @@ def build(args: argparse.Namespace, architecture: Architecture, task: Task) -> F
 
 
 def weights_training(
-    args: argparse.Namespace, found_network: FoundNetwork, precision: Precision, processes: Processes
+    args: argparse.Namespace, found_network: FoundNetwork, task: Task, precision: Precision, processes: Processes
 ) -> WeightsTraining:
     """Move the network to its device, and make what trains it there."""
     found_network.to(processes.device)
+    image_shape = args.num_images_per_batch, task.num_channels, *task.patch_size
     return training.steps.weights_training(
-        training.steps.compiled(found_network, args.compile, processes.device),
+        training.steps.computing(found_network, image_shape, precision, **options.manner(args)),
         found_network.parameters(),
         precision,
         processes,

@@ -153,6 +153,12 @@ def add_training(
         help="keep for the backward pass only what goes from block to block, and compute the rest twice: a step takes "
         "less memory and more time, to the same result",
     )
+    add(
+        "--cuda_graphs",
+        action="store_true",
+        help="on a GPU, record a step's passes through the network at the start, and replay them: small kernels no "
+        "longer wait for their launch, and what a step keeps stays allocated (not yet tried on a GPU)",
+    )
     return group
 
 
@@ -267,6 +273,8 @@ def training_complaints(args: argparse.Namespace) -> list[str]:
         found.append("--intensity_range {:g} {:g}: the first must be below the second".format(*args.intensity_range))
     if args.flip_axes is not None and len(args.flip_axes) > 1 and not {*args.flip_axes} <= {*XYZ}:
         found.append(f"--flip_axes {' '.join(args.flip_axes)}: give axes, or one of auto, all and none")
+    if args.cuda_graphs and args.compile == "on":
+        found.append("--cuda_graphs and --compile on: give one of them, for a compiled network is replayed as it is")
     if args.learning_rate_milestones != sorted(args.learning_rate_milestones):
         found.append("--learning_rate_milestones must rise")
     return found
@@ -335,6 +343,11 @@ def step(args: argparse.Namespace) -> dict:
     }
 
 
+def manner(args: argparse.Namespace) -> dict:
+    """Return what `dints.training.steps.computing` takes, beside the network and what it computes on."""
+    return {"compile": args.compile, "cuda_graphs": args.cuda_graphs}
+
+
 def window(args: argparse.Namespace) -> dict:
     """Return what `dints.training.windows.SlidingWindow` takes, beside the patch size."""
     return {"overlap": args.overlap_ratio, "batch_size": args.num_sw_batch_size}
@@ -355,6 +368,7 @@ def course(args: argparse.Namespace) -> dict[str, object]:
     manner = {"resume", "save_minutes", "num_workers", "cache", "cache_dir", "check", "local_rank", "device"}
     manner |= {
         "checkpoint_activations",
+        "cuda_graphs",
         "warning_signal",
         "timeout_minutes",
         "allow_other_num_processes",

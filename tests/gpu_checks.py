@@ -32,7 +32,7 @@ from dints.network.found import FoundNetwork
 from dints.running import machine
 from dints.running.precision import Precision
 from dints.running.processes import Processes
-from dints.training import steps
+from dints.training import cuda_graphs, steps
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PATCH = (32, 32, 32)
@@ -242,6 +242,22 @@ def compiles(setting: Setting) -> dict:
     return found
 
 
+def records(setting: Setting) -> dict:
+    """Hold both networks' passes, replayed as CUDA graphs, against the plain ones."""
+    device = setting.processes.device
+    if device.type != "cuda":
+        return {"left out": "there is no GPU that could record"}
+    found = {}
+    with exact():
+        for name, network in networks():
+            plain = scores_and_gradients(network, device)
+            replaying = cuda_graphs.recorded(network, a_batch(device)["image"].shape, Precision("fp32", device))
+            replayed = scores_and_gradients(replaying, device)
+            found[name] = [largest_difference(*pair) for pair in zip(plain, replayed, strict=True)]
+            assert max(found[name]) < 1e-3, found
+    return {"relative_differences_of_scores_and_gradients": found}
+
+
 def resumes(setting: Setting) -> dict:
     """Kill a retraining in its middle and continue it: it must go on as one that was left alone."""
     root, arch, epochs = phantom(setting), setting.folder / "arch.pth", 12 if setting.small else 60
@@ -345,6 +361,7 @@ PARTS: dict[str, Callable[[Setting], dict]] = {
     "losses_fall": losses_fall,
     "skips_infinite": skips_infinite,
     "ddp": ddp,
+    "records": records,
     "resumes": resumes,
     "launchers": launchers,
 }

@@ -91,9 +91,10 @@ def test_runs_from_before_there_were_recipes_go_on():
         assert options.course(script.parse_args([*flags, "--recipe", "recommended"]))["flip_axes"] == ["auto"]
 
 
-def test_a_run_may_go_on_with_activations_computed_twice():
+@pytest.mark.parametrize("flag", ["--checkpoint_activations", "--cuda_graphs"])
+def test_a_run_may_go_on_in_another_manner(flag):
     for script, flags in ((search_dints, SEARCH), (train_dints, TRAIN)):
-        courses = [options.course(script.parse_args([*flags, *more])) for more in ([], ["--checkpoint_activations"])]
+        courses = [options.course(script.parse_args([*flags, *more])) for more in ([], [flag])]
         assert courses[0] == courses[1]
 
 

@@ -21,9 +21,10 @@ class Precision:
     name: str
     device: torch.device
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self, cache: bool = True) -> torch.autocast:
+        """Return the context that networks compute in; with ``cache``, a weight that is used twice is cast once."""
         dtype = torch.float16 if self.name == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32")
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32", cache_enabled=cache)
 
     def describe(self, processes: Processes) -> str:
         """Tell people what computes, and in which precision."""

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dints.running.precision import Precision
 from dints.running.processes import Processes
+from dints.training import cuda_graphs as graphs
 from dints.training.losses import segmentation_loss
 
 
@@ -126,6 +127,21 @@ def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def computing(
+    network: nn.Module, image_shape: Sequence[int], precision: Precision, *, compile: str, cuda_graphs: bool
+) -> nn.Module:
+    """Return what computes as ``network`` does in training, in the manner that was asked for.
+
+    Args:
+        image_shape: (batch, channels, *patch_size).
+        compile: as for `compiled`.
+        cuda_graphs: replay it, for the parameters that are trainable now; see `dints.training.cuda_graphs.recorded`.
+    """
+    if cuda_graphs:
+        return graphs.recorded(network, image_shape, precision)
+    return compiled(network, compile, precision.device)
 
 
 def compiled(network: nn.Module, choice: str, device: torch.device) -> nn.Module:

@@ -16,7 +16,7 @@ def test_all_parts_pass_in_a_rehearsal(tmp_path):
     done = run("tests/gpu.py --rehearse --without quickstart launchers steps task04 --output", output, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(output.read_text())
-    assert all(result["ok"] for result in results.values()) and len(results) == 11
+    assert all(result["ok"] for result in results.values()) and len(results) == 12
     assert results["resumes"]["largest_relative_difference_of_losses"] == 0
     assert set(results["losses_fall"]) >= {"fp32", "bf16"}
     assert results["variants"]["plain"]["ms"] > 0 and results["loader"]["s_per_iteration"] > 0
