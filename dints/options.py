@@ -147,6 +147,13 @@ def add_training(
         type=positive,
         help="scale the weights' gradients down to this norm where they exceed it (default: as they are)",
     )
+    add_manner(group)
+    return group
+
+
+def add_manner(group: argparse._ArgumentGroup) -> None:
+    """Add how a step is carried out, which makes no difference to what it comes to."""
+    add = group.add_argument
     add(
         "--checkpoint_activations",
         action="store_true",
@@ -159,7 +166,6 @@ def add_training(
         help="on a GPU, record a step's passes through the network at the start, and replay them: small kernels no "
         "longer wait for their launch, and what a step keeps stays allocated (not yet tried on a GPU)",
     )
-    return group
 
 
 def add_recipe(group: argparse._ArgumentGroup) -> None:

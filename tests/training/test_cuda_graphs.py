@@ -113,8 +113,7 @@ class Distributed(Processes):
         return torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
 
 
-@pytest.mark.parametrize("checkpoint_activations", [False, True])
-@pytest.mark.parametrize("name", ["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "checkpoint_activations"), [("fp32", False), ("bf16", True)])
 def test_a_retraining_is_the_same(name, checkpoint_activations, processes, graphs, monkeypatch):
     """So are the average of its weights and, afterwards, both networks as a validation uses them."""
     precision, (image, *_), states = Precision(name, CPU), (batch["image"] for batch in batches()), []
@@ -144,8 +143,9 @@ def test_a_retraining_is_the_same(name, checkpoint_activations, processes, graph
     assert_equal(states)
 
 
-@pytest.mark.parametrize("more", ["", "--checkpoint_activations", "--keep_finest"])
-@pytest.mark.parametrize("name", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "more"), [("fp32", ""), ("bf16", "--checkpoint_activations"), ("bf16", "--keep_finest")]
+)
 def test_both_steps_of_a_search_are_the_same(name, more, graphs, monkeypatch):
     """Each trains what the other one leaves alone, so that each has graphs of its own."""
     states = []
