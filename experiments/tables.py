@@ -90,7 +90,10 @@ def memory_table(results: list[dict]) -> list[str]:
         if line.get("memory_mib") is None:
             continue
         kind = (line["memory_mib"], line["kind"] if "kind" in line else kind_of(line["network"]))
-        (networks if "network" in line else seconds)[kind].append(line if "network" in line else line["seconds"])
+        if "network" in line:
+            networks[kind].append(line)
+        elif line["seconds"] is not None:
+            seconds[kind].append(line["seconds"])
     lines = [
         "| MiB | kind | networks | parameters | minutes of search | Dice | search gains |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",

@@ -167,7 +167,12 @@ def test_at_equal_memory_a_kind_has_a_row_and_what_searches_gain_over_it():
         return {"network": network, "memory_mib": 30.0, "parameters": 1.5e6, "dice": mean, "cases": cases}
 
     search = {"name": "search_30mib", "kind": "search", "memory_mib": 30.0, "seconds": 600.0}
-    lines = [search, result("search_30mib_seed0", [0.8, 0.9]), result("search_30mib_seed1", [0.6, 0.7])]
+    lines = [
+        search,
+        {**search, "seconds": None},
+        result("search_30mib_seed0", [0.8, 0.9]),
+        result("search_30mib_seed1", [0.6, 0.7]),
+    ]
     lines += [result("random_0", [0.6, 0.7]), {"minutes": 6, "network": "u"}]
     assert tables.memory_table(lines)[2:] == [
         "| 30 | search | 2 | 1.50 to 1.50 M | 10 | 0.7500 (0.6500 to 0.8500) | - |",
