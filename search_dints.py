@@ -559,7 +559,7 @@ class Supernet:
         is_arch = {id(alpha) for alpha in self.arch_parameters}
         self.weights_parameters = [weight for weight in self.network.parameters() if id(weight) not in is_arch]
         manner = self.input_shape, precision
-        with frozen(self.weights_parameters):
+        with frozen(self.weights_parameters):  # each kind of step has its own: a CUDA graph is of certain gradients
             self.computing = training.steps.computing(self.network, *manner, **options.manner(args))
         with frozen(self.arch_parameters):  # DDP averages the weights' gradients only; `architecture_step` the others
             self.weights = training.steps.weights_training(
