@@ -45,10 +45,8 @@ KINDS = {  # of what is trained at equal memory, from top to bottom
     "control": "candidates alone",
     "gradient": "gradient search alone",
     "random": "random, finest path kept",
-    "u_shaped_5x3": "U, 5 blocks",
-    U: "U, 9 blocks and skips",
-    "dynunet": "MONAI's DynUNet",
-    "segresnet": "MONAI's SegResNet",
+    "u_shaped_5x3": "a U of 5 blocks, no skips",
+    **NAMES,
 }
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442")  # of Okabe and Ito; one a class
 

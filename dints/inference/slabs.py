@@ -11,7 +11,7 @@ from torch import nn
 from dints.data.grid import Resampling
 from dints.inference.decision import Decision, decided, joined
 from dints.running.precision import Precision
-from dints.training.windows import SlidingWindow
+from dints.training.windows import SlidingWindow, slab_axis
 
 Slab = tuple[int, np.ndarray]  # its first plane; (classes, planes, *plane)
 
@@ -35,7 +35,7 @@ def segmented(
         image: (channels, *spatial), on the grid that it leads to.
         maps: as for `decided`.
     """
-    axis = window.slab_axis(image.shape[1:])
+    axis = slab_axis(image.shape[1:])
     streams = [probabilities(image, network, window, precision, axis) for network in networks]
     undone = resampling.undone_by_slabs(_means(streams), axis)
     return joined([decided(slab, len(slab), maps) for slab in undone], axis, resampling)

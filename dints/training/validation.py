@@ -15,7 +15,7 @@ from dints.data.loaders import ValidationLoader
 from dints.running.precision import Precision
 from dints.running.processes import Processes
 from dints.training.steps import to_device
-from dints.training.windows import SlidingWindow
+from dints.training.windows import SlidingWindow, slab_axis
 
 SLAB = 16  # planes of a volume whose predictions are counted at once
 MANY_SCORES = 2**29  # numbers, 2 GiB: a volume's class scores, when they are no longer all kept at once
@@ -138,7 +138,7 @@ class Validation:
         """Yield what the network predicts of a case, part by part, with the reference."""
         shape = case["image"].shape[2:]
         if self.num_classes * math.prod(shape) > MANY_SCORES and self.window.fits(shape):
-            axis = self.window.slab_axis(shape)
+            axis = slab_axis(shape)
             for first, scores in self.window.slabs(case["image"][0], network, self.precision, axis):
                 yield scores.argmax(0), case["label"][0, 0].narrow(axis, first, scores.shape[1 + axis])
             return

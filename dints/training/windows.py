@@ -16,6 +16,11 @@ from dints.running.precision import Precision
 PLANES = 8  # that are decided at a time
 
 
+def slab_axis(shape: Sequence[int]) -> int:
+    """Return the axis along which slabs of a volume take least memory: the longest, whose planes are smallest."""
+    return int(np.argmax(shape))
+
+
 @dataclass(frozen=True)
 class SlidingWindow:
     """Computes class scores of an image from overlapping patches, weighted by a Gaussian around each one's centre.
@@ -53,10 +58,6 @@ class SlidingWindow:
     def fits(self, shape: Sequence[int]) -> bool:
         """Tell whether a volume can be done slab by slab: one that needs no padding."""
         return all(size >= patch for size, patch in zip(shape, self.patch_size, strict=True))
-
-    def slab_axis(self, shape: Sequence[int]) -> int:
-        """Return the axis along which slabs of a volume take least memory: the longest, whose planes are smallest."""
-        return int(np.argmax(shape))
 
     @torch.no_grad()
     def slabs(

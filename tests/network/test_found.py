@@ -12,6 +12,7 @@ import pytest
 import torch
 from architectures import chain, connected, everything, random_architecture, stand_in
 from monai.networks.nets.dints import DiNTS
+from tracing import assert_one_graph
 
 from dints.errors import UserError
 from dints.network.architecture import Architecture, load_architecture
@@ -97,17 +98,8 @@ def test_the_architectures_above_cover_what_can_be():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["random 1", "down and up"])
 def test_it_compiles_as_one_graph(name):
-    """Dynamo traces it alone, without a compiler, as `fullgraph` forbids breaks all the same."""
     torch.manual_seed(0)
-    network, graphs = FoundNetwork(ARCHITECTURES[name], 2, 3, SMALL), []
-    compiled = torch.compile(
-        network, fullgraph=True, dynamic=False, backend=lambda graph, _: graphs.append(graph) or graph
-    )
-    image = torch.randn(1, 2, 16, 16, 16)
-    torch.testing.assert_close(compiled(image), network(image), rtol=1e-4, atol=1e-5)
-    compiled(image).sum().backward()
-    assert len(graphs) == 1
-    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert_one_graph(FoundNetwork(ARCHITECTURES[name], 2, 3, SMALL), torch.randn(1, 2, 16, 16, 16))
 
 
 def test_it_exports():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import chain, random_architecture
 from commands import search, train
+from tracing import assert_one_graph
 
 from dints.network.architecture import save_architecture
 from dints.network.cost import activation_bytes
@@ -76,16 +77,9 @@ def test_nothing_is_computed_twice_without_gradients(network, monkeypatch):
 
 @pytest.mark.slow
 def test_it_compiles_as_one_graph(network):
-    """Dynamo traces it alone, without a compiler, as `fullgraph` forbids breaks all the same."""
     network, chosen = network
-    chosen.checkpoint_activations, graphs = True, []
-    compiled = torch.compile(
-        network, fullgraph=True, dynamic=False, backend=lambda graph, _: graphs.append(graph) or graph
-    )
-    image = torch.randn(1, 1, 16, 16, 16)
-    torch.testing.assert_close(compiled(image), network(image), rtol=1e-4, atol=1e-5)
-    compiled(image).sum().backward()
-    assert len(graphs) == 1
+    chosen.checkpoint_activations = True
+    assert_one_graph(network, torch.randn(1, 1, 16, 16, 16))
 
 
 @pytest.mark.parametrize("stage", ["search", "train"])

@@ -11,6 +11,7 @@ from architectures import random_architecture
 from monai.networks.nets import dints
 from monai.networks.nets.dints import DiNTS, TopologySearch
 from published import quiet
+from tracing import assert_one_graph
 
 from dints.network.space import SearchSpace, supernet
 
@@ -217,13 +218,4 @@ def test_everything_follows_to_another_device():
 
 @pytest.mark.slow
 def test_the_supernet_compiles_as_one_graph():
-    """Dynamo traces it alone, without a compiler, as `fullgraph` forbids breaks all the same."""
-    network, graphs = supernet(space_of(1, 2), 1, 2), []
-    compiled = torch.compile(
-        network, fullgraph=True, dynamic=False, backend=lambda graph, _: graphs.append(graph) or graph
-    )
-    image = torch.randn(1, 1, 16, 16, 16)
-    torch.testing.assert_close(compiled(image), network(image), rtol=1e-4, atol=1e-5)
-    compiled(image).sum().backward()
-    assert len(graphs) == 1
-    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert_one_graph(supernet(space_of(1, 2), 1, 2), torch.randn(1, 1, 16, 16, 16))
