@@ -10,7 +10,7 @@ probable connected network is written at every validation as OUTPUT_ROOT/search_
 train_dints.py retrains.
 
 With --candidates, what comes of that competes: with U shapes, random architectures and mutants of the best, each as
-wide as fills --memory_mib. Short trainings judge them, on cases of the training folds. The winner is written as
+wide as fills the same memory. Short trainings judge them, on cases of the training folds. The winner is written as
 OUTPUT_ROOT/search_code_winner.pth, and candidates.csv has all results.
 
 He et al., DiNTS: Differentiable Neural Network Topology Search for 3D Medical Image Segmentation, CVPR 2021.
@@ -186,7 +186,8 @@ def add_candidates(parser: argparse.ArgumentParser) -> None:
     add(
         "--memory_mib",
         type=options.positive,
-        help="memory that each candidate's width fills: activations of a training step, in fp32",
+        help="memory that each candidate's width fills: activations of a training step, in fp32 (default: what the "
+        "search aims at, --factor_ram_cost of every path at --channel_mul)",
     )
     add("--candidate_iterations", type=options.number(int, 4), default=4000, help="of a training of the last rung")
     add("--candidate_learning_rate", type=options.positive, default=0.05, help="at the start of a candidate's training")
@@ -198,8 +199,8 @@ def candidates_complaints(args: argparse.Namespace) -> list[str]:
     found = []
     if args.candidates == 1:
         found.append("--candidates 1 has nothing to compete with: give 2 or more")
-    if args.candidates and args.memory_mib is None:
-        found.append("--candidates needs --memory_mib, which all of them fill")
+    if args.candidates and args.memory_mib is None and args.factor_ram_cost == 0:
+        found.append("--candidates needs --memory_mib, which all of them fill, where --factor_ram_cost is 0")
     if not args.candidates and "gradient" not in args.proposals:
         found.append(f"--proposals {' '.join(args.proposals)} needs --candidates")
     return found
@@ -374,9 +375,8 @@ def compete(
     """Let candidates compete in short trainings, rung by rung, and write the winner."""
     limits = limits_of_candidates(args, prepared)
     first, *others = candidates.halving.rungs(args.candidates, args.candidate_iterations)
-    log.info(
-        "%s", ", then ".join(f"{rung.count} candidates at {rung.iterations} iterations" for rung in (first, *others))
-    )
+    told = ", then ".join(f"{rung.count} candidates at {rung.iterations} iterations" for rung in (first, *others))
+    log.info("%s, each as wide as fills %.4g MiB of activations", told, limits.memory_mib)
     ledger = open_ledger(args, prepared, processes, folder)
 
     count = -(-first.count // 2)
@@ -394,7 +394,7 @@ def compete(
     path = folder / "search_code_winner.pth"
     if processes.is_main:
         task, dice = prepared.dataset.task, results[winner.name].dice
-        facts = {"task": task.name, "seed": args.seed, "memory_mib": args.memory_mib, "version": __version__}
+        facts = {"task": task.name, "seed": args.seed, "memory_mib": limits.memory_mib, "version": __version__}
         write_architecture(path, winner.described(dice, **facts), task, processes.device)
         training.curves.draw_candidates(folder)
     log.info("the winner is %s: %s; train_dints.py --arch_ckpt retrains it", winner.name, path)
@@ -445,16 +445,13 @@ def check_memory(args: argparse.Namespace, task: Task, use_downsample: bool) -> 
 def limits_of_candidates(args: argparse.Namespace, prepared: Prepared) -> Limits:
     """Gather what every candidate keeps to."""
     task = prepared.dataset.task
-    return candidates.proposals.Limits(
-        args.memory_mib,
-        args.num_blocks,
-        args.num_depths,
-        tuple(args.operations or network.operations.PUBLISHED),
-        prepared.use_downsample,
-        bool(args.keep_finest),
-        (args.candidate_images_per_batch, task.num_channels, *task.patch_size),
-        task.num_classes,
+    operations = tuple(args.operations or network.operations.PUBLISHED)
+    space = args.num_blocks, args.num_depths, operations, prepared.use_downsample
+    shapes = (args.candidate_images_per_batch, task.num_channels, *task.patch_size), task.num_classes
+    memory_mib = args.memory_mib or candidates.proposals.memory_of_share(
+        args.factor_ram_cost, *space, args.channel_mul, *shapes
     )
+    return candidates.proposals.Limits(memory_mib, *space, bool(args.keep_finest), *shapes)
 
 
 def open_ledger(args: argparse.Namespace, prepared: Prepared, processes: Processes, folder: Path) -> Ledger:

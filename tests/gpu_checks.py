@@ -350,7 +350,7 @@ def launchers(setting: Setting) -> dict:
 def quickstart(setting: Setting) -> dict:
     """Run quickstart.sh in this environment."""
     start = time.monotonic()
-    few = {"SEARCH_ITERATIONS": "3", "TRAIN_ITERATIONS": "3"} if setting.small else {}
+    few = {"SEARCH_ITERATIONS": "3", "CANDIDATE_ITERATIONS": "4", "TRAIN_ITERATIONS": "3"} if setting.small else {}
     said = ran(["bash", "quickstart.sh"], setting, ACTIVE="1", OUTPUT_ROOT=str(setting.folder / "quickstart"), **few)
     return {"minutes": round((time.monotonic() - start) / 60, 2), "dice": re.findall(r"Dice ([\d.]+)", said)[-1]}
 

@@ -17,6 +17,8 @@ import numpy as np
 from dints.errors import UserError
 from dints.network import unsearched
 from dints.network.architecture import Architecture, from_codes, paths
+from dints.network.cost import cost
+from dints.network.operations import OPERATIONS
 from dints.network.space import SearchSpace
 from dints.running.seeds import seed_from
 
@@ -88,6 +90,28 @@ class Limits:
         return unsearched.fitting_channel_mul(
             architecture, self.memory_mib, in_channels, self.num_classes, tuple(patch_size), batch_size
         )
+
+
+def memory_of_share(
+    share: float,
+    num_blocks: int,
+    num_depths: int,
+    operations: tuple[str, ...],
+    use_downsample: bool,
+    channel_mul: float,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+) -> float:
+    """Return a share of what every path, with its dearest operation, takes at a width: activations in MiB, fp32.
+
+    Args:
+        input_shape: (batch, channels, *patch_size) of a training step.
+    """
+    every_path = np.ones((num_blocks, 3 * num_depths - 2), dtype=np.int64)
+    dearest = max(range(len(operations)), key=lambda number: OPERATIONS[operations[number]].maps)
+    largest = from_codes(every_path, dearest * every_path, operations, use_downsample)
+    batch_size, in_channels, *patch_size = input_shape
+    return share * cost(largest, in_channels, num_classes, tuple(patch_size), channel_mul, batch_size).activation_mib
 
 
 def proposed(count: int, kinds: Sequence[str], limits: Limits, space: SearchSpace | None, seed: int) -> list[Candidate]:

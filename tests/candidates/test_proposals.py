@@ -11,9 +11,9 @@ from architectures import chain, everything
 from architectures import random_architecture as some_architecture
 
 from dints.candidates import proposals
-from dints.candidates.proposals import CHANGES, KINDS, Limits, mutants, mutated, proposed
+from dints.candidates.proposals import CHANGES, KINDS, Limits, memory_of_share, mutants, mutated, proposed
 from dints.errors import UserError
-from dints.network.architecture import Architecture
+from dints.network.architecture import Architecture, from_codes
 from dints.network.cost import cost
 from dints.network.operations import PUBLISHED
 from dints.network.space import SearchSpace
@@ -88,6 +88,19 @@ def test_without_the_operations_of_hand_made_ones_there_are_others():
 
     assert made("skip_connect", "conv_3x3x1") == ["random"] * 3
     assert made("conv_3x3x3") == ["by_hand", "random", "random"]  # the second U would be the first one
+
+
+def test_a_share_of_every_path_is_that_of_the_dearest_network():
+    space = 4, 3, ("skip_connect", "conv_3x3x3", "conv_3x3x1"), False
+    shapes = (2, 1, 16, 16, 16), 3
+    half = memory_of_share(0.5, *space, 0.25, *shapes)
+    assert memory_of_share(1.0, *space, 0.25, *shapes) == 2 * half
+    every_path = np.ones((4, 7), dtype=int)
+    of_all = [
+        cost(from_codes(every_path, kind * every_path, *space[2:]), 1, 3, (16, 16, 16), 0.25, 2).activation_mib
+        for kind in range(3)
+    ]
+    assert 2 * half == max(of_all) == of_all[2] > of_all[1]
 
 
 def test_too_few_are_an_error_with_a_reason():

@@ -88,7 +88,7 @@ OF_SEARCH = {
     "weights of the loss": ("--loss_weights 1 1 -1 1", "argument --loss_weights: -1 is not at least 0"),
     "ramp": ("--ramp 0", "argument --ramp: 0 is not above 0"),
     "one candidate": ("--candidates 1 --memory_mib 9", "--candidates 1 has nothing to compete with"),
-    "candidates of any memory": ("--candidates 4", "--candidates needs --memory_mib"),
+    "candidates of any memory": ("--candidates 4 --factor_ram_cost 0", "--candidates needs --memory_mib"),
     "no search and no candidates": ("--proposals random", "--proposals random needs --candidates"),
     "unknown proposals": ("--proposals best", "argument --proposals: invalid choice: 'best'"),
     "no room for a candidate": ("--candidates 4 --memory_mib 0.01", "--memory_mib 0.01 is too small: at the smallest"),
