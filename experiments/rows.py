@@ -82,8 +82,11 @@ GRADIENT = "--channel_mul 0.25 --num_images_per_batch 2 --num_epochs 16 --num_ep
 GRADIENT += " --num_epochs_per_validation 16 --ram_budget fixed --factor_ram_cost 0.5"
 COMPETITION = "--candidate_iterations 800 --overlap_ratio 0.25 --num_workers 0 --cache ram"
 # Kinds of searches. The control has as many more candidates as the gradient search takes time.
-SEARCHES = {"search": "--candidates 16", "control": "--candidates 24 --proposals by_hand random"}
-BUDGETS, SEARCH_SEEDS = (30.0, 87.0), (0, 1, 2)  # MiB
+SEARCHES = {
+    "search": "--candidates 16 --proposals gradient by_hand random",
+    "control": "--candidates 24 --proposals by_hand random",
+}
+BUDGETS, SEARCH_SEEDS = (30.0, 60.0), (0, 1, 2)  # MiB
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What competes: architectures of several kinds, each as wide as fills one and the same memory.
 
 gradient   the most probable ones of a gradient search, from sparse to dense
-by_hand    U shapes, and every path active
-random     drawn uniformly from those that keep the finest resolution
+by_hand    U shapes
+random     drawn uniformly from those of a density that keep the finest resolution
 mutant     one of the best, with a path, an operation, a block or the first halving changed
 """
 
@@ -223,7 +223,6 @@ def _by_hand(limits: Limits) -> Iterator[Architecture]:
         (unsearched.u_shaped, blocks, depths),
         (skipping, 2 * (depths - 1) + 5, depths),
         (skipping, blocks, depths - 1),
-        (unsearched.all_paths, blocks, depths),
     ):
         if num_depths >= 2:
             made = make(num_blocks, num_depths, limits.operations)
@@ -231,12 +230,15 @@ def _by_hand(limits: Limits) -> Iterator[Architecture]:
 
 
 def _random(limits: Limits, generator: np.random.Generator) -> Iterator[Architecture]:
-    """Draw architectures of all densities: the memory ratio uniformly, then an architecture near it."""
+    """Draw architectures of all densities: the logarithm of the memory ratio uniformly, then an architecture near it.
+
+    At equal memory the width goes down as the ratio goes up, so that this tries narrow ones and wide ones alike.
+    """
     size = limits.num_blocks, limits.num_depths
     least = unsearched.least_ram_ratio(*size, limits.operations, keep_finest=True)
     settings = {"operations": limits.operations, "keep_finest": True}
     while True:
-        high = generator.uniform(min(1.1 * least, 1.0), max(1.1 * least, DENSEST))
+        high = np.exp(generator.uniform(*np.log((min(1.1 * least, 1.0), max(1.1 * least, DENSEST)))))
         try:
             drawn = unsearched.random_architecture(*size, max(least, 0.95 * high), high, generator, **settings)
         except UserError:  # a space so small that it has none of this density

@@ -72,7 +72,7 @@ def test_random_ones_keep_the_finest_resolution_and_are_of_many_densities():
     drawn = [member.architecture for member in proposed(12, ["random"], LIMITS, None, seed=0)]
     assert all(one.arch_code_a[:, 0].all() and not one.use_downsample for one in drawn)
     ratios = [one.info["ram_ratio"] for one in drawn]
-    assert min(ratios) < 0.25 and max(ratios) > 0.45
+    assert np.median(ratios) < 0.25 and max(ratios) > 0.45  # as many wide ones as narrow ones
 
 
 def test_the_stem_is_that_of_the_space():
