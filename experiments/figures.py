@@ -28,9 +28,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from rows import U
 from runner import read_results
-from tables import kind_of
+from tables import KINDS, NAMES, kind_of
 
 from dints import files
 from dints.data.formats import read_dataset
@@ -39,15 +38,6 @@ from dints.training import curves, tables
 
 FIGURES = Path(__file__).resolve().parents[1] / "Figures"
 CURVES_OF = {"recipe": "recommended", "processes": 1, "fold": 0, "seed": 0}  # of Dice against minutes
-NAMES = {U: "a U of our space", "dynunet": "MONAI's DynUNet", "segresnet": "MONAI's SegResNet"}
-KINDS = {  # of what is trained at equal memory, from top to bottom
-    "search": "search with candidates",
-    "control": "candidates alone",
-    "gradient": "gradient search alone",
-    "random": "random, finest path kept",
-    "u_shaped_5x3": "a U of 5 blocks, no skips",
-    **NAMES,
-}
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442")  # of Okabe and Ito; one a class
 
 
@@ -121,7 +111,7 @@ def draw_memory(args: argparse.Namespace) -> None:
         axes.locator_params(axis="x", nbins=6)
         axes.grid(alpha=0.3, axis="x")
     panels[0].set_yticks(range(len(KINDS)), KINDS.values())
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(KINDS) - 0.5, -0.5)
     with files.replacing(args.output) as file:
         figure.savefig(file, format="png", dpi=110)
 

@@ -9,7 +9,7 @@ over the fold's 52 cases; with several seeds their mean, with the smallest and t
 of a batch's forward pass, in 10^9. Minutes are those of training alone, two side by side; "-" where other work shared
 the cores.
 
-At equal memory, each kind's networks have as many iterations. The last column is what searches with candidates gain
+At equal memory, each kind's networks have as many iterations. The last column is what the winners of candidates gain
 over it: the difference of the means, and its 95% interval over cases (bootstrap).
 """
 
@@ -25,6 +25,16 @@ from runner import read_results
 
 EQUAL_MINUTES = 6
 DRAWS = 10_000  # of cases, for an interval
+NAMES = {U: "a U of 9 blocks with skips", "dynunet": "MONAI's DynUNet", "segresnet": "MONAI's SegResNet"}
+KINDS = {  # of what is trained at equal memory, the recommended one first
+    "control": "candidates",
+    "search": "gradient search, then candidates",
+    "gradient": "gradient search alone",
+    "random": "random, finest path kept",
+    "u_shaped_5x3": "a U of 5 blocks, no skips",
+    **NAMES,
+}
+RECOMMENDED = next(iter(KINDS))
 
 
 def main() -> None:
@@ -94,17 +104,20 @@ def memory_table(results: list[dict]) -> list[str]:
             networks[kind].append(line)
         elif line["seconds"] is not None:
             seconds[kind].append(line["seconds"])
+            if line["gradient_seconds"]:
+                seconds[line["memory_mib"], "gradient"].append(line["gradient_seconds"])
     lines = [
-        "| MiB | kind | networks | parameters | minutes of search | Dice | search gains |",
+        "| MiB | kind | networks | parameters | minutes of search | Dice | candidates gain |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for (memory, kind), of_kind in sorted(networks.items(), key=lambda item: item[0][0]):
+    order = list(KINDS)
+    for (memory, kind), of_kind in sorted(networks.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
         sizes = [line["parameters"] / 1e6 for line in of_kind]
-        found = networks.get((memory, "search"))
-        gains = "-" if kind == "search" or not found else gain(found, of_kind)
+        found = networks.get((memory, RECOMMENDED))
+        gains = "-" if kind == RECOMMENDED or not found else gain(found, of_kind)
         cells = [
             f"{memory:g}",
-            kind,
+            KINDS[kind],
             str(len(of_kind)),
             f"{min(sizes):.2f} to {max(sizes):.2f} M" if len(sizes) > 1 else f"{sizes[0]:.2f} M",
             f"{mean(seconds[memory, kind]) / 60:.0f}" if seconds[memory, kind] else "-",
