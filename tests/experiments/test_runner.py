@@ -23,7 +23,8 @@ from dints.network.cost import counts
 from dints.network.found import FoundNetwork
 from dints.network.unsearched import u_shaped
 
-RECIPE = "--channel_mul 0.125 --patch_size 8 8 8 --spacing 6 6 6 --num_iterations 2"
+# MONAI's own layers in bf16 need at least 3 planes at the coarsest of 3 resolutions: dints/network/cpu_layers.py.
+RECIPE = "--channel_mul 0.125 --patch_size 12 12 12 --spacing 6 6 6 --num_iterations 2"
 ROW = rows.Training(rows.U, "small", 6, 0, 0)
 OPPONENT = rows.Training("dynunet", "small", 6, 1, 3, processes=2)
 
@@ -104,7 +105,7 @@ def test_a_search_leaves_files_that_other_rows_train(monkeypatch, tmp_path):
     monkeypatch.setattr(rows, "GRADIENT", "--channel_mul 0.125 --num_epochs 2 --num_epochs_warmup 1")
     monkeypatch.setattr(rows, "ARCHITECTURES", tmp_path)
     found, missing = rows.Search("search", 3.0, 1, 0), rows.Search("control", 3.0, 1, 0)
-    monkeypatch.setitem(rows.RECIPES, "larger", RECIPE.replace("8 8 8", "16 16 16"))
+    monkeypatch.setitem(rows.RECIPES, "larger", RECIPE.replace("12 12 12", "16 16 16"))
     trainings = [rows.Training(row.name, "larger", None, 1, 0, memory_mib=3.0) for row in (found, missing)]
     monkeypatch.setattr(rows, "EQUAL_ITERATIONS", 2)
     monkeypatch.setattr(rows, "filling", lambda *_: 0.125)
