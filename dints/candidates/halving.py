@@ -77,6 +77,11 @@ def _read(path: Path) -> dict:
         raise UserError(f"{path} is damaged ({error}): remove it, and its training is done again") from error
 
 
+def _network(candidate: Candidate) -> list:
+    """Return what is equal for equal architectures of equal width, as JSON gives it back."""
+    return json.loads(json.dumps([candidate.architecture.codes(), candidate.channel_mul]))
+
+
 @dataclass(frozen=True)
 class Ledger:
     """Has candidates trained by all ranks, and keeps every result in a file: what is done is never done again.
@@ -96,22 +101,25 @@ class Ledger:
     rows: list[dict]
 
     def results(self, candidates: Sequence[Candidate], iterations: int) -> dict[str, Result]:
-        """Return each one's result by name, the same on every rank; every rank must call it."""
-        files_of = {one.name: self.folder / "candidates" / one.name / f"{iterations}.json" for one in candidates}
-        known = {name: _read(path) for name, path in files_of.items() if path.exists()}
+        """Return each one's result by name, the same on every rank; every rank must call it.
+
+        Raises:
+            UserError: a result that is there is damaged, or of another architecture than its name now stands for.
+        """
+        known = self._done(candidates, iterations)
         known = {name: values for of_rank in self.processes.gather(known) for name, values in of_rank.items()}
         waiting = [candidate for candidate in candidates if candidate.name not in known]
         keys = {candidate.name: f"{iterations}/{candidate.name}" for candidate in waiting}
         for number in self._turns(f"{iterations}/{len(self.rows)}", len(waiting)):
             candidate = waiting[number]
-            path = files_of[candidate.name]
+            path = self._path(candidate, iterations)
             path.parent.mkdir(parents=True, exist_ok=True)
             result = self.train(candidate, iterations, path.parent)
             log.info(
                 "candidate %d of %d at %d iterations: %s has Dice %.4f after %.0f s",
                 *(number + 1, len(waiting), iterations, candidate.name, result.dice, result.seconds),
             )
-            files.write_atomically(path, json.dumps(result.to_dict()))
+            files.write_atomically(path, json.dumps({**result.to_dict(), "network": _network(candidate)}))
             self.processes.board.set(keys[candidate.name], json.dumps(result.to_dict()))
         self._wait_for(list(keys.values()))
         known |= {name: json.loads(self.processes.board.get(key)) for name, key in keys.items()}
@@ -119,6 +127,24 @@ class Ledger:
         results = {candidate.name: Result(**known[candidate.name]) for candidate in candidates}
         self._write(candidates, results)
         return results
+
+    def _path(self, candidate: Candidate, iterations: int) -> Path:
+        return self.folder / "candidates" / candidate.name / f"{iterations}.json"
+
+    def _done(self, candidates: Sequence[Candidate], iterations: int) -> dict[str, dict]:
+        """Return the values of the results that this rank finds, by name."""
+        done = {}
+        for candidate in candidates:
+            path = self._path(candidate, iterations)
+            if not path.exists():
+                continue
+            done[candidate.name] = _read(path)
+            if done[candidate.name].pop("network", None) != _network(candidate):
+                raise UserError(
+                    f"{path} is of another architecture than {candidate.name} is in this version of the scripts: "
+                    "go on with the version that wrote it, or start afresh with --resume never"
+                )
+        return done
 
     def _turns(self, what: str, count: int) -> Iterator[int]:
         """Yield numbers below ``count`` that no other rank gets, until all are given."""

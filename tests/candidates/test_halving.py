@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,13 @@ class TestLedger:
         (tmp_path / "candidates/random_2/100.json").write_text('{"dice": 0.')
         with pytest.raises(UserError, match="random_2/100.json is damaged .*: remove it, and its training"):
             ledger(tmp_path, Trainings()).results(CANDIDATES, 100)
+
+    def test_a_result_of_another_architecture_of_that_name_is_refused(self, tmp_path):
+        """As when a run goes on with a version that proposes others."""
+        ledger(tmp_path, Trainings()).results(CANDIDATES, 100)
+        others = [replace(one, channel_mul=0.25) if one.name == "random_2" else one for one in CANDIDATES]
+        with pytest.raises(UserError, match="random_2/100.json is of another architecture .*--resume never"):
+            ledger(tmp_path, Trainings()).results(others, 100)
 
     def test_ranks_share_the_trainings(self, tmp_path):
         """Threads stand for ranks; each sees the board, and neither waits for the other's training."""
