@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(
             f"{len(absent)} rows train what no search has found yet, for example {absent[0]}: run the searches first"
         )
-    alone = [row for row in waiting if row.processes == 1 and row not in searches]
+    alone = [row for row in waiting if row.processes == 1 and not isinstance(row, Search)]
     carry_out(alone, [[core] for core in range(args.jobs)], args)
     for row in waiting:
         if row.processes > 1:

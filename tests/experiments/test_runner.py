@@ -111,6 +111,7 @@ def test_a_search_leaves_files_that_other_rows_train(monkeypatch, tmp_path):
     monkeypatch.setattr(rows, "filling", lambda *_: 0.125)
     lines = run(monkeypatch, tmp_path, table=[trainings[0], found])
     assert [line["name"] for line in lines] == [found.name, trainings[0].name]
+    assert len(runner.RESULTS.read_text().splitlines()) == 2  # nothing was run twice
     assert len(lines[0]["candidates"]) == 4 and lines[0]["seconds"] > lines[0]["gradient_seconds"] > 0
     assert (tmp_path / "gradient_fold1_seed0.pth").exists() and lines[1]["dice"] >= 0
     with pytest.raises(SystemExit, match="1 rows train what no search has found yet, for example control_3mib"):
