@@ -20,6 +20,7 @@ from dints.network.architecture import Architecture, from_codes, paths
 from dints.network.cost import cost
 from dints.network.operations import OPERATIONS
 from dints.network.space import SearchSpace
+from dints.network.step_memory import within_supernet
 from dints.running.seeds import seed_from
 
 KINDS = ("gradient", "by_hand", "random")
@@ -107,9 +108,8 @@ def memory_of_share(
     Args:
         input_shape: (batch, channels, *patch_size) of a training step.
     """
-    every_path = np.ones((num_blocks, 3 * num_depths - 2), dtype=np.int64)
-    dearest = max(range(len(operations)), key=lambda number: OPERATIONS[operations[number]].maps)
-    largest = from_codes(every_path, dearest * every_path, operations, use_downsample)
+    dearest_last = sorted(operations, key=lambda name: OPERATIONS[name].maps)
+    largest = within_supernet(num_blocks, num_depths, dearest_last, use_downsample)
     batch_size, in_channels, *patch_size = input_shape
     return share * cost(largest, in_channels, num_classes, tuple(patch_size), channel_mul, batch_size).activation_mib
 

@@ -79,6 +79,6 @@ def _at_the_peak(network: FoundNetwork, input_shape: tuple[int, ...], checkpoint
 
 
 def within_supernet(num_blocks: int, num_depths: int, operations: Sequence[str], use_downsample: bool) -> Architecture:
-    """Return an architecture that keeps less than the supernet of such a space: every path, each with one operation."""
+    """Return an architecture that keeps less than the supernet of such a space: on every path the last operation."""
     codes = np.ones((num_blocks, 3 * num_depths - 2), dtype=np.int64)
     return from_codes(codes, codes * (len(operations) - 1), operations, use_downsample)
