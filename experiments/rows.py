@@ -187,6 +187,16 @@ class Search:
     def name(self) -> str:
         return f"{self.kind}_{self.memory_mib:g}mib_fold{self.fold}_seed{self.seed}"
 
+    @property
+    def finds(self) -> set[str]:
+        """Names of the architectures that it leaves in `ARCHITECTURES`."""
+        searches_first = "gradient" in SEARCHES[self.kind].split()
+        return {self.name} | ({self._gradient} if searches_first else set())
+
+    @property
+    def _gradient(self) -> str:
+        return f"gradient_fold{self.fold}_seed{self.seed}"
+
     def commands(self, root: Path, folder: Path) -> list[list[object]]:
         data = ["--root", root, "--fold", self.fold, "--num_folds", NUM_FOLDS, "--seed", self.seed]
         search = f"--recipe recommended {SPACE} {GRADIENT} {COMPETITION} {SEARCHES[self.kind]}".split()
@@ -198,7 +208,7 @@ class Search:
         gradient, losses = 0.0, folder / "loss_history.csv"
         if losses.exists():
             gradient, (found,) = float(_table(losses)[-1]["seconds"]), folder.glob("search_code_[0-9]*.pth")
-            shutil.copy(found, ARCHITECTURES / f"gradient_fold{self.fold}_seed{self.seed}.pth")
+            shutil.copy(found, ARCHITECTURES / f"{self._gradient}.pth")
         candidates = _table(folder / "candidates.csv")
         seconds = gradient + sum(float(row["seconds"]) for row in candidates)
         return {**asdict(self), "seconds": seconds, "gradient_seconds": gradient, "candidates": candidates}

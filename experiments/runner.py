@@ -5,9 +5,10 @@
     python experiments/runner.py --rows '*fold0*' --root data_msd/Task04_Hippocampus
     python experiments/runner.py --rows dynunet/recommended-6min-fold0-seed0 --again
 
-What there is: rows.py. Searches come first, for other rows train what they find; trainings of several processes, which
-have as many cores, come last, one after another. A row goes on where it was stopped, so that the runner may be stopped
-at any time, and started again. --again runs rows that are done once more, and adds their lines.
+What there is: rows.py. Rows run in the order of the patterns; one that trains what a search finds waits for it.
+Trainings of several processes, which have as many cores, come last, one after another. A row goes on where it was
+stopped, so that the runner may be stopped at any time, and started again. --again runs rows that are done once more,
+and adds their lines.
 """
 
 from __future__ import annotations
@@ -39,38 +40,51 @@ def main(args: argparse.Namespace) -> None:
             print("done" if name in done else "    ", name)
         return
     waiting = [row for name, row in rows.items() if args.again or name not in done]
-    searches = [row for row in waiting if isinstance(row, Search)]
-    carry_out(searches, [[core] for core in range(args.jobs)], args)
-    absent = [row.name for row in waiting if not is_ready(row)]
+    to_be_found = set().union(*(row.finds for row in waiting if isinstance(row, Search)))
+    absent = [row.name for row in waiting if not is_ready(row) and row.network not in to_be_found]
     if absent:
         sys.exit(
             f"{len(absent)} rows train what no search has found yet, for example {absent[0]}: run the searches first"
         )
-    alone = [row for row in waiting if row.processes == 1 and not isinstance(row, Search)]
-    carry_out(alone, [[core] for core in range(args.jobs)], args)
+    carry_out([row for row in waiting if row.processes == 1], [[core] for core in range(args.jobs)], args)
     for row in waiting:
         if row.processes > 1:
             carry_out([row], [list(range(row.processes))], args)
 
 
 def carry_out(waiting: list[Row], cores_of_jobs: list[list[int]], args: argparse.Namespace) -> None:
-    """Run the rows, as many at a time as there are lists of cores; add the line of each that is done."""
-    lock = threading.Lock()
+    """Run the rows, as many at a time as there are lists of cores; add the line of each that is done.
+
+    A search runs while what is known is trained; what it finds is trained when it has ended.
+    """
+    running: list[Row] = []
+    turn = threading.Condition()
+
+    def next_row() -> Row | None:
+        searched = set().union(*(row.finds for row in [*waiting, *running] if isinstance(row, Search)))
+        return next((row for row in waiting if isinstance(row, Search) or row.network not in searched), None)
 
     def work(cores: list[int]) -> None:
         while True:
-            with lock:
-                if not waiting:
+            with turn:
+                while (row := next_row()) is None and waiting:
+                    turn.wait()
+                if row is None:
                     return
-                row = waiting.pop(0)
+                waiting.remove(row)
+                running.append(row)
             try:
                 result = run(row, args.root, args.work, cores, len(cores_of_jobs))
+                with turn, RESULTS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
             except subprocess.CalledProcessError as error:
-                with lock:
+                with turn:
                     waiting.clear()
                 sys.exit(f"{row.name} failed (exit code {error.returncode}): see {args.work / row.name}.log")
-            with lock, RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+            finally:
+                with turn:
+                    running.remove(row)
+                    turn.notify_all()
             dice = f"Dice {result['dice']:.4f}" if "dice" in result else "found"
             print(f"{row.name}: {dice} after {result['seconds'] / 60:.1f} minutes", flush=True)
 

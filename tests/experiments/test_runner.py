@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -97,10 +98,29 @@ def test_random_opponents_are_different_and_keep_the_finest_resolution():
     assert all(one.arch_code_a[:, 0].all() and not one.use_downsample for one in drawn)
 
 
+def test_what_a_search_finds_is_trained_after_it_and_other_rows_beside_it(monkeypatch, tmp_path):
+    search = rows.Search("control", 30.0, 2, 0)
+    of_found = rows.Training(search.name, "recommended", None, 2, 0, memory_mib=30.0)
+    known = rows.Training(rows.U, "recommended", None, 2, 0, memory_mib=30.0)
+    beside, ended = threading.Event(), []
+
+    def carried_out(row, *_) -> dict:
+        if row is known:
+            beside.set()
+        if row is search:
+            assert beside.wait(60)
+        ended.append(row)
+        return {"name": row.name, "seconds": 1.0}
+
+    monkeypatch.setattr(runner, "run", carried_out)
+    lines = run(monkeypatch, tmp_path, "--jobs", "2", table=[search, of_found, known])
+    assert len(lines) == 3 and ended.index(search) < ended.index(of_found)
+
+
 @pytest.mark.slow
 def test_a_search_leaves_files_that_other_rows_train(monkeypatch, tmp_path):
     write_phantom(tmp_path / "Task00_Phantom", 8, 1, shape=(24, 24, 24))
-    small = "--patch_size 16 16 16 --spacing 6 6 6 --candidates 4 --candidate_iterations 8"
+    small = "--patch_size 16 16 16 --spacing 6 6 6 --candidates 4 --candidate_iterations 8 --proposals gradient random"
     monkeypatch.setitem(rows.SEARCHES, "search", small)
     monkeypatch.setattr(rows, "GRADIENT", "--channel_mul 0.125 --num_epochs 2 --num_epochs_warmup 1")
     monkeypatch.setattr(rows, "ARCHITECTURES", tmp_path)
