@@ -422,24 +422,29 @@ def prepare(args: argparse.Namespace) -> Prepared:
     use_downsample = data.fingerprint.use_downsample(args.use_downsample, dataset.cases, dataset.task)
     network.found.check_patch_size(dataset.task.patch_size, args.num_depths, use_downsample)
     training.cuda_graphs.check(args.cuda_graphs, options.step(args)["device"])
-    check_memory(args, dataset.task, use_downsample)
+    check_memory_of_supernet(args, dataset.task, use_downsample)
     training_cases, validation_cases = data.listing.split_fold(dataset.cases, **options.folds(args))
     halves(training_cases)
     prepared = Prepared(dataset, use_downsample, training_cases, validation_cases)
     if args.candidates:
-        limits_of_candidates(args, prepared).check()
+        check_candidates(args, prepared)
     return prepared
 
 
-def check_memory(args: argparse.Namespace, task: Task, use_downsample: bool) -> None:
+def check_memory_of_supernet(args: argparse.Namespace, task: Task, use_downsample: bool) -> None:
     """Refuse patches that this machine cannot hold, and a supernet whose steps it cannot."""
     if "gradient" in args.proposals:
         operations = args.operations or network.operations.PUBLISHED
         every_path = network.step_memory.within_supernet(args.num_blocks, args.num_depths, operations, use_downsample)
         network.step_memory.check(task, every_path, args.channel_mul, **options.step(args), num_loaders=2)
-    if args.candidates:  # what their networks keep is --memory_mib
-        patches = {"batch_size": args.candidate_images_per_batch, "flag": "--candidate_images_per_batch"}
-        network.step_memory.check(task, None, 1.0, **{**options.step(args), **patches})
+
+
+def check_candidates(args: argparse.Namespace, prepared: Prepared) -> None:
+    """Refuse patches or a memory of candidates that this machine cannot hold, and a memory that holds no network."""
+    step = options.step(args) | {"batch_size": args.candidate_images_per_batch, "flag": "--candidate_images_per_batch"}
+    limits = limits_of_candidates(args, prepared)
+    network.step_memory.check(prepared.dataset.task, None, 1.0, **step, memory_mib=limits.memory_mib)
+    limits.check()
 
 
 def limits_of_candidates(args: argparse.Namespace, prepared: Prepared) -> Limits:

@@ -33,6 +33,7 @@ def check(
     checkpoint_activations: bool = False,
     num_loaders: int = 1,
     flag: str = "--num_images_per_batch",
+    memory_mib: float | None = None,
 ) -> None:
     """Raise `UserError` where this machine cannot hold its processes' patches and, on a CPU, a step's activations.
 
@@ -40,12 +41,13 @@ def check(
     activations nine tenths, and half of that where the precision may be one of two bytes.
 
     Args:
-        architecture: that is trained; None: activations are not looked at.
+        architecture: that is trained; None: activations are not counted.
         batch_size, num_workers: as for `dints.data.loaders.training_loader`.
         device: as for `dints.running.machine.choose_device`.
         checkpoint_activations: as `FoundNetwork` has it.
         num_loaders: that prepare batches at the same time.
         flag: that sets ``batch_size``.
+        memory_mib: that candidates fill with activations in fp32, all of which they keep.
     """
     processes, device = launcher.local_world_size(), machine.device_type(device)
     patches = processes * num_loaders * bytes_ahead(task, batch_size, num_workers, device)
@@ -53,7 +55,14 @@ def check(
     of = f"--patch_size {size} and {flag} {batch_size}"
     remedy = f"lower --patch_size, {flag} or --num_workers"
     machine.check_memory(patches, f"{of}: the patches that are prepared ahead take", remedy)
-    if architecture is None or device != "cpu":
+    if device != "cpu" or (architecture is None and memory_mib is None):
+        return
+    share = 0.9 if precision == "fp32" else 0.45  # on a CPU some layers keep less than counted
+    step = "a training step on the CPU takes"
+    if memory_mib is not None:
+        needed = patches + int(processes * memory_mib * 2**20 * share)
+        what = f"candidates fill --memory_mib {memory_mib:.4g}: {step}"
+        machine.check_memory(needed, what, "give a smaller one, or use a GPU")
         return
     voxels = batch_size * math.prod(task.patch_size)
     generous = GENEROUS * voxels * 32 * channel_mul * architecture.num_blocks
@@ -62,10 +71,9 @@ def check(
     with torch.device("meta"):
         network = FoundNetwork(architecture, task.num_channels, task.num_classes, channel_mul)
     activations = _at_the_peak(network, (batch_size, task.num_channels, *task.patch_size), checkpoint_activations)
-    share = 0.9 if precision == "fp32" else 0.45  # on a CPU some layers keep less than counted
     needed = patches + int(processes * activations * share)
     remedy += ", or use a GPU" if checkpoint_activations else ", give --checkpoint_activations, or use a GPU"
-    machine.check_memory(needed, f"{of}: a training step on the CPU takes", remedy)
+    machine.check_memory(needed, f"{of}: {step}", remedy)
 
 
 def _at_the_peak(network: FoundNetwork, input_shape: tuple[int, ...], checkpoint_activations: bool) -> float:

@@ -27,9 +27,9 @@ def explain(
     what = str(error).splitlines()[0].strip() if str(error) else "of this machine"
     if lacks_memory(error):
         return UserError(
-            f"memory is exhausted ({what}): lower --patch_size, --num_images_per_batch, --channel_mul, or in "
-            "validation --num_sw_batch_size; give --checkpoint_activations; for the machine's memory also lower "
-            "--num_workers, or use --cache disk"
+            f"memory is exhausted ({what}): lower --patch_size, --num_images_per_batch, --channel_mul, of candidates "
+            "--memory_mib, or in validation --num_sw_batch_size; give --checkpoint_activations; for the machine's "
+            "memory also lower --num_workers, or use --cache disk"
         )
     if "Too many open files" in str(error):
         return UserError("too many files are open: raise the limit (ulimit -n 4096), or lower --num_workers")

@@ -79,6 +79,20 @@ def test_a_steps_activations_count_on_a_cpu(memory, precision, share):
 
 
 @MEMORY
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.9), ("auto", 0.45)])
+def test_what_candidates_fill_counts_on_a_cpu(memory, monkeypatch, precision, share):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    settings = {**OF_PATCHES, "num_workers": 0, "precision": precision, "memory_mib": 100.0}
+    needed = 2 * (2 * PATCH + int(share * 100 * 2**20))
+    memory(needed)
+    check(TASK, None, 1.0, **settings)
+    memory(needed - 1)
+    with pytest.raises(UserError, match=f"--memory_mib 100: .* at least {needed:,} bytes .*smaller one, or use a GPU"):
+        check(TASK, None, 1.0, **settings)
+    check(TASK, None, 1.0, **{**settings, "device": "cuda"})
+
+
+@MEMORY
 def test_of_blocks_that_are_computed_again_the_average_one_counts(memory):
     """No step keeps less: the largest block's activations, and the stems'."""
     shape = (2, 2, 32, 32, 16)
@@ -130,7 +144,11 @@ def test_the_scripts_refuse_a_patch_before_a_case_is_read(phantom, tmp_path, mon
             train(phantom, tmp_path / "train", tmp_path / "arch.pth", huge, check_only)
     with pytest.raises(UserError, match="--num_images_per_batch 1: .* at least 687,194,767,360 bytes"):
         search(phantom, tmp_path / "search", huge)
-    only = "--proposals random --candidates 2 --memory_mib 9"
+    only = "--proposals random --candidates 2"
     with pytest.raises(UserError, match="--candidate_images_per_batch 3: .* at least 1,030,792,151,040 bytes"):
         search(phantom, tmp_path / "search", SPACE, huge, only, "--candidate_images_per_batch 3")
+    for check_only in ("", "--check"):
+        told = "candidates fill --memory_mib 1e.07: a training step on the CPU takes at least"
+        with pytest.raises(UserError, match=told):
+            search(phantom, tmp_path / "search", SPACE, only, "--memory_mib 1e7", check_only)
     assert np.prod((4096, 4096, 4096)) * 2 * 5 == 687194767360
