@@ -376,7 +376,7 @@ def compete(
     limits = limits_of_candidates(args, prepared)
     first, *others = candidates.halving.rungs(args.candidates, args.candidate_iterations)
     told = ", then ".join(f"{rung.count} candidates at {rung.iterations} iterations" for rung in (first, *others))
-    log.info("%s, each as wide as fills %.4g MiB of activations", told, limits.memory_mib)
+    log.info("%s, each as wide as fills %.6g MiB of activations", told, limits.memory_mib)
     ledger = open_ledger(args, prepared, processes, folder)
 
     count = -(-first.count // 2)

@@ -61,7 +61,7 @@ def check(
     step = "a training step on the CPU takes"
     if memory_mib is not None:
         needed = patches + int(processes * memory_mib * 2**20 * share)
-        what = f"candidates fill --memory_mib {memory_mib:.4g}: {step}"
+        what = f"candidates fill --memory_mib {memory_mib:.6g}: {step}"
         machine.check_memory(needed, what, "give a smaller one, or use a GPU")
         return
     voxels = batch_size * math.prod(task.patch_size)
