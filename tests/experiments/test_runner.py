@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -42,24 +43,6 @@ def run(monkeypatch, folder: Path, *flags: str, table: Sequence = (ROW, OPPONENT
 
 def parameters_of(opponent: str, channel_mul: float) -> int:
     return sum(weight.numel() for weight in opponents.OPPONENTS[opponent](1, 3, channel_mul).parameters())
-
-
-@pytest.mark.slow
-def test_rows_are_run_once_and_their_lines_tell_what_was_measured(monkeypatch, tmp_path, capsys):
-    write_phantom(tmp_path / "Task00_Phantom", 8, 1, shape=(24, 24, 24))
-    (first,) = run(monkeypatch, tmp_path, "--rows", "u_shaped*")
-    assert first["name"] == ROW.name == "u_shaped_skip_9x3/small-6min-fold0-seed0"
-    assert first["iterations_done"] == 3 and first["seconds"] > 0  # an epoch
-    assert len(first["cases"]) == 2 and first["classes"].keys() == {"liver", "lesion"}
-    assert 0 <= first["dice"] <= 1 and first["hardware"].startswith("1 thread of ")
-    both, dynunet = run(monkeypatch, tmp_path), parameters_of("dynunet", 0.125)
-    assert [line["name"] for line in both] == [ROW.name, OPPONENT.name] and both[0] == first
-    assert both[1]["parameters"] == dynunet != both[0]["parameters"]
-    assert both[0]["gmac"] != both[1]["gmac"] and min(both[0]["gmac"], both[0]["activation_mib"]) > 0
-    assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[1]) == both[1]
-    capsys.readouterr()
-    assert len(run(monkeypatch, tmp_path, "--list")) == 2
-    assert capsys.readouterr().out == f"done {ROW.name}\ndone {OPPONENT.name}\n"
 
 
 def test_a_row_that_fails_is_told_and_leaves_no_line(monkeypatch, tmp_path, capsys):
@@ -118,24 +101,45 @@ def test_what_a_search_finds_is_trained_after_it_and_other_rows_beside_it(monkey
 
 
 @pytest.mark.slow
-def test_a_search_leaves_files_that_other_rows_train(monkeypatch, tmp_path):
+def test_rows_are_run_once_and_their_lines_tell_what_was_measured(monkeypatch, tmp_path, capsys):
+    """A search, the training of what it finds, and a training of an opponent by two processes."""
     write_phantom(tmp_path / "Task00_Phantom", 8, 1, shape=(24, 24, 24))
-    small = "--patch_size 16 16 16 --spacing 6 6 6 --candidates 4 --candidate_iterations 8 --proposals gradient random"
-    monkeypatch.setitem(rows.SEARCHES, "search", small)
+    space = "--patch_size 16 16 16 --spacing 6 6 6 --candidates 4 --candidate_iterations 8 --proposals gradient random"
+    monkeypatch.setitem(rows.SEARCHES, "search", space)
     monkeypatch.setattr(rows, "GRADIENT", "--channel_mul 0.125 --num_epochs 2 --num_epochs_warmup 1")
+    shutil.copy(rows.ARCHITECTURES / f"{rows.U}.pth", tmp_path)
     monkeypatch.setattr(rows, "ARCHITECTURES", tmp_path)
-    found, missing = rows.Search("search", 3.0, 1, 0), rows.Search("control", 3.0, 1, 0)
     monkeypatch.setitem(rows.RECIPES, "larger", RECIPE.replace("12 12 12", "16 16 16"))
-    trainings = [rows.Training(row.name, "larger", None, 1, 0, memory_mib=3.0) for row in (found, missing)]
     monkeypatch.setattr(rows, "EQUAL_ITERATIONS", 2)
     monkeypatch.setattr(rows, "filling", lambda *_: 0.125)
-    lines = run(monkeypatch, tmp_path, table=[trainings[0], found])
-    assert [line["name"] for line in lines] == [found.name, trainings[0].name]
-    assert len(runner.RESULTS.read_text().splitlines()) == 2  # nothing was run twice
-    assert len(lines[0]["candidates"]) == 4 and lines[0]["seconds"] > lines[0]["gradient_seconds"] > 0
-    assert (tmp_path / "gradient_fold1_seed0.pth").exists() and lines[1]["dice"] >= 0
+    search = rows.Search("search", 3.0, 1, 0)
+    of_found = rows.Training(search.name, "larger", None, 1, 0, memory_mib=3.0)
+    table = [of_found, search, OPPONENT]
+
+    found, trained = run(monkeypatch, tmp_path, "--rows", "search*", table=table)
+    assert [found["name"], trained["name"]] == [search.name, of_found.name]
+    assert len(found["candidates"]) == 4 and found["seconds"] > found["gradient_seconds"] > 0
+    assert (tmp_path / "gradient_fold1_seed0.pth").exists()
+    assert trained["iterations_done"] == 3 and trained["seconds"] > 0  # an epoch
+    assert len(trained["cases"]) == 2 and trained["classes"].keys() == {"liver", "lesion"}
+    assert 0 <= trained["dice"] <= 1 and trained["hardware"].startswith("1 thread of ")
+
+    *before, opponent = run(monkeypatch, tmp_path, table=table)
+    assert before == [found, trained] and opponent["name"] == OPPONENT.name
+    assert opponent["parameters"] == parameters_of("dynunet", 0.125) != trained["parameters"]
+    assert opponent["gmac"] != trained["gmac"] and min(opponent["gmac"], opponent["activation_mib"]) > 0
+    written = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == [found, trained, opponent]  # nothing was run twice
+    capsys.readouterr()
+    assert len(run(monkeypatch, tmp_path, "--list", table=table)) == 3
+    assert capsys.readouterr().out == "".join(f"done {row.name}\n" for row in table)
+
+
+def test_a_row_whose_network_no_search_will_find_is_refused(monkeypatch, tmp_path):
+    missing = rows.Training("control_3mib_fold1_seed0", "recommended", None, 1, 0, memory_mib=3.0)
     with pytest.raises(SystemExit, match="1 rows train what no search has found yet, for example control_3mib"):
-        run(monkeypatch, tmp_path, table=[trainings[1]])
+        run(monkeypatch, tmp_path, table=[missing, ROW])
+    assert not (tmp_path / "work").exists()
 
 
 def test_rows_of_as_many_minutes_take_equally_long():
