@@ -375,8 +375,6 @@ def compete(
     """Let candidates compete in short trainings, rung by rung, and write the winner."""
     limits = limits_of_candidates(args, prepared)
     first, *others = candidates.halving.rungs(args.candidates, args.candidate_iterations)
-    told = ", then ".join(f"{rung.count} candidates at {rung.iterations} iterations" for rung in (first, *others))
-    log.info("%s, each as wide as fills %.6g MiB of activations", told, limits.memory_mib)
     ledger = open_ledger(args, prepared, processes, folder)
 
     count = -(-first.count // 2)
@@ -440,11 +438,14 @@ def check_memory_of_supernet(args: argparse.Namespace, task: Task, use_downsampl
 
 
 def check_candidates(args: argparse.Namespace, prepared: Prepared) -> None:
-    """Refuse patches or a memory of candidates that this machine cannot hold, and a memory that holds no network."""
+    """Say what will compete; refuse patches and a memory that this machine cannot hold, or that hold no network."""
     step = options.step(args) | {"batch_size": args.candidate_images_per_batch, "flag": "--candidate_images_per_batch"}
     limits = limits_of_candidates(args, prepared)
     network.step_memory.check(prepared.dataset.task, None, 1.0, **step, memory_mib=limits.memory_mib)
     limits.check()
+    rungs = candidates.halving.rungs(args.candidates, args.candidate_iterations)
+    told = ", then ".join(f"{rung.count} candidates at {rung.iterations} iterations" for rung in rungs)
+    log.info("%s, each as wide as fills %.6g MiB of activations", told, limits.memory_mib)
 
 
 def limits_of_candidates(args: argparse.Namespace, prepared: Prepared) -> Limits:

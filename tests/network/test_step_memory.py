@@ -152,3 +152,16 @@ def test_the_scripts_refuse_a_patch_before_a_case_is_read(phantom, tmp_path, mon
         with pytest.raises(UserError, match=told):
             search(phantom, tmp_path / "search", SPACE, only, "--memory_mib 1e7", check_only)
     assert np.prod((4096, 4096, 4096)) * 2 * 5 == 687194767360
+
+
+def test_check_says_what_would_compete_and_how_much_memory_it_fills(phantom, tmp_path, caplog):
+    only = "--check --proposals random --candidates 8 --candidate_iterations 100"
+    with caplog.at_level("INFO"):
+        search(phantom, tmp_path / "search", only, "--memory_mib 12.5")
+        search(phantom, tmp_path / "search", only, "--factor_ram_cost 0.5")
+        search(phantom, tmp_path / "search", only, "--factor_ram_cost 1")
+    said = [message for message in caplog.messages if "candidates" in message]
+    told = "8 candidates at 25 iterations, then 2 candidates at 50 iterations, each as wide as fills"
+    assert said[0] == f"{told} 12.5 MiB of activations"
+    half, whole = (float(message.split()[-4]) for message in said[1:])
+    assert whole == pytest.approx(2 * half, rel=1e-4) and not (tmp_path / "search").exists()
