@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runner import read_results
-from tables import KINDS, NAMES, kind_of
+from tables import KINDS, NAMES, at_equal_memory
 
 from dints import files
 from dints.data.formats import read_dataset
@@ -97,7 +97,7 @@ def time_to_dice(results: list[dict]) -> dict[str, list[tuple[float, float]]]:
 
 
 def draw_memory(args: argparse.Namespace) -> None:
-    of_budgets = at_equal_memory(read_results())
+    of_budgets = dice_at_equal_memory(read_results())
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     panels = figure.subplots(1, len(of_budgets), sharey=True, squeeze=False)[0]
     for axes, (memory, of_kinds) in zip(panels, of_budgets.items(), strict=True):
@@ -116,12 +116,11 @@ def draw_memory(args: argparse.Namespace) -> None:
         figure.savefig(file, format="png", dpi=110)
 
 
-def at_equal_memory(results: list[dict]) -> dict[float, dict[str, list[float]]]:
-    """Return the Dice of all networks that were trained at equal memory, by budget in MiB and by kind."""
-    dice = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        if result.get("memory_mib") is not None and "network" in result:
-            dice[result["memory_mib"]][kind_of(result["network"])].append(result["dice"])
+def dice_at_equal_memory(results: list[dict]) -> dict[float, dict[str, list[float]]]:
+    """Return by budget in MiB and kind the Dice of the networks that were trained at equal memory, means over seeds."""
+    dice = defaultdict(dict)
+    for (memory, kind), networks in at_equal_memory(results).items():
+        dice[memory][kind] = [statistics.mean(line["dice"] for line in of_network) for of_network in networks]
     return dict(sorted(dice.items()))
 
 

@@ -9,8 +9,9 @@ over the fold's 52 cases; with several seeds their mean, with the smallest and t
 of a batch's forward pass, in 10^9. Minutes are those of training alone, two side by side; "-" where other work shared
 the cores.
 
-At equal memory, each kind's networks have as many iterations. The last column is what the winners of candidates gain
-over it: the difference of the means, and its 95% interval over cases (bootstrap).
+At equal memory, each kind's networks have as many iterations. Dice are means over a network's seeds, then over the
+networks. The last column is what the winners of candidates gain over it: the difference of the means, and its 95%
+interval over cases (bootstrap). Below stands by how much a network's seeds differ.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main() -> None:
     }
     for name, chosen in tables.items():
         print("\n".join(table(name, chosen)), end="\n\n")
-    print("\n".join(memory_table(every)))
+    print("\n".join([*memory_table(every), "", seeds_differ(every)]))
 
 
 def table(name: str, results: list[dict]) -> list[str]:
@@ -95,24 +96,19 @@ def folds_table(results: list[dict]) -> list[str]:
 
 def memory_table(results: list[dict]) -> list[str]:
     """Return the lines of the table at equal memory; searches stand with the time that they took."""
-    seconds, networks = defaultdict(list), defaultdict(list)
+    seconds = defaultdict(list)
     for line in results:
-        if line.get("memory_mib") is None:
-            continue
-        kind = (line["memory_mib"], line["kind"] if "kind" in line else kind_of(line["network"]))
-        if "network" in line:
-            networks[kind].append(line)
-        elif line["seconds"] is not None:
-            seconds[kind].append(line["seconds"])
+        if "kind" in line and line["seconds"] is not None:
+            seconds[line["memory_mib"], line["kind"]].append(line["seconds"])
             if line["gradient_seconds"]:
                 seconds[line["memory_mib"], "gradient"].append(line["gradient_seconds"])
     lines = [
         "| MiB | found by | networks | parameters | minutes of search | Dice (worst to best) | candidates gain (95%) |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    order = list(KINDS)
+    networks, order = at_equal_memory(results), list(KINDS)
     for (memory, kind), of_kind in sorted(networks.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
-        sizes = [line["parameters"] / 1e6 for line in of_kind]
+        sizes = [of_network[0]["parameters"] / 1e6 for of_network in of_kind]
         found = networks.get((memory, RECOMMENDED))
         gains = "-" if kind == RECOMMENDED or not found else gain(found, of_kind)
         cells = [
@@ -121,11 +117,32 @@ def memory_table(results: list[dict]) -> list[str]:
             str(len(of_kind)),
             f"{min(sizes):.2f} to {max(sizes):.2f} M" if len(sizes) > 1 else f"{sizes[0]:.2f} M",
             f"{mean(seconds[memory, kind]) / 60:.0f}" if seconds[memory, kind] else "-",
-            dice([line["dice"] for line in of_kind]),
+            dice([mean(line["dice"] for line in of_network) for of_network in of_kind]),
             gains,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def at_equal_memory(results: list[dict]) -> dict[tuple[float, str], list[list[dict]]]:
+    """Return by memory in MiB and kind what was trained at equal memory: of each network the lines of its seeds."""
+    networks = defaultdict(lambda: defaultdict(list))
+    for line in results:
+        if line.get("memory_mib") is not None and "network" in line:
+            networks[line["memory_mib"], kind_of(line["network"])][line["network"]].append(line)
+    return {place: list(of_kind.values()) for place, of_kind in networks.items()}
+
+
+def seeds_differ(results: list[dict]) -> str:
+    """Tell by how much two seeds of a network at equal memory differ: on average, and nine tenths of them at most."""
+    of_networks = (of_network for of_kind in at_equal_memory(results).values() for of_network in of_kind)
+    differences = [abs(np.subtract(*[line["dice"] for line in lines])) for lines in of_networks if len(lines) == 2]
+    if not differences:
+        return "no network has two seeds"
+    return (
+        f"two seeds of {len(differences)} networks differ by {mean(differences):.4f} on average, "
+        f"nine tenths of them by at most {np.quantile(differences, 0.9):.4f}"
+    )
 
 
 def kind_of(network: str) -> str:
@@ -134,13 +151,17 @@ def kind_of(network: str) -> str:
     return kind if kind in ("search", "control", "gradient", "random") else network
 
 
-def gain(found: list[dict], others: list[dict]) -> str:
-    """Write by how much the mean Dice of some trainings is above that of others, with its interval over cases."""
-    mine, theirs = (np.mean([per_case(line) for line in lines], axis=0) for lines in (found, others))
-    difference = mine - theirs
+def gain(found: list[list[dict]], others: list[list[dict]]) -> str:
+    """Write by how much the mean Dice of some networks is above that of others, with its interval over cases."""
+    difference = np.subtract(*(_case_means(networks) for networks in (found, others)))
     drawn = np.random.default_rng(0).choice(difference, (DRAWS, len(difference))).mean(-1)
     low, high = np.percentile(drawn, (2.5, 97.5))
     return f"{difference.mean():+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def _case_means(networks: list[list[dict]]) -> np.ndarray:
+    """Return the mean Dice of each case, over the seeds of a network and then over networks."""
+    return np.mean([np.mean([per_case(line) for line in of_network], axis=0) for of_network in networks], axis=0)
 
 
 def per_case(line: dict) -> list[float]:
