@@ -101,7 +101,7 @@ def memory_table(results: list[dict]) -> list[str]:
         if "kind" in line and line["seconds"] is not None:
             seconds[line["memory_mib"], line["kind"]].append(line["seconds"])
             if line["gradient_seconds"]:
-                seconds[line["memory_mib"], "gradient"].append(line["gradient_seconds"])
+                seconds["gradient"].append(line["gradient_seconds"])  # one search, decoded for every memory
     lines = [
         "| MiB | found by | networks | parameters | minutes of search | Dice (worst to best) | candidates gain (95%) |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -110,13 +110,14 @@ def memory_table(results: list[dict]) -> list[str]:
     for (memory, kind), of_kind in sorted(networks.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
         sizes = [of_network[0]["parameters"] / 1e6 for of_network in of_kind]
         found = networks.get((memory, RECOMMENDED))
+        took = seconds["gradient" if kind == "gradient" else (memory, kind)]
         gains = "-" if kind == RECOMMENDED or not found else gain(found, of_kind)
         cells = [
             f"{memory:g}",
             KINDS[kind],
             str(len(of_kind)),
             f"{min(sizes):.2f} to {max(sizes):.2f} M" if len(sizes) > 1 else f"{sizes[0]:.2f} M",
-            f"{mean(seconds[memory, kind]) / 60:.0f}" if seconds[memory, kind] else "-",
+            f"{mean(took) / 60:.0f}" if took else "-",
             dice([mean(line["dice"] for line in of_network) for of_network in of_kind]),
             gains,
         ]
@@ -152,16 +153,21 @@ def kind_of(network: str) -> str:
 
 
 def gain(found: list[list[dict]], others: list[list[dict]]) -> str:
-    """Write by how much the mean Dice of some networks is above that of others, with its interval over cases."""
-    difference = np.subtract(*(_case_means(networks) for networks in (found, others)))
+    """Write by how much the mean Dice of some networks is above that of others, with its interval over cases.
+
+    Only the seeds that all of them have count: trainings of one seed see the same patches.
+    """
+    seeds = set.intersection(*({line["seed"] for line in of_network} for of_network in [*found, *others]))
+    difference = np.subtract(*(_case_means(networks, seeds) for networks in (found, others)))
     drawn = np.random.default_rng(0).choice(difference, (DRAWS, len(difference))).mean(-1)
     low, high = np.percentile(drawn, (2.5, 97.5))
     return f"{difference.mean():+.4f} ({low:+.4f} to {high:+.4f})"
 
 
-def _case_means(networks: list[list[dict]]) -> np.ndarray:
-    """Return the mean Dice of each case, over the seeds of a network and then over networks."""
-    return np.mean([np.mean([per_case(line) for line in of_network], axis=0) for of_network in networks], axis=0)
+def _case_means(networks: list[list[dict]], seeds: set[int]) -> np.ndarray:
+    """Return the mean Dice of each case, over these seeds of a network and then over networks."""
+    of_seeds = ([per_case(line) for line in of_network if line["seed"] in seeds] for of_network in networks)
+    return np.mean([np.mean(lines, axis=0) for lines in of_seeds], axis=0)
 
 
 def per_case(line: dict) -> list[float]:
