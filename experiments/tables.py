@@ -6,8 +6,8 @@ First what was trained alike on all four folds, then a row a recipe, a row a net
 
 All trainings of the second and third would take the same time on an idle core. A cell is the mean Dice of the classes,
 over the fold's 52 cases; with several seeds their mean, with the smallest and the largest. GMAC are the multiply-adds
-of a batch's forward pass, in 10^9. Minutes are those of training alone, two side by side; "-" where other work shared
-the cores.
+of a batch's forward pass, in 10^9. Minutes are those of training alone, two side by side; "-" where much other work
+shared the cores.
 
 At equal memory, each kind's networks have as many iterations. Dice are means over a network's seeds, then over the
 networks. The last column is what the winners of candidates gain over it: the difference of the means, and its 95%
@@ -103,21 +103,24 @@ def memory_table(results: list[dict]) -> list[str]:
             if line["gradient_seconds"]:
                 seconds["gradient"].append(line["gradient_seconds"])  # one search, decoded for every memory
     lines = [
-        "| MiB | found by | networks | parameters | minutes of search | Dice (worst to best) | candidates gain (95%) |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| MiB | found by | networks | parameters | minutes of search | of training | Dice (worst to best) "
+        "| candidates gain (95%) |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     networks, order = at_equal_memory(results), list(KINDS)
     for (memory, kind), of_kind in sorted(networks.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
         sizes = [of_network[0]["parameters"] / 1e6 for of_network in of_kind]
         found = networks.get((memory, RECOMMENDED))
-        took = seconds["gradient" if kind == "gradient" else (memory, kind)]
+        searched = seconds["gradient" if kind == "gradient" else (memory, kind)]
+        trained = [line["seconds"] for of_network in of_kind for line in of_network if line["seconds"] is not None]
         gains = "-" if kind == RECOMMENDED or not found else gain(found, of_kind)
         cells = [
             f"{memory:g}",
             KINDS[kind],
             str(len(of_kind)),
             f"{min(sizes):.2f} to {max(sizes):.2f} M" if len(sizes) > 1 else f"{sizes[0]:.2f} M",
-            f"{mean(took) / 60:.0f}" if took else "-",
+            f"{mean(searched) / 60:.0f}" if searched else "-",
+            f"{mean(trained) / 60:.1f}" if trained else "-",
             dice([mean(line["dice"] for line in of_network) for of_network in of_kind]),
             gains,
         ]

@@ -190,7 +190,7 @@ def test_at_equal_memory_a_kind_has_a_row_and_what_candidates_gain_over_it():
     def result(network: str, dices: Sequence[float]) -> dict:
         cases = {f"case_{number}": {"a": dice, "b": dice} for number, dice in enumerate(dices)}
         mean = sum(dices) / len(dices)
-        line = {"network": network, "seed": 0, "memory_mib": 30.0, "parameters": 1.5e6}
+        line = {"network": network, "seed": 0, "memory_mib": 30.0, "parameters": 1.5e6, "seconds": 60.0 * len(cases)}
         return {**line, "dice": mean, "cases": cases}
 
     search = {"name": "search_30mib", "kind": "search", "memory_mib": 30.0, "seconds": 900.0, "gradient_seconds": 300.0}
@@ -199,9 +199,9 @@ def test_at_equal_memory_a_kind_has_a_row_and_what_candidates_gain_over_it():
     lines += [result("control_30mib_seed0", [0.8, 0.9]), result("control_30mib_seed1", [0.6, 0.7])]
     lines += [result("gradient_seed0", [0.5, 0.6]), {"minutes": 6, "network": "u"}]
     assert tables.memory_table(lines)[2:] == [
-        "| 30 | candidates | 2 | 1.50 to 1.50 M | 10 | 0.7500 (0.6500 to 0.8500) | - |",
-        "| 30 | gradient search alone | 1 | 1.50 M | 5 | 0.5500 | +0.2000 (+0.2000 to +0.2000) |",
-        "| 30 | random, finest path kept | 1 | 1.50 M | - | 0.6500 | +0.1000 (+0.1000 to +0.1000) |",
+        "| 30 | candidates | 2 | 1.50 to 1.50 M | 10 | 2.0 | 0.7500 (0.6500 to 0.8500) | - |",
+        "| 30 | gradient search alone | 1 | 1.50 M | 5 | 2.0 | 0.5500 | +0.2000 (+0.2000 to +0.2000) |",
+        "| 30 | random, finest path kept | 1 | 1.50 M | - | 2.0 | 0.6500 | +0.1000 (+0.1000 to +0.1000) |",
     ]
     assert tables.seeds_differ(lines) == "no network has two seeds"
 
@@ -210,7 +210,7 @@ def test_a_networks_seeds_count_as_one_network():
     """What candidates gain is of the seeds that all have."""
 
     def result(network: str, dice: float, seed: int = 0) -> dict:
-        line = {"memory_mib": 30.0, "parameters": 1.5e6, "cases": {"case_1": {"a": dice}}}
+        line = {"memory_mib": 30.0, "parameters": 1.5e6, "seconds": None, "cases": {"case_1": {"a": dice}}}
         return {"network": network, "dice": dice, "seed": seed, **line}
 
     found = [
@@ -221,8 +221,8 @@ def test_a_networks_seeds_count_as_one_network():
     ]
     lines = [*found, result("random_0", 0.5), result("random_1", 0.4), result("random_1", 0.3, 1)]
     assert tables.memory_table(lines)[2:] == [
-        "| 30 | candidates | 2 | 1.50 to 1.50 M | - | 0.7000 (0.6000 to 0.8000) | - |",
-        "| 30 | random, finest path kept | 2 | 1.50 to 1.50 M | - | 0.4250 (0.3500 to 0.5000) | "
+        "| 30 | candidates | 2 | 1.50 to 1.50 M | - | - | 0.7000 (0.6000 to 0.8000) | - |",
+        "| 30 | random, finest path kept | 2 | 1.50 to 1.50 M | - | - | 0.4250 (0.3500 to 0.5000) | "
         "+0.3000 (+0.3000 to +0.3000) |",
     ]
     differ = "two seeds of 3 networks differ by 0.1000 on average, nine tenths of them by at most 0.1800"
