@@ -77,9 +77,11 @@ def carry_out(waiting: list[Row], cores_of_jobs: list[list[int]], args: argparse
                 result = run(row, args.root, args.work, cores, len(cores_of_jobs))
                 with turn, RESULTS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
-            except subprocess.CalledProcessError as error:
+            except Exception as error:  # what the row would have found is not there for others
                 with turn:
                     waiting.clear()
+                if not isinstance(error, subprocess.CalledProcessError):
+                    raise
                 sys.exit(f"{row.name} failed (exit code {error.returncode}): see {args.work / row.name}.log")
             finally:
                 with turn:

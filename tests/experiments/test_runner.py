@@ -100,6 +100,21 @@ def test_what_a_search_finds_is_trained_after_it_and_other_rows_beside_it(monkey
     assert len(lines) == 3 and ended.index(search) < ended.index(of_found)
 
 
+def test_what_a_failed_search_would_have_found_is_not_trained(monkeypatch, tmp_path):
+    search = rows.Search("control", 30.0, 2, 0)
+    of_found = rows.Training(search.name, "recommended", None, 2, 0, memory_mib=30.0)
+    tried = []
+
+    def fails(row, *_) -> dict:
+        tried.append(row)
+        raise KeyError("dice")
+
+    monkeypatch.setattr(runner, "run", fails)
+    with pytest.raises(KeyError):
+        run(monkeypatch, tmp_path, "--jobs", "2", table=[search, of_found])
+    assert tried == [search] and not (tmp_path / "results.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_rows_are_run_once_and_their_lines_tell_what_was_measured(monkeypatch, tmp_path, capsys):
     """A search, the training of what it finds, and a training of an opponent by two processes."""
