@@ -371,7 +371,7 @@ def _check_places(ordered: Sequence[Slice], affine: np.ndarray, normal: np.ndarr
         at = heights.argmin()
         raise UserError(
             f"{folder} holds several slices at one place, {_name(ordered[at])} and {_name(ordered[at + 1])}: give a "
-            "folder with one image of each place"
+            "folder with one image of each place, or convert the series with dcm2niix"
         )
     off = positions - (positions[0] + np.arange(len(positions))[:, None] * affine[:3, 2])
     if np.abs(np.linalg.solve(affine[:3, :3], off.T)).max() <= DISPLACED:
