@@ -71,7 +71,7 @@ def given_images(paths: Sequence[Path], task: Task, output_root: Path) -> Select
         if not path.exists():
             raise UserError(f"--input {path} does not exist: give images (.nii or .nii.gz), or folders of images")
         if path.is_file() and dicom.is_dicom(path):
-            raise UserError(f"--input {path} is one slice of a DICOM series: give its folder")
+            raise UserError(f"--input {path} is a DICOM file: give the folder of its series")
         found = images_in(path, output_root) if path.is_dir() else [path]
         folders = dicom.folders_with_dicom(path) if path.is_dir() else []
         if not folders and (not found or not ENDING.search(found[0].name)):

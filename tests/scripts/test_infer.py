@@ -241,10 +241,15 @@ class TestDicom:
         assert np.allclose(found.affine, expected.affine, atol=1e-4)
         assert (np.asarray(found.dataobj) != np.asarray(expected.dataobj)).mean() < 1e-3
 
-    def test_a_bad_series_does_not_end_the_batch(self, tmp_path, knowing, scans):
-        (scans / "second/CT/13.dcm").unlink()  # neither the first nor the last one
+    @pytest.mark.parametrize("what", ["has slices", "/13.dcm has RescaleSlope 'abc', not a number"])
+    def test_a_bad_series_does_not_end_the_batch(self, tmp_path, knowing, scans, what):
+        file = scans / "second/CT/13.dcm"  # neither the first nor the last one
+        if what == "has slices":
+            file.unlink()
+        else:
+            pytest.importorskip("slices").rewrite(file, RescaleSlope=b"abc ")
         knowing(Threshold())
-        with pytest.raises(PartlyDone, match=r"1 of 2 cases .*second_CT.nii.gz: .*second/CT has slices"):
+        with pytest.raises(PartlyDone, match=rf"1 of 2 cases .*second_CT.nii.gz: .*second/CT ?{what}"):
             infer(tmp_path / "out", "--input", scans)
         assert (tmp_path / "out/first_CT.nii.gz").is_file() and not list((tmp_path / "out").glob(".dicom/*"))
 
@@ -252,7 +257,7 @@ class TestDicom:
         knowing(Threshold(), replace(TASK, num_channels=2))
         assert "which has one channel, and the model takes 2" in refused(tmp_path / "out", "--input", scans)
         one = next((scans / "first/CT").iterdir())
-        assert "is one slice of a DICOM series: give its folder" in refused(tmp_path / "out", "--input", one)
+        assert "is a DICOM file: give the folder of its series" in refused(tmp_path / "out", "--input", one)
         both = [scans / "first/CT/..", scans / "second"]
         assert "would both be CT" in refused(tmp_path / "out", "--input", *both)
 
