@@ -177,7 +177,8 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         return
     outputs = processes.on_main(inference.selection.segmentation_paths, selection.cases, folder)
     postprocessing = processes.on_main(chosen_postprocessing, args.postprocessing, task)
-    records = inference.records.Records(folder, settings_of(args, predictor, postprocessing))
+    facts = {"searched_on": [model.architecture.searched_on for model in predictor.models]}
+    records = inference.records.Records(folder, settings_of(args, predictor, postprocessing), facts)
     maps = [name for name in inference.decision.MAPS if getattr(args, f"save_{name}")]
     manner = Manner(predictor, postprocessing, records, leniency, maps)
     try:

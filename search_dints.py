@@ -118,7 +118,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         learning_rate_milestones=(0.4, 0.8),
     ).add_argument
     add("--num_epochs_warmup", type=options.number(int, 0), default=715, help="epochs before the architecture learns")
-    add("--learning_rate_arch", type=options.positive, default=1e-3, help="of the architecture")
+    add("--learning_rate_arch", type=options.positive, default=1e-3, help="of the architecture, for one process")
     add(
         "--factor_ram_cost",
         type=options.number(float, 0, 1),
@@ -224,7 +224,7 @@ def main(args: argparse.Namespace) -> None:
 def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, folder: Path) -> SearchSpace:
     """Search by gradient descent; return the space with the probabilities that were found."""
     dataset, use_downsample, training_cases, validation_cases = prepared
-    weights_cases, arch_cases = halves(training_cases)
+    weights_cases, arch_cases = halves(training_cases, args.seed)
     task, used = dataset.task, [*weights_cases, *arch_cases, *validation_cases]
     contents = {"task": task, "cases": data.opening.names(used)}
     configuration = training.checkpoint.configured(options.course(args), processes.world_size, **contents)
@@ -265,7 +265,7 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
         running.seeds.seed_everything(args.seed, epoch, processes.rank)
         warmed_up, past = warm_up(epoch, args.num_epochs_warmup, args.num_epochs)
         learning_rate = training.steps.halved(supernet.learning_rate, past, args.learning_rate_milestones)
-        supernet.weights.set_learning_rate(learning_rate)
+        supernet.set_learning_rates(learning_rate)
         row.start(progress)
 
         arch_batches = arch_loader.epoch(epoch, progress.step) if warmed_up else itertools.repeat(None)
@@ -393,6 +393,7 @@ def compete(
     if processes.is_main:
         task, dice = prepared.dataset.task, results[winner.name].dice
         facts = {"task": task.name, "seed": args.seed, "memory_mib": limits.memory_mib, "version": __version__}
+        facts |= options.folds(args)
         write_architecture(path, winner.described(dice, **facts), task, processes.device)
         training.curves.draw_candidates(folder)
     log.info("the winner is %s: %s; train_dints.py --arch_ckpt retrains it", winner.name, path)
@@ -422,7 +423,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     training.cuda_graphs.check(args.cuda_graphs, options.step(args)["device"])
     check_memory_of_supernet(args, dataset.task, use_downsample)
     training_cases, validation_cases = data.listing.split_fold(dataset.cases, **options.folds(args))
-    halves(training_cases)
+    halves(training_cases, args.seed)
     prepared = Prepared(dataset, use_downsample, training_cases, validation_cases)
     if args.candidates:
         check_candidates(args, prepared)
@@ -518,11 +519,16 @@ def read(
     return weights_loader, arch_loader, data.loaders.validation_loader(validation_cases, cache, processes)
 
 
-def halves(cases: list[Case]) -> tuple[list[Case], list[Case]]:
-    """Divide the cases into those that train the weights and those that train the architecture, by turns."""
+def halves(cases: list[Case], seed: int) -> tuple[list[Case], list[Case]]:
+    """Shuffle the cases, and return those that train the weights and those that train the architecture.
+
+    An odd case trains the architecture, as published.
+    """
     if len(cases) < 2:
         raise UserError(f"{len(cases)} training case cannot be halved into weights and architecture sets: 2 are needed")
-    return cases[::2], cases[1::2]
+    order = running.seeds.permutation(len(cases), seed, "halves")
+    middle = len(cases) // 2
+    return [cases[number] for number in order[:middle]], [cases[number] for number in order[middle:]]
 
 
 class Supernet:
@@ -544,7 +550,9 @@ class Supernet:
         self.precision, self.processes = precision, processes
         self.factor_ram_cost, self.ram_budget = args.factor_ram_cost, args.ram_budget
         self.loss_settings = args.factor_ram_cost, args.ram_loss, args.loss_weights
-        self.max_ram_ratio, self.learning_rate = args.max_ram_ratio, options.learning_rate(args, processes.world_size)
+        factor = options.learning_rate_factor(args, processes.world_size)
+        self.learning_rate, self.learning_rate_arch = args.learning_rate * factor, args.learning_rate_arch * factor
+        self.max_ram_ratio = args.max_ram_ratio
         self.input_shape = (args.num_images_per_batch, task.num_channels, *task.patch_size)
 
         running.seeds.seed_everything(args.seed, "initialisation")
@@ -573,8 +581,14 @@ class Supernet:
                 learning_rate=args.learning_rate,
                 max_gradient_norm=args.max_gradient_norm,
             )
-        self.arch_optimizers = [training.steps.adam([alpha], args.learning_rate_arch) for alpha in self.arch_parameters]
+        self.arch_optimizers = [training.steps.adam([alpha], self.learning_rate_arch) for alpha in self.arch_parameters]
         self.arch_scaler = precision.scaler()
+
+    def set_learning_rates(self, of_weights: float) -> None:
+        """Set both rates: a state that is continued on another number of processes has that number's."""
+        self.weights.set_learning_rate(of_weights)
+        for optimizer in self.arch_optimizers:
+            optimizer.param_groups[0]["lr"] = self.learning_rate_arch
 
     @property
     def parts(self) -> dict[str, object]:
@@ -679,11 +693,12 @@ def decode(space: SearchSpace, progress: Progress, args: argparse.Namespace, tas
         iter_num=progress.iteration,
         epochs=progress.current_epoch,
         best_dsc=progress.best_dice,
-        best_path=progress.best_path,
+        best_path=progress.best_iteration,  # as published, whatever its name
         factor_ram_cost=args.factor_ram_cost,
         task=task.name,
         seed=args.seed,
         version=__version__,
+        **options.folds(args),
     )
 
 

@@ -170,7 +170,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         checkpoint.save()
     for epoch in range(progress.epoch, args.num_epochs):
         running.seeds.seed_everything(args.seed, epoch, processes.rank)
-        start = options.learning_rate(args, processes.world_size)
+        start = args.learning_rate * options.learning_rate_factor(args, processes.world_size)
         learning_rate = training.steps.scheduled(
             args.learning_rate_schedule, start, epoch / args.num_epochs, args.learning_rate_milestones
         )

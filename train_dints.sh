@@ -6,7 +6,8 @@
 #   FOLD=each bash train_dints.sh
 #
 # FOLD=each trains all folds, one after another, and scores every case by the fold that did not train on it.
-# ARCH_CKPT is the newest search_code_*.pth under ./runs unless it is set.
+# ARCH_CKPT is the newest search_code_*.pth of this TASK under ./runs unless it is set. With FOLD=each it may contain
+# {fold}, in place of which comes the fold's number.
 # Further arguments go to train_dints.py (-h lists them); launch/launch.sh says which variables choose devices and nodes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch/launch.sh"
@@ -15,13 +16,33 @@ TASK="${TASK:-Task09_Spleen}"
 DATA_ROOT="${DATA_ROOT:-./data_msd/$TASK}"
 require_data "$TASK" "$DATA_ROOT"
 
+# newest FILE ...: print that of these which was written last.
+newest() {
+  local file found=""
+  for file in "$@"; do
+    if [[ -f "$file" && (-z "$found" || "$file" -nt "$found") ]]; then found="$file"; fi
+  done
+  printf '%s' "$found"
+}
+
 if [[ -z "${ARCH_CKPT:-}" ]]; then
-  # shellcheck disable=SC2012  # the names are ours: no newline, no glob character
-  ARCH_CKPT="$(ls -t ./runs/*/search_code_*.pth 2>/dev/null | head -n 1 || true)"
+  # Folders as search_dints.sh and quickstart.sh name them. No letter or digit follows TASK: Task1 is not Task10.
+  own=(./runs/search_"$TASK"{,[!0-9A-Za-z]*}/search_code_*.pth ./runs/quickstart_"$TASK"/search/search_code_*.pth)
+  ARCH_CKPT="$(newest "${own[@]}")"
   if [[ -z "$ARCH_CKPT" ]]; then
-    echo "error: no search_code_*.pth under ./runs: run search_dints.sh first, or set ARCH_CKPT to an architecture file" >&2
+    other="$(newest ./runs/{*,*/search}/search_code_*.pth)"
+    {
+      echo "error: no search_code_*.pth of $TASK under ./runs: run search_dints.sh with TASK=$TASK, or set ARCH_CKPT"
+      again='TASK=%q ARCH_CKPT=%q bash train_dints.sh\n'
+      # shellcheck disable=SC2059  # the format is ours
+      if [[ -n "$other" ]]; then printf "  the newest of another search: $again" "$TASK" "$other"; fi
+      echo "  the paper's is arch_code_cvpr.pth in automl/DiNTS of https://github.com/Project-MONAI/tutorials;"
+      # shellcheck disable=SC2059
+      printf "  with it: $again" "$TASK" arch_code_cvpr.pth
+    } >&2
     exit 1
   fi
+  echo "ARCH_CKPT is $ARCH_CKPT, the newest of $TASK"
 fi
 
 if [[ "${FOLD:-0}" == each ]]; then

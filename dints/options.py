@@ -135,7 +135,8 @@ def add_training(
         "--learning_rate_scaling",
         choices=("processes", "none"),
         default="processes",
-        help="what the learning rate is multiplied by: the number of processes, as published, or nothing",
+        help="what learning rates, the architecture's too, are multiplied by: the number of processes, or nothing; "
+        "published: the number, but for the weights in a search, whose optimizer loses it in the first epoch",
     )
     add(
         "--num_iterations",
@@ -302,7 +303,7 @@ def recipe_line(args: argparse.Namespace, *names: str) -> str:
         return f"recipe: {args.recipe}"
     other = RECIPES["recommended"]
     changes = [f"--{name} {' '.join(other[name]) if isinstance(other[name], list) else other[name]}" for name in names]
-    return f"recipe: published, as in the paper's scripts; --recipe recommended trains with {', '.join(changes)}"
+    return f"recipe: published, the paper's scripts' settings; --recipe recommended trains with {', '.join(changes)}"
 
 
 def dataset(args: argparse.Namespace) -> dict:
@@ -390,9 +391,9 @@ def course(args: argparse.Namespace) -> dict[str, object]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
-def learning_rate(args: argparse.Namespace, num_processes: int) -> float:
-    """Return the learning rate at the start, which as published grows with the number of processes."""
-    return args.learning_rate * (num_processes if args.learning_rate_scaling == "processes" else 1)
+def learning_rate_factor(args: argparse.Namespace, num_processes: int) -> int:
+    """Return what the learning rates of weights and architecture are multiplied by."""
+    return num_processes if args.learning_rate_scaling == "processes" else 1
 
 
 def scaled_to_iterations(args: argparse.Namespace, steps_per_epoch: int) -> argparse.Namespace:

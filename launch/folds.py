@@ -2,6 +2,7 @@
 
     FOLD=each NUM_FOLDS=5 bash train_dints.sh --num_epochs 400
     FOLD=each sbatch --array=0-4 launch/dints.sbatch train_dints.sh --num_epochs 400
+    FOLD=each ARCH_CKPT='runs/search_fold{fold}/search_code_winner.pth' bash train_dints.sh
 
 Fold k is trained into OUTPUT_ROOT/fold_k, and its validation cases are segmented into OUTPUT_ROOT/out_of_fold/fold_k;
 fold_k/done.json then notes what was asked for, so that the same command passes over it. When all folds are done,
@@ -91,6 +92,7 @@ class Folds:
 
     Attributes:
         arguments: of train_dints.py, beside those that the environment gives.
+        arch_ckpt: the architecture's file; {fold} in it stands for a fold's number, so that each has its own.
         own: the folds that are this process's.
         node_rank: of this node, of those that train a fold together.
     """
@@ -106,6 +108,9 @@ class Folds:
 
     def folder(self, fold: int) -> Path:
         return self.output_root / f"fold_{fold}"
+
+    def architecture(self, fold: int) -> Path:
+        return Path(str(self.arch_ckpt).replace("{fold}", str(fold)))
 
     def masks(self, fold: int) -> Path:
         return self.output_root / "out_of_fold" / f"fold_{fold}"
@@ -137,15 +142,30 @@ class Folds:
 
     @cached_property
     def request(self) -> dict:
-        """What is asked for, as plain values; files by their content."""
-        description = self.given(OF_SCORES).get("--json", self.data_root / "dataset.json")
-        contents = {"description": files.digest(description), "architecture": files.digest(self.arch_ckpt)}
-        return {"arguments": self.arguments, "num_folds": self.num_folds, **contents, "cases": self.cases()}
+        """What is asked for of every fold, as plain values; files by their content."""
+        description = files.digest(self.given(OF_SCORES).get("--json", self.data_root / "dataset.json"))
+        facts = {"arguments": self.arguments, "num_folds": self.num_folds, "description": description}
+        return {**facts, "cases": self.cases()}
+
+    def request_of(self, fold: int) -> dict:
+        """What is asked for of one fold."""
+        return {**self.request, "architecture": files.digest(self.architecture(fold))}
+
+    def check_architectures(self) -> None:
+        """Raise `UserError` where folds of this process have no architecture, before any is trained."""
+        missing = list(dict.fromkeys(str(path) for path in map(self.architecture, self.own) if not path.is_file()))
+        if missing:
+            raise UserError(
+                f"ARCH_CKPT={self.arch_ckpt}, but there is no {', no '.join(missing)}: run search_dints.sh for it, or "
+                "set ARCH_CKPT to an architecture file"
+            )
 
     def is_done(self, fold: int) -> bool:
         """Tell whether a fold was trained as is asked for now, and its cases segmented."""
+        if not self.architecture(fold).is_file():  # of another array task, whose search may not be done
+            return False
         made = (self.folder(fold) / "best_metric_model.pth", self.masks(fold) / "run.json")
-        return self.request == self._noted(fold) and all(path.is_file() for path in made)
+        return self.request_of(fold) == self._noted(fold) and all(path.is_file() for path in made)
 
     def _noted(self, fold: int) -> object:
         with suppress(OSError, ValueError):  # none: train_dints.py and infer_dints.py will see what is there
@@ -156,7 +176,8 @@ class Folds:
         """Train a fold and segment its validation cases, on all devices of all nodes."""
         model = self.folder(fold) / "best_metric_model.pth"
         tell(f"fold {fold} of {self.num_folds}: training")
-        child.run(["bash", HERE.parent / "train_dints.sh", *self.arguments], FOLD=fold, OUTPUT_ROOT=self.folder(fold))
+        own = {"FOLD": fold, "OUTPUT_ROOT": self.folder(fold), "ARCH_CKPT": self.architecture(fold)}
+        child.run(["bash", HERE.parent / "train_dints.sh", *self.arguments], **own)
         tell(f"fold {fold} of {self.num_folds}: its validation cases")
         flags = ["--checkpoint", model, "--root", self.data_root, "--output_root", self.masks(fold)]
         command = ["bash", "-c", LAUNCH, "launch", HERE / "launch.sh", "infer_dints.py", *flags, *self.words(OF_MASKS)]
@@ -164,7 +185,7 @@ class Folds:
         child.run(command, MASTER_PORT=self.master_port + NEXT_PORT)
 
     def note_done(self, fold: int) -> None:
-        files.write_atomically(self.folder(fold) / "done.json", json.dumps(self.request, indent=2) + "\n")
+        files.write_atomically(self.folder(fold) / "done.json", json.dumps(self.request_of(fold), indent=2) + "\n")
 
     def make_table(self, child: Child) -> None:
         """Score all cases out of fold, and choose the post-processing."""
@@ -204,6 +225,7 @@ def folds_of(arguments: Sequence[str], environment: Mapping[str, str]) -> Folds:
 
 
 def main(folds: Folds, child: Child) -> None:
+    folds.check_architectures()
     for fold in folds.own:
         if folds.is_done(fold):
             tell(f"fold {fold} of {folds.num_folds}: done before")

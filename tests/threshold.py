@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from architectures import chain
 from torch import nn
 
 from dints.data.tasks import Task
@@ -36,7 +37,7 @@ def knows(monkeypatch: pytest.MonkeyPatch, task: Task) -> Callable[..., None]:
         architecture: Architecture | None = None,
         **info: object,
     ) -> None:
-        model = Model(network, architecture, task, info, digest)
+        model = Model(network, architecture or chain(0, 0, num_depths=2), task, info, digest)
         monkeypatch.setattr("dints.network.model_file.load_model", lambda path: model)
 
     return use

@@ -19,7 +19,7 @@ from dints.data.crops import cut_patch
 from dints.data.tasks import Task
 from dints.running.machine import cores_per_process
 from dints.running.processes import STOP_SIGNALS, Processes
-from dints.running.seeds import seed_from
+from dints.running.seeds import permutation, seed_from
 
 SECONDS_TO_HEAR_OF_A_DEATH = 2.0
 AHEAD = 2  # batches that each worker prepares before they are asked for
@@ -94,9 +94,8 @@ class EpochSampler(Sampler):
             for position in range(first, self.length):
                 turn, place = divmod(position, self.num_cases)
                 if place == 0 or order is None:
-                    rng = np.random.default_rng(seed_from(self.seed, self.stream, epoch, turn))
-                    order = rng.permutation(self.num_cases)
-                yield epoch, turn, int(order[place])
+                    order = permutation(self.num_cases, self.seed, self.stream, epoch, turn)
+                yield epoch, turn, order[place]
             epoch, first = epoch + 1, 0
 
 

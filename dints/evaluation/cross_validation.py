@@ -88,6 +88,7 @@ def cross_validate(
         raise UserError(f"--num_folds {num_folds}: give 2 or more, as many as were trained")
     task, listed = read_dataset(root, description, key, allow_outside_root)
     folds = pairs_of_folds(listed, output_root, num_folds, trust_shapes)
+    seen, unseen = folds_of_searches(output_root, num_folds, task.name)
     rows, parts = score(folds, task.class_names, tolerance_mm)
     chosen, steps = choose([case for of_fold in parts for case in of_fold], task.class_names)
     described = describe_choice(chosen, steps, parts)
@@ -103,9 +104,11 @@ def cross_validate(
     names = [[pair.name for pair in pairs] for pairs in folds]
     facts = {"root": str(root), "num_cases": len(listed), "num_folds": num_folds, "folds": names}
     facts |= {"tolerance_mm": tolerance_mm, "seed": seed}
+    facts |= {"searched_with_folds": seen, "searched_without_folds": unseen}
     content = json.dumps({**facts, **summaries}, indent=2, allow_nan=False)
     files.write_atomically(output_root / "summary.json", content + "\n")
-    return "\n".join([*table(summaries), "", *told(steps, described["chosen_on"]["dice"], output_root)])
+    lines = [*table(summaries), "", *about_architectures(seen, unseen, num_folds)]
+    return "\n".join([*lines, *told(steps, described["chosen_on"]["dice"], output_root)])
 
 
 def score(
@@ -155,6 +158,40 @@ def masks_of_fold(folder: Path) -> dict[str, Path]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'run.json'} is malformed: remove it, and {AGAIN}") from error
     return {ENDING.sub("", name): folder / name for name in done}
+
+
+def folds_of_searches(output_root: Path, num_folds: int, task: str) -> tuple[list[int], list[int]]:
+    """Return the folds on whose cases a search chose their networks' architecture, and those that it left out.
+
+    Other folds are in neither: their architecture is of no search, of another task's, or of a file that does not say.
+    """
+    seen, unseen = [], []
+    for fold in range(num_folds):
+        path = output_root / OUT_OF_FOLD / f"fold_{fold}" / "run.json"
+        try:
+            noted = json.loads(path.read_text(encoding="utf-8")).get("searched_on", [])
+            searches = [search for search in noted if search.get("task") == task]
+            is_left_out = [(search.get("fold"), search.get("num_folds")) == (fold, num_folds) for search in searches]
+        except (TypeError, AttributeError) as error:
+            raise UserError(f"{path} is malformed: remove it, and {AGAIN}") from error
+        if searches:
+            (unseen if all(is_left_out) else seen).append(fold)
+    return seen, unseen
+
+
+def about_architectures(seen: Sequence[int], unseen: Sequence[int], num_folds: int) -> list[str]:
+    """Tell people how far the choice of the architecture is out of fold too."""
+    lines = []
+    if len(unseen) == num_folds:
+        lines = ["each fold has its own architecture, searched without the cases that it validates on"]
+    elif unseen:
+        lines = [f"architecture of fold {', '.join(map(str, unseen))}: searched without the cases that it validates on"]
+    if seen:
+        lines.append(
+            f"architecture of fold {', '.join(map(str, seen))}: searched on this dataset, with cases that it validates "
+            "on; Dice may be too high (docs/running.md#every-fold)"
+        )
+    return lines
 
 
 def read_masks(pair: Pair, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dints import files
@@ -34,10 +34,12 @@ class Records:
     Attributes:
         settings: all that a segmentation depends on beside its image, as plain values: a case that was done with others
             is done again.
+        facts: more for readers of ``run.json``, on which no segmentation depends.
     """
 
     folder: Path
     settings: Mapping[str, object]
+    facts: Mapping[str, object] = field(default_factory=dict)
 
     def key(self, case: ListedCase) -> str:
         """Name all that the case's segmentation depends on: settings, and the content of its images."""
@@ -69,7 +71,7 @@ class Records:
         shown = ("state", "seconds", "reason")
         notes = {output.name: self._read(output) for output in outputs}
         cases = {name: {key: note[key] for key in shown if key in note} for name, note in notes.items()}
-        content = {"settings": dict(self.settings), "cases": cases}
+        content = {"settings": dict(self.settings), **self.facts, "cases": cases}
         files.write_atomically(self.folder / RUN, json.dumps(content, indent=2) + "\n")
 
     def _note(self, output: Path) -> Path:

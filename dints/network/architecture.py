@@ -48,8 +48,9 @@ class Architecture:
         use_downsample: the network halves the image before its first node, as published; else depth 0 has the image's
             own resolution.
         arch_code_a_max: (B, 3D - 2), each block's most probable paths regardless of its neighbours; None if unknown.
-        info: plain values that help to judge the file later: ``iter_num``, ``epochs``, ``best_dsc``, ``best_path``,
-            ``factor_ram_cost``, ``task``, ``seed``, ``version``.
+        info: plain values that help to judge the file later: ``iter_num``, ``epochs``, ``best_dsc``, ``best_path``
+            (published name: the iteration of the best validation), ``factor_ram_cost``, ``task``, ``seed``,
+            ``version``, ``fold`` and ``num_folds``.
         source: where it came from, for messages.
     """
 
@@ -87,6 +88,12 @@ class Architecture:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 / 32 <= value <= _MAX_CHANNEL_MUL:
             raise _unusable(self.source, f"'channel_mul' is {value!r}, not a number from 1/32 to {_MAX_CHANNEL_MUL}")
         return float(value)
+
+    @property
+    def searched_on(self) -> dict[str, str | int]:
+        """The ``task`` that a search chose it on, and which ``fold`` of ``num_folds`` it left out; empty if unknown."""
+        known = {key: self.info.get(key) for key in ("task", "fold", "num_folds")}
+        return {key: value for key, value in known.items() if isinstance(value, (str, int))}
 
     def codes(self) -> tuple:
         """Return paths and operations as nested lists: equal for equal networks of one list of operations."""

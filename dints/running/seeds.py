@@ -14,6 +14,11 @@ def seed_from(*parts: int | str) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
+def permutation(count: int, *parts: int | str) -> list[int]:
+    """Return the numbers below ``count`` in an order that depends on all of ``parts`` only, as `seed_from` does."""
+    return np.random.default_rng(seed_from(*parts)).permutation(count).tolist()
+
+
 def seed_everything(*parts: int | str) -> None:
     """Seed the global generators, so that what is not seeded sample by sample is reproducible too."""
     seed = seed_from(*parts)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from dints.data.tasks import ARCHIVE_URL, ARCHIVES, TASKS, Task
 
-# Section 6 of DESIGN, typed again. Z, the z-score, is None here, and so is the spacing where nothing is resampled.
+# The table of docs/published.md, typed again. Z, the z-score, is None here, and so is the spacing where nothing is
+# resampled.
 ISOTROPIC, CUBE = (1.0, 1.0, 1.0), (96, 96, 96)
 MSD = {
     "Task01_BrainTumour": ("MRI", 4, 4, 484, 266, None, None, CUBE, "240a19d752f0d9e9101544901065d872"),
@@ -53,3 +55,12 @@ def test_channel_files_are_absent_from_older_model_files():
     values = replace(TASKS["Task05_Prostate"], channel_files=True).to_dict()
     assert values.pop("channel_files") is True
     assert Task.from_dict(values) == TASKS["Task05_Prostate"]
+
+
+@pytest.mark.parametrize("name", MSD)
+def test_the_page_has_the_decathlons_facts(name):
+    _, channels, classes, _, _, intensity, spacing, patch_size, _ = MSD[name]
+    window = "Z" if intensity is None else "{} to {}".format(*intensity)
+    cells = [channels, classes, window, "1 mm" if spacing else "as it is", "x".join(map(str, patch_size))]
+    page = (Path(__file__).parents[2] / "docs/published.md").read_text()
+    assert f"| {name} | {' | '.join(map(str, cells))} |" in page

@@ -109,6 +109,36 @@ def test_labels_that_lie_elsewhere_may_be_trusted(folder):
     assert rows(folder / "runs/scores.csv")[0]["prediction_ml"] == "0.216000"  # 108 voxels of the image's 2 mm3
 
 
+@pytest.mark.parametrize(
+    ("searches", "said", "facts"),
+    [
+        ([[], []], [], ([], [])),  # a U shape, or a published file
+        ([[{}], [{}]], [], ([], [])),
+        ([[{"task": "Task09_Spleen", "fold": 0, "num_folds": 2}]] * 2, [], ([], [])),
+        (
+            [[{"task": "data", "fold": fold, "num_folds": 2}] for fold in range(2)],
+            ["each fold has its own architecture, searched without the cases that it validates on"],
+            ([], [0, 1]),
+        ),
+        (
+            [[{"task": "data", "fold": 1, "num_folds": 2}]] * 2,
+            ["fold 1: searched without the cases", "fold 0: searched on this dataset, with cases that it validates on"],
+            ([0], [1]),
+        ),
+        ([[{"task": "data", "fold": 1, "num_folds": 5}]] * 2, ["fold 0, 1: searched on this dataset"], ([0, 1], [])),
+        ([[{"task": "data"}]] * 2, ["fold 0, 1: searched on this dataset"], ([0, 1], [])),
+    ],
+)
+def test_whether_a_search_saw_the_cases_is_said_where_it_is_known(folder, searches, said, facts):
+    for fold, searched_on in enumerate(searches):
+        path = folder / f"runs/out_of_fold/fold_{fold}/run.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "searched_on": searched_on}))
+    lines = [line for line in validate(folder).splitlines() if "architecture" in line]
+    assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines, strict=True))
+    summary = json.loads((folder / "runs/summary.json").read_text())
+    assert (summary["searched_with_folds"], summary["searched_without_folds"]) == facts
+
+
 def spoil(folder: Path, name: str) -> None:
     masks = folder / "runs/out_of_fold"
     first, second = masks / "fold_0/run.json", masks / "fold_1/run.json"
@@ -120,6 +150,8 @@ def spoil(folder: Path, name: str) -> None:
         second.unlink()
     elif name == "cut short":
         second.write_text('{"cases": {')
+    elif name == "a search that is none":
+        first.write_text(json.dumps({**noted, "searched_on": ["Task09_Spleen"]}))
     elif name == "a case twice":
         second.write_text(json.dumps({"cases": {f"case_{n}.nii.gz": {"state": "done"} for n in (1, 2)}}))
     elif name == "another dataset's case":
@@ -135,6 +167,7 @@ BAD = {
     "a case that failed": r"lacks 1 of the 3 cases, for example case_1: give the command with FOLD=each again",
     "no fold": r"fold_1/run\.json cannot be read \(No such file",
     "cut short": r"fold_1/run\.json is malformed: remove it",
+    "a search that is none": r"fold_0/run\.json is malformed: remove it",
     "a case twice": r"has case_1 in 2 folds of 2, and the dataset once",
     "another dataset's case": r"has other in 1 folds of 2, and the dataset not at all: remove the folder",
     "unknown label": r"case_2\.nii\.gz has the label 3, and the dataset the classes background, organ, lesion: correct",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -99,6 +100,26 @@ def test_a_fold_is_asked_again_where_anything_has_changed(each, change):
     assert not each.written() and "not done yet: folds 1, 2" in each.said()
 
 
+def test_each_fold_may_have_an_architecture_of_its_own(each):
+    """A fold whose architecture is another one is asked again, and only that; missing ones are all named first."""
+    template = f"{each.folder}/search_fold{{fold}}.pth"
+    first, second, third = (Path(template.format(fold=fold)) for fold in range(3))
+    each.environment |= {"ARCH_CKPT": template}
+    shutil.copy(each.folder / "arch.pth", second)
+    assert each.code() == 1 and each.stages() == []
+    (error,) = (line for line in each.said().splitlines() if line.startswith("error: "))
+    assert error.startswith(f"error: ARCH_CKPT={template}, but there is no {first}, no {third}: run search_dints.sh")
+    assert each.code(SLURM_ARRAY_TASK_ID="1") == 0, each.said()  # the others are other tasks'
+    assert each.stages() == STAGES[2:4] and "not done yet: folds 0, 2" in each.said()
+    for path in (first, third):
+        shutil.copy(each.folder / "arch.pth", path)
+    assert each.code() == 0 and each.stages() == [*STAGES[2:4], *STAGES[:2], *STAGES[4:]], each.said()
+    for fold in range(3):
+        assert f"train_dints.py --arch_ckpt {template.format(fold=fold)} --root" in each.said()
+    save_architecture(second, chain(0, 0, 0, num_depths=3))
+    assert each.code() == 0 and each.stages()[6:] == STAGES[2:4]
+
+
 def test_stages_get_the_options_that_are_theirs(each):
     description = each.folder / "own.json"
     description.write_text((each.root / "dataset.json").read_text())
@@ -159,6 +180,7 @@ def test_an_array_task_of_two_nodes(each):
         (["--fold", "3"], {}, "--fold cannot be given with FOLD=each: leave it out"),
         (["--output_root=x"], {}, "--output_root cannot be given with FOLD=each: set OUTPUT_ROOT"),
         (["--resume", "never"], {}, "set another OUTPUT_ROOT to start afresh"),
+        ([], {"ARCH_CKPT": "none.pth"}, "ARCH_CKPT=none.pth, but there is no none.pth: run search_dints.sh"),
         ([], {"NUM_FOLDS": "1"}, "NUM_FOLDS is '1': give a number of folds, 2 or more"),
         ([], {"NUM_FOLDS": "x"}, "NUM_FOLDS is 'x'"),
         ([], {"NUM_FOLDS": "4"}, "--num_folds 4, but there are only 3 cases"),

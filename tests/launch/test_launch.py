@@ -70,6 +70,54 @@ def test_launchers_name_the_command_that_fetches_the_data(script, environment, t
     assert done.returncode == 1 and shlex.split(done.stderr.splitlines()[-1]) == command
 
 
+def chosen_architecture(folder: Path, *written: str, **environment: str) -> subprocess.CompletedProcess:
+    """Start a retraining without ARCH_CKPT, where these files were written under ./runs, one after another."""
+    (folder / "dataset.json").touch()
+    for seconds, name in enumerate(written):
+        path = folder / "runs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    python = stand_in(folder / "python", 'printf "%s\n" "$@"')
+    return run_bash(folder, f"{CHECKOUT}/train_dints.sh", PYTHON=str(python), DATA_ROOT=".", **environment)
+
+
+OTHERS = (
+    "search_Task10_fold0/search_code_9.pth",
+    "other/search_code_winner.pth",
+    "quickstart_x/search/search_code_3.pth",
+)
+
+
+@pytest.mark.parametrize(
+    ("own", "taken"),
+    [
+        (("search_Task1_fold4_ram0.8/search_code_600.pth", "search_Task1_fold0_ram0.8/search_code_3.pth"), 1),
+        (("search_Task1_fold0/search_code_winner.pth", "search_Task1/search_code_600.pth"), 1),
+        (("search_Task1-mine/search_code_600.pth", "quickstart_Task1/search/search_code_winner.pth"), 1),
+        (("quickstart_Task1/search/search_code_winner.pth",), 0),
+    ],
+)
+def test_the_newest_architecture_of_the_task_is_retrained(own, taken, tmp_path):
+    done = chosen_architecture(tmp_path, *own, *OTHERS, TASK="Task1")
+    assert done.returncode == 0, done.stderr
+    path = f"./runs/{own[taken]}"
+    assert f"ARCH_CKPT is {path}, the newest of Task1" in done.stdout and f"--arch_ckpt\n{path}\n" in done.stdout
+
+
+@pytest.mark.parametrize("written", [(), OTHERS])
+@pytest.mark.parametrize("task", ["Task09_Spleen", "my task"])
+def test_another_datasets_architecture_is_named_and_not_taken(written, task, tmp_path):
+    done = chosen_architecture(tmp_path, *written, TASK=task)
+    first, *commands = done.stderr.splitlines()
+    assert done.returncode == 1 and "agent.py" not in done.stdout
+    assert first.startswith(f"error: no search_code_*.pth of {task} under ./runs: run search_dints.sh with TASK={task}")
+    assert "arch_code_cvpr.pth in automl/DiNTS of https://github.com/Project-MONAI/tutorials" in done.stderr
+    named = [f"./runs/{OTHERS[-1]}"] * bool(written) + ["arch_code_cvpr.pth"]
+    given = [shlex.split(line.split(": ", 1)[1]) for line in commands if line.endswith("train_dints.sh")]
+    assert given == [[f"TASK={task}", f"ARCH_CKPT={path}", "bash", "train_dints.sh"] for path in named]
+
+
 NVIDIA_SMI = {
     "three GPUs": "printf 'GPU %s: NVIDIA H100\\n  MIG 1g.10gb Device 0\\n' 0 1 2",
     "no driver": "echo NVIDIA-SMI has failed; exit 9",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from architectures import chain, random_architecture
-from monai.networks.nets.dints import TopologyInstance
+from monai.networks.nets.dints import DiNTS, TopologyInstance
+from published import network
 
 from dints.errors import UserError
 from dints.network.architecture import Architecture, DecodedCodes, load_architecture, paths, save_architecture
@@ -85,7 +87,7 @@ def published(architecture: Architecture, dtype: type = np.float64) -> dict:
         "iter_num": np.int64(1430),
         "best_dsc": np.float32(0.625),
         "losses": np.array([0.5, 0.25]),
-        "best_path": "search_code_1400.pth",
+        "best_path": 1400,
     }
 
 
@@ -111,6 +113,21 @@ def save_as_numpy_2(content: object, path: Path, zipped: bool) -> None:
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
 
 
+def test_monais_own_instance_reads_a_file_of_ours_as_the_page_says(tmp_path):
+    saved = random_architecture(3, 3, 3)
+    save_architecture(tmp_path / "search_code_600.pth", saved)
+    text = (Path(__file__).parents[2] / "docs/published.md").read_text()
+    (line,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "arch_code = " in block)
+    names = {}
+    exec(line.replace('"search_code_600.pth"', f'r"{tmp_path}/search_code_600.pth"'), names)  # noqa: S102
+    size = {"channel_mul": 0.125, "num_blocks": 3, "num_depths": 3}
+    with pytest.raises(TypeError, match="expected np.ndarray"):
+        TopologyInstance([names["code"]["arch_code_a"], names["code"]["arch_code_c"]], **size)
+    theirs = DiNTS(TopologyInstance(names["arch_code"], **size), 1, 3, node_a=names["code"]["node_a"])
+    expected = network(saved, 1, 3, 0.125).state_dict()
+    assert theirs.state_dict().keys() == expected.keys() and theirs(torch.zeros(1, 1, 32, 32, 32)).shape[1] == 3
+
+
 @pytest.mark.fault("legacy NumPy files")
 @pytest.mark.skipif(int(np.__version__[0]) < 2, reason="the files are made from what NumPy 2 writes")
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int32, np.uint8, bool, ">i8"], ids=str)
@@ -121,7 +138,7 @@ def test_published_files_load_and_what_we_make_of_them_needs_no_allow_list(tmp_p
     save(published(architecture, dtype), tmp_path / "published.pth", zipped)
     loaded = load_architecture(tmp_path / "published.pth", num_blocks=12, num_depths=4)
     assert_same(loaded, architecture)
-    kept = {"iter_num": 1430, "best_dsc": 0.625, "losses": [0.5, 0.25], "best_path": "search_code_1400.pth"}
+    kept = {"iter_num": 1430, "best_dsc": 0.625, "losses": [0.5, 0.25], "best_path": 1400}
     assert loaded.info == kept
 
     save_architecture(tmp_path / "ours.pth", loaded)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import published
 import pytest
 import torch
 from states import assert_equal, rows
@@ -45,6 +47,30 @@ def test_ranks_hold_identical_states(stage, theatre):
         assert alpha["exp_avg"].abs().max() > 0
 
 
+def test_learning_rates_are_multiplied_by_the_processes_as_published_optimizers_are(theatre, tmp_path):
+    """Of weights and architecture, in both stages; a run that two began has one's rates where one continues it."""
+
+    def rates(folder: Path) -> dict[str, float]:
+        parts = torch.load(folder / "latest.pth", weights_only=True)["parts"]
+        return {name: part["param_groups"][0]["lr"] for name, part in parts.items() if name.startswith("optimizer")}
+
+    precision = Precision("fp32", torch.device("cpu"))
+    oracle = published.Search(1, 2, 0.125, 1, 3, precision, learning_rate_arch=0.1, num_processes=2)
+    weights, *arch = (group["lr"] for optimizer in oracle.optimizers for group in optimizer.param_groups)
+    assert (weights, *arch) == (0.05, 0.2, 0.2)
+    last = {"search": 0.5, "train": 0.5**3}  # what milestones leave in the last of the four epochs
+    expected = {"search": {"optimizer_a": arch[0], "optimizer_c": arch[1]}, "train": {}}
+    for stage, of_arch in expected.items():
+        assert rates(theatre.straight(stage, 2)) == {"optimizer": weights * last[stage], **of_arch}
+    theatre.finish("search", tmp_path / "none", 2, "--learning_rate_scaling", "none", "--num_epochs", 2)
+    assert rates(tmp_path / "none") == {"optimizer": 0.025, "optimizer_a": 0.1, "optimizer_c": 0.1}
+    two = tmp_path / "two"
+    stopped = theatre.run("search", two, 2, fault={"place": "step", "iteration": 4, "signal": "TERM", "to": 0})
+    assert stopped["codes"] == [128 + signal.SIGTERM] * 2 and rates(two)["optimizer_a"] == 0.2
+    theatre.finish("search", two, 1, "--allow_other_num_processes")
+    assert rates(two) == {"optimizer": 0.025 * 0.5, "optimizer_a": 0.1, "optimizer_c": 0.1}
+
+
 def test_one_process_and_two_agree_on_inference(theatre, trained, tmp_path):
     tables = []
     for processes in (1, 2):
@@ -55,7 +81,7 @@ def test_one_process_and_two_agree_on_inference(theatre, trained, tmp_path):
         assert done["codes"] == [0] * processes, done["said"]
         with (folder / "scores.csv").open() as file:
             tables.append(list(csv.reader(file)))
-    assert len(tables[0]) == 1 + 3  # fold 0 of 4 of twelve cases
+    assert len(tables[0]) == 1 + 3  # fold 0 of 4 of thirteen cases
     assert tables[0][0] == tables[1][0]
     for one, two in zip(tables[0][1:], tables[1][1:], strict=True):
         assert one[0] == two[0]

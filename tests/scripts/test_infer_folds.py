@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from architectures import chain
 from commands import infer
 from threshold import Threshold, knows
 
@@ -81,7 +82,9 @@ class TestPostprocessing:
         for _ in range(2):
             infer(out, *flags, self.chosen(tmp_path, Rule(largest=True)))
         assert segmented == ["a", "a"] and voxels(out / "a.nii.gz").sum() == 90
-        settings = json.loads((out / "run.json").read_text())["settings"]
+        noted = json.loads((out / "run.json").read_text())
+        settings = noted["settings"]
+        assert noted["searched_on"] == [{}]  # the network is of no search
         assert settings["postprocessing"]["classes"]["organ"] == {"largest": True, "min_volume_mm3": 0}
 
     def test_scores_are_those_of_what_is_left(self, tmp_path, source):
@@ -112,7 +115,7 @@ class TestModelsOfAllFolds:
         for fold, validated in enumerate(cases):
             info = {"training_cases": cases[1 - fold], "validation_cases": validated}
             paths.append(tmp_path / f"fold_{fold}/best_metric_model.pth")
-            known[paths[-1]] = Model(Threshold(0.5), None, TASK, info, str(fold))
+            known[paths[-1]] = Model(Threshold(0.5), chain(0, 0, num_depths=2), TASK, info, str(fold))
         monkeypatch.setattr("dints.network.model_file.load_model", known.get)
         return paths
 

@@ -1,6 +1,7 @@
 """The two stages run on a small dataset, and leave what they promise."""
 
 import csv
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +76,9 @@ class TestSearch:
         found = load_architecture(code, num_blocks=2, num_depths=3)
         assert found.info["iter_num"] == 12 and found.info["epochs"] == 4
         assert found.info["factor_ram_cost"] == 0.8 and found.info["task"] == "Task00_Phantom"
+        assert found.searched_on == {"task": "Task00_Phantom", "fold": 0, "num_folds": 3}
+        best = max(rows(code.parent / "accuracy_history.csv"), key=lambda row: float(row["dice"]))
+        assert found.info["best_path"] == int(best["iteration"])  # as published
         assert torch.load(code, weights_only=True)["node_a"].shape == (3, 3)
 
     def test_the_architecture_rests_during_the_warm_up_and_moves_after_it(self, searched):
@@ -116,6 +120,21 @@ class TestSearch:
         source = code.with_suffix(".gv").read_text()
         assert all(line in source for line in Cost(**{**written, "input_shape": (1, 1, 16, 16, 16)}).lines())
         assert f"{found.info['ram_ratio']:.3f} of the memory" in source
+
+    def test_halves_are_shuffled_by_the_seed_and_an_odd_case_is_the_architectures(self):
+        cases = [f"{number // 2} {'left' if number % 2 else 'right'}" for number in range(41)]
+        drawn = {seed: search_dints.halves(cases, seed) for seed in (0, 0, 1)}
+        for weights, arch in drawn.values():
+            assert (len(weights), len(arch)) == (20, 21) and {*weights, *arch} == {*cases}
+            assert 5 < sum("left" in case for case in weights) < 15
+        assert drawn[0] == search_dints.halves(cases, 0) and drawn[0] != drawn[1]
+
+    def test_a_search_from_before_halves_were_shuffled_is_refused(self, phantom, tmp_path, monkeypatch):
+        with monkeypatch.context() as before:
+            before.setattr(search_dints, "halves", lambda cases, *_: (cases[::2], cases[1::2]))
+            search(phantom, tmp_path, SHORT)
+        with pytest.raises(UserError, match=r"belongs to a run with other settings \(cases"):
+            search(phantom, tmp_path, SHORT)
 
     @pytest.mark.slow
     def test_it_keeps_a_memory_budget(self, phantom, code, tmp_path, caplog):
@@ -353,6 +372,8 @@ class TestOperations:
         assert any(".op.ops." in name and name.endswith(".conv_1") for name, _ in model.network.named_modules())
         out = infer(tmp_path / "out", "--checkpoint", model_file, "--input", phantom / "imagesTs")
         assert len(list(out.glob("*.nii.gz"))) == 2
+        (searched_on,) = json.loads((out / "run.json").read_text())["searched_on"]
+        assert searched_on == {"task": "Task00_Phantom", "fold": 0, "num_folds": 3}
 
     @pytest.mark.slow
     def test_a_sixth_is_one_entry_of_the_table(self, phantom, tmp_path):
