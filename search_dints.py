@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
 
 log = logging.getLogger("search")
 
-OF_RECIPES = ("use_downsample", "flip_axes")  # options whose values a recipe gives
+OF_RECIPES = ("use_downsample", "flip_axes", "learning_rate_scaling")  # options whose values a recipe gives
 PROPOSALS = ("gradient", "by_hand", "random")  # `candidates.proposals.KINDS`, which -h need not import
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
 log = logging.getLogger("train")
 
 # Options whose values a recipe gives.
-OF_RECIPES = ("flip_axes", "learning_rate_schedule", "average_decay", "augmentation")
+OF_RECIPES = ("flip_axes", "learning_rate_schedule", "average_decay", "augmentation", "learning_rate_scaling")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

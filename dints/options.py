@@ -134,9 +134,11 @@ def add_training(
     add(
         "--learning_rate_scaling",
         choices=("processes", "none"),
-        default="processes",
-        help="what learning rates, the architecture's too, are multiplied by: the number of processes, or nothing; "
-        "published: the number, but for the weights in a search, whose optimizer loses it in the first epoch",
+        help=recipe_help(
+            "learning_rate_scaling",
+            "processes: multiply all learning rates, the architecture's too, by their number; published, but for the "
+            "weights in a search, whose optimizer loses the factor in the first epoch",
+        ),
     )
     add(
         "--num_iterations",

@@ -11,6 +11,7 @@ RECIPES = {
         "learning_rate_schedule": "halvings",
         "average_decay": 0.0,
         "augmentation": "published",
+        "learning_rate_scaling": "processes",
     },
     "recommended": {
         "use_downsample": "auto",
@@ -18,5 +19,6 @@ RECIPES = {
         "learning_rate_schedule": "polynomial",
         "average_decay": 0.99,
         "augmentation": "auto",
+        "learning_rate_scaling": "none",
     },
 }

@@ -80,6 +80,15 @@ def test_long_retrainings_by_the_recommended_recipe_have_nnunets_augmentation():
     )
 
 
+def test_learning_rates_grow_with_the_processes_by_the_published_recipe_alone():
+    for script, flags in ((search_dints, SEARCH), (train_dints, TRAIN)):
+        factors = {
+            recipe: options.learning_rate_factor(script.parse_args([*flags, "--recipe", recipe]), 8)
+            for recipe in RECIPES
+        }
+        assert factors == {"published": 8, "recommended": 1}
+
+
 def test_runs_from_before_there_were_recipes_go_on():
     """Their states lack these options: by the published recipe they are as if none had been given."""
     for script, flags in ((search_dints, SEARCH), (train_dints, TRAIN)):
