@@ -52,7 +52,7 @@ class Records:
 
         A run that is killed so leaves none of it beside its own segmentations, and goes on with these settings.
         """
-        for name in OF_WHOLE_RUN:
+        for name in OF_WHOLE_RUN if (self.folder / RUN).exists() else ():  # else they are another program's
             _remove(self.folder / name)
         own, others = {self._note(output) for output in outputs}, []
         for path in sorted((self.folder / NOTES).glob("*.json")):
