@@ -4,8 +4,8 @@ The rule is that of nnU-Net v2 (``nnunetv2/postprocessing/remove_connected_compo
 ``determine_postprocessing``): first of all classes together, then of one class after another, all but the largest
 component is removed, of 26 neighbours; the first is kept if the mean Dice over the classes rises and that of no class
 falls, the others if the Dice of their class rises. Then, as nnU-Net v1 had it in another form, components of each class
-below a minimal volume are removed, by the same rule. nnU-Net stops there; here nothing is removed where that choice, made
-without a fold's cases, lowers their Dice.
+below a minimal volume are removed, by the same rule. nnU-Net stops there; here nothing is removed where that choice,
+made without a fold's cases, lowers their Dice.
 """
 
 from __future__ import annotations
