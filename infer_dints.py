@@ -177,6 +177,7 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         return
     outputs = processes.on_main(inference.selection.segmentation_paths, selection.cases, folder)
     postprocessing = processes.on_main(chosen_postprocessing, args.postprocessing, task)
+    processes.on_main(inference.selection.remove_converted, folder)
     facts = {"searched_on": [model.architecture.searched_on for model in predictor.models]}
     records = inference.records.Records(folder, settings_of(args, predictor, postprocessing), facts)
     maps = [name for name in inference.decision.MAPS if getattr(args, f"save_{name}")]
@@ -184,8 +185,7 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     try:
         cases = processes.on_main(selection.opened, task, leniency)
         log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision)
-        if processes.is_main:
-            records.write_run([])  # a batch that is killed goes on with these settings
+        processes.on_main(records.start, outputs)
         scores, faults = segment_cases(selection, cases, outputs, manner, processes)
         if processes.is_main:
             records.write_run(outputs)
@@ -202,7 +202,7 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
             log.info("the report is %s", page)
     finally:
         if processes.is_main:
-            selection.remove_converted()
+            inference.selection.remove_converted(folder)
     log.info("segmentations are in %s", folder)
     if faults:
         name, fault = next(iter(faults.items()))
@@ -235,12 +235,13 @@ def segment_cases(
     overlaps, faults = training.validation.Overlaps(len(cases), manner.predictor.task.num_classes, processes), {}
     share = processes.share(len(cases))
     for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
-        output = outputs[number]
+        listed, output = selection.cases[number], outputs[number]
+        paths = [output, *(inference.records.map_path(output, name) for name in manner.maps)]
         try:
-            labels, reference = segmented(selection.cases[number], cases[number], output, manner)
+            labels, reference = segmented(listed, cases[number], paths, manner)
         except UserError as error:
             faults[output.name] = str(error)
-            manner.records.note_failed(output, str(error))
+            manner.records.note_failed(listed, paths, str(error))
             log.warning("%s is left out: %s", output.name, error)
             continue
         if reference is not None:
@@ -251,9 +252,12 @@ def segment_cases(
 
 
 def segmented(
-    listed: ListedCase, case: Case | UserError, output: Path, manner: Manner
+    listed: ListedCase, case: Case | UserError, paths: list[Path], manner: Manner
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Segment a case, unless that is done, and write what was wanted of it.
+
+    Args:
+        paths: of its segmentation, and of the maps that are wanted beside it.
 
     Returns:
         Its labels and those of its reference, (x, y, z); neither where there is no reference.
@@ -261,21 +265,23 @@ def segmented(
     Raises:
         UserError: it cannot be segmented, or not scored.
     """
+    inference.records.check_name(paths[0])
     if isinstance(case, UserError):
         raise case
     predictor, records, maps = manner.predictor, manner.records, manner.maps
     # First, so that a bad one costs no segmentation.
     reference = None if case.label is None else data.cases.read_label(case.label, predictor.task)
     for doubt in data.plausibility.doubts(case, predictor.ranges):
-        log.warning("%s is unusual: %s", output.name, doubt)
-    paths, start = [output, *(output.parent / name / output.name for name in maps)], time.monotonic()
+        log.warning("%s is unusual: %s", paths[0].name, doubt)
+    start = time.monotonic()
     if records.is_done(listed, paths):
         if reference is None:
             return None, None
-        return data.cases.read_label(data.nifti.read_header(str(output)), predictor.task), reference
+        return data.cases.read_label(data.nifti.read_header(str(paths[0])), predictor.task), reference
     decision = segment(case, predictor, manner.leniency, maps)
     labels = manner.postprocessing.apply(decision.labels, case.images[0].spacing)
     decision = dataclasses.replace(decision, labels=labels)
+    records.forget(paths[0])  # not before there is something to take its place
     save(decision, case.images[0], paths, maps)
     records.note_done(listed, paths, time.monotonic() - start)
     return labels, reference

@@ -13,6 +13,7 @@ from dints import system
 from dints.errors import UserError
 
 DIGITS = 32  # of a digest
+LONGEST_NAME = 140  # bytes: eCryptfs holds 143 with the dot, most file systems 255
 
 
 def digest(path: str | Path) -> str:
@@ -28,10 +29,18 @@ def digest(path: str | Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def internal_name(name: str, ending: str) -> str:
+    """Return the name of a file of our own beside one called ``name``: a digest in its place where that is too long."""
+    if len(os.fsencode(name + ending)) > LONGEST_NAME:
+        name = hashlib.blake2b(os.fsencode(name)).hexdigest()[:DIGITS]
+    return name + ending
+
+
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Replace the file at ``path`` by ``content``."""
+    """Replace the file at ``path`` by ``content``; text may hold names of files that are not UTF-8."""
     with replacing(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        # Python holds such a byte as half a surrogate pair, which UTF-8 has no code for: it is written as \udcff.
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 @contextmanager
@@ -42,7 +51,7 @@ def replacing(path: str | Path, keep: Path | None = None) -> Iterator[io.Buffere
         keep: what the file that was there is called from then on.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{internal_name(path.name, f'.{os.getpid()}.partial')}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:

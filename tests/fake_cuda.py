@@ -174,14 +174,17 @@ def test_what_was_predicted_on_the_host_is_counted_on_the_gpu():
         assert overlaps.counts.device == GPU
 
 
-def test_segmenting_slab_by_slab():
+@pytest.mark.parametrize(("free", "to_the_host"), [(2**40, 64 // 8), (0, 3)], ids=["on the GPU", "on the CPU"])
+def test_segmenting_slab_by_slab(free: int, to_the_host: int):
+    """Class scores come to the host as decided planes, eight at a time; or, where the GPU has no room, as windows."""
     image, window = np.random.rand(1, 40, 48, 64).astype(np.float32), SlidingWindow(PATCH, 0.25, 4)
-    with a_gpu() as gpu:
+    with a_gpu(free=free) as gpu:
         network = a_network().to(GPU)
         gpu.forget()
         parts = list(slabs.probabilities(image, network, window, Precision("bf16", GPU), axis=2))
         assert sum(part.shape[3] for _, part in parts) == 64
-        waits(gpu, "segmenting in slabs, of 12 windows")
+        found = waits(gpu, "segmenting in slabs, of 12 windows")
+        assert sum("a copy to the host" in wait for wait in found) == to_the_host
 
 
 @each_precision

@@ -206,14 +206,15 @@ def _moved(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 @contextmanager
-def a_gpu(answer: float = 1.0) -> Iterator[Gpu]:
-    """Let what asks for CUDA have the fake GPU."""
+def a_gpu(answer: float = 1.0, free: int = 2**40) -> Iterator[Gpu]:
+    """Let what asks for CUDA have the fake GPU, which says that it has ``free`` bytes."""
     fake, own = FakeTensorMode(allow_non_fake_inputs=True), torch.Generator()
     with (
         mock.patch.object(torch.cuda, "_initialized", True),
         mock.patch.object(torch.cuda, "default_generators", (own,)),
         mock.patch.object(torch, "Generator", lambda _device=None: own),  # CUDA's has its state on the GPU
         mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+        mock.patch.object(torch.cuda, "mem_get_info", lambda *_: (free, free)),
         mock.patch.object(nn.Module, "to", _moved),
         # What they choose on a GPU, for tensors of PyTorch's own kind.
         mock.patch.object(sys.modules["torch.optim.sgd"], DEFAULT, lambda *_, **__: (False, True)),

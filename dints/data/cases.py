@@ -197,9 +197,10 @@ def read_label(header: Header, task: Task) -> np.ndarray:
     wrong = (label != voxels) | (label >= task.num_classes)
     if wrong.any():
         values = np.unique(voxels[wrong])
+        first = str(values[0]).removesuffix(".0")  # all digits: 1.0000001 is not 1
         others = f" and {len(values) - 1} more" if len(values) > 1 else ""
         raise UserError(
-            f"{header.path} holds the label {values[0]:g}{others} in {int(wrong.sum())} voxels; {task.name} has the "
+            f"{header.path} holds the label {first}{others} in {int(wrong.sum())} voxels; {task.name} has the "
             f"labels 0 to {task.num_classes - 1}: mend or remove the case, or the labels in dataset.json"
         )
     return label

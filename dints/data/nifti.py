@@ -20,6 +20,10 @@ GZIP_RATIO = 1032  # deflate cannot pack more bytes than that into one
 GZIP = b"\x1f\x8b"  # what a file begins with
 HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
 CHUNK = 1 << 20  # bytes
+SLACK = 64 << 20  # bytes after the voxels that a compressed file may have: a checksum lies at their end
+# mm from the scanner's origin. Headers keep places as float32, which at 1e6 mm are steps of 0.06 mm, and affines of an
+# image and its label may differ by 0.001 mm. Resampling is in float64, which would do up to 1e15.
+FARTHEST = 1e6
 # Of a header's code of a unit, metre and micrometre; mm (2), none (0) and codes that mean nothing are taken for mm.
 MM, UNIT_OF_LENGTH = {1: 1000.0, 3: 0.001}, 0b111
 QUIET = logging.Logger("nibabel", logging.CRITICAL)  # what it mends in a header is not worth a line that names no file
@@ -87,15 +91,18 @@ def read_header(path: str) -> Header:
 def read_voxels(header: Header) -> np.ndarray:
     """Read the voxels (channels, x, y, z) of the file, in its own type, or scaled (``scl_slope``) as float32.
 
-    The whole file is read, so that damage anywhere in it is noticed.
+    A compressed file is read to its end, so that damage anywhere in it is noticed.
 
     Raises:
         UserError: it is truncated or damaged, or the machine's memory does not suffice.
     """
     path, nifti = header.path, header.nifti
     try:
-        content = Path(path).read_bytes()
-        if content[:2] == GZIP:
+        with open(path, "rb") as file:
+            is_compressed = file.read(2) == GZIP
+            file.seek(0)
+            content = file.read() if is_compressed else file.read(header.num_bytes)
+        if is_compressed:
             content = _gunzip(path, content, header.num_bytes)
         dtype = nifti.get_data_dtype()
         if len(content) < header.num_bytes:
@@ -160,6 +167,13 @@ def _parse_header(path: str, start: bytes) -> Header:
             f"{path} has an affine whose axes span no volume ({affine[:3].tolist()}): mend its header, or remove the "
             "case"
         )
+    origin = affine[:3, 3]
+    if np.abs(origin).max() > FARTHEST:
+        place = ", ".join(f"{along:g}" for along in origin)
+        raise UserError(
+            f"{path} has its first voxel at {place} mm, and places beyond {FARTHEST:g} mm are too coarse in a header: "
+            "correct its affine, or remove the case"
+        )
     return Header(path, shape[:3], shape[3] if len(shape) == 4 else 1, affine, nifti)
 
 
@@ -172,8 +186,12 @@ def _spans_space(affine: np.ndarray) -> bool:
 
 
 def _gunzip(path: str, content: bytes, limit: int) -> bytes:
-    """Return the first ``limit`` bytes; the rest is decompressed too, for its checksum, but not kept."""
-    parts, kept = [], 0
+    """Return the first ``limit`` bytes; the rest is decompressed too, for its checksum, but not kept.
+
+    Raises:
+        UserError: it is damaged, or there is far more than ``limit``, which a small file can hold gigabytes of.
+    """
+    parts, kept, passed = [], 0, 0
     while content[:2] == GZIP:  # one member after another
         stream = zlib.decompressobj(31)
         try:
@@ -185,6 +203,12 @@ def _gunzip(path: str, content: bytes, limit: int) -> bytes:
                 if kept < limit:
                     parts.append(part)
                     kept += len(part)
+                else:
+                    passed += len(part)
+                if passed > SLACK:
+                    raise _unreadable(
+                        path, f"{SLACK >> 20} MiB and more follow the {limit} bytes that its header promises"
+                    )
         except zlib.error as error:
             raise _unreadable(path, f"its compressed data is damaged ({error})") from error
         content = stream.unused_data

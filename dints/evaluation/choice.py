@@ -4,7 +4,8 @@ The rule is that of nnU-Net v2 (``nnunetv2/postprocessing/remove_connected_compo
 ``determine_postprocessing``): first of all classes together, then of one class after another, all but the largest
 component is removed, of 26 neighbours; the first is kept if the mean Dice over the classes rises and that of no class
 falls, the others if the Dice of their class rises. Then, as nnU-Net v1 had it in another form, components of each class
-below a minimal volume are removed, by the same rule.
+below a minimal volume are removed, by the same rule. nnU-Net stops there; here nothing is removed where that choice,
+made without a fold's cases, lowers their Dice.
 """
 
 from __future__ import annotations
@@ -104,6 +105,37 @@ def mean(values: np.ndarray) -> np.ndarray:
     defined = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.where(defined, values, 0).sum(0) / defined.sum(0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is removed from segmentations, and why.
+
+    Attributes:
+        chosen: what the cases of all folds choose; nothing, where that harms.
+        steps: that were tried; none is kept where they harm.
+        expected: each class's mean Dice if each fold's cases have what the others choose: `chosen_on_others`.
+        harms: whether that is on average below the Dice of segmentations from which nothing is removed.
+    """
+
+    chosen: Postprocessing
+    steps: list[Step]
+    expected: np.ndarray
+    harms: bool
+
+
+def choose_checked(folds: Sequence[Sequence[Parts]], class_names: Sequence[str]) -> Choice:
+    """Choose what is removed from the segmentations of all folds, unless what the other folds choose harms a fold's.
+
+    A choice that helps the cases that it was made on, and harms others, would harm new ones.
+    """
+    cases, nothing = [case for of_fold in folds for case in of_fold], Postprocessing.nothing(class_names)
+    tried, steps = choose(cases, class_names)
+    expected = chosen_on_others(folds, class_names)
+    harms = bool(tried.removes and mean(expected) < mean(class_means(cases, nothing)))
+    if harms:
+        tried, steps = nothing, [replace(step, kept=False) for step in steps]
+    return Choice(tried, steps, expected, harms)
 
 
 def choose(cases: Sequence[Parts], class_names: Sequence[str]) -> tuple[Postprocessing, list[Step]]:

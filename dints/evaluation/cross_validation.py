@@ -25,7 +25,7 @@ from dints import files
 from dints.data.formats import read_dataset
 from dints.data.listing import ENDING, ListedCase, check_names
 from dints.errors import UserError, exit_on_user_error
-from dints.evaluation.choice import Parts, Step, choose, chosen_on_others, class_means, mean, parts_of
+from dints.evaluation.choice import Choice, Parts, choose_checked, class_means, mean, parts_of
 from dints.evaluation.masks import Pair, labels_in
 from dints.evaluation.postprocessing import Postprocessing
 from dints.evaluation.scores import Row, score_case
@@ -90,15 +90,15 @@ def cross_validate(
     folds = pairs_of_folds(listed, output_root, num_folds, trust_shapes)
     seen, unseen = folds_of_searches(output_root, num_folds, task.name)
     rows, parts = score(folds, task.class_names, tolerance_mm)
-    chosen, steps = choose([case for of_fold in parts for case in of_fold], task.class_names)
-    described = describe_choice(chosen, steps, parts)
+    choice = choose_checked(parts, task.class_names)
+    described = describe_choice(choice, parts)
     files.write_atomically(output_root / "postprocessing.json", json.dumps(described, indent=2) + "\n")
     files.write_atomically(output_root / "scores.csv", scores_table(rows))
     summaries = {"as_segmented": summarise(rows, seed)}
     postprocessed = output_root / "scores_postprocessed.csv"
     postprocessed.unlink(missing_ok=True)  # what an earlier call chose
-    if chosen.removes:
-        rows = postprocessed_rows(rows, folds, chosen, tolerance_mm)
+    if choice.chosen.removes:
+        rows = postprocessed_rows(rows, folds, choice.chosen, tolerance_mm)
         files.write_atomically(postprocessed, scores_table(rows))
         summaries["postprocessed"] = summarise(rows, seed)
     names = [[pair.name for pair in pairs] for pairs in folds]
@@ -108,7 +108,7 @@ def cross_validate(
     content = json.dumps({**facts, **summaries}, indent=2, allow_nan=False)
     files.write_atomically(output_root / "summary.json", content + "\n")
     lines = [*table(summaries), "", *about_architectures(seen, unseen, num_folds)]
-    return "\n".join([*lines, *told(steps, described["chosen_on"]["dice"], output_root)])
+    return "\n".join([*lines, *told(choice, described["chosen_on"]["dice"], output_root)])
 
 
 def score(
@@ -221,19 +221,21 @@ def postprocessed_rows(
     return [row for of_case in by_case.values() for row in of_case]
 
 
-def describe_choice(chosen: Postprocessing, steps: Sequence[Step], folds: Sequence[Sequence[Parts]]) -> dict:
+def describe_choice(choice: Choice, folds: Sequence[Sequence[Parts]]) -> dict:
     """Return what ``postprocessing.json`` holds: what is removed, and by which Dice it was chosen."""
+    chosen = choice.chosen
     cases = [case for of_fold in folds for case in of_fold]
     means = {
         "as_segmented": class_means(cases, Postprocessing.nothing(chosen.class_names)),
         "postprocessed": class_means(cases, chosen),
-        "chosen_on_other_folds": chosen_on_others(folds, chosen.class_names),
+        "chosen_on_other_folds": choice.expected,
     }
     dice = {}
     for what, values in means.items():
         *of_classes, average = (float(value) if np.isfinite(value) else None for value in (*values, mean(values)))
         dice[what] = {"classes": dict(zip(chosen.class_names[1:], of_classes, strict=True)), "mean": average}
-    facts = {"num_cases": len(cases), "num_folds": len(folds), "dice": dice, "steps": [asdict(step) for step in steps]}
+    steps = [asdict(step) for step in choice.steps]
+    facts = {"num_cases": len(cases), "num_folds": len(folds), "dice": dice, "harms": choice.harms, "steps": steps}
     return {**chosen.to_dict(), "neighbours": 26, "chosen_on": facts}
 
 
@@ -254,16 +256,21 @@ def table(summaries: dict[str, dict]) -> list[str]:
     return lines
 
 
-def told(steps: Sequence[Step], dice: dict[str, dict], output_root: Path) -> list[str]:
+def told(choice: Choice, dice: dict[str, dict], output_root: Path) -> list[str]:
     """Tell people what was chosen, and where it is."""
-    lines = [
-        f"removed: {step.what} (Dice {step.before:.4f}, then {step.after:.4f})" for step in steps if step.kept
-    ] or ["nothing is removed from segmentations: no post-processing helps"]
-    if any(step.kept for step in steps):
+    kept = [step for step in choice.steps if step.kept]
+    lines = [f"removed: {step.what} (Dice {step.before:.4f}, then {step.after:.4f})" for step in kept]
+    if kept or choice.harms:
         others, before = dice["chosen_on_other_folds"]["mean"], dice["as_segmented"]["mean"]
-        lines.append(
-            f"to be expected of new cases, by what the other folds choose: {others:.4f} instead of {before:.4f}"
-        )
+        change = f"{others:.4f} instead of {before:.4f}"
+    if choice.harms:
+        lines = [
+            f"nothing is removed from segmentations: what the other folds choose harms a fold's cases (Dice {change})"
+        ]
+    elif kept:
+        lines.append(f"to be expected of new cases, by what the other folds choose: {change}")
+    else:
+        lines = ["nothing is removed from segmentations: no post-processing helps"]
     return [*lines, f"scores, summary.json and postprocessing.json are in {output_root}"]
 
 

@@ -128,7 +128,7 @@ def _read_mask(header: Header) -> np.ndarray:
     labels = voxels.astype(np.uint8)
     if voxels.dtype.kind == "f" and (wrong := voxels[labels != voxels]).size:
         raise UserError(
-            f"{header.path} has the value {wrong[0]:.6g}, which is no integer label: give masks, not probabilities, "
+            f"{header.path} has the value {wrong[0]!s}, which is no integer label: give masks, not probabilities, "
             "and resample them to the nearest neighbour"
         )
     return labels

@@ -9,6 +9,7 @@ an image before the network sees it stands in model.onnx, as JSON. Volumes are a
 
 import json
 import sys
+import zlib
 from itertools import product
 from pathlib import Path
 
@@ -18,6 +19,15 @@ import onnxruntime
 
 MM = {1: 1000.0, 3: 0.001}  # of a header's code of a unit: metre and micrometre; all else is mm
 SAME = 1e-3  # differences of sizes in mm, or of affines, that count as none
+FARTHEST = 1e6  # mm of an image's first voxel from the origin: headers keep places as float32
+DAMAGED = (
+    OSError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    nib.filebasedimages.ImageFileError,
+    nib.spatialimages.HeaderDataError,
+)
 
 
 def main(*paths):
@@ -50,14 +60,29 @@ def segment(paths, model):
 
 def read(paths, num_channels):
     """Return the voxels of all files together, float32, and the affine of the first one in mm."""
-    files = [nib.load(path) for path in paths]
-    voxels = [np.asarray(file.dataobj, np.float32).reshape(*file.shape[:3], -1) for file in files]
+    files, voxels = zip(*map(read_file, paths), strict=True)
     voxels = np.concatenate(voxels, -1)
     if voxels.shape[3] != num_channels or not np.isfinite(voxels).all():
         sys.exit(f"{paths[0]} has {voxels.shape[3]} channels: the model takes {num_channels}, of finite voxels")
     affine = files[0].affine.astype(float)
     affine[:3] *= MM.get(int(files[0].header["xyzt_units"]) & 7, 1.0)
+    if not (np.abs(affine[:3, 3]) <= FARTHEST).all():
+        sys.exit(f"{paths[0]} has its first voxel at {affine[:3, 3].tolist()} mm: correct its affine")
     return voxels, affine
+
+
+def read_file(path):
+    """Return a file as nibabel has it, and its voxels."""
+    try:
+        file = nib.load(path)
+        source, header = file.dataobj, file.header
+        if getattr(header, "is_single", False) and source.offset < header.single_vox_offset:
+            # 0 says that voxels follow the header; nibabel would take the header for the first of them.
+            place = (source.shape, source.dtype, header.single_vox_offset, source.slope, source.inter)
+            source = nib.arrayproxy.ArrayProxy(file.get_filename(), place)
+        return file, np.asarray(source, np.float32).reshape(*file.shape[:3], -1)
+    except DAMAGED as error:
+        sys.exit(f"{path} cannot be read: {' '.join(str(error).split())}")
 
 
 def grid(shape, affine, spacing):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from dints.data import plausibility
 from dints.data.cases import preprocess_image
@@ -81,10 +82,8 @@ class Predictor:
         self.precision = choose_precision(precision, Processes(0, 1, device))
         overlap = first.info.get("overlap_ratio", 0.5) if overlap is None else overlap
         self.window = SlidingWindow(self.task.patch_size, overlap, batch_size)
-        self.networks = [
-            compiled(model.network.to(self.precision.device).eval(), compile, self.precision.device)
-            for model in self.models
-        ]
+        networks = [model.network.to(self.precision.device).eval() for model in self.models]
+        self.networks = networks if compile != "on" else compiled_networks(networks, batch_size, self.precision.device)
 
     def __call__(self, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
         """Return the label of each voxel (x, y, z), uint8, of an image on its own grid.
@@ -145,6 +144,27 @@ class Predictor:
                 total += probabilities
         total /= len(self.networks) * len(flips)
         return total
+
+
+def compiled_networks(networks: Sequence[nn.Module], batch_size: int, device: torch.device) -> list[nn.Module]:
+    """Put networks through `torch.compile`, each for batches of one size, so that each is compiled once.
+
+    PyTorch compiles a function at most so often, by default eight times, and all networks share one `forward`.
+    """
+    torch._dynamo.config.recompile_limit += len(networks)
+    return [FullBatches(compiled(network, "on", device), batch_size) for network in networks]
+
+
+class FullBatches(nn.Module):
+    """A network that sees batches of one size: a smaller one is filled up with zeros, whose scores are left out."""
+
+    def __init__(self, network: nn.Module, batch_size: int):
+        super().__init__()
+        self.network, self.batch_size = network, batch_size
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        missing = windows.new_zeros(self.batch_size - len(windows), *windows.shape[1:])
+        return self.network(torch.cat([windows, missing]))[: len(windows)]
 
 
 def _check_alike(models: Sequence[Model]) -> None:

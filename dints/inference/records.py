@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,8 +14,13 @@ from pathlib import Path
 
 from dints import files
 from dints.data.listing import ListedCase
+from dints.errors import UserError
+from dints.inference.decision import MAPS
+
+log = logging.getLogger(__name__)
 
 NOTES, RUN = ".cases", "run.json"
+OF_WHOLE_RUN = ("scores.csv", "report.html")  # written at a run's end, of all its cases
 
 
 def precision_of_earlier(folder: Path, models: Sequence[str]) -> str | None:
@@ -41,10 +49,33 @@ class Records:
     settings: Mapping[str, object]
     facts: Mapping[str, object] = field(default_factory=dict)
 
+    def start(self, outputs: Sequence[Path]) -> None:
+        """Remove what earlier runs told of all their cases, and write down this run's settings.
+
+        A run that is killed so leaves none of it beside its own segmentations, and goes on with these settings.
+        """
+        for name in OF_WHOLE_RUN if (self.folder / RUN).exists() else ():  # else they are another program's
+            _remove(self.folder / name)
+        own, others = {self._note(output) for output in outputs}, []
+        for path in sorted((self.folder / NOTES).glob("*.json")):
+            note = _read(path)
+            if note.get("state") == "failed":
+                _remove(path)
+            elif path not in own and note.get("settings") != self._digest():
+                others.append(note.get("file", path.stem))
+        if others:
+            log.warning(
+                "%s has %d segmentations by other models or settings, which this run does not replace, for example %s: "
+                "another --output_root keeps them apart",
+                self.folder,
+                len(others),
+                others[0],
+            )
+        self.write_run([])
+
     def key(self, case: ListedCase) -> str:
         """Name all that the case's segmentation depends on: settings, and the content of its images."""
-        facts = [*sorted(self.settings.items()), *map(files.digest, case.images)]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+        return self._digest(*map(files.digest, case.images))
 
     def is_done(self, case: ListedCase, outputs: Sequence[Path]) -> bool:
         """Tell whether the segmentation, and what is written beside it, is there, of these images by these settings.
@@ -60,11 +91,22 @@ class Records:
     def note_done(self, case: ListedCase, outputs: Sequence[Path], seconds: float) -> None:
         """Note a segmentation that has been written, and what lies beside it."""
         written = list(map(files.digest, outputs))
-        self._write(outputs[0], state="done", seconds=round(seconds, 3), key=self.key(case), written=written)
+        facts = {"key": self.key(case), "settings": self._digest(), "written": written}
+        self._write(outputs[0], state="done", file=outputs[0].name, seconds=round(seconds, 3), **facts)
 
-    def note_failed(self, output: Path, reason: str) -> None:
-        """Note why there is no segmentation; an older one, which is not of this run, is left as it is."""
-        self._write(output, state="failed", reason=reason)
+    def note_failed(self, case: ListedCase, outputs: Sequence[Path], reason: str) -> None:
+        """Note why there is no segmentation; an older one is removed, unless it is what this run would have made."""
+        with suppress(UserError):  # the image cannot be read
+            if self.is_done(case, outputs):
+                self._write(outputs[0], state="failed", reason=reason)
+                return
+        self.forget(outputs[0])
+        self._write(outputs[0], state="failed", reason=reason)
+
+    def forget(self, output: Path) -> None:
+        """Remove what an earlier run wrote of a case: its note, its maps whichever are wanted now, its segmentation."""
+        for path in (self._note(output), *(map_path(output, name) for name in MAPS), output):
+            _remove(path)
 
     def write_run(self, outputs: Sequence[Path]) -> None:
         """Write ``run.json``: settings, and for each case its state, the seconds that it took or why it failed."""
@@ -74,14 +116,47 @@ class Records:
         content = {"settings": dict(self.settings), **self.facts, "cases": cases}
         files.write_atomically(self.folder / RUN, json.dumps(content, indent=2) + "\n")
 
+    def _digest(self, *more: str) -> str:
+        return hashlib.sha256(repr([*sorted(self.settings.items()), *more]).encode()).hexdigest()[:32]
+
     def _note(self, output: Path) -> Path:
-        return self.folder / NOTES / f"{output.name}.json"
+        return self.folder / NOTES / files.internal_name(output.name, ".json")
 
     def _read(self, output: Path) -> dict:
-        with suppress(OSError, ValueError):  # none, or cut short: the case is done again
-            note = json.loads(self._note(output).read_text(encoding="utf-8"))
-            return note if isinstance(note, dict) else {}
-        return {}
+        return _read(self._note(output))
 
     def _write(self, output: Path, **note: object) -> None:
         files.write_atomically(self._note(output), json.dumps(note))
+
+
+def map_path(output: Path, name: str) -> Path:
+    """Return where the map ``name``, of `MAPS`, lies beside a segmentation."""
+    return output.parent / name / output.name
+
+
+def check_name(output: Path) -> None:
+    """Raise `UserError` where the file system cannot hold a segmentation's name."""
+    try:
+        os.lstat(output)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            count = len(os.fsencode(output.name))
+            raise UserError(
+                f"{output} cannot be written: its name has {count} bytes, more than this file system holds: rename the "
+                "image"
+            ) from error
+
+
+def _read(note: Path) -> dict:
+    with suppress(OSError, ValueError):  # none, or cut short: the case is done again
+        content = json.loads(note.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ENOTDIR):  # then there is no such file
+            raise UserError(f"{path}, of an earlier run, cannot be removed: {error.strerror}") from error

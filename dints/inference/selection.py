@@ -18,6 +18,8 @@ from dints.data.leniency import Leniency
 from dints.data.listing import ENDING, ListedCase, split_fold
 from dints.data.tasks import Task
 from dints.errors import UserError
+from dints.inference.decision import MAPS
+from dints.inference.records import map_path
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +60,6 @@ class Selection:
                 return case
         raise UserError("--export is checked on an image in a file: give one (.nii or .nii.gz) with --input")
 
-    def remove_converted(self) -> None:
-        """Remove the NIfTI files that DICOM series became."""
-        for image in self.series:
-            Path(image).unlink(missing_ok=True)
-
 
 def given_images(paths: Sequence[Path], task: Task, output_root: Path) -> Selection:
     """List the images of ``--input``: files, and folders of files and of DICOM series; none that the batch writes."""
@@ -98,16 +95,26 @@ def given_images(paths: Sequence[Path], task: Task, output_root: Path) -> Select
     return Selection([*cases, *(ListedCase(ENDING.sub("", Path(image).name), (image,)) for image in series)], series)
 
 
+def remove_converted(output_root: Path) -> None:
+    """Remove the NIfTI files that DICOM series became, of this batch or of one that was killed."""
+    for path in (output_root / CONVERTED).glob("*"):
+        path.unlink(missing_ok=True)
+
+
 def images_in(folder: Path, output_root: Path) -> list[Path]:
-    """List the NIfTI files in a folder and its folders, but for hidden ones, and for what the batch writes."""
+    """List the NIfTI files in a folder and its folders, but for hidden ones, and for what the batch writes.
+
+    What it writes is passed over where its folder lies in this one. Where this one lies in it, all files are inputs.
+    """
     written = output_root.resolve()
+    is_within = folder.resolve() in written.parents
     return [
         path
         for path in sorted(folder.rglob("*"))
         if ENDING.search(path.name)
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
-        and (written == folder.resolve() or written not in path.resolve().parents)
+        and not (is_within and written in path.resolve().parents)
     ]
 
 
@@ -198,6 +205,7 @@ def segmentation_paths(selected: Sequence[ListedCase], folder: Path) -> list[Pat
     for name, count in names.items():
         if count > 1:
             raise UserError(f"{count} images are called {name}: give each a run with its own --output_root")
-        if (folder / name).resolve() in inputs:
-            raise UserError(f"{folder / name} is an input and would be overwritten: give another --output_root")
+        for path in (folder / name, *(map_path(folder / name, of_map) for of_map in MAPS)):
+            if path.resolve() in inputs:  # a map too where none is wanted, since an earlier run's are removed
+                raise UserError(f"{path} is an input and would be overwritten: give another --output_root")
     return [folder / name for name in names]

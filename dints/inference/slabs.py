@@ -60,4 +60,4 @@ def probabilities(
         image: (channels, *spatial), nowhere smaller than a patch.
     """
     for first, scores in window.slabs(torch.from_numpy(image), network, precision, axis):
-        yield first, scores.softmax(0).numpy()
+        yield first, scores.softmax(0).cpu().numpy()

@@ -198,7 +198,8 @@ def percentiles(volume: np.ndarray) -> tuple[float, float]:
     voxels = volume[volume != 0]
     voxels = voxels[:: len(voxels) // SAMPLES + 1]
     low, high = np.percentile(voxels, PERCENTILES) if len(voxels) else (0.0, 1.0)
-    return float(low), float(max(high, low + 1e-6))
+    low, high = float(low), float(high)
+    return low, max(high, low + 1e-6 * max(1.0, abs(low)))  # a step that float32 still resolves
 
 
 def data_uri(pixels: np.ndarray, window: Sequence[float], most_pixels: int) -> str:

@@ -140,7 +140,8 @@ class Validation:
         if self.num_classes * math.prod(shape) > MANY_SCORES and self.window.fits(shape):
             axis = slab_axis(shape)
             for first, scores in self.window.slabs(case["image"][0], network, self.precision, axis):
-                yield scores.argmax(0), case["label"][0, 0].narrow(axis, first, scores.shape[1 + axis])
+                reference = case["label"][0, 0].narrow(axis, first, scores.shape[1 + axis])
+                yield scores.argmax(0), reference.to(scores.device, non_blocking=True)
             return
         image, label = to_device(case, self.processes.device)
         with self.precision.autocast():

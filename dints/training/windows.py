@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -65,17 +66,17 @@ class SlidingWindow:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield class scores, slab by slab along an axis; together they are those of the whole volume.
 
-        Of all classes' scores only as many planes are kept as a patch has, in the machine's memory; on a GPU lies no
-        more than a batch of windows. So memory grows with the area of a plane, and not with the volume.
+        Of all classes' scores only as many planes are kept as a patch has, on the GPU where they fit, so that it does
+        not wait for a CPU to add them up. So memory grows with the area of a plane, and not with the volume.
 
         Args:
             image: (channels, *spatial), on the CPU, and nowhere smaller than a patch.
 
         Yields:
-            a slab's first plane, and (classes, *slab), float32, on the CPU.
+            a slab's first plane, and (classes, *slab), float32, where they were added up.
         """
         shape, patch = image.shape[1:], self.patch_size
-        weights, kept = compute_importance_map(patch, mode="gaussian", sigma_scale=0.125), _Kept(shape, patch, axis)
+        kept = _Kept(shape, patch, axis)
         places = _places(shape, patch, self.overlap, axis)
         for number, (start, windows) in enumerate(places):
             for first in range(0, len(windows), self.batch_size):
@@ -83,13 +84,23 @@ class SlidingWindow:
                 patches = torch.stack([image[(slice(None), *place)] for place in batch]).to(precision.device)
                 with precision.autocast():
                     scores = network(patches)
-                for place, of_window in zip(batch, scores.float().cpu(), strict=True):
-                    kept.add(place, of_window, weights)
-                del patches, scores, of_window  # before the next ones are computed
+                kept.add(batch, scores.float())
+                del patches, scores  # before the next ones are computed
             end = places[number + 1][0] if number + 1 < len(places) else shape[axis]
             for first in range(start, end, PLANES):
                 yield first, kept.mean_scores(first, min(first + PLANES, end))
             kept.move_to(end)
+
+
+def place_of_sums(num_bytes: int, device: torch.device) -> torch.device:
+    """Return where scores of so many bytes are added up: on the device that computes them, or on the CPU.
+
+    A GPU must have twice as much free beside what PyTorch holds, which is what the network's passes take. So it is to
+    be asked after the first pass, as large as any that follow.
+    """
+    if device.type == "cuda" and 2 * num_bytes > torch.cuda.mem_get_info(device)[0]:
+        return torch.device("cpu")
+    return device
 
 
 class _Kept:
@@ -98,16 +109,22 @@ class _Kept:
     def __init__(self, shape: Sequence[int], patch_size: Sequence[int], axis: int):
         self.axis, self.start = axis, 0
         self.shape = [size if other != axis else patch_size[axis] for other, size in enumerate(shape)]
-        self.scores, self.counts = None, torch.zeros(self.shape)
+        self.weights = compute_importance_map(patch_size, mode="gaussian", sigma_scale=0.125)
+        self.scores = self.counts = None
 
-    def add(self, place: Sequence[slice], scores: torch.Tensor, weights: torch.Tensor) -> None:
+    def add(self, places: Sequence[Sequence[slice]], scores: torch.Tensor) -> None:
+        """Add the scores (windows, classes, *patch) of windows, on the device that computed them."""
         if self.scores is None:
-            self.scores = torch.zeros(len(scores), *self.shape)
-        place = list(place)
-        along = place[self.axis]
-        place[self.axis] = slice(along.start - self.start, along.stop - self.start)
-        self.scores[(slice(None), *place)] += scores * weights
-        self.counts[tuple(place)] += weights
+            count = scores.shape[1]
+            device = place_of_sums((count + 1) * math.prod(self.shape) * scores.element_size(), scores.device)
+            self.scores = torch.zeros(count, *self.shape, device=device)
+            self.counts, self.weights = torch.zeros(self.shape, device=device), self.weights.to(device)
+        for place, of_window in zip(places, scores.to(self.scores.device), strict=True):
+            place = list(place)
+            along = place[self.axis]
+            place[self.axis] = slice(along.start - self.start, along.stop - self.start)
+            self.scores[(slice(None), *place)] += of_window * self.weights
+            self.counts[tuple(place)] += self.weights
 
     def mean_scores(self, first: int, end: int) -> torch.Tensor:
         """Return those of planes to which no more windows will add."""

@@ -9,7 +9,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from dints.data import nifti
 from dints.data.nifti import read_header, read_voxels
+from dints.errors import UserError
 
 AFFINE = np.array([[-0.7, 0.04, 0, 9], [0.03, -0.8, 0.1, 4], [0, 0.03, 2.5, 30], [0, 0, 0, 1]], np.float32)
 
@@ -89,6 +91,41 @@ def test_gzip_files_of_several_members_are_read(tmp_path, size):
     assert np.array_equal(check_against_nibabel(str(several)), check_against_nibabel(path))
     several.write_bytes(several.read_bytes() + bytes(512))
     assert np.array_equal(read_voxels(read_header(str(several))), check_against_nibabel(path))
+
+
+@pytest.mark.fault("a small header with gigabytes of zeros behind its voxels")
+def test_what_follows_the_voxels_is_read_no_further_than_a_file_may_have(tmp_path, monkeypatch):
+    path = write(tmp_path / "image.nii", np.arange(210, dtype=np.int16).reshape(7, 5, 6))
+    content, packed = Path(path).read_bytes(), tmp_path / "image.nii.gz"
+    monkeypatch.setattr(nifti, "SLACK", 1 << 20)
+    packed.write_bytes(gzip.compress(content + bytes(1 << 20), 1))
+    assert np.array_equal(read_voxels(read_header(str(packed))), check_against_nibabel(path))
+    unpacked, real = [], nifti.zlib.decompressobj
+
+    class Counted:
+        """Counts what is unpacked, which no clock measures on a busy machine."""
+
+        def __init__(self, bits: int):
+            self.stream = real(bits)
+
+        def decompress(self, *given):
+            unpacked.append(self.stream.decompress(*given))
+            return unpacked[-1]
+
+        def __getattr__(self, name: str):
+            return getattr(self.stream, name)
+
+    for several in (1, 8):  # a bomb may be of one member or of many
+        packed.write_bytes(gzip.compress(content) + gzip.compress(bytes((64 << 20) // several), 1) * several)
+        unpacked.clear()
+        header = read_header(str(packed))
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=r"image\.nii\.gz .* 1 MiB and more follow"):
+            patch.setattr(nifti.zlib, "decompressobj", Counted)
+            read_voxels(header)
+        assert sum(map(len, unpacked)) < 4 << 20
+    with open(path, "ab") as file:
+        file.truncate(8 << 30)  # which takes no room on the disk
+    assert read_voxels(read_header(path)).ravel("F").tolist() == list(np.arange(210).reshape(7, 5, 6).ravel("F"))
 
 
 @pytest.mark.parametrize("repeats", [100, 200_000])

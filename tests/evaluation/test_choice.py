@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dints.evaluation.choice import choose, chosen_on_others, parts_of
+from dints.evaluation.choice import choose, choose_checked, chosen_on_others, parts_of
 from dints.evaluation.postprocessing import Postprocessing, Rule
 
 NAMES = ("background", "a", "b")
@@ -129,3 +129,18 @@ def test_each_fold_is_judged_by_what_the_others_choose():
     # The first fold chooses the largest, which the second is worse for; the second one chooses nothing.
     assert means == pytest.approx([(20 / 23 + 20 / 23 + 20 / 23) / 3, np.nan], nan_ok=True)
     assert chosen_on_others([[two_parts], [two_parts]], NAMES)[0] == 1
+
+
+def test_what_the_other_folds_choose_must_not_harm_a_folds_cases():
+    """Four cases with a blob choose a removal that the mean of all six gains by; the two of the other fold lose it."""
+    blob = case([(1, 0, 10)], [(1, 0, 10), (1, 30, 36)])
+    two_parts = case([(1, 0, 10), (1, 30, 38)], [(1, 0, 10), (1, 30, 38)])
+    chosen, steps = choose([blob] * 4 + [two_parts] * 2, NAMES)
+    assert chosen.removes and steps[0].kept and steps[0].after > steps[0].before
+    found = choose_checked([[blob] * 4, [two_parts] * 2], NAMES)
+    assert found.expected[0] == pytest.approx((4 * 20 / 26 + 2 * 20 / 28) / 6) and found.expected[0] < steps[0].before
+    assert found.harms and not found.chosen.removes
+    assert [step.what for step in found.steps] == [step.what for step in steps]
+    assert not any(step.kept for step in found.steps)
+    mixed = [[blob, blob, two_parts]] * 2  # the others choose alike, and it helps
+    assert choose_checked(mixed, NAMES).chosen == chosen and not choose_checked(mixed, NAMES).harms

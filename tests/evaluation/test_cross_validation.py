@@ -100,6 +100,25 @@ def test_nothing_is_removed_where_nothing_helps(folder):
     assert "postprocessed" not in json.loads((folder / "runs/summary.json").read_text())
 
 
+def test_nothing_is_removed_where_the_check_finds_harm(folder):
+    """The first fold's blobs are wrong and the second one's, which is smaller, is right."""
+    description = json.loads((folder / "data/dataset.json").read_text())
+    for place in (description["training"][2][key] for key in ("image", "label")):
+        write(folder / "data" / place, mask((1, 2, 12), (2, 12, 15), (1, 30, 36)))
+    for name in FOLDS[0]:
+        write(folder / f"runs/out_of_fold/fold_0/{name}.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 38)))
+    write(folder / "runs/out_of_fold/fold_1/case_2.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 36)))
+    said = validate(folder)
+    found = json.loads((folder / "runs/postprocessing.json").read_text())
+    dice = {what: of_all["mean"] for what, of_all in found["chosen_on"]["dice"].items()}
+    assert dice["chosen_on_other_folds"] < dice["as_segmented"] == dice["postprocessed"]
+    change = f"(Dice {dice['chosen_on_other_folds']:.4f} instead of {dice['as_segmented']:.4f})"
+    assert f"nothing is removed from segmentations: what the other folds choose harms a fold's cases {change}" in said
+    assert found["chosen_on"]["harms"] and not any(step["kept"] for step in found["chosen_on"]["steps"])
+    assert not found["largest_foreground"] and not any(rule["largest"] for rule in found["classes"].values())
+    assert not (folder / "runs/scores_postprocessed.csv").exists() and "removed:" not in said
+
+
 def test_labels_that_lie_elsewhere_may_be_trusted(folder):
     for path in (folder / "data/labelsTr").iterdir():
         write(path, np.asarray(nib.load(path).dataobj), np.eye(4))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import json
 import logging
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ import infer_dints
 from dints.data.cases import normalise
 from dints.data.grid import Resampling
 from dints.data.listing import ListedCase
+from dints.data.nifti import read_header, read_voxels
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.exports import bundle, checked, onnx_file, predict_onnx, program
@@ -184,6 +187,41 @@ class TestScript:
         image = np.random.default_rng(0).integers(0, 900, (2, 5, 6, 7)).astype(np.float32) * (np.arange(7) > 2)
         found = predict_onnx.normalised(np.moveaxis(image, 0, -1), task.intensity)
         assert np.allclose(np.moveaxis(found, -1, 0), normalise(image.copy(), task), atol=1e-5)
+
+    @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+    @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+    def test_voxels_without_an_offset_follow_the_header(self, tmp_path, kind, name):
+        """As infer_dints.py reads them; nibabel takes the header for the first ones."""
+        voxels, path = np.arange(210, dtype=np.int16).reshape(7, 5, 6), tmp_path / name
+        image = kind(voxels, np.eye(4))
+        image.header.set_slope_inter(2, -3)
+        content = bytearray(image.to_bytes())
+        start, code = (108, "f4") if kind is nib.Nifti1Image else (168, "i8")
+        content[start : start + int(code[1])] = np.array(0, code).tobytes()
+        path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        found, _ = predict_onnx.read([path], 1)
+        assert np.array_equal(found[..., 0], 2.0 * voxels - 3)
+        assert np.array_equal(found[..., 0], read_voxels(read_header(str(path)))[0])
+
+    @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+    @pytest.mark.parametrize("what", ["truncated", "no image", "missing", "half a header"])
+    def test_a_file_that_cannot_be_read_is_named_in_one_line(self, tmp_path, name, what):
+        path = tmp_path / name
+        nib.save(nib.Nifti1Image(np.random.default_rng(0).random((9, 9, 9)), np.eye(4)), path)
+        count = {"truncated": 2500, "no image": 0, "missing": 0, "half a header": 150}[what]
+        path.write_bytes(path.read_bytes()[:count])
+        if what == "missing":
+            path.unlink()
+        with pytest.raises(SystemExit, match=re.escape(f"{path} cannot be read: ")) as raised:
+            predict_onnx.read([path], 1)
+        assert "\n" not in raised.value.code
+
+    def test_a_place_that_no_header_can_hold_is_refused(self, tmp_path):
+        affine = np.eye(4)
+        affine[1, 3] = 1e18
+        nib.save(nib.Nifti1Image(np.zeros((4, 5, 6)), affine), tmp_path / "a.nii")
+        with pytest.raises(SystemExit, match="has its first voxel at .* mm: correct its affine"):
+            predict_onnx.read([tmp_path / "a.nii"], 1)
 
     def test_other_channels_than_the_models_are_refused(self, case):
         with pytest.raises(SystemExit, match="case_0000.nii.gz has 1 channels: the model takes 2"):

@@ -24,34 +24,58 @@ TASK = Task("Toy", "CT", 1, ("background", "a"), spacing=None, intensity=(0.0, 1
 IMAGES, KILLS = 12, (1, 5, 9)  # the process is killed as soon as so many masks are there
 
 
-@pytest.mark.slow
-@pytest.mark.fault("kill -9 at any moment")
-def test_a_batch_that_is_killed_goes_on(tmp_path):
+@pytest.fixture
+def given(tmp_path) -> Path:
+    """Write a model file and images into a folder."""
     architecture = chain(0, 1, 0, num_depths=2)
     torch.manual_seed(0)
     save_model(tmp_path / "m.pth", FoundNetwork(architecture, 1, 2, 0.125), architecture, 0.125, TASK)
+    (tmp_path / "in").mkdir()
     for number in range(IMAGES):
         image = np.random.default_rng(number).random((40, 40, 40)).astype(np.float32)
-        (tmp_path / "in").mkdir(exist_ok=True)
         nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / f"in/{number:02}.nii.gz")
+    return tmp_path
 
-    def start(out: Path) -> subprocess.Popen:
-        flags = ["--checkpoint", tmp_path / "m.pth", "--input", tmp_path / "in", "--output_root", out, ON_CPU]
-        command = [sys.executable, *words("infer_dints.py", *flags)]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen(command, cwd=CHECKOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
 
-    def masks(out: Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in out.glob("*.nii.gz")}
+def start(given: Path, out: str, *flags: str) -> subprocess.Popen:
+    places = ["--checkpoint", given / "m.pth", "--input", given / "in", "--output_root", given / out, ON_CPU]
+    command = [sys.executable, *words("infer_dints.py", *places, *flags)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=CHECKOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
 
-    assert start(tmp_path / "straight").wait(120) == 0
+
+def kill_at(process: subprocess.Popen, folder: Path, count: int) -> None:
+    """Kill a batch as soon as a folder has so many NIfTI files."""
+    while len(list(folder.glob("*.nii.gz"))) < count and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def written(out: Path) -> dict[str, bytes]:
+    """Return the NIfTI files in a folder and its folders."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.nii.gz")}
+
+
+@pytest.mark.slow
+@pytest.mark.fault("kill -9 at any moment")
+def test_a_batch_that_is_killed_goes_on(given):
+    assert start(given, "straight").wait(120) == 0
     for count in KILLS:
-        process = start(tmp_path / "killed")
-        while len(list((tmp_path / "killed").glob("*.nii.gz"))) < count and process.poll() is None:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    before = len(masks(tmp_path / "killed"))
-    assert start(tmp_path / "killed").wait(120) == 0
-    assert before < IMAGES and masks(tmp_path / "killed") == masks(tmp_path / "straight")
-    assert len(masks(tmp_path / "straight")) == IMAGES and not list((tmp_path / "killed").rglob("*.partial"))
+        kill_at(start(given, "killed"), given / "killed", count)
+    before = len(written(given / "killed"))
+    assert start(given, "killed").wait(120) == 0
+    assert before < IMAGES and written(given / "killed") == written(given / "straight")
+    assert len(written(given / "straight")) == IMAGES and not list((given / "killed").rglob("*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.fault("kill -9 in a batch, then other flags")
+def test_a_batch_with_other_flags_keeps_nothing_of_one_that_was_killed(given):
+    other = "--overlap_ratio 0.1 --save_uncertainty"
+    assert start(given, "straight", other).wait(120) == 0
+    kill_at(start(given, "killed", "--save_probabilities"), given / "killed/probabilities", IMAGES // 2)
+    assert len(written(given / "killed")) >= IMAGES
+    assert start(given, "killed", other).wait(120) == 0
+    assert written(given / "killed") == written(given / "straight")
+    assert not list((given / "killed").rglob("*.partial"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,44 @@ class TestAverages:
         models[1].info.update(training_cases=["a", "c"], validation_cases=["b", "d"])
         predictor = Predictor(models, "cpu", "fp32")
         assert predictor.training_cases == {"a", "b", "c"} and predictor.validation_cases == {"d"}
+
+
+class TestCompiled:
+    """Each network is compiled once, whatever volumes come: PyTorch refuses to do it for ever."""
+
+    @pytest.fixture
+    def graphs(self, monkeypatch) -> Iterator[list[torch.Size]]:
+        """Have PyTorch trace networks without compiling them; return the input shape of each that it traced."""
+        shapes, real = [], torch.compile
+
+        def traced(graph, inputs):
+            shapes.append(
+                next(value.shape for value in inputs if getattr(value, "ndim", 0) == 5 and value.shape[1] == 1)
+            )
+            return graph
+
+        monkeypatch.setattr(torch, "compile", lambda *a, mode=None, **more: real(*a, **more, backend=traced))
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(recompile_limit=1):
+            yield shapes
+
+    def test_any_number_of_windows_is_one_shape(self, model, graphs):
+        plain, computed = (
+            Predictor(model, "cpu", "fp32", overlap=0.0, batch_size=4, compile=compile) for compile in ("off", "on")
+        )
+        for shape in ((32, 32, 22), (64, 64, 32), (96, 96, 32), (32, 96, 96)):  # of 1, 4, 9 windows, padded or in slabs
+            volume = np.random.default_rng(0).random(shape).astype(np.float32)
+            assert np.array_equal(computed(volume, np.eye(4)), plain(volume, np.eye(4)))
+        assert len(graphs) == 1 and graphs[0] == (4, 1, 16, 16, 16)
+
+    def test_there_may_be_more_networks_than_the_limit(self, tmp_path, image, graphs):
+        paths = []
+        for depth in range(2):
+            architecture = chain(0, depth, 0, num_depths=2)
+            paths.append(tmp_path / f"{depth}.pth")
+            save_model(paths[-1], FoundNetwork(architecture, 1, 3, 0.125), architecture, 0.125, TASK)
+        labels = [Predictor(paths, "cpu", "fp32", compile=compile)(image, np.eye(4)) for compile in ("off", "on")]
+        assert np.array_equal(*labels) and len(graphs) == 2
 
 
 def test_it_reads_the_model_once_and_its_input_stays(model, image, monkeypatch):

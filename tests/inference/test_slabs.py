@@ -11,6 +11,7 @@ from dints.data.grid import Resampling
 from dints.inference import slabs
 from dints.network.found import FoundNetwork
 from dints.running.precision import Precision
+from dints.training import windows
 from dints.training.windows import SlidingWindow
 
 FP32 = Precision("fp32", torch.device("cpu"))
@@ -77,6 +78,23 @@ def test_maps_are_those_of_the_whole_volume(networks, spacing):
     assert np.abs(found.probabilities / 255 - expected).max() < 0.5 / 255 + 1e-5
     assert np.abs(found.uncertainty / 255 - entropy).max() < 0.5 / 255 + 1e-5
     assert np.ptp(found.uncertainty) > 10
+
+
+def test_scores_are_added_up_on_a_gpu_that_has_the_room(monkeypatch):
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {gpu: (2000, 9000)}[device])
+    assert [windows.place_of_sums(count, gpu) for count in (1000, 1001)] == [gpu, cpu]
+    assert windows.place_of_sums(10**15, cpu) == cpu
+
+
+def test_the_room_is_asked_for_after_a_pass_and_is_that_of_a_patchs_planes(networks, monkeypatch):
+    asked, passes = [], []
+    monkeypatch.setattr(windows, "place_of_sums", lambda count, device: asked.append((count, len(passes))) or device)
+    hook = networks[0].register_forward_hook(lambda *_: passes.append(1))
+    image = np.random.default_rng(0).normal(size=(2, 40, 24, 16)).astype(np.float32)
+    list(slabs.probabilities(image, networks[0], WINDOW, FP32, 0))
+    hook.remove()
+    assert asked == [(16 * 24 * 16 * (3 + 1) * 4, 1)]  # float32 of three classes, and the weights' sums
 
 
 def test_what_needs_padding_or_shearing_is_done_at_once():

@@ -124,3 +124,6 @@ def test_windows():
     low, high = percentiles(np.array([0.0] * 100 + list(range(1, 101))))
     assert 1 < low < 3 and 99 < high < 101  # of the non-zero ones
     assert percentiles(np.zeros(5)) == (0.0, 1.0) and percentiles(np.full(5, 7.0))[0] == 7.0
+    for value in (-3e38, -1e10, 1e10, 3e38):
+        even = np.full((2, 3), value, np.float32)
+        assert pixels(data_uri(even, percentiles(even), 400)).tolist() == [[0] * 3] * 2

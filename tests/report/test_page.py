@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nibabel as nib
 import numpy as np
@@ -24,21 +26,24 @@ from dints.report import page, results
 from dints.report.overlays import Overlay
 from dints.report.results import Result, unusual_volumes
 
+# As a task, a class and a case (or a patient's folder) may be called; the last one is a file's name, without a slash.
+CALLED = """Toy & <co></title></style><script>alert("task")</script>{{ 7 * 7 }}-->"""
+ORGAN = """<1>'"></text><script>x()</script>"""
+HOSTILE = """b"><script>alert('case')<!--<img src=x onerror=alert(1)>&lt;"""
 TASK = Task(
-    "Toy & <co>",
+    CALLED,
     "CT",
     1,
-    ("background", "organ <1>", "other"),
+    ("background", ORGAN, "other"),
     spacing=None,
     intensity=(0.0, 200.0),
     patch_size=(16,) * 3,
 )
-HOSTILE = 'b"><img src=x onerror=alert(1)>&lt;'
 FACTS = {
     "architecture": replace(chain(0, 1, 0, num_depths=2), info={"task": HOSTILE}),
     "channel_mul": 0.125,
     "training_cases": ["trained_1"],
-    "validation_cases": ["a"],
+    "validation_cases": ["a", HOSTILE],
     "flips": {"axes": [0]},
     "recipe": "<i>own</i>",
 }
@@ -94,7 +99,8 @@ def dataset(tmp_path_factory) -> Path:
 def run(tmp_path_factory) -> Path:
     """A model file's folder, with the tables of its training."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "accuracy_history.csv").write_text("epoch,iteration,seconds,dice,dice_organ\n1,5,9,0.5,0.5\n")
+    with open(folder / "accuracy_history.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["epoch", "iteration", "seconds", "dice", f"dice_{ORGAN}"], [1, 5, 9, 0.5, 0.5]])
     return folder
 
 
@@ -133,10 +139,21 @@ class TestLabelled:
         (policy,) = [a["content"] for a in labelled_page.all("meta") if "http-equiv" in a]
         assert policy.startswith("default-src 'none'; ") and policy.endswith(f"script-src 'sha256-{digest}'")
 
+    @pytest.mark.fault("HTML in the names of tasks, classes, cases and patients")
     def test_names_are_text(self, labelled_page):
+        """In elements, attributes and drawings; and no page of harmless names has other elements or attributes."""
         assert not labelled_page.all("img") and not labelled_page.all("i") and not labelled_page.all("co")
-        for text in (HOSTILE, "organ <1>", "Toy & <co>", "<i>own</i>"):
+        assert len(labelled_page.all("script")) == len(labelled_page.all("style")) == 1
+        for text in (HOSTILE, ORGAN, CALLED, "<i>own</i>"):
             assert text in labelled_page.text
+        assert HOSTILE in {a.get("data-value") for a in labelled_page.all("th")}
+        assert any(HOSTILE in a.get("aria-label", "") for a in labelled_page.all("svg"))
+        names = {key for _, attributes in labelled_page.elements for key in attributes}
+        assert all(re.fullmatch("[a-zA-Z][a-zA-Z0-9:-]*", name) for name in names)
+        for end in ("</script>", "</style>", "</title></"):  # as the page's own, not as a name's
+            assert end + "<script>" not in labelled_page.content
+        for drawn in re.findall(r"<svg .*?</svg>", labelled_page.content, re.DOTALL):
+            ElementTree.fromstring(drawn.replace("&nbsp;", " ").replace(" hidden ", " "))  # noqa: S314  our own
 
     def test_ids_are_unique_and_links_lead_somewhere(self, labelled_page):
         own = [name for name in labelled_page.ids if not re.match("[a-zA-Z]+[0-9_]*[0-9a-f]{10}", name)]
@@ -165,7 +182,7 @@ class TestLabelled:
     def test_what_failed_and_what_is_unusual_is_told(self, labelled_page):
         assert "d.nii.gz" in labelled_page.text and "cannot be read: it is no NIfTI file" in labelled_page.text
         assert "8 of 9" in labelled_page.text
-        assert re.search(r"organ <1> has [\d.]+ ml, where half of these cases have", labelled_page.text)
+        assert re.search(re.escape(ORGAN) + r" has [\d.]+ ml, where half of these cases have", labelled_page.text)
 
     def test_the_model_is_told(self, labelled_page, run):
         for text in (str(run), "GMAC a patch of 16 x 16 x 16 voxels", "along X", "Dice of the validation cases over"):
@@ -200,7 +217,7 @@ class TestUnlabelled:
         (tmp_path / "accuracy_history.csv").write_text("epoch\tmetric\n1\t0.5\n")  # of another program
         models = [tmp_path / "model.pth", tmp_path / "other.pth"]
         found = segmented(tmp_path / "out", monkeypatch, images, "--checkpoint", *models, ranges=ranges)
-        assert "Dice" not in found.text.partition("Model")[0] and "organ <1>, ml as segmented" in found.text
+        assert "Dice" not in found.text.partition("Model")[0] and f"{ORGAN}, ml as segmented" in found.text
         assert "3 mm between voxels bottom-top, where training cases have 1 to 1" in found.text
         assert "are they in Hounsfield units?" in found.text
         assert "1 of these cases was trained on" in found.text and "trained_1 ⚠ trained on" in " ".join(

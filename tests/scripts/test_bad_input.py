@@ -287,13 +287,18 @@ IMAGE_FAULTS = {
     "affine with NaN": fault(with_sform(1, np.nan), "span no volume"),
     "affine with a column of zeros": fault(with_sform(2, 0), "span no volume"),
     "affine out of all bounds": fault(with_sform(0, 1e30), "span no volume"),
+    "origin beyond float32's places": fault(
+        with_affine(np.array([[-2.0, 0, 0, 9], [0, 2, 0, 1e18], [0, 0, 2, 5], [0, 0, 0, 1]])),
+        "first voxel at 9, 1e+18, 5 mm",
+        "correct its affine",
+    ),
     "NaN voxel": fault(voxel(IMAGE, np.nan), "has 1 NaN or infinite voxels", "--replace_nonfinite VALUE"),
     "infinite voxel": fault(voxel(IMAGE, -np.inf), "has 1 NaN or infinite voxels"),
     "beyond float32": fault(lambda root: write(root / IMAGE, np.full(SHAPE, 1e300)), "has 5760 NaN or infinite voxels"),
     "scaled beyond float32": fault(patched(IMAGE, 112, "ff", 3e38, 0), "NaN or infinite voxels"),
     "no rights": fault(no_rights, "cannot be read: Permission denied"),
 }
-WRONG_LABELS = {"7": 7, "-1": -1, "256": 256, "NaN": np.nan, "infinite": np.inf, "1.4": 1.4}
+WRONG_LABELS = {"7": 7, "-1": -1, "256": 256, "NaN": np.nan, "infinite": np.inf, "1.4": 1.4, "1.0000001": 1.0000001}
 CASE_FAULTS = {
     **IMAGE_FAULTS,
     **{

@@ -114,6 +114,7 @@ def changed(name: str):
         not_finite[0, 0, 0] = np.nan
         {
             "half": lambda: write(path, half),
+            "nearly one": lambda: write(path, np.where(mask(3), np.float32(1.0000001), np.float32(0))),
             "nan": lambda: write(path, not_finite),
             "negative": lambda: write(path, -mask(3).astype(np.int16)),
             "image": lambda: write(path, mask(3).astype(np.int16) * 1000),
@@ -138,6 +139,7 @@ def changed(name: str):
 
 BAD = {
     "half": r"prediction/b\.nii has the value 0\.5, which is no integer label",
+    "nearly one": r"prediction/b\.nii has the value 1\.0000001, which is no integer label",
     "nan": r"prediction/b\.nii has values from nan",
     "negative": r"prediction/b\.nii has values from -1 to 0",
     "image": r"prediction/b\.nii has values from 0 to 1000",

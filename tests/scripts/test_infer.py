@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from architectures import connected
+from architectures import chain, connected
 from commands import infer
 from threshold import Threshold, knows
 from torch import nn
 
 import infer_dints
+from dints.data import nifti
 from dints.data.tasks import Task
 from dints.errors import PartlyDone, UserError
 from dints.inference import predictor
@@ -252,6 +254,23 @@ class TestDicom:
         with pytest.raises(PartlyDone, match=rf"1 of 2 cases .*second_CT.nii.gz: .*second/CT ?{what}"):
             infer(tmp_path / "out", "--input", scans)
         assert (tmp_path / "out/first_CT.nii.gz").is_file() and not list((tmp_path / "out").glob(".dicom/*"))
+
+    def test_a_name_that_no_file_can_have_fails_that_series_alone(self, tmp_path, knowing, scans):
+        (scans / "first/CT").rename(scans / "first" / ("q" * 150))
+        (scans / "first").rename(scans / ("p" * 150))
+        knowing(Threshold())
+        with pytest.raises(
+            PartlyDone, match=r"1 of 2 cases .*: .*q\.nii\.gz cannot be written: its name has 308 bytes"
+        ):
+            infer(tmp_path / "out", "--input", scans)
+        assert (tmp_path / "out/second_CT.nii.gz").is_file()
+
+    def test_what_a_killed_batch_converted_is_removed(self, tmp_path, knowing):
+        image, _, affine = body("RAS")
+        left = save(tmp_path / "out/.dicom/patient.nii.gz", image, affine)
+        knowing(Threshold())
+        infer(tmp_path / "out", "--input", save(tmp_path / "a.nii.gz", image, affine))
+        assert not left.exists()
 
     def test_what_is_no_folder_of_a_series_is_refused(self, tmp_path, knowing, scans):
         knowing(Threshold(), replace(TASK, num_channels=2))
@@ -513,6 +532,167 @@ class TestBatches:
             infer(tmp_path / "out", "--root", root, "--num_folds", 2, "--fold", 0)
         assert segmented == ["case_1", "case_2"]
         assert [row[1] != "" for row in read_scores(tmp_path / "out")[1:]] == [False, True, False]
+
+
+class TestAnotherRunInTheFolder:
+    """Nothing of an earlier run lies beside new segmentations that could be taken for the new run's."""
+
+    FIRST = ("--save_probabilities", "--save_uncertainty")
+
+    @pytest.fixture
+    def root(self, tmp_path, dataset) -> Path:
+        root = shutil.copytree(dataset, tmp_path / "data")
+        (root / "labelsTs").mkdir()
+        return root
+
+    def files(self, out: Path) -> dict[str, object]:
+        """Return what people see of a folder, but for times."""
+        found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        run = json.loads(found.pop("run.json"))
+        states = {name: case["state"] for name, case in run["cases"].items()}
+        return {"run": [run["settings"], states]} | {name: found[name] for name in found if name[0] != "."}
+
+    def score(self, out: Path, root: Path, *flags: object) -> Path:
+        return infer(out, "--root", root, "--num_folds", 2, "--fold", 0, *flags)
+
+    @pytest.fixture
+    def both(self, knowing):
+        """Return a function that lets the script load another model than before."""
+        knowing(Threshold(), digest="first")
+        return lambda: knowing(Threshold(0.6), digest="second")
+
+    def test_its_maps_scores_and_report_are_gone(self, tmp_path, both, root):
+        out = self.score(tmp_path / "out", root, *self.FIRST)
+        (out / "report.html").write_text("of the first model")
+        both()
+        images = [root / f"imagesTr/case_{number}.nii.gz" for number in range(3)]
+        for folder in (out, tmp_path / "fresh"):
+            infer(folder, "--input", *images)
+        assert self.files(out) == self.files(tmp_path / "fresh")
+
+    def test_of_a_case_that_fails_there_is_nothing(self, tmp_path, both, root):
+        out = self.score(tmp_path / "out", root, *self.FIRST)
+        both()
+        (root / "imagesTr/case_1.nii.gz").write_bytes(b"nothing")
+        for folder in (out, tmp_path / "fresh"):
+            with pytest.raises(PartlyDone):
+                self.score(folder, root, "--save_uncertainty")
+        assert self.files(out) == self.files(tmp_path / "fresh")
+
+    def test_a_mask_of_this_run_stays_though_its_label_turned_bad(self, tmp_path, both, root):
+        out = self.score(tmp_path / "out", root)
+        before = (out / "case_0.nii.gz").read_bytes()
+        (root / "labelsTr/case_0.nii.gz").write_bytes(b"nothing")
+        with pytest.raises(PartlyDone):
+            self.score(out, root)
+        assert (out / "case_0.nii.gz").read_bytes() == before
+
+    @pytest.mark.fault("kill -9 in a batch, then other flags")
+    @pytest.mark.parametrize("written", [0, 1, 5])
+    def test_a_kill_at_any_file_leaves_nothing_to_a_run_with_other_flags(
+        self, tmp_path, both, root, monkeypatch, written
+    ):
+        """The first batch of one model is whole; one of another is killed at a file; a third has its own flags."""
+        self.score(tmp_path / "out", root, "--save_uncertainty")
+        both()
+        real, count = nifti.save_map, []
+
+        def save_map(*given, **more):
+            count.append(1)
+            if len(count) > written:
+                raise KeyboardInterrupt  # which nothing in a batch catches
+            real(*given, **more)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(nifti, "save_map", save_map)
+            self.score(tmp_path / "out", root, *self.FIRST)
+        (tmp_path / "out/.case_1.nii.gz.123.partial").write_bytes(b"half")
+        assert not list((tmp_path / "out").glob("scores.csv"))
+        for folder in ("out", "fresh"):
+            self.score(tmp_path / folder, root, "--overlap_ratio", 0.1)
+        assert self.files(tmp_path / "out") == self.files(tmp_path / "fresh")
+        assert not list((tmp_path / "out").rglob(".*.partial"))
+
+    def test_segmentations_that_it_does_not_replace_are_told(self, tmp_path, both, root, caplog):
+        out = self.score(tmp_path / "out", root)
+        said = (
+            "out has 2 segmentations by other models or settings, which this run does not replace, for example case_1"
+        )
+        self.score(out, root)
+        infer(out, "--input", root / "imagesTr/case_3.nii.gz")
+        assert "by other models" not in caplog.text
+        both()
+        infer(out, "--input", root / "imagesTr/case_0.nii.gz", root / "imagesTr/case_3.nii.gz")
+        assert said in caplog.text
+
+
+class TestNames:
+    """A name may be as long as its file's, and of any bytes."""
+
+    def image(self, folder: Path, name: str | bytes) -> None:
+        voxels, _, affine = body("RAS")
+        folder.mkdir(exist_ok=True)
+        saved = save(folder.parent / "saved.nii.gz", voxels, affine)
+        os.rename(saved, os.path.join(os.fsencode(folder), os.fsencode(name)))
+
+    @pytest.mark.parametrize("name", ["é" * 123, b"caf\xe9"], ids=["long", "not UTF-8"])
+    def test_a_case_of_such_a_name_is_as_any_other(self, tmp_path, knowing, name):
+        name = os.fsdecode(name)
+        try:
+            for case in (name, "a", "b"):
+                self.image(tmp_path / "in", f"{case}.nii.gz")
+        except OSError as error:
+            pytest.skip(f"this file system holds no such name: {error}")
+        entries = [{"image": f"{case}.nii.gz"} for case in (name, "a", "b")]
+        (tmp_path / "in/dataset.json").write_text(json.dumps({"test": entries}))
+        knowing(Threshold())
+        flags = ["--save_probabilities", "--save_uncertainty", "--report"]
+        knowing(Threshold(), architecture=chain(0, 1, 0, num_depths=2), channel_mul=0.125)
+        for _ in range(2):  # once with each, and once with notes
+            out = infer(tmp_path / "out", "--input", tmp_path / "in", *flags)
+        assert (out / f"{name}.nii.gz").is_file() and (out / f"probabilities/{name}.nii.gz").is_file()
+        states = {case: told["state"] for case, told in json.loads((out / "run.json").read_text())["cases"].items()}
+        assert states == dict.fromkeys([f"{case}.nii.gz" for case in (name, "a", "b")], "done")
+        assert "caf\\udce9" in (out / "report.html").read_text() or name.isprintable()
+
+    def test_scores_and_failures_of_such_names(self, tmp_path, knowing, dataset):
+        root = shutil.copytree(dataset, tmp_path / "data")
+        description = json.loads((root / "dataset.json").read_text())
+        for number, case in enumerate([os.fsdecode(b"caf\xe9"), os.fsdecode(b"th\xe9"), "n" * 246]):
+            for key, place in (("image", "imagesTr"), ("label", "labelsTr")):
+                path = f"{place}/{case}.nii.gz"
+                try:
+                    (root / description["training"][number][key]).rename(root / path)
+                except OSError as error:
+                    pytest.skip(f"this file system holds no such name: {error}")
+                description["training"][number][key] = path
+        (root / "dataset.json").write_text(json.dumps(description))
+        (root / description["training"][1]["image"]).write_bytes(b"nothing")
+        (root / description["training"][2]["image"]).write_bytes(b"nothing")
+        knowing(Threshold())
+        with pytest.raises(PartlyDone, match="2 of 3 cases"):
+            infer(tmp_path / "out", "--root", root, "--num_folds", 2, "--fold", 0)
+        names = [row[0] for row in read_scores(tmp_path / "out")[1:]]
+        assert names == ["caf\\udce9.nii.gz", "th\\udce9.nii.gz", f"{'n' * 246}.nii.gz"]
+
+
+def test_images_in_a_folder_of_the_output_root(tmp_path, knowing, monkeypatch):
+    """Masks go into a dataset's folder, whose imagesTs holds the images; what would be overwritten is refused."""
+    image, _, affine = body("RAS")
+    for name in ("imagesTs/a.nii.gz", "uncertainty/a.nii.gz", "within/out/a.nii.gz"):
+        save(tmp_path / name, image, affine)
+    before = (tmp_path / "uncertainty/a.nii.gz").read_bytes()
+    knowing(Threshold())
+    out = infer(tmp_path, "--input", tmp_path / "imagesTs")
+    assert (out / "a.nii.gz").is_file() and json.loads((out / "run.json").read_text())["cases"]["a.nii.gz"]
+    (tmp_path / "a.nii.gz").unlink()
+    (tmp_path / "uncertainty").mkdir(exist_ok=True)
+    (tmp_path / "uncertainty/a.nii.gz").write_bytes(before)
+    with pytest.raises(UserError, match=r"uncertainty/a\.nii\.gz is an input and would be overwritten"):
+        infer(tmp_path, "--input", tmp_path / "uncertainty")
+    assert (tmp_path / "uncertainty/a.nii.gz").read_bytes() == before
+    with pytest.raises(UserError, match="within is no NIfTI file, nor a folder that holds any"):
+        infer(tmp_path / "within/out", "--input", tmp_path / "within")
 
 
 def test_images_of_a_test_list_are_segmented_and_not_scored(tmp_path, knowing, dataset):

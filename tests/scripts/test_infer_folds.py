@@ -95,11 +95,16 @@ class TestPostprocessing:
         out = infer(tmp_path / "out", *flags, self.chosen(tmp_path, Rule(largest=True)))
         assert (out / "scores.csv").read_text().splitlines()[1] == "a.nii.gz,1.000000"
 
-    @pytest.mark.parametrize("what", ["other classes", "missing"])
-    def test_a_file_that_does_not_fit_is_told_first(self, tmp_path, source, segmented, what):
-        path = self.chosen(tmp_path, Rule(), Rule(), class_names=("background", "a", "b"))
-        path = path if what == "other classes" else tmp_path / "none.json"
-        with pytest.raises(UserError, match="--postprocessing .* (is of the classes|cannot be read)"):
+    OTHERS = (("background", "a"), ("background", "organ", "lesion"), ("organ", "background"), ("air", "organ"), None)
+
+    @pytest.mark.parametrize("class_names", OTHERS, ids=str)
+    def test_a_file_that_does_not_fit_is_told_first(self, tmp_path, source, segmented, class_names):
+        """One of another task, by its classes, their number, their order or the background's name; or none."""
+        path, says = tmp_path / "none.json", "cannot be read"
+        if class_names is not None:
+            path = self.chosen(tmp_path, *[Rule()] * (len(class_names) - 1), class_names=class_names)
+            says = f"is of the classes {', '.join(class_names)}, and the model segments background, organ: give"
+        with pytest.raises(UserError, match=f"--postprocessing {path} {says}"):
             infer(tmp_path / "out", "--input", source, "--postprocessing", path)
         assert not segmented and not list((tmp_path / "out").glob("*.nii.gz"))
 
