@@ -217,6 +217,8 @@ def _whole_numbers(value: object, key: str, source: str) -> np.ndarray:
         isinstance(value, torch.Tensor) and value.numel() > _MAX_BLOCKS * 3 * _MAX_DEPTHS
     ):  # in the file, perhaps 1 number
         raise _unusable(source, f"'{key}' has shape {tuple(value.shape)}, too large for an architecture")
+    if not isinstance(value, (torch.Tensor, np.ndarray)) and not torch_files.is_plain(value):  # lists without end
+        raise _unusable(source, f"'{key}' is not an array of numbers")
     try:
         array = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
     except (RuntimeError, TypeError, ValueError) as error:  # RuntimeError: a tensor without values

@@ -259,7 +259,7 @@ ARCHITECTURES = {
     "a long name": ({**GOOD, "x" * 10**6: endless()}, "'xxx"),
     "a number for a name": ({**GOOD, 5: 1}, "5 is 1, not a plain value"),
     "a long operation": ({**GOOD, "operations": ["x" * 10**6]}, "names the operation 'xxx"),
-    "a long list of operations": ({**GOOD, "operations": ["skip_connect"] * 10**5}, "name each operation once"),
+    "a long list of operations": ({**GOOD, "operations": ["skip_connect"] * 10**4}, "name each operation once"),
     "endless codes": ({**GOOD, "arch_code_a": endless()}, "'arch_code_a' is not an array of numbers"),
     "shapes": ({**GOOD, "node_a": GOOD["node_a"][1:]}, "'node_a' has shape (3, 3)"),
 }
@@ -276,7 +276,7 @@ def test_every_script_says_the_same_of_an_architecture(refused, name):
     model = {"state_dict": {"x": torch.ones(1)}, "architecture": content, "channel_mul": 1.0, "task": {}}
     torch.save(model, "file.pth")
     in_model = refused("model")
-    assert in_model == message.replace("file.pth: ", "the architecture in file.pth: ")
+    assert in_model == message.replace("file.pth", "the architecture in file.pth")
 
 
 @pytest.mark.fault("other blocks or depths")
