@@ -216,6 +216,8 @@ def main(args: argparse.Namespace) -> None:
         running.run_folder.opened(args.output_root, processes) as folder,
     ):
         prepared = processes.on_main(prepare, args)
+        if args.resume == "never":
+            running.run_folder.start_afresh(folder, processes, [args.checkpoint])
         space = search(args, prepared, processes, folder) if "gradient" in args.proposals else None
         if args.candidates:
             compete(args, prepared, space, processes, folder)
@@ -469,8 +471,8 @@ def open_ledger(args: argparse.Namespace, prepared: Prepared, processes: Process
     configuration = training.checkpoint.configured(settings, 1, **contents)  # any number of processes finds the same
     precision = running.precision.choose_precision(args.precision, processes)
     place = folder / "candidates"
-    is_continued = (place / candidates.halving.SETTINGS).exists() and args.resume != "never"
-    name = processes.on_main(candidates.halving.open_folder, place, configuration, precision.name, args.resume)
+    is_continued = (place / candidates.halving.SETTINGS).exists()
+    name = processes.on_main(candidates.halving.open_folder, place, configuration, precision.name)
     processes.on_main(data.identity.check, place, prepared.training_cases, is_continued, args.allow_changed_data)
     requests = training.stops.Requests(args.warning_signal)
     train = short_trainings(args, prepared, running.precision.choose_precision(name, processes), processes, requests)

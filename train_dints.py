@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from dints.training.steps import WeightsTraining
     from dints.training.validation import Scores
 
+    Prepared = tuple[Architecture, Dataset, list[Case], list[Case]]
+
 log = logging.getLogger("train")
 
 # Options whose values a recipe gives.
@@ -113,11 +115,14 @@ def main(args: argparse.Namespace) -> None:
         running.processes.started(args.device, args.timeout_minutes) as processes,
         running.run_folder.opened(args.output_root, processes) as folder,
     ):
-        train(args, processes, folder)
+        prepared = processes.on_main(prepare, args)
+        if args.resume == "never":
+            running.run_folder.start_afresh(folder, processes, [args.arch_ckpt, args.checkpoint])
+        train(args, prepared, processes, folder)
 
 
-def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
-    architecture, dataset, training_cases, validation_cases = processes.on_main(prepare, args)
+def train(args: argparse.Namespace, prepared: Prepared, processes: Processes, folder: Path) -> None:
+    architecture, dataset, training_cases, validation_cases = prepared
     args = with_width(args, architecture)
     task, used = dataset.task, [*training_cases, *validation_cases]
     found_network = build(args, architecture, task)
@@ -196,7 +201,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     log.info("the network is %s; infer_dints.py --checkpoint segments with it", progress.best_path)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Architecture, Dataset, list[Case], list[Case]]:
+def prepare(args: argparse.Namespace) -> Prepared:
     """Load the architecture, open the dataset and divide its cases into training and validation; no voxel is read.
 
     Whatever can be refused before that is refused here.
@@ -306,7 +311,7 @@ class BestNetwork:
         """Write the network if its validation is the best so far."""
         if progress.note_validation(scores and scores.mean, self.path) and self.processes.is_main:
             found = {"dice": progress.best_dice, "iteration": progress.iteration, "version": __version__}
-            found |= {"dice_of_classes": scores and scores.per_class}
+            found |= {"run": progress.run, "dice_of_classes": scores and scores.per_class}
             settings = self.network, self.architecture, self.channel_mul, self.task
             network.model_file.save_model(self.path, *settings, **found, **self.facts)
 
@@ -315,7 +320,7 @@ class BestNetwork:
 
         The validation that it was the best of is done again, and on a GPU not to the same result.
         """
-        noted = self.processes.on_main(network.model_file.validation_of, self.path)
+        noted = self.processes.on_main(network.model_file.validation_of, self.path, progress.run)
         if noted is not None and noted["iteration"] > progress.iteration:
             progress.best_dice, progress.best_iteration = noted["dice"], noted["iteration"]
             progress.best_epoch, progress.best_path = noted["iteration"] // steps_per_epoch, str(self.path)

@@ -6,11 +6,14 @@ import io
 import json
 import multiprocessing
 import os
+import reprlib
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dints import launcher, system
+
+MAX_SHOWN = 80  # characters of a value in a message
 
 
 class UserError(Exception):
@@ -38,6 +41,24 @@ class ProcessLost(Exception):
     """A process that this one needs died or does not answer; starting all of them again may mend it."""
 
 
+def shown(value: object) -> str:
+    """Return a value as a message shows it: from a file it may be nested without end, or a million characters long."""
+    try:
+        text = _SHORT.repr(value)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of an odd tensor, a number
+        text = f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
+    return cut(text)
+
+
+def cut(text: str, most: int = MAX_SHOWN) -> str:
+    """Return so much of a text as a message has room for."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, MAX_SHOWN, MAX_SHOWN
+
+
 def exit_on_user_error(main: Callable[..., None], *args) -> None:
     """Run ``main(*args)``; what a person can mend or asked for ends the process with one line on stderr.
 
@@ -54,10 +75,10 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
         _leave(f"error: {partly}", 3, tells=launcher.rank() == 0)
     except Stopped as stopped:
         if launcher.rank() == 0:  # all stopped at the same step: one tells
-            _tell(f"stopped {stopped.saved}: the same command continues it: {shlex.join(sys.argv)}")
+            _tell(f"stopped {stopped.saved}: {_again('continues it')}: {shlex.join(_continuing(sys.argv))}")
         _end(128 + stopped.signal)
     except KeyboardInterrupt:
-        _leave("interrupted: the same command goes on with what is saved", 130)
+        _leave(f"interrupted: {_again('goes on with what is saved')}", 130)
     except ProcessLost as error:
         _tell(f"error: {_speaker()}{error}")
         _end(1)
@@ -70,6 +91,20 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
     except Exception:  # noqa: BLE001  reported as Python does, and then ended as all else
         sys.excepthook(*sys.exc_info())
         _end(1)
+
+
+def _continuing(command: Sequence[str]) -> list[str]:
+    """Return a command that continues a run: without ``--resume never``, which would start afresh once more."""
+    words = [word for word in command if word != "--resume=never"]
+    for place in range(len(words) - 2, -1, -1):
+        if words[place : place + 2] == ["--resume", "never"]:
+            del words[place : place + 2]
+    return words
+
+
+def _again(what: str) -> str:
+    without = " without --resume never" * (_continuing(sys.argv) != list(sys.argv))
+    return f"the same command{without} {what}"
 
 
 def _speaker() -> str:

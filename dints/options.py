@@ -239,7 +239,8 @@ def add_run(arguments: argparse.ArgumentParser) -> None:
         "--resume",
         choices=("auto", "must", "never"),
         default="auto",
-        help="auto: continue the run in OUTPUT_ROOT if there is one; must: only that; never: start afresh there",
+        help="auto: continue the run in OUTPUT_ROOT if there is one; must: only that; never: start afresh, and move "
+        "what is there into before_1",
     )
     add("--save_minutes", type=number(float, 0), default=10.0, help="longest time between two saves of latest.pth")
     add(

@@ -19,6 +19,8 @@ def save_atomically(content: object, path: str | Path) -> None:
         torch.save(content, file)
 
 
+MAX_VALUES, MAX_DEPTH, MAX_TEXT = 1_000_000, 16, 100_000  # of what counts as plain
+
 # What PyTorch raises for damaged files, beside pickle's own errors.
 _DAMAGE = (
     RuntimeError,
@@ -56,6 +58,38 @@ def load_safely(path: str | Path) -> object:
         raise UserError(f"{path} is damaged or not a PyTorch file: give another") from error
     except _DAMAGE as error:
         raise UserError(f"{path} is damaged or not a PyTorch file ({type(error).__name__}): give another") from error
+
+
+def is_plain(content: object) -> bool:
+    """Tell whether it is text, numbers, None, and lists and dicts of them, neither nested nor long without reason."""
+    left, waiting = MAX_VALUES, [(content, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        left -= 1
+        if left < 0 or depth > MAX_DEPTH:
+            return False
+        if isinstance(value, (list, tuple)):
+            waiting.extend((item, depth + 1) for item in value[:MAX_VALUES])
+        elif isinstance(value, dict):
+            if len(value) > MAX_VALUES or not all(isinstance(key, str) for key in value):
+                return False
+            waiting.extend((item, depth + 1) for item in (*value, *value.values()))
+        elif isinstance(value, str):
+            if len(value) > MAX_TEXT:
+                return False
+        elif isinstance(value, int):
+            if abs(value) >= 2**64:
+                return False
+        elif not isinstance(value, (float, type(None))):
+            return False
+    return True
+
+
+def is_whole(tensor: torch.Tensor) -> bool:
+    """Tell whether its numbers are all in the file; some are meta or sparse, or repeat one number."""
+    if tensor.device.type != "cpu" or tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _numpy_globals() -> list:

@@ -9,8 +9,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-# The cost has a latency.
-MEASURED = {"seconds", "seconds_per_iteration", "seconds_in_epoch", "data_wait", "minutes", "cost"}
+# The cost has a latency; each run has an identity of its own.
+MEASURED = {"run", "seconds", "seconds_per_iteration", "seconds_in_epoch", "data_wait", "minutes", "cost"}
 
 
 def progress_of(folder: Path, name: str = "latest.pth") -> dict:

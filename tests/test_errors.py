@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from dints.errors import PartlyDone, ProcessLost, Stopped, UserError, exit_on_user_error
+from dints.errors import MAX_SHOWN, PartlyDone, ProcessLost, Stopped, UserError, exit_on_user_error, shown
 
 STOPPED = Stopped(signal.SIGTERM, "after iteration 7, with its state in run/latest.pth")
 
@@ -37,6 +38,45 @@ def test_what_a_person_can_mend_ends_with_one_line_and_a_code(error, code, line,
         exit_on_user_error(fail)
     said = capsys.readouterr().err
     assert ended.value.code == code and said.startswith(line) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [["--resume", "never"], ["--resume=never"], ["--resume", "never", "--resume=never"]])
+def test_the_command_that_continues_does_not_start_afresh(given, monkeypatch, capsys):
+    def fail() -> None:
+        raise STOPPED
+
+    monkeypatch.setattr(sys, "argv", ["train_dints.py", *given, "--output_root", "my run"])
+    with pytest.raises(SystemExit):
+        exit_on_user_error(fail)
+    assert capsys.readouterr().err.endswith(
+        ": the same command without --resume never continues it: train_dints.py --output_root 'my run'\n"
+    )
+
+
+def nested(depth: int, width: int) -> list:
+    """Return a list in lists that would be endless if written out, and takes no memory."""
+    value = ["x"] * width
+    for _ in range(depth):
+        value = [value] * width
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "start"),
+    [
+        ("x" * 10**6, "'xxx"),
+        (nested(10**5, 1), "[["),
+        (nested(100, 100), "[["),
+        ({"k" * 10**6: 1}, "{'kkk"),
+        (10**5000, "a int that cannot be shown (ValueError)"),
+        (torch.zeros(1).expand(10**9), "tensor("),
+        ([0.2, 0.4, 0.6, 0.8], "[0.2, 0.4, 0.6, 0.8]"),
+    ],
+    ids=["text", "deep", "endless", "key", "number", "tensor", "list"],
+)
+def test_values_in_messages_are_cut(value, start):
+    text = shown(value)
+    assert text.startswith(start) and len(text) <= MAX_SHOWN
 
 
 @pytest.mark.parametrize("rank", [0, 1])

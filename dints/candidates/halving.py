@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,16 +52,14 @@ def best(candidates: Sequence[Candidate], results: Mapping[str, Result], count: 
     return sorted(candidates, key=lambda candidate: -results[candidate.name].dice)[:count]
 
 
-def open_folder(folder: Path, configuration: dict, precision: str, resume: str) -> str:
+def open_folder(folder: Path, configuration: dict, precision: str) -> str:
     """Make the candidates' folder, or find one of the same settings; return the precision that its trainings have.
 
     Raises:
         UserError: its trainings had other settings; each that differs is named.
     """
     settings = folder / SETTINGS
-    if resume == "never":
-        shutil.rmtree(folder, ignore_errors=True)
-    elif settings.exists():
+    if settings.exists():
         stored = _read(settings)
         compare(settings, stored["configuration"], configuration)
         return stored["precision"]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from dints import torch_files
-from dints.errors import UserError
+from dints.errors import UserError, shown
 from dints.network.operations import PUBLISHED, check_names
 
 _ARRAYS = ("node_a", "arch_code_a", "arch_code_c")
@@ -152,7 +152,10 @@ class DecodedCodes:
         return {"codes": self.codes}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.codes = state["codes"]
+        codes = state["codes"]
+        if codes.shape != (0,) and (codes.ndim != 3 or len(codes) != 2):
+            raise ValueError(f"codes have shape {tuple(codes.shape)}")
+        self.codes = codes
 
 
 def load_architecture(path: str | Path, num_blocks: int | None = None, num_depths: int | None = None) -> Architecture:
@@ -193,6 +196,9 @@ def architecture_from_dict(content: object, source: str) -> Architecture:
         raise _unusable(source, "'use_downsample' is not True or False")
     known = (*arrays, *_LEGACY_KEYS.values(), "operations", "use_downsample")
     info = {key: _plain(value) for key, value in content.items() if key not in known}
+    for key, value in info.items():  # which is written into model files, and shown
+        if not isinstance(key, str) or not torch_files.is_plain(value):
+            raise _unusable(source, f"{shown(key)} is {shown(value)}, not a plain value")
     return Architecture(**arrays, operations=tuple(operations), use_downsample=use_downsample, info=info, source=source)
 
 
@@ -207,7 +213,10 @@ def _unusable(source: str, fault: str) -> UserError:
 
 def _plain(value: object) -> object:
     """Return ``value`` without NumPy's types, which published files hold, and ``weights_only=True`` refuses to read."""
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    is_array = isinstance(value, (np.ndarray, np.generic)) or (
+        isinstance(value, torch.Tensor) and torch_files.is_whole(value)
+    )
+    return value.tolist() if is_array and value.nbytes < 2**20 else value
 
 
 def _whole_numbers(value: object, key: str, source: str) -> np.ndarray:
@@ -215,6 +224,8 @@ def _whole_numbers(value: object, key: str, source: str) -> np.ndarray:
         isinstance(value, torch.Tensor) and value.numel() > _MAX_BLOCKS * 3 * _MAX_DEPTHS
     ):  # in the file, perhaps 1 number
         raise _unusable(source, f"'{key}' has shape {tuple(value.shape)}, too large for an architecture")
+    if not isinstance(value, (torch.Tensor, np.ndarray)) and not torch_files.is_plain(value):  # lists without end
+        raise _unusable(source, f"'{key}' is not an array of numbers")
     try:
         array = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
     except (RuntimeError, TypeError, ValueError) as error:  # RuntimeError: a tensor without values

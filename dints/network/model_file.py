@@ -10,7 +10,7 @@ import torch
 
 from dints import files, torch_files
 from dints.data.tasks import MAX_CLASSES, Task
-from dints.errors import UserError
+from dints.errors import UserError, cut, shown
 from dints.network.architecture import Architecture, architecture_from_dict
 from dints.network.found import FoundNetwork, check_patch_size
 from dints.network.weights import fitting_state, load_weights
@@ -38,9 +38,9 @@ class Model:
 
     Attributes:
         network: with its weights.
-        info: whatever else: ``channel_mul``, the ``dice`` and ``iteration`` of its validation, the ``version``; of its
-            training ``training_cases``, ``validation_cases``, ``fold``, ``num_folds``, ``overlap_ratio``, and
-            the ``ranges`` of `dints.data.plausibility`.
+        info: whatever else: ``channel_mul``, the ``dice`` and ``iteration`` of its validation, the ``version``, its
+            ``run`` (an identity); of its training ``training_cases``, ``validation_cases``, ``fold``, ``num_folds``,
+            ``overlap_ratio``, and the ``ranges`` of `dints.data.plausibility`.
         digest: of the file.
     """
 
@@ -68,30 +68,34 @@ def load_model(path: str | Path) -> Model:
         with torch.device("meta"):  # first without memory, which a damaged channel_mul would ask too much of
             outline = FoundNetwork(*settings)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
-        reason = str(error).partition("\n")[0]  # PyTorch adds its C++ stack
+        reason = cut(str(error).partition("\n")[0], 200)  # PyTorch adds its C++ stack
         raise UserError(
-            f"{path} is damaged: its task and channel_mul {content['channel_mul']!r} describe no network ({reason}); "
-            "give another model file of train_dints.py"
+            f"{path} is damaged: its task and channel_mul {shown(content['channel_mul'])} describe no network "
+            f"({reason}); give another model file of train_dints.py"
         ) from error
     state = fitting_state(outline, content, path, outline.unused_stems)
     network = FoundNetwork(*settings)
     network.load_state_dict(state)
     info = {key: value for key, value in content.items() if key not in ("state_dict", "architecture", "task")}
-    _check_cases(info, path)
+    _check_info(info, path)
     return Model(network, architecture, task, info, files.digest(path))
 
 
-def validation_of(path: Path) -> dict[str, float | int | None] | None:
+def validation_of(path: Path, run: str) -> dict[str, float | int | None] | None:
     """Read of which ``iteration`` a file's network is, and the ``dice`` of its validation; None where there is no file.
 
+    Args:
+        run: identity of the run whose file it has to be; empty for a run, and a file, of before there was one.
+
     Raises:
-        UserError: it is damaged, or does not say so.
+        UserError: it is damaged, of another run, or does not say so.
     """
     if not path.is_file():
         return None
     content = torch_files.load_safely(path)
     noted = {key: content.get(key) for key in ("iteration", "dice")} if isinstance(content, dict) else {}
-    if type(noted.get("iteration")) is not int or not isinstance(noted["dice"], (float, type(None))):
+    is_sound = type(noted.get("iteration")) is int and isinstance(noted["dice"], (float, type(None)))
+    if not is_sound or content.get("run", "") != run:
         raise UserError(f"{path} is not of this run: move it away, and the same command writes it anew")
     return noted
 
@@ -108,7 +112,10 @@ def model_of_weights(path: str | Path, architecture: Architecture, channel_mul: 
     return Model(network, architecture, task, {"channel_mul": channel_mul}, files.digest(path))
 
 
-def _check_cases(info: dict, path: str | Path) -> None:
+def _check_info(info: dict, path: str | Path) -> None:
+    for key, value in info.items():
+        if not isinstance(key, str) or not torch_files.is_plain(value):
+            raise UserError(f"{path} is damaged: its {cut(str(key))} is {shown(value)}; give another model file")
     for key in ("training_cases", "validation_cases"):
         names = info.get(key, [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -118,13 +125,16 @@ def _check_cases(info: dict, path: str | Path) -> None:
             if len(low) != len(high) or len(low) != SIZES_OF_RANGES[name] or not _are((*low, *high), (int, float)):
                 raise ValueError(name)
     except (TypeError, ValueError, LookupError) as error:
-        raise UserError(f"{path} is damaged: its ranges are none ({error}); give another model file") from error
+        raise UserError(
+            f"{path} is damaged: its ranges are none ({cut(str(error))}); give another model file"
+        ) from error
     flips = info.get("flips", {"axes": []})
-    if not isinstance(flips, dict) or not {*flips.get("axes", [None])} <= {0, 1, 2}:
-        raise UserError(f"{path} is damaged: its flips are {flips!r}; give another model file")
+    axes = flips.get("axes") if isinstance(flips, dict) else None
+    if not isinstance(axes, (list, tuple)) or not all(type(axis) is int and axis in (0, 1, 2) for axis in axes):
+        raise UserError(f"{path} is damaged: its flips are {shown(flips)}; give another model file")
     overlap = info.get("overlap_ratio", 0.5)
     if not isinstance(overlap, float) or not 0 <= overlap < 1:
-        raise UserError(f"{path} is damaged: its overlap_ratio is {overlap!r}; give another model file")
+        raise UserError(f"{path} is damaged: its overlap_ratio is {shown(overlap)}; give another model file")
 
 
 def _check_task(task: Task, architecture: Architecture) -> None:
@@ -144,7 +154,7 @@ def _check_task(task: Task, architecture: Architecture) -> None:
         ("channel_files", isinstance(task.channel_files, bool)),
     ):
         if not is_sound:
-            raise ValueError(f"{key} {getattr(task, key)!r}")
+            raise ValueError(f"{key} {shown(getattr(task, key))}")
     check_patch_size(task.patch_size, architecture.num_depths, architecture.use_downsample, "patch_size")
 
 

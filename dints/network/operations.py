@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import nn
 
-from dints.errors import UserError
+from dints.errors import UserError, cut, shown
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def check_names(names: Sequence[str], source: str = "--operations") -> tuple[str
     for name in names:
         if name not in OPERATIONS:
             known = ", ".join(OPERATIONS)
-            raise UserError(f"{source} names the operation {name!r}, which this version does not have ({known})")
+            raise UserError(f"{source} names the operation {shown(name)}, which this version does not have ({known})")
     if len(names) == 0 or len(set(names)) < len(names):
-        raise UserError(f"{source} names {', '.join(names) or 'no operation'}: name each operation once")
+        raise UserError(f"{source} names {cut(', '.join(names)) or 'no operation'}: name each operation once")
     return tuple(names)

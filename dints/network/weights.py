@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dints import torch_files
-from dints.errors import UserError
+from dints.errors import UserError, cut
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -51,7 +51,7 @@ def fitting_state(
             shapes = f" {tuple(state[keys[0]].shape)}, not {tuple(own[keys[0]].shape)}" if keys is misshapen else ""
             raise UserError(
                 f"the weights in {source} do not fit this network: the file {fault.format(f'{len(keys)} tensors')}, "
-                f"for example {keys[0]}{shapes}; give the architecture, channel_mul and data of its training"
+                f"for example {cut(keys[0])}{shapes}; give the architecture, channel_mul and data of its training"
             )
     state = {key: state[key] for key in own}
     nonfinite = [key for key, value in state.items() if not value.isfinite().all()]

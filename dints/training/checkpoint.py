@@ -6,6 +6,7 @@ import hashlib
 import logging
 import shutil
 import time
+import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -15,16 +16,24 @@ from typing import NamedTuple
 import torch
 
 from dints import files, torch_files
-from dints.errors import UserError
+from dints.errors import UserError, cut, shown
+from dints.running.failures import lacks_memory
 from dints.running.precision import Precision
 from dints.running.processes import Processes
+from dints.running.run_folder import LATEST, PREVIOUS
+from dints.training import losses
+from dints.training.differences import differences
 from dints.training.progress import Progress
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of latest.pth; a file of another one is refused
-LATEST, PREVIOUS = "latest.pth", "previous.pth"
 RESULTS = ("Events", "*_history.csv", "search_code_*.pth", "best_metric_model.pth", "progress.yaml")
+CONTENTS = "contents"  # of a configuration: what its digests are of, for messages
+LOSS_BEFORE = "d16c9eded2732f1b"  # of runs that began before their configuration had the loss
+MOST_CHANGES = 30  # in a message
+# What parts raise for a state that is not theirs.
+_MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Diverged(UserError):
@@ -50,7 +59,7 @@ def find_state(
 
     Args:
         configuration: what decides the run's course, see `configured`; a stored run with another one is not continued.
-        resume: ``auto``: continue if there is a state; ``must``: there must be one; ``never``: remove it.
+        resume: ``must``: there must be a state. ``never`` is done with: `dints.running.run_folder.start_afresh`.
         allow_other_num_processes: continue a run that had another number of processes.
 
     Raises:
@@ -58,9 +67,6 @@ def find_state(
     """
     latest, previous = folder / LATEST, folder / PREVIOUS
     stored = [path for path in (latest, previous) if path.exists()]
-    if resume == "never":
-        remove_states(folder)  # or a run that is killed early would continue the old one
-        return None
     if not stored:
         if resume == "must":
             raise UserError(f"--resume must, but there is no {latest}")
@@ -80,11 +86,16 @@ def remove_states(folder: Path) -> None:
 
 
 def configured(flags: Mapping[str, object], num_processes: int, **contents: object) -> dict:
-    """Put what decides a run's course into plain values: flags, number of processes, and digests of ``contents``."""
+    """Put what decides a run's course into plain values: flags, number of processes, contents and the loss.
+
+    Contents and loss are compared by their digests; what these are of stands beside them, for messages.
+    """
+    contents["loss"] = losses.describe()
     return {
         **flags,
         "processes": num_processes,
         **{name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in contents.items()},
+        CONTENTS: {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in contents.items()},
     }
 
 
@@ -105,13 +116,14 @@ def _refuse_results(folder: Path) -> None:
     if found:
         raise UserError(
             f"--output_root {folder} holds results ({', '.join(sorted(found)[:3])}) but no {LATEST} "
-            "to continue from: give another folder, or --resume never to overwrite them"
+            "to continue from: give another folder, or --resume never to move them away"
         )
 
 
 def compare(path: Path, stored: dict, wanted: dict, allow_other_num_processes: bool = False) -> None:
     """Raise `UserError` where the configuration stored in ``path`` is not the wanted one, with all that differs."""
-    keys = sorted({*stored, *wanted})
+    stored = {**({"loss": LOSS_BEFORE} if "loss" in wanted else {}), **stored}
+    keys = sorted({*stored, *wanted} - {CONTENTS})
     differing = [key for key in keys if stored.get(key) != wanted.get(key)]
     if differing == ["processes"] and allow_other_num_processes:
         log.warning(
@@ -121,7 +133,16 @@ def compare(path: Path, stored: dict, wanted: dict, allow_other_num_processes: b
         )
         return
     if differing:
-        changes = [f"{key} was {stored.get(key)!r} and is {wanted.get(key)!r}" for key in differing]
+        known, now = (configuration.get(CONTENTS, {}) for configuration in (stored, wanted))
+        changes = []
+        for key in differing:
+            if key not in now:
+                changes.append(f"{cut(key)} was {shown(stored.get(key))} and is {shown(wanted.get(key))}")
+            else:  # runs that began before there were contents have their digests alone
+                found = differences(key, known[key], now[key]) if key in known else ()
+                changes += [*found] or [f"{key} changed"]
+        if len(changes) > MOST_CHANGES:
+            changes[MOST_CHANGES:] = [f"and {len(changes) - MOST_CHANGES} more"]
         others = ", --allow_other_num_processes" if differing == ["processes"] else ""
         raise UserError(
             f"{path} belongs to a run with other settings ({', '.join(changes)}): use those again to continue "
@@ -158,14 +179,19 @@ class Checkpoint:
         self.processes, self.progress, self.saved_at = processes, Progress(), time.monotonic()
 
     def restore(self, found: Found | None) -> Progress:
-        """Load the state that `find_state` found into the parts, or save that of a new run."""
+        """Load the state that `find_state` found into the parts, or save that of a new run.
+
+        Raises:
+            UserError: a part is not there, or is that of another network or optimizer.
+        """
         if found is None:
+            self.progress.run = self.processes.on_main(_new_identity)
             self.save()
             return self.progress
         state = torch_files.load_safely(found.path)
         for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
-        self.progress = Progress(**state["progress"])
+            _load_part(part, name, state["parts"], found.path)
+        self.progress = Progress.from_dict(state["progress"])
         if state["configuration"]["processes"] != self.processes.world_size and self.progress.step:
             self.progress.iteration, self.progress.step = self.progress.recorded_iteration, 0
         log.info("continuing after epoch %d, iteration %d", self.progress.epoch, self.progress.iteration)
@@ -198,6 +224,42 @@ class Checkpoint:
         self.saved_at = time.monotonic()
 
 
+def _new_identity() -> str:
+    return uuid.uuid4().hex
+
+
+def _load_part(part: object, name: str, states: Mapping[str, object], path: Path) -> None:
+    if name not in states:
+        raise UserError(
+            f"{path} has no state of the part {name}: continue with the version of the scripts that wrote it, or start "
+            "afresh with --resume never"
+        )
+    try:
+        part.load_state_dict(states[name])
+        if isinstance(part, torch.optim.Optimizer):  # which looks at the number of tensors only
+            _check_optimizer(part)
+    except _MISFITS as error:
+        if lacks_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {cut(' '.join(str(error).split()), 200)}"
+        raise UserError(
+            f"{path} does not fit this run: its {name} cannot be loaded ({reason}); move it away to continue from "
+            f"{PREVIOUS}, or start afresh with --resume never"
+        ) from error
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `ValueError` where the state that was loaded is not of the optimizer's own parameters and settings."""
+    for group in optimizer.param_groups:
+        for key, default in optimizer.defaults.items():
+            if type(group.get(key)) is not type(default):
+                raise ValueError(f"{key} is {shown(group.get(key))}")
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, torch.Tensor) or value.shape not in (parameter.shape, ()):
+                    raise ValueError(f"{shown(key)} of a tensor of shape {tuple(parameter.shape)} is {shown(value)}")
+
+
 def _load(path: Path) -> dict:
     """Return the content of a checkpoint that is whole, bit for bit as it was written.
 
@@ -210,9 +272,10 @@ def _load(path: Path) -> dict:
         raise UserError(f"{path} is not a run's checkpoint: move it away, or give another --output_root")
     if state.get("format") != FORMAT:
         raise UserError(
-            f"{path} has the format {state.get('format')}, and this version writes {FORMAT}: continue with the version "
-            "that it is of, or start afresh with --resume never"
+            f"{path} has the format {shown(state.get('format'))}, and this version writes {FORMAT}: continue with the "
+            "version that it is of, or start afresh with --resume never"
         )
+    _check_content(path, state)
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch writes checksums, and does not look at them
             damaged = archive.testzip()
@@ -223,15 +286,39 @@ def _load(path: Path) -> dict:
     return state
 
 
+def _check_content(path: Path, state: dict) -> None:
+    """Raise unless a checkpoint's values are such as `Checkpoint.save` writes, down to each tensor."""
+    configuration, parts = state["configuration"], state["parts"]
+    try:
+        Progress.from_dict(state["progress"])
+        for key, is_sound in (
+            ("configuration", isinstance(configuration, dict) and torch_files.is_plain(configuration)),
+            ("precision", state["precision"] in ("fp32", "bf16", "fp16")),
+            ("parts", isinstance(parts, dict)),
+        ):
+            if not is_sound:
+                raise ValueError(f"{key} is {shown(state[key])}")
+        if type(configuration.get("processes")) is not int or not isinstance(configuration.get(CONTENTS, {}), dict):
+            raise ValueError("configuration lacks the number of processes")
+        if not all(map(torch_files.is_whole, _tensors(parts))):
+            raise ValueError("a tensor is not whole")
+        _check_finite(parts)
+    except (Diverged, *_MISFITS) as error:
+        raise UserError(
+            f"{path} is damaged, and not as a run saves it ({shown(str(error))[1:-1]}): remove it"
+        ) from error
+
+
 def _tensors(content: object) -> Iterator[torch.Tensor]:
-    if isinstance(content, torch.Tensor):
-        yield content
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from _tensors(value)
-    elif isinstance(content, (list, tuple)):
-        for value in content:
-            yield from _tensors(value)
+    """Give the tensors in a nested state, however deep; what stands in it more than once is looked at once."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, Mapping) else value)
 
 
 def _check_finite(parts: Mapping[str, object]) -> None:

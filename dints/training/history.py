@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -40,7 +42,10 @@ class History:
         if enabled:
             if iteration == 0 and (folder / "Events").exists():
                 shutil.rmtree(folder / "Events")
-            self.writer = SummaryWriter(str(folder / "Events"), purge_step=iteration + 1 if iteration else None)
+            self.excepthook = threading.excepthook
+            threading.excepthook = self._report_unless_raised
+            with self._writing():
+                self.writer = SummaryWriter(str(folder / "Events"), purge_step=iteration + 1 if iteration else None)
             for table in (folder / LOSSES, folder / ACCURACY):
                 write_rows(table, [row for row in read_rows(table) if int(row["iteration"]) <= iteration])
 
@@ -60,8 +65,7 @@ class History:
             )
             self.logged_at = time.monotonic()
         self._add(LOSSES, "train", progress, {**values, "seconds_per_iteration": progress.seconds_per_iteration})
-        if self.enabled:
-            self.writer.flush()  # a run that is killed is continued after this epoch
+        self._flush()  # a run that is killed is continued after this epoch
 
     def add_validation(
         self, progress: Progress, scores: Scores | None, more: Mapping[str, float | None] | None = None
@@ -83,14 +87,37 @@ class History:
             columns = [f"dice_{name.replace(' ', '_')}" for name in self.class_names[1:]]
             row = {"dice": scores.mean, **dict(zip(columns, scores.per_class, strict=True)), **(more or {})}
             self._add(ACCURACY, "validation", progress, row)
+        self._flush()
         if self.enabled:
-            self.writer.flush()
             self.write_progress(progress)
             self._draw()
 
     def close(self) -> None:
         if self.enabled:
-            self.writer.close()
+            with self._writing():
+                self.writer.close()
+            threading.excepthook = self.excepthook
+
+    def _flush(self) -> None:
+        if self.enabled:
+            with self._writing():
+                self.writer.flush()
+
+    def _report_unless_raised(self, raised: threading.ExceptHookArgs) -> None:
+        """Print no traceback of what TensorBoard's thread could not write, for `_writing` reports it."""
+        if not (isinstance(raised.exc_value, OSError) and type(raised.thread).__module__.startswith("tensorboard.")):
+            self.excepthook(raised)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Report in one line what TensorBoard could not write: its thread raises at a later call."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.folder / 'Events'} cannot be written: {error.strerror or error}; free some space, then "
+                "the same command continues"
+            ) from error
 
     def _add(self, name: str, group: str, progress: Progress, values: Mapping[str, float | None]) -> None:
         if not self.enabled:
@@ -104,7 +131,8 @@ class History:
         add_row(self.folder / name, row)
         for key, value in values.items():
             if value is not None:
-                self.writer.add_scalar(f"{group}/{key}", value, progress.iteration)
+                with self._writing():
+                    self.writer.add_scalar(f"{group}/{key}", value, progress.iteration)
 
     def _draw(self) -> None:
         try:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from monai.losses import DiceLoss
+from torch import nn
 from torch.nn import functional as F
 
-from dints.errors import UserError
+from dints.errors import UserError, shown
 from dints.running.processes import Processes
 
 LOSS_VALUES = ("sum of the finite losses", "their number", "steps in a row, until now, that are not finite")
 CHECK_EVERY = 20  # steps, after which those in a row are looked at; on a GPU a look waits for it
 MAX_IN_A_ROW = 5
+MAX_NUMBERS, MAX_DEPTH = 100, 4  # in the description of the loss
 
 
 def _cross_entropy(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -49,6 +54,61 @@ def segmentation_loss(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor
         label: (batch, 1, *spatial).
     """
     return sum(weight * term(scores, label) for weight, term in TERMS)
+
+
+@functools.cache  # as they are before the first step: a module's attributes may change with its use
+def describe() -> list[dict]:
+    """Return `TERMS` as plain values, by which a run knows whether it still minimises the same.
+
+    A class or function of PyTorch or MONAI is known by its name, any other one by its source too. What that calls in
+    turn is not looked at.
+    """
+    return [{"weight": weight, **_described(term)} for weight, term in TERMS]
+
+
+def _described(thing: Callable, depth: int = 0) -> dict[str, object]:
+    """Return the name of a function or object, its settings, and the digest of its source."""
+    if isinstance(thing, functools.partial):
+        settings, kind = {"of": thing.func, "given": thing.args, **thing.keywords}, functools.partial
+    elif inspect.isfunction(thing):
+        variables, kind = inspect.getclosurevars(thing), thing
+        settings = {name: value for name, value in variables.globals.items() if isinstance(value, (int, float, str))}
+        settings |= variables.nonlocals
+    else:
+        settings, kind = {**getattr(thing, "__dict__", {})}, type(thing)
+    if isinstance(thing, nn.Module):
+        settings |= {**thing._parameters, **thing._buffers, **thing._modules}
+    own = {name: value for name, value in sorted(settings.items()) if not name.startswith("_") and name != "training"}
+    found = {"name": kind.__qualname__, "settings": {name: _plain(value, depth + 1) for name, value in own.items()}}
+    return found | _source(kind)
+
+
+def _plain(value: object, depth: int) -> object:
+    for kind in (bool, int, float, str):  # also of what is derived from these, such as enumerations
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, torch.Tensor):
+        return value.tolist() if value.numel() <= MAX_NUMBERS else {"source": _digest(repr(value.tolist()))}
+    if value is None or depth > MAX_DEPTH:
+        return None if value is None else type(value).__qualname__
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, depth + 1) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, depth + 1) for item in value]
+    return _described(value, depth) if callable(value) else type(value).__qualname__
+
+
+def _source(kind: Callable) -> dict[str, str]:
+    if kind.__module__.partition(".")[0] in ("functools", "monai", "torch"):
+        return {}
+    try:
+        return {"source": _digest(inspect.getsource(kind))}
+    except (OSError, TypeError):  # it was not read from a file
+        return {}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class EpochLoss:
@@ -110,6 +170,8 @@ class EpochLoss:
         return {"ranks": self.processes.sum(ranks).cpu()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        if state["ranks"].shape[1:] != (len(LOSS_VALUES),):
+            raise ValueError(f"ranks have {shown(tuple(state['ranks'].shape))} values")
         if len(state["ranks"]) == self.processes.world_size:  # else the epoch begins anew
             self.values.copy_(state["ranks"][self.processes.rank])
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from dints.errors import shown
+
+BEST = {"best_dice": float, "best_epoch": int, "best_iteration": int, "best_path": str}  # kinds, where not None
 
 
 @dataclass
@@ -14,6 +19,7 @@ class Progress:
     """How far a run has come, and its best validation so far (``best_*`` are None before the first).
 
     Attributes:
+        run: identity of the run, which its model file has too; empty where the run began before there was one.
         epoch: how many are completed, with their validation.
         step: steps done in the epoch that is running.
         iteration: steps done in all.
@@ -32,6 +38,23 @@ class Progress:
     best_epoch: int | None = None
     best_iteration: int | None = None
     best_path: str | None = None
+    run: str = field(default="", compare=False)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, object]) -> Progress:
+        """Return the progress in a checkpoint; an attribute that an older one lacks has its default.
+
+        Raises:
+            ValueError, TypeError: they are not what the attributes are.
+        """
+        progress = Progress(**values)
+        for name, default in asdict(Progress()).items():
+            value, kind = getattr(progress, name), BEST.get(name, type(default))
+            is_kind = type(value) is kind or (kind is float and type(value) is int)
+            is_sound = is_kind and (kind is str or (math.isfinite(value) and value >= 0))
+            if not is_sound and not (value is None and name in BEST):
+                raise ValueError(f"{name} is {shown(value)}")
+        return progress
 
     @property
     def current_epoch(self) -> int:

@@ -146,18 +146,11 @@ class TestLedger:
 
 class TestFolder:
     def test_goes_on_with_the_same_settings_and_its_own_precision(self, tmp_path):
-        assert open_folder(tmp_path / "c", {"seed": 0}, "bf16", "auto") == "bf16"
-        assert open_folder(tmp_path / "c", {"seed": 0}, "fp32", "auto") == "bf16"
+        assert open_folder(tmp_path / "c", {"seed": 0}, "bf16") == "bf16"
+        assert open_folder(tmp_path / "c", {"seed": 0}, "fp32") == "bf16"
         assert json.loads((tmp_path / "c/settings.json").read_text())["precision"] == "bf16"
 
     def test_refuses_other_settings_and_names_them(self, tmp_path):
-        open_folder(tmp_path / "c", {"seed": 0, "memory_mib": 5}, "bf16", "auto")
+        open_folder(tmp_path / "c", {"seed": 0, "memory_mib": 5}, "bf16")
         with pytest.raises(UserError, match=r"settings.json belongs to a run with other .*memory_mib was 5 and is 6\)"):
-            open_folder(tmp_path / "c", {"seed": 0, "memory_mib": 6}, "bf16", "auto")
-
-    def test_never_starts_afresh(self, tmp_path):
-        ledger(tmp_path, Trainings()).results(CANDIDATES, 100)
-        assert open_folder(tmp_path / "candidates", {"seed": 1}, "fp32", "never") == "fp32"
-        afresh = Trainings()
-        ledger(tmp_path, afresh).results(CANDIDATES, 100)
-        assert len(afresh.done) == 6
+            open_folder(tmp_path / "c", {"seed": 0, "memory_mib": 6}, "bf16")

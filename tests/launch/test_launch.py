@@ -260,6 +260,10 @@ class Launch:
         """Return the steps from which workers went on."""
         return sorted(map(int, lines(self.folder / "starts")))
 
+    def launches(self) -> set[str]:
+        """Return how the workers know what started them, and a process that died before."""
+        return set(lines(self.folder / "launches"))
+
     def log_level(self) -> str:
         return (self.folder / "log_level").read_text()
 
@@ -356,6 +360,7 @@ def test_the_run_goes_on_after_a_worker_failed_and_after_each_rank_was_killed(tm
     assert run.codes() == [0] and run.steps() == 100, run.said()
     first, second, third, fourth = run.starts()[::2]
     assert (first, second) == (0, 10) and third >= 40 and fourth >= 60 and run.starts()[1::2] == run.starts()[::2]
+    assert len(run.launches()) == 1
 
 
 @pytest.mark.slow
@@ -366,6 +371,7 @@ def test_workers_that_always_fail_end_the_run_with_their_code(tmp_path):
     bad = Launch(tmp_path / "2", *arguments, "2", processes=1, TORCH_CPP_LOG_LEVEL="INFO")
     assert (failing.codes(), bad.codes()) == ([7], [2])
     assert (len(failing.starts()), len(bad.starts())) == (2, 1)
+    assert len(failing.launches()) == len(bad.launches()) == 1 and failing.launches() != bad.launches()
     assert (failing.log_level(), bad.log_level()) == ("unset", "INFO")
 
 
@@ -409,6 +415,7 @@ def test_two_nodes_go_on_after_one_lost_its_worker_and_after_it_died_and_came_ba
     run.nodes[1].wait()
     run.nodes[1] = run.start_node(1)
     assert run.codes() == [0, 0] and run.steps() == 100, run.said()
+    assert len(run.launches()) == 3  # of a node each, and of the one that came back
 
 
 @pytest.mark.slow
@@ -496,13 +503,13 @@ def test_a_job_that_is_warned_is_queued_again_and_no_other(arguments, sent, code
 def test_a_search_goes_on_where_its_job_was_interrupted(phantom, tmp_path):
     environment = {"TASK": phantom.name, "DATA_ROOT": str(phantom), "FOLD": "0", "OUTPUT_ROOT": f"{tmp_path}/run"}
     command = [CHECKOUT / "search_dints.sh", *TINY, "--num_epochs", "20", "--num_epochs_warmup", "5"]
-    command += ["--num_epochs_per_validation", "20"]
+    command += ["--num_epochs_per_validation", "20", "--resume", "never"]  # which a job does once
     output = tmp_path / "output"
     job = start_job(tmp_path, *command, **environment)
     wait_for(lambda: (tmp_path / "run" / "loss_history.csv").exists())
     job.send_signal(signal.SIGUSR1)
     assert job.wait(LIMIT) == USR1 and lines(tmp_path / "calls") == ["requeue 42"], output.read_text()
-    assert start_job(tmp_path, *command, **environment).wait(200) == 0, output.read_text()
+    assert start_job(tmp_path, *command, **environment, SLURM_RESTART_COUNT="1").wait(200) == 0, output.read_text()
     assert lines(tmp_path / "calls") == ["requeue 42"]
     assert "on 2 x cpu" in output.read_text() and "continuing after" in output.read_text()
     assert len(list((tmp_path / "run").glob("search_code_*.pth"))) == 1

@@ -13,6 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from dints import launcher
+
 
 def meet_others() -> tuple[Callable[[int], int], Callable[[], None]]:
     """Return how the ranks agree on the largest of their numbers, and how one leaves."""
@@ -38,8 +41,9 @@ def main(args: argparse.Namespace) -> int:
     agree, leave = (int, lambda: None) if args.alone else meet_others()
     (args.folder / f"rank{rank}").write_text(str(os.getpid()))
     (args.folder / "log_level").write_text(os.environ.get("TORCH_CPP_LOG_LEVEL", "unset"))
-    with (args.folder / "starts").open("a") as starts:
-        starts.write(f"{start}\n")
+    for name, value in (("starts", start), ("launches", launcher.launches()[0])):
+        with (args.folder / name).open("a") as file:
+            file.write(f"{value}\n")
     for step in range(start, args.steps):
         if stop := agree(received[0] if received else 0):
             leave()

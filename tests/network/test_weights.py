@@ -81,6 +81,7 @@ MISFITS = {
         )
         for key in ("head.bias", "stem_down.2.mod.9.bias", "stem_down.4.mod.1.weight")
     },
+    "a long name": (lambda fit: {**fit, "x" * 10**6: torch.ones(2)}, r"has 1 tensors .* example x+\.\.\.; give"),
     "NaN": (lambda fit: {**fit, BIAS: torch.tensor([0, math.nan, 0])}, f"are NaN or infinite in 1 .* {BIAS}: give"),
     "infinite": (lambda fit: {**fit, BIAS: torch.tensor([0, 0, -math.inf])}, "are NaN or infinite in 1 tensors"),
 }
@@ -97,7 +98,7 @@ def assert_refused(content: object, fault: str) -> None:
     network = FoundNetwork(UP, 2, 3, SMALL)
     with pytest.raises(UserError, match=f"weights.pth .*{fault}") as caught:
         fitting_state(network, content, "weights.pth", network.unused_stems)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 @pytest.mark.fault("weights of another architecture")

@@ -6,7 +6,8 @@ beside latest.pth. Pictures are not drawn, and costs of networks not measured.
 
 A line: {"stage": "search_dints", "flags": [...], "world_size": 2, "fault": {...}}. A fault: the place (see `FAULTS`),
 the iteration, the signal, and to whom: "all", a rank, or "worker", which is rank 0's first. Instead of a signal, NAN
-makes a rank's batches unusable from that iteration up to "until". The answer: each rank's exit code and what it said,
+makes a rank's batches unusable from that iteration up to "until". "launch", where it is not empty, is the folder that
+torchrun has for one start of the processes. The answer: each rank's exit code and what it said,
 the seconds from the signal to the end, and whether a worker outlived the run.
 """
 
@@ -48,7 +49,7 @@ def serve() -> None:
         print(json.dumps(run(**json.loads(line))), flush=True)
 
 
-def run(stage: str, flags: list[str], world_size: int, fault: dict | None) -> dict:
+def run(stage: str, flags: list[str], world_size: int, fault: dict | None, launch: str) -> dict:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -58,6 +59,8 @@ def run(stage: str, flags: list[str], world_size: int, fault: dict | None) -> di
         pid = os.fork()
         if pid == 0:
             become_rank(rank, world_size, port, pids, said[rank].fileno())
+            if launch:
+                os.environ["TORCHELASTIC_ERROR_FILE"] = f"{launch}/{rank}/error.json"
             if fault is not None:
                 install(fault, rank, struck)
             sys.argv = [f"{stage}.py", *flags]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -65,12 +66,18 @@ def test_a_run_that_is_killed_goes_on_to_the_same_winner(theatre, straight, tmp_
 
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
 def test_a_run_that_is_asked_to_stop_says_where_and_goes_on(theatre, straight, tmp_path):
-    done = theatre.run("search", tmp_path, 1, *COMPETING, fault=strike("step", 22, "TERM"))
+    """A fresh start, by a launch that starts it again: it is not one the second time."""
+    (tmp_path / "candidates").mkdir()
+    (tmp_path / "candidates/settings.json").write_text("of another run")
+    never, launch = ("--resume", "never"), f"{tmp_path}/logs/run_a/attempt_"
+    at = strike("step", 22, "TERM")
+    done = theatre.run("search", tmp_path, 1, *COMPETING, *never, fault=at, launch=f"{launch}0")
     assert done["codes"] == [128 + signal.SIGTERM], done["said"]
     (line,) = [line for line in done["said"][0].splitlines() if line.startswith("stopped")]
     assert line.startswith(f"stopped after iteration 22, with its state in {tmp_path}/candidates/"), line
-    said = theatre.finish("search", tmp_path, 1, *COMPETING)
+    said = theatre.finish("search", tmp_path, 1, *COMPETING, *never, launch=f"{launch}1")
     assert said.count("continuing after epoch") == 2  # the gradient search, and the training that was stopped
+    shutil.rmtree(tmp_path / "before_1")
     assert_same_winner(straight, tmp_path)
 
 

@@ -57,9 +57,9 @@ def kill(theatre: Theatre, stage: str, folder: Path, processes: int, *more: obje
     assert done["codes"] == [-signal.SIGKILL] * processes, "\n".join(done["said"])
 
 
-def finish(theatre: Theatre, stage: str, folder: Path, processes: int, *more: object) -> str:
+def finish(theatre: Theatre, stage: str, folder: Path, processes: int, *more: object, **how: str) -> str:
     """Run the command to its end, which must be that of the run that nothing stopped; return what rank 0 said."""
-    said = theatre.finish(stage, folder, processes, *more)
+    said = theatre.finish(stage, folder, processes, *more, **how)
     assert_same_end(theatre.straight(stage, processes), folder)
     return said
 
@@ -252,6 +252,51 @@ def test_a_number_of_iterations_holds_for_any_number_of_processes_up_to_an_epoch
         theatre.finish("train", tmp_path / str(processes), processes, "--num_iterations", 11)
         ends.append(progress_of(tmp_path / str(processes))["iteration"])
     assert ends == [10, 12]  # 5 and 3 an epoch
+
+
+# Fresh starts
+
+
+@pytest.mark.fault("non-empty output folder of another run")
+def test_a_fresh_start_that_is_killed_keeps_nothing_of_the_run_before(theatre, tmp_path):
+    """Neither its network, which may have been better, nor its curves; they are in a folder of their own."""
+    theatre.finish("train", tmp_path, 1, "--seed", 5, "--num_epochs_per_validation", 1)
+    before = torch.load(tmp_path / "best_metric_model.pth", weights_only=True)
+    kill(theatre, "train", tmp_path, 1, "--resume", "never", at=strike("step", EPOCH[1] + 2))
+    assert not (tmp_path / "best_metric_model.pth").exists()
+    finish(theatre, "train", tmp_path, 1)
+    kept = torch.load(tmp_path / "before_1/best_metric_model.pth", weights_only=True)
+    run = torch.load(tmp_path / "latest.pth", weights_only=True)["progress"]["run"]
+    ours = torch.load(tmp_path / "best_metric_model.pth", weights_only=True)
+    assert kept["run"] == before["run"] != ours["run"] == run and len(run) == 32
+
+
+def test_a_model_file_of_another_run_is_not_taken_for_this_ones(theatre, tmp_path):
+    other = theatre.straight("train", 1) / "best_metric_model.pth"
+    kill(theatre, "train", tmp_path, 1, "--save_minutes", 0, at=strike("step", EPOCH[1] + 2))
+    shutil.copy(other, tmp_path)
+    done = theatre.run("train", tmp_path, 1)
+    assert done["codes"] == [1]
+    assert one_error(done["said"][0]).startswith(
+        f"error: {tmp_path}/best_metric_model.pth is not of this run: move it away"
+    )
+
+
+@pytest.mark.fault("torchrun --max-restarts")
+def test_processes_that_are_started_again_continue_their_launchs_fresh_start(theatre, tmp_path):
+    theatre.finish("train", tmp_path, 2, "--seed", 5)
+    never, launch, middle = ("--resume", "never"), f"{tmp_path}/logs/run_a/attempt_", EPOCH[2] + 2
+    done = theatre.run(
+        "train", tmp_path, 2, *never, "--save_minutes", 0, fault=strike("step", middle), launch=f"{launch}0"
+    )
+    assert done["codes"] == [-signal.SIGKILL] * 2
+    done = theatre.run("train", tmp_path, 2, *never, fault=strike("step", middle + 1, "TERM"), launch=f"{launch}1")
+    said = "".join(done["said"])
+    assert done["codes"] == [128 + signal.SIGTERM] * 2 and f"continuing after epoch 1, iteration {middle - 1}" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("stopped")]
+    assert "the same command without --resume never continues it: train_dints.py" in line and "never" not in line[-200:]
+    finish(theatre, "train", tmp_path, 2, *never, launch=f"{launch}2")
+    assert (tmp_path / "before_1/latest.pth").exists() and not (tmp_path / "before_2").exists()
 
 
 # Commands as they are given

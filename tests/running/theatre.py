@@ -47,20 +47,21 @@ class Theatre:
         flags += SEARCH.split() if stage == "search" else ["--arch_ckpt", self.root / "arch.pth"]
         return [str(flag) for flag in (*flags, *more)]
 
-    def run(self, stage: str, folder: Path, processes: int, *more: object, fault: dict | None = None) -> dict:
+    def run(self, stage: str, folder: Path, processes: int, *more: object, fault: dict | None = None, **how) -> dict:
         """Run a command of a training stage; return what interrupted.py answers."""
         workers = () if "--num_workers" in more else ("--num_workers", 0)
-        return self.command(stage, processes, *self.flags(stage, folder, *workers, *more), fault=fault)
+        return self.command(stage, processes, *self.flags(stage, folder, *workers, *more), fault=fault, **how)
 
-    def command(self, stage: str, processes: int, *flags: object, fault: dict | None = None) -> dict:
+    def command(self, stage: str, processes: int, *flags: object, fault: dict | None = None, launch: str = "") -> dict:
         request = {"stage": f"{stage}_dints", "flags": [*map(str, flags)], "world_size": processes, "fault": fault}
+        request["launch"] = launch
         print(json.dumps(request), file=self.server.stdin, flush=True)
         done = json.loads(self.server.stdout.readline())
         assert not done["survivors"], "a worker outlives its run"
         return done
 
-    def finish(self, stage: str, folder: Path, processes: int, *more: object) -> str:
+    def finish(self, stage: str, folder: Path, processes: int, *more: object, **how: str) -> str:
         """Run the command to its end; return what rank 0 said."""
-        done = self.run(stage, folder, processes, *more)
+        done = self.run(stage, folder, processes, *more, **how)
         assert done["codes"] == [0] * processes, "\n".join(done["said"])
         return done["said"][0]

@@ -14,6 +14,7 @@ from commands import CHECKOUT, infer, search, train
 
 from dints.network.architecture import load_architecture
 from dints.network.model_file import load_model
+from dints.running.run_folder import WRITTEN
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +49,8 @@ def check_files(said: str, results: Path) -> None:
     winner = load_architecture(code)
     assert model.architecture.codes() == winner.codes() and model.info["channel_mul"] == winner.channel_mul
     assert len(list(csv.DictReader((results / "search" / "candidates.csv").open()))) == 4
+    for path in (path for stage in ("search", "train") for path in (results / stage).iterdir()):
+        assert path.name == ".lock" or any(map(path.match, WRITTEN)), path  # or a fresh start would leave it
 
 
 def printed_dice(said: str, results: Path) -> dict[str, float]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +15,13 @@ import torch
 from states import progress_of
 
 import search_dints
-from dints import options
+from dints import options, torch_files
+from dints.data.tasks import TASKS
 from dints.errors import UserError
 from dints.running.precision import Precision
 from dints.running.processes import Processes
 from dints.training import checkpoint as module
+from dints.training import losses
 from dints.training.checkpoint import Checkpoint, configured, find_state
 from dints.training.progress import Progress
 
@@ -198,12 +202,6 @@ def test_another_number_of_processes_needs_a_flag(tmp_path, caplog):
         find_state(tmp_path, {**other, "seed": 1}, allow_other_num_processes=True)
 
 
-def test_never_starts_afresh_and_leaves_nothing_to_continue(tmp_path):
-    save(tmp_path, 1.0, 2.0)
-    assert find_state(tmp_path, {"other": 1}, resume="never") is None
-    assert not list(tmp_path.iterdir())
-
-
 def test_must_needs_something_to_continue(tmp_path):
     with pytest.raises(UserError, match="--resume must, but there is no .*latest.pth"):
         find_state(tmp_path, CONFIGURATION, resume="must")
@@ -215,7 +213,6 @@ def test_results_without_a_state_are_not_overwritten(tmp_path, name):
     (tmp_path / name).mkdir() if name == "Events" else (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=f"holds results .{name}. but no latest.pth to continue from: .*--resume never"):
         find_state(tmp_path, CONFIGURATION)
-    assert find_state(tmp_path, CONFIGURATION, resume="never") is None
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"configuration": {}}])
@@ -230,6 +227,212 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FORMAT", 2)
     with pytest.raises(UserError, match="has the format 1, and this version writes 2: .*--resume never"):
         find_state(tmp_path, CONFIGURATION)
+
+
+# Contents and the loss
+
+
+CASES = [f"case_{number}.nii.gz" for number in range(6)]
+SPLEEN = TASKS["Task09_Spleen"]
+
+
+def contents(**changed: object) -> dict:
+    """Return a configuration as the scripts make it."""
+    return configured({"seed": 0}, 1, **{"task": SPLEEN, "cases": CASES, "architecture": ([[0]],)} | changed)
+
+
+def saved(folder: Path, configuration: dict, **more: object) -> None:
+    """Save a state with this configuration, as a run does."""
+    state = {"format": module.FORMAT, "configuration": configuration, "precision": "fp32", "parts": {}}
+    torch.save({**state, "progress": {"epoch": 1, "iteration": 3}, **more}, folder / "latest.pth")
+
+
+def begun_with(folder: Path, configuration: dict, parts: dict) -> Checkpoint:
+    checkpoint = Checkpoint(folder, configuration, parts, Precision("fp32", CPU), Processes(0, 1, CPU))
+    checkpoint.restore(find_state(folder, configuration))
+    return checkpoint
+
+
+@pytest.mark.fault("resume with other data or other flags")
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"task": replace(SPLEEN, spacing=(2.0, 2.0, 2.0), intensity=None)},
+            "task intensity was [-125.0, 275.0] and is None, task spacing was [1.0, 1.0, 1.0] and is [2.0, 2.0, 2.0]",
+        ),
+        (
+            {"cases": [*CASES[:5], "new_1", "new_2", "new_3", "new_4"]},
+            "of the cases 4 came (new_1, new_2, new_3, ...) and 1 went (case_5.nii.gz)",
+        ),
+        ({"cases": CASES[:4]}, "of the cases 2 went (case_4.nii.gz, case_5.nii.gz)"),
+        ({"cases": CASES[::-1]}, "the cases are in another order"),
+        ({"architecture": ([[1]],)}, "architecture changed"),
+    ],
+)
+def test_what_differs_in_the_contents_is_said_without_digests(tmp_path, changed, said):
+    saved(tmp_path, contents())
+    with pytest.raises(UserError, match=re.escape(f"belongs to a run with other settings ({said}): use those again")):
+        find_state(tmp_path, contents(**changed))
+
+
+def test_a_long_list_of_differences_is_cut(tmp_path):
+    saved(tmp_path, {**contents(), **{f"{number}" * 50_000: "x" * 50_000 for number in range(99)}})
+    with pytest.raises(UserError, match="and 69 more") as refused:
+        find_state(tmp_path, contents())
+    assert len(str(refused.value)) < 10_000
+
+
+def test_a_run_of_before_contents_and_identities_is_continued(tmp_path):
+    """Its configuration has digests alone, none of the loss, and its progress no identity."""
+    before = {key: value for key, value in contents().items() if key not in ("contents", "loss")}
+    saved(tmp_path, before)
+    assert find_state(tmp_path, contents()) is not None
+    with pytest.raises(UserError, match="[(]cases changed, seed was 0 and is 1[)]"):
+        find_state(tmp_path, {**contents(cases=[]), "seed": 1})
+    assert begun_with(tmp_path, contents(), {}).progress.run == ""
+
+
+def test_a_run_has_an_identity_which_it_keeps(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first, again, other = (begun_with(tmp_path / name, contents(), {}).progress.run for name in "aab")
+    assert len(first) == 32 and again == first and other != first
+
+
+@pytest.fixture
+def terms(monkeypatch):
+    """Return a function that changes the terms of the loss, as a person does who edits them."""
+
+    def change(*changed: tuple) -> None:
+        monkeypatch.setattr(losses, "TERMS", changed)
+        losses.describe.cache_clear()
+
+    yield change
+    losses.describe.cache_clear()
+
+
+@pytest.mark.parametrize("began_before", [False, True])
+def test_a_run_with_another_loss_is_refused(tmp_path, terms, began_before):
+    """Also one that began before the loss was noted."""
+    first = contents()
+    noted = {key: value for key, value in first["contents"].items() if key != "loss"}
+    saved(
+        tmp_path, {**{key: first[key] for key in first if key != "loss"}, "contents": noted} if began_before else first
+    )
+    dice, cross_entropy = losses.TERMS
+    terms((2.0, dice[1]), cross_entropy, (0.5, torch.nn.MSELoss()))
+    said = "loss changed" if began_before else "loss 1 weight was 1.0 and is 2.0, loss 3 was None and is 'MSELoss'"
+    with pytest.raises(UserError, match=re.escape(f"other settings ({said}): use those again")):
+        find_state(tmp_path, contents())
+
+
+def test_the_loss_of_runs_that_began_before_it_was_noted_is_this_one():
+    assert contents()["loss"] == module.LOSS_BEFORE
+
+
+# Hostile files
+
+
+def endless() -> list:
+    value = ["x"] * 50
+    for _ in range(50):
+        value = [value] * 50
+    return value
+
+
+def deep() -> list:
+    """Return a list that is as deep as `torch.save` can write without that its recursion ends."""
+    value = []
+    for _ in range(300):
+        value = [value]
+    return value
+
+
+HOSTILE = {
+    "configuration, a list": {"configuration": [1]},
+    "configuration, endless": {"configuration": {"processes": 1, "seed": endless()}},
+    "configuration, deep": {"configuration": {"processes": 1, "seed": deep()}},
+    "configuration, tensor": {"configuration": {"processes": 1, "seed": torch.zeros(3)}},
+    "configuration, keys": {"configuration": {"processes": 1, 5: 1, (1, 2): 3}},
+    "configuration, numbers for keys": {"configuration": {"processes": 1, 5: 1}},
+    "configuration, processes": {"configuration": {"processes": "many"}},
+    "configuration, contents": {"configuration": {"processes": 1, "contents": ["x"]}},
+    "configuration, other contents": {"configuration": {"processes": 1, "contents": {"cases": 5, "loss": [[[]]]}}},
+    "precision": {"precision": "fp64"},
+    "precision, endless": {"precision": endless()},
+    "progress, a list": {"progress": [1, 2]},
+    "progress, unknown": {"progress": {"epoch": 1, "colour": "red"}},
+    "progress, text": {"progress": {"epoch": "one"}},
+    "progress, negative": {"progress": {"epoch": -1}},
+    "progress, NaN": {"progress": {"seconds": float("nan")}},
+    "progress, best": {"progress": {"best_dice": endless()}},
+    "parts, a tensor": {"parts": torch.zeros(3)},
+    "parts, missing": {"parts": {"optimizer": {}}},
+    "network, endless": {"parts": {"network": endless()}},
+    "network, deep": {"parts": {"network": deep()}},
+    "network, other shape": {"parts": {"network": {"weight": torch.zeros(9, 4), "bias": torch.zeros(4)}}},
+    "network, missing": {"parts": {"network": {"weight": torch.zeros(4, 4)}}},
+    "network, long name": {"parts": {"network": {"weight": torch.zeros(4, 4), "x" * 10**6: torch.zeros(4)}}},
+    "network, NaN": {"parts": {"network": {"weight": torch.full((4, 4), torch.nan), "bias": torch.zeros(4)}}},
+    "network, repeated": {"parts": {"network": {"weight": torch.zeros(1).expand(10**12)}}},
+    "network, sparse": {"parts": {"network": {"weight": torch.eye(4).to_sparse(), "bias": torch.zeros(4)}}},
+    "format": {"format": endless()},
+}
+
+
+def network_and_optimizer() -> dict:
+    network = layer(0.0)
+    return {"network": network, "optimizer": torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)}
+
+
+@pytest.mark.fault("missing key, codes, rows, paths, nodes")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_checkpoint_is_refused_in_one_short_line(tmp_path, name):
+    saved(tmp_path, **{"configuration": contents(), **HOSTILE[name]})
+    with pytest.raises(UserError, match="latest.pth") as refused:
+        begun_with(tmp_path, contents(), network_and_optimizer())
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["state"][0].update(momentum_buffer=torch.zeros(9, 9)),
+        lambda state: state["state"][0].update(momentum_buffer="x"),
+        lambda state: state["param_groups"][0].update(momentum="x"),
+        lambda state: state["param_groups"][0].update(params=[0]),
+        lambda state: state.update(param_groups=5),
+    ],
+    ids=["shape", "text", "setting", "fewer", "groups"],
+)
+def test_a_hostile_optimizer_is_refused_in_one_short_line(tmp_path, change):
+    parts = network_and_optimizer()
+    parts["network"](torch.zeros(1, 4)).sum().backward()
+    parts["optimizer"].step()
+    states = {name: part.state_dict() for name, part in parts.items()}
+    change(states["optimizer"])
+    saved(tmp_path, contents(), parts=states)
+    with pytest.raises(UserError, match="latest.pth does not fit this run: its optimizer cannot be loaded") as refused:
+        begun_with(tmp_path, contents(), network_and_optimizer())
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"a": [1, 2.5, "x", None, (True,)]}, True),
+        (endless(), False),
+        (deep(), False),
+        ("x" * 10**6, False),
+        (10**30, False),
+        ([torch.zeros(1)], False),
+        ({(1, 2): 3}, False),
+    ],
+    ids=["plain", "endless", "deep", "long", "large", "tensor", "key"],
+)
+def test_what_is_plain(content, expected):
+    assert torch_files.is_plain(content) is expected
 
 
 @pytest.mark.fault("resume with other data or other flags")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from states import scalars
 from tensorboard.summary.writer import event_file_writer
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dints.errors import UserError
 from dints.training import curves
@@ -157,6 +160,27 @@ def test_a_fresh_start_replaces_tables_and_events(tmp_path):
     run(tmp_path, range(1))
     assert iterations(tmp_path / LOSSES) == iterations(tmp_path / ACCURACY) == [10]
     assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [10]
+
+
+@pytest.mark.fault("disk full while saving")
+def test_a_disk_that_is_full_for_tensorboard_is_one_error_and_no_traceback(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    written = pytest.raises(UserError, match="Events cannot be written: No space left on device; free some space, then")
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", full)
+        with written:
+            run(tmp_path / "at the start", range(1))
+    history = History(tmp_path, CLASSES, 0, enabled=True)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with written:
+        history.add_epoch(Progress(0, 10, 10), {"loss": 0.5})
+    assert printed == []
+    history._report_unless_raised(SimpleNamespace(exc_value=OSError(28), thread=threading.current_thread()))
+    assert len(printed) == 1  # of any other thread
 
 
 def test_other_ranks_write_nothing(tmp_path, drawn):

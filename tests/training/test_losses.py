@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from monai.losses import DiceCELoss
+from monai.losses import DiceCELoss, DiceLoss
 from monai.networks.utils import one_hot
+from torch import nn
+from torch.nn import functional as F
 
 from dints.errors import UserError
 from dints.running.processes import Processes
+from dints.torch_files import is_plain
 from dints.training import losses
 from dints.training.losses import CHECK_EVERY, MAX_IN_A_ROW, EpochLoss, segmentation_loss
 
@@ -49,6 +54,65 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(monkeypatch):
         losses, "TERMS", ((2.0, lambda scores, label: scores.sum()), (0.5, lambda _, label: label.sum()))
     )
     assert segmentation_loss(torch.tensor([1.0, 3.0]), torch.tensor([4.0])) == 2 * 4 + 0.5 * 4
+
+
+# What it is, for runs that are continued
+
+
+def term_of(sharpness: float) -> Callable:
+    def term(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return sharpness * scores.mean()
+
+    return term
+
+
+class OwnTerm(nn.Module):
+    """Stands for one that a person wrote."""
+
+    def __init__(self, gamma: float):
+        super().__init__()
+        self.gamma, self.inner = gamma, DiceLoss(softmax=True)
+        self.register_buffer("of_classes", torch.tensor([0.5, 2.0]))
+
+
+def described(*terms: object) -> list:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "TERMS", terms)
+        return losses.describe.__wrapped__()
+
+
+def test_the_loss_is_described_in_plain_values():
+    dice, cross_entropy = losses.describe()
+    assert (dice["name"], dice["weight"], cross_entropy["name"]) == ("DiceLoss", 1.0, "_cross_entropy")
+    assert dice["settings"]["smooth_nr"] == 1e-5 and dice["settings"]["include_background"] is False
+    assert "source" not in dice and len(cross_entropy["source"]) == 16
+    (own,) = described((1.0, OwnTerm(2.0)))
+    assert own["settings"]["gamma"] == 2.0 and own["settings"]["of_classes"] == [0.5, 2.0] and len(own["source"]) == 16
+    assert own["settings"]["inner"]["settings"]["softmax"] is True
+    assert is_plain(described((1, OwnTerm(2.0)), (1, term_of(2)), (1, partial(F.mse_loss, reduction="sum")), (1, max)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (((1.0, F.mse_loss),), ((2.0, F.mse_loss),)),
+        (((1.0, F.mse_loss),), ((1.0, F.l1_loss),)),
+        (((1.0, F.mse_loss),), ((1.0, F.mse_loss), (1.0, F.l1_loss))),
+        (((1.0, DiceLoss(smooth_nr=1e-5)),), ((1.0, DiceLoss(smooth_nr=1e-4)),)),
+        (((1.0, nn.CrossEntropyLoss(torch.ones(3))),), ((1.0, nn.CrossEntropyLoss(2 * torch.ones(3))),)),
+        (((1.0, nn.CrossEntropyLoss(torch.ones(300))),), ((1.0, nn.CrossEntropyLoss(2 * torch.ones(300))),)),
+        (((1.0, OwnTerm(2.0)),), ((1.0, OwnTerm(3.0)),)),
+        (((1.0, term_of(2)),), ((1.0, term_of(3)),)),
+        (((1.0, partial(F.mse_loss, reduction="sum")),), ((1.0, partial(F.mse_loss, reduction="mean")),)),
+        (
+            ((1.0, lambda scores, label: scores.sum()),),
+            ((1.0, lambda scores, label: scores.mean()),),
+        ),
+    ],
+    ids=["weight", "function", "number", "setting", "classes", "many_classes", "own", "closure", "partial", "source"],
+)
+def test_another_loss_has_another_description(first, second):
+    assert described(*first) == described(*first) != described(*second)
 
 
 @pytest.mark.parametrize("present", [[0], [1], [0, 2]], ids=str)
