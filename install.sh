@@ -7,15 +7,18 @@ usage() {
 Usage: bash install.sh [--active]
 
 Installs requirements.txt into .venv beside this script, and graphviz's `dot` if it is missing and can be had.
-Where there is no NVIDIA GPU, the smaller CPU build of torch is preferred.
+Where there is no NVIDIA GPU, the smaller CPU build of torch is preferred; where its driver is older than 580, which
+CUDA 13 needs, the build with CUDA 12.6.
 
-  --active   install into the environment that is active (venv, conda, docker) instead of making one
+  --active   install into the environment that is active (venv, conda, docker) instead of making one; torch 2.11 to
+             2.13 stays as it is there
   -h, --help show this text
 
 Environment variables:
   VENV=DIR       where to make the environment         (default: .venv beside this script)
   PYTHON=PROGRAM the Python to use, 3.11 or newer      (default: the first suitable of python3, python3.14 ... 3.11)
   ACTIVE=1       the same as --active
+  TORCH=VERSION  another torch than that of requirements.txt: 2.11 to 2.13 are supported
 USAGE
 }
 
@@ -30,7 +33,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 requirements=$here/requirements.txt
 venv=${VENV:-$here/.venv}
 active=${ACTIVE:-0}
-torch_cpu_index=https://download.pytorch.org/whl/cpu
+torch_indexes=https://download.pytorch.org/whl
+supported_torch='2\.1[123]\.'  # 2.11 to 2.13: tests/older_torch.sh tries the oldest
+offline=0
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # Prints "3.11" for Python 3.11, nothing for a program that does not run: pyenv leaves such on the PATH.
@@ -93,39 +98,107 @@ sys.exit(managed and sys.prefix == sys.base_prefix)' ||
 # What the environment was installed from: it changes when a second run has something to do.
 fingerprint() {
     "$python" -c 'import hashlib, sys
-print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), *sys.version_info[:2])' "$requirements"
+print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), *sys.version_info[:2], sys.argv[2])' \
+        "$requirements" "$torch"
 }
 
 has_nvidia_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; }
 
-# On a machine without a GPU PyPI's torch for Linux is a CUDA build of several GB that would lie idle.
-install_torch_cpu() {
-    local torch
-    torch=$(sed -n 's/^\(torch==[^ ;#]*\).*/\1/p' "$requirements")
-    if "$python" -c 'import sys; from importlib.metadata import version
-sys.exit(version("torch").split("+")[0] != sys.argv[1])' "${torch#torch==}" 2>/dev/null; then
-        say "No NVIDIA GPU: keeping the $torch that is already there"
-    elif "$python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
-        "$torch_cpu_index/torch/" 2>/dev/null; then
-        say "No NVIDIA GPU: installing the CPU build of $torch from $torch_cpu_index"
-        "$python" -m pip install --no-deps --index-url "$torch_cpu_index" "$torch" ||
-            warn "that failed: the default package index's build of torch is installed instead"
-    else
-        say "No NVIDIA GPU, but $torch_cpu_index cannot be reached:" \
-            "installing the default package index's build of $torch"
+# Prints the version of torch in the environment, with its build, as 2.13.0+cpu; nothing where there is none.
+torch_there() {
+    "$python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true
+}
+
+# Prints the version of torch that is to be there: TORCH, else the active environment's if it is supported, else ours.
+wanted_torch() {
+    local there=""
+    if [[ -n ${TORCH:-} ]]; then
+        [[ $TORCH =~ ^$supported_torch ]] || die "TORCH is $TORCH: 2.11 to 2.13 are supported, as in TORCH=2.11.0"
+        say "$TORCH"
+        return
     fi
+    if [[ $active == 1 ]]; then there=$(torch_there); fi
+    if [[ $there =~ ^$supported_torch ]]; then
+        say "${there%%+*}"
+    else
+        sed -n 's/^torch==\([^ ;#]*\).*/\1/p' "$requirements"
+    fi
+}
+
+# install_torch BUILD WHY: that build of `torch`'s version, unless there is one that serves.
+install_torch() {
+    local build=$1 why=$2 index=$torch_indexes/$1 there exact=$torch
+    there=$(torch_there)
+    if [[ $build != cpu ]]; then exact+=+$build; fi
+    if [[ ${there%%+*} == "$torch" ]] && { [[ $build == cpu ]] || sees_gpu; }; then
+        say "$why: keeping the torch $there that is already there"
+    elif "$python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
+        "$index/torch/" 2>/dev/null; then
+        say "$why: installing torch==$exact from $index"
+        "$python" -m pip install --no-deps --index-url "$index" "torch==$exact" && return
+        [[ $build == cpu ]] || die "pip could not install it: see above"
+        warn "that failed: the default package index's build of torch is installed instead"
+    elif [[ $build == cpu ]]; then
+        say "$why, but $index cannot be reached: installing the default package index's build of torch==$torch"
+    else
+        die "$why, but its build for older drivers cannot be had, for $index cannot be reached:" \
+            "update the driver, or install torch 2.11 to 2.13 for it yourself, and run install.sh --active there"
+    fi
+}
+
+# PyPI's torch for Linux is a CUDA 13 build of several GB: it would lie idle without a GPU or below driver 580.
+choose_torch() {
+    local version
+    if ! has_nvidia_gpu; then
+        install_torch cpu "No NVIDIA GPU"
+        return
+    fi
+    version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || version=""
+    if [[ $version =~ ^([0-9]+)\.[0-9.]+ ]] && ((BASH_REMATCH[1] < 580)); then
+        install_torch cu126 "The NVIDIA driver is ${BASH_REMATCH[0]}, and torch's default build needs 580"
+    fi
+}
+
+sees_gpu() { "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
+
+# Prints what running needs of requirements.txt, all but its last parts, and the environment has in no version.
+lacking() {
+    "$python" -c 'import sys
+from importlib.metadata import PackageNotFoundError, version
+for line in open(sys.argv[1]).read().split("# For tests")[0].splitlines():
+    name = line.split("==")[0]
+    if name and not name.startswith("#"):
+        try:
+            version(name)
+        except PackageNotFoundError:
+            print(name)' "$requirements"
+}
+
+# What of it cannot be had is no matter in an active environment that can run everything.
+pip_install() {
+    local file=$requirements
+    if [[ $(<"$requirements") != *"torch==$torch"* ]]; then
+        file=${stamp%/*}/.dints-requirements.txt
+        sed "s/^torch==.*/torch==$torch/" "$requirements" >"$file"
+    fi
+    "$python" -m pip install -r "$file" && return
+    if [[ $active == 1 && -z $(lacking) && $(torch_there) =~ ^$supported_torch ]]; then
+        warn "pip could not install all of $requirements: what is there is used, in versions that may not be tested"
+        offline=1
+        return
+    fi
+    die "pip could not install $requirements: see above; a second run continues where this one stopped"
 }
 
 install_requirements() {
     # An environment made by uv, or whose making was interrupted, has none.
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 ||
         die "$python has no pip: install it there first (conda: conda install pip)"
-    if [[ $(uname -s) == Linux ]] && ! has_nvidia_gpu; then install_torch_cpu; fi
-    "$python" -m pip install -r "$requirements" ||
-        die "pip could not install $requirements: see above; a second run continues where this one stopped"
+    if [[ $(uname -s) == Linux ]]; then choose_torch; fi
+    pip_install
     "$python" -c 'import torch
 print(f"torch {torch.__version__}:", "CUDA is available" if torch.cuda.is_available() else "no CUDA, runs on the CPU")'
-    if has_nvidia_gpu && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    if has_nvidia_gpu && ! sees_gpu; then
         warn "this torch cannot use the NVIDIA GPU: https://pytorch.org/get-started names the build for its driver"
     fi
 }
@@ -148,7 +221,7 @@ install_dot() {
     if command -v dot >/dev/null; then return; fi
     command=$(dot_command)
     # sudo must not stop to ask for a password.
-    if command -v "${command%% *}" >/dev/null && { [[ $command != sudo* ]] || sudo -n true 2>/dev/null; }; then
+    if [[ $offline == 0 ]] && command -v "${command%% *}" >/dev/null && { [[ $command != sudo* ]] || sudo -n true 2>/dev/null; }; then
         say "Installing graphviz's dot: $command"
         if run_quietly "$command"; then return; fi
         if [[ $command == *apt-get* ]]; then
@@ -188,8 +261,9 @@ main() {
     done
     [[ -f $requirements ]] || die "$requirements does not exist: run install.sh from a whole checkout"
 
-    local python stamp
+    local python stamp torch
     if [[ $active == 1 ]]; then use_active; else use_venv; fi
+    torch=$(wanted_torch)
     stamp=$("$python" -c 'import sys; print(sys.prefix)')/.dints-installed
     if [[ -f $stamp && $(<"$stamp") == "$(fingerprint)" ]]; then
         say "The environment is up to date: ${stamp%/*}"

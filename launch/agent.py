@@ -12,7 +12,8 @@ that left because they were stopped elsewhere, or because their input is bad. He
 - a worker is not restarted that left with such a code, with 2 (bad arguments), or with a message for torchrun (an error
   file).
 
-Torchrun has no hooks for this, so `Agent` overrides private methods; each says what it relies on in PyTorch 2.13.
+Torchrun has no hooks for this, so `Agent` overrides private methods; each says what it relies on in PyTorch 2.11 to
+2.13.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 # launch/agent.py, which is torchrun but for signals and exit codes.
 #
 # Environment (all optional; what else is set, as GLOO_SOCKET_IFNAME or NCCL_DEBUG, reaches the processes unchanged):
-#   NUM_GPUS_PER_NODE  processes on this node: its GPUs (of CUDA_VISIBLE_DEVICES, if that is set), or 1 where it has none
+#   NUM_GPUS_PER_NODE  processes on this node: its GPUs (of CUDA_VISIBLE_DEVICES, if that is set), or 1 where it has none,
+#                      and 1 for slices of GPUs (MIG)
 #   NUM_NODES          nodes of the run (1); the others are for more than one:
 #   NODE_RANK          number of this node, from 0 (0)
 #   MASTER_ADDR        address of node 0 (127.0.0.1)
@@ -27,15 +28,24 @@ choose_python() {
   fi
 }
 
+# Of MIG slices CUDA shows a process the first, and no whole GPU beside it; NCCL does not join slices of a GPU.
 count_gpus() {
-  local visible
+  local visible listed
   if ! command -v nvidia-smi >/dev/null || [[ "${CUDA_VISIBLE_DEVICES-}" == -1 ]]; then
     echo 0
+    return
+  fi
+  listed="${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null || true)}"
+  if [[ "$listed" == *MIG-* ]]; then
+    if [[ "$listed" == *MIG-*MIG-* ]]; then
+      echo "MIG: one process is started, on the first slice; give another run another with CUDA_VISIBLE_DEVICES" >&2
+    fi
+    echo 1
   elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
     IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
     echo "${#visible[@]}"
   else
-    nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true  # grep prints the 0, and fails
+    grep -c '^GPU ' <<<"$listed" || true  # grep prints the 0, and fails
   fi
 }
 

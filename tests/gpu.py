@@ -1,84 +1,159 @@
 """Settles in one go what only a machine with a GPU can: whether all is right there, and how fast.
 
-    python tests/gpu.py --output results.json                       at most 9 minutes on one GPU
+    bash tests/gpu.sh                                               at most 9 minutes on one GPU; see there
     python tests/gpu.py --output results.json --parts agrees steps  some of it
     python tests/gpu.py --output results.json --rehearse            all of it small, on the CPU, to try this script
 
 Needed are torch, monai, nibabel and what else requirements.txt names for running; no internet. Correctness comes first
-(gpu_checks.py), then speed (gpu_speed.py), then what takes minutes: compiled networks, quickstart.sh, a search and a
-retraining of Task04, where it is there. Each part is a process of its own, so that one that fails, or hangs, takes no
-other with it. The file has what was found so far, part by part: `ok` false where something was wrong, with the end of
-what it said.
+(gpu_checks.py), then speed (gpu_speed.py), then what takes whole runs. Each part is a process of its own, so that one
+that fails or hangs takes no other with it; they are forked from one that has imported what takes seconds. A part has
+the seconds of `SECONDS`, and what those before it have left; then it is killed. The file has what was found so far,
+also by the part that is running: `ok` is false where something was wrong, with the end of what it said.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
-import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests"), str(CHECKOUT / "tests" / "benchmarks")]
 
-import gpu_checks  # noqa: E402  (the repository is no package: its root must be on the path first)
-import gpu_speed  # noqa: E402
-from gpu_checks import Setting  # noqa: E402
+from dints import files  # noqa: E402  (the repository is no package: its root must be on the path first)
 
-from dints import files  # noqa: E402
-
-# Names, and functions of a `Setting` that return what they found, in their order.
-PARTS = {**gpu_checks.PARTS, **gpu_speed.PARTS, **gpu_checks.LAST, **gpu_speed.LAST}
-RESULT = "result: "
-LEAST_SECONDS = 10  # that a part is begun for
+MODULES = ("gpu_checks", "gpu_speed")  # imported late: that takes seconds
+# What each part has, in their order: together 9 minutes. Those of 0 have what is left in the end.
+SECONDS = {
+    "machine": 30,  # and the imports
+    "agrees": 40,
+    "losses_fall": 20,
+    "skips_infinite": 15,
+    "ddp": 15,
+    "records": 35,
+    "lacks_memory": 15,
+    "variants": 45,
+    "profile": 20,
+    "activations": 15,
+    "steps": 70,
+    "resumes": 35,
+    "quickstart": 80,
+    "candidates": 35,
+    "loader": 30,
+    "compiles": 20,
+    "compiled": 20,
+    "scaling": 0,
+    "task04": 0,
+}
+LEAST_SECONDS = 8  # that a part is begun for
+SECONDS_TO_END = 5  # that a part has for it before it is killed
+CONTEXT = multiprocessing.get_context("forkserver")
+PYTHON_PATH = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.part:
-        found = PARTS[args.part](setting_of(args, Path(args.folder)))
-        print(RESULT + json.dumps(found))
-        return 0
-    deadline, results = time.monotonic() + 60 * args.minutes, {}
-    with tempfile.TemporaryDirectory() as folder:
+    results, due = {}, time.monotonic()
+    write(args.output, results)
+    if not args.rehearse:
+        start_server()
+    with TemporaryDirectory() as folder:
         for name in args.parts:
-            left = deadline - time.monotonic()
-            results[name] = run(name, args, folder, left) if left > LEAST_SECONDS else {"ok": False, "why": "no time"}
-            files.write_atomically(args.output, json.dumps(results, indent=1).encode())
+            due += args.patience * SECONDS[name]
+            left = due - time.monotonic()
+            if left > LEAST_SECONDS or args.rehearse:
+                run(name, args, Path(folder), left, results)
+            else:
+                results[name] = {"ok": SECONDS[name] == 0, "left out": "no time was left"}
+            write(args.output, results)
             print(f"{name}: {describe(results[name])}", flush=True)
     return 0 if all(result["ok"] for result in results.values()) else 1
 
 
-def run(name: str, args: argparse.Namespace, folder: str, left: float) -> dict:
-    """Run a part in a process of its own, or in this one in a rehearsal; return what it found."""
-    start = time.monotonic()
+def start_server() -> None:
+    """Let processes be forked from one that has imported all that a part needs, and has not touched a GPU."""
+    CONTEXT.set_forkserver_preload([*MODULES])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([*sys.path[:3], *PYTHON_PATH])):
+        forkserver.ensure_running()
+
+
+def run(name: str, args: argparse.Namespace, folder: Path, left: float, results: dict[str, dict]) -> None:
+    """Run a part in a process of its own, or in this one in a rehearsal; put what it found into ``results``."""
+    start, notes = time.monotonic(), folder / f"{name}.json"
+    given = {"device": args.device, "small": args.rehearse, "folder": folder, "root": args.root}
     if args.rehearse:
-        found = {"ok": True, **PARTS[name](setting_of(args, Path(folder), left))}
+        part_of(name)(setting(notes, seconds=3600, **given))
+        ended = {"ok": True}
     else:
-        command = [sys.executable, __file__, "--part", name, "--folder", folder, "--seconds", str(left)]
-        command += ["--output", str(args.output), "--root", str(args.root), "--device", args.device]
-        found = result_of(command, left)
-    return {"seconds": round(time.monotonic() - start, 1), **found}
+        process = CONTEXT.Process(target=perform, args=(name, notes, left), kwargs=given)
+        process.start()
+        while process.is_alive() and time.monotonic() < start + left:
+            process.join(1)
+            results[name] = {"ok": False, "why": "it is running", **read(notes)}
+            write(args.output, results)
+        ended = end(process, left, said_of(notes))
+    results[name] = {"seconds": round(time.monotonic() - start, 1), **ended, **read(notes)}
 
 
-def result_of(command: list[str], limit: float) -> dict:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=CHECKOUT)
-    except subprocess.TimeoutExpired as error:
-        said = (error.stderr or b"").decode(errors="replace")
-        return {"ok": False, "why": f"no end after {limit:.0f} s", "said": said[-2000:]}
-    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-    if done.returncode or not lines:
-        return {"ok": False, "why": f"exit code {done.returncode}", "said": (done.stdout + done.stderr)[-4000:]}
-    return {"ok": True, **json.loads(lines[-1].removeprefix(RESULT))}
+def perform(name: str, notes: Path, seconds: float, **given) -> None:
+    """Do a part, in a process of its own, whose own processes can be ended with it."""
+    os.setsid()
+    with said_of(notes).open("w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    os.environ["PYTHONPATH"] = os.pathsep.join(PYTHON_PATH)  # for what it starts: without what was for the imports
+    part_of(name)(setting(notes, seconds=seconds - 2 * SECONDS_TO_END, **given))
 
 
-def setting_of(args: argparse.Namespace, folder: Path, left: float | None = None) -> Setting:
-    seconds = args.seconds if left is None else left
-    return Setting(args.device, args.rehearse, folder, args.root, time.monotonic() + seconds)
+def end(process: multiprocessing.Process, left: float, said: Path) -> dict:
+    """Return how a part ended; where it has not, end it, and all that it started."""
+    ended = {"ok": process.exitcode == 0}
+    if process.is_alive():
+        ended["why"] = f"no end after {left:.0f} s"
+        for number, patience in ((signal.SIGTERM, SECONDS_TO_END), (signal.SIGKILL, None)):
+            with suppress(ProcessLookupError):  # its processes are in its session, but for launch/agent.py's: that ends
+                os.killpg(process.pid, number)  # them, given SIGTERM
+            process.join(patience)
+    elif process.exitcode:
+        ended["why"] = f"exit code {process.exitcode}"
+    if not ended["ok"] and said.exists():
+        ended["said"] = said.read_text(errors="replace")[-4000:]
+    return ended
+
+
+def part_of(name: str) -> Callable:
+    parts = {}
+    for module in MODULES:
+        parts |= importlib.import_module(module).PARTS
+    return parts[name]
+
+
+def setting(notes: Path, seconds: float, **given):
+    """Make what a part is given, a `gpu_checks.Setting`."""
+    checks = importlib.import_module("gpu_checks")
+    return checks.Setting(found=checks.Findings(notes), deadline=time.monotonic() + seconds, **given)
+
+
+def said_of(notes: Path) -> Path:
+    return notes.with_suffix(".log")
+
+
+def read(notes: Path) -> dict:
+    return json.loads(notes.read_text()) if notes.exists() else {}
+
+
+def write(output: Path, results: dict[str, dict]) -> None:
+    files.write_atomically(output, json.dumps(results, indent=1).encode())
 
 
 def describe(result: dict) -> str:
@@ -93,17 +168,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = os.environ.get("DINTS_TASK04", CHECKOUT.parent / "shared" / "data" / "Task04_Hippocampus")
     parser.add_argument("--output", type=Path, required=True, help="what was found, as JSON")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all, in this order)")
-    parser.add_argument("--without", nargs="+", choices=PARTS, default=[], help="leave these out")
-    parser.add_argument("--minutes", type=float, default=9, help="after which no part goes on (default: 9)")
+    parser.add_argument("--parts", nargs="+", choices=SECONDS, default=list(SECONDS), help="(default: all, in order)")
+    parser.add_argument("--without", nargs="+", choices=SECONDS, default=[], help="leave these out")
     parser.add_argument("--root", type=Path, default=data, help="Task04_Hippocampus, where it is there")
+    parser.add_argument("--patience", type=float, default=1, help="times the seconds that parts have (default: 1)")
     parser.add_argument("--rehearse", action="store_true", help="small, on the CPU, all in one process")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=600, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.device = "cpu" if args.rehearse else args.device
+    args.device = "cpu" if args.rehearse else "cuda"
     args.parts = [name for name in args.parts if name not in args.without]
     return args
 

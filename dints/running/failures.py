@@ -12,6 +12,8 @@ import torch.distributed as dist
 from dints.errors import ProcessLost, UserError
 
 SECONDS_TO_MEET = 5  # in which ranks find out that one is missing, after each other
+# They mean a lack of memory in most cases, and else a driver or library that does not fit.
+UNCLEAR = ("unable to find an engine", "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED")
 AGAIN = "died or hangs, and its own messages may say why; start the same command again"
 
 
@@ -25,11 +27,18 @@ def explain(
         timeout_minutes: how long a collective waits for a rank.
     """
     what = str(error).splitlines()[0].strip() if str(error) else "of this machine"
+    if "/shm/nccl-" in str(error):
+        return UserError(
+            "GPUs find too little shared memory (/dev/shm) to exchange data: give a container more "
+            "(docker run --ipc=host, or --shm-size=1g), or set NCCL_SHM_DISABLE=1, which is slower"
+        )
     if lacks_memory(error):
         return UserError(
             f"memory is exhausted ({what}): lower --patch_size, --num_images_per_batch, --channel_mul, of candidates "
             "--memory_mib, or in validation --num_sw_batch_size; give --checkpoint_activations; for the machine's "
             "memory also lower --num_workers, or use --cache disk"
+            + "; where nvidia-smi shows much free memory, the driver or cuDNN does not fit this PyTorch"
+            * any(sign in what for sign in UNCLEAR)
         )
     if "Too many open files" in str(error):
         return UserError("too many files are open: raise the limit (ulimit -n 4096), or lower --num_workers")
@@ -69,10 +78,12 @@ def _lost_rank(what: str, rank: int, world_size: int, store: dist.Store | None, 
 def lacks_memory(error: Exception) -> bool:
     """Tell whether an error means that the memory of the machine or of a GPU is exhausted, whichever library says it.
 
-    CUDA and NCCL say "out of memory", cuDNN and cuBLAS ..._STATUS_ALLOC_FAILED, NumPy in a worker "Unable to allocate".
+    CUDA and NCCL say "out of memory", cuDNN and cuBLAS ..._STATUS_ALLOC_FAILED, cuDNN 9 ..._HOST_ALLOCATION_FAILED and
+    ..._DEVICE_ALLOCATION_FAILED, NumPy in a worker "Unable to allocate". `UNCLEAR` is what is left to say where cuDNN
+    finds no room for the work space of any algorithm, and cuDNN or cuBLAS none to begin.
     """
     signs = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "can't allocate memory")
-    signs += ("out of memory", "_STATUS_ALLOC_FAILED", "Unable to allocate")
+    signs += ("out of memory", "_STATUS_ALLOC_FAILED", "_ALLOCATION_FAILED", "Unable to allocate", *UNCLEAR)
     if str(error).strip() == "could not create a primitive":  # oneDNN
         return True
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)

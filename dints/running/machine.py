@@ -62,7 +62,7 @@ def choose_device(name: str = "auto") -> torch.device:
     number = launcher.local_rank()
     if number >= torch.cuda.device_count():
         raise UserError(
-            f"process {number} of this node has no GPU: {torch.cuda.device_count()} are visible; "
+            f"process {number} of this node has no GPU: {torch.cuda.device_count()} are visible (of MIG slices: 1); "
             "lower NUM_GPUS_PER_NODE (torchrun --nproc_per_node)"
         )
     _refuse_old_gpu(number)

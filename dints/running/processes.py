@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import signal
 import sys
@@ -86,6 +87,11 @@ class Processes:
         while self.board.add(what, 0) < self.world_size:
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
+    def wait_for_device(self) -> None:
+        """Wait until a GPU has done all that it was given; a CPU has."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace each parameter's gradient by its mean over the ranks, all in one message."""
         flat = self.sum(torch.cat([parameter.grad.flatten() for parameter in parameters])) / self.world_size
@@ -99,8 +105,11 @@ class Processes:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         # Not batched_grad_copy, which would copy gradients in one call a bucket: with PyTorch 2.13 and gloo, two of
         # four trainings of two processes came to weights that are not finite.
+        how = {"device_ids": device_ids, "gradient_as_bucket_view": True}
+        # Buffers are the same constants on all ranks. Before 2.13 its flag also skips their exchange at the start.
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         return DistributedDataParallel(
-            network, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+            network, **how, **{"forward_sync_buffers" if new else "broadcast_buffers": False}
         )
 
     def on_main(self, function: Callable, *args, **keywords):

@@ -70,6 +70,7 @@ class Stops:
                 if save:
                     self.checkpoint.save()
                 if batch is None:
+                    self.processes.wait_for_device()  # else the time of its last steps would count nowhere
                     return
                 yield batch
 

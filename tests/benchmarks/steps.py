@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
         args.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--size", choices=SIZES, default="small", help="patch 32 or 96, see SIZES")
@@ -85,7 +85,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no_memory", action="store_true", help="leave the memory columns out")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write all numbers as JSON")
     parser.add_argument("--memory_of", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def build_rows(

@@ -119,7 +119,9 @@ def test_another_datasets_architecture_is_named_and_not_taken(written, task, tmp
 
 
 NVIDIA_SMI = {
-    "three GPUs": "printf 'GPU %s: NVIDIA H100\\n  MIG 1g.10gb Device 0\\n' 0 1 2",
+    "three GPUs": "printf 'GPU %s: NVIDIA H100 (UUID: GPU-8a)\\n' 0 1 2",
+    "one slice": "printf 'GPU 0: H100 (UUID: GPU-8a)\\n  MIG 1g.10gb     Device  0: (UUID: MIG-3f)\\n'",
+    "slices": "printf 'GPU %s: H100 (UUID: GPU-8a)\\n  MIG 1g.10gb     Device  0: (UUID: MIG-3f)\\n' 0 1",
     "no driver": "echo NVIDIA-SMI has failed; exit 9",
 }
 
@@ -131,7 +133,11 @@ NVIDIA_SMI = {
         ("three GPUs", "", 0),
         ("three GPUs", "-1", 0),
         ("three GPUs", "2", 1),
-        ("three GPUs", "GPU-8a,MIG-3f,0,1", 4),
+        ("three GPUs", "GPU-8a,0,1", 3),
+        ("three GPUs", "GPU-8a,MIG-3f", 1),
+        ("slices", "MIG-3f,MIG-40", 1),
+        ("slices", None, 1),
+        ("one slice", None, 1),
         ("no driver", None, 0),
         (None, "0,1", 0),
         (None, None, 0),
@@ -144,6 +150,8 @@ def test_gpus_are_counted(smi, visible, gpus, tmp_path):
     script = f"set -euo pipefail; source {CHECKOUT}/launch/launch.sh; count_gpus"
     done = run_bash(tmp_path, "-c", script, **environment)
     assert (done.returncode, done.stdout) == (0, f"{gpus}\n"), done.stderr
+    # A process sees the first slice only: that the others are left over is said, where there are others.
+    assert ("MIG: one process is started" in done.stderr) == (smi == "slices")
 
 
 @pytest.mark.parametrize("value", ["PATH[$(touch ran)]", "1 2", "-1", "*", "08", "x", "0"])

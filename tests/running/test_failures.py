@@ -17,6 +17,7 @@ import torch
 from dints.data.cases import Prepared
 from dints.data.loaders import EpochSampler, TrainingLoader, TrainingSamples
 from dints.errors import ProcessLost, UserError
+from dints.running.failures import explain
 from dints.running.machine import threads
 from dints.running.processes import started
 
@@ -38,12 +39,47 @@ MEMORY = pytest.mark.fault("GPU or host memory exhausted")
             "Caught _ArrayMemoryError in DataLoader worker process 0.\nUnable to allocate 64.0 GiB for an array"
         ),
         torch.distributed.DistBackendError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     ],
-    ids=["Python", "CPU", "GPU", "CUDA", "cuDNN", "cuBLAS", "NumPy", "NCCL"],
+    ids=["Python", "CPU", "GPU", "CUDA", "cuDNN", "cuBLAS", "NumPy", "NCCL", "cuDNN 9, host", "cuDNN 9, GPU"],
 )
 def test_exhausted_memory_names_the_flags_that_lower_it(error):
-    with pytest.raises(UserError, match="memory is exhausted .*--patch_size.*--num_sw_batch_size"), started("cpu"):
+    message = "memory is exhausted .*--patch_size.*--num_sw_batch_size"
+    with pytest.raises(UserError, match=message) as told, started("cpu"):
         raise error
+    assert "nvidia-smi" not in str(told.value)
+
+
+@MEMORY
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET was unable to find an engine to execute this computation",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+    ],
+)
+def test_what_is_mostly_a_lack_of_memory_is_told_so_with_what_else_it_may_be(text):
+    with pytest.raises(UserError, match="memory is exhausted .*--patch_size.*nvidia-smi.*driver"), started("cpu"):
+        raise RuntimeError(text)
+
+
+@MEMORY
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Error: failed to extend /dev/shm/nccl-WU88OE to 9637892 bytes, error: No space left on device (28)",
+        "Error while creating shared memory segment /dev/shm/nccl-NzwJ7O (size 9637888)",
+    ],
+)
+def test_nccl_without_shared_memory_is_no_other_process_s_fault(text):
+    error = torch.distributed.DistBackendError(
+        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with NCCL_DEBUG="
+        f"INFO for details), NCCL version 2.28.9\nncclSystemError: System call failed. \nLast error:\n{text}"
+    )
+    told = explain(error, rank=0, world_size=2, store=None, timeout_minutes=1)
+    assert isinstance(told, UserError) and "--shm-size" in str(told) and "NCCL_SHM_DISABLE=1" in str(told)
 
 
 @MEMORY

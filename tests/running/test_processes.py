@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from dints.running import processes as module
 from dints.running.processes import Processes
 
 
@@ -32,3 +34,20 @@ def test_each_waits_until_all_have_come():
 
 def test_alone_nobody_is_waited_for():
     Processes(0, 1, torch.device("cpu")).wait_for_all("here")
+
+
+@pytest.mark.parametrize("name", ["forward_sync_buffers", "broadcast_buffers"])
+def test_ddp_of_pytorch_before_and_from_2_13_leaves_buffers_alone(name, monkeypatch):
+    """Constants are no matter to exchange in each step; the flag has had another name since 2.13."""
+    given = {}
+    stand_ins = {
+        "forward_sync_buffers": lambda network, device_ids, gradient_as_bucket_view, forward_sync_buffers=None: (
+            given.update(forward_sync_buffers=forward_sync_buffers)
+        ),
+        "broadcast_buffers": lambda network, device_ids, gradient_as_bucket_view, broadcast_buffers=True: given.update(
+            broadcast_buffers=broadcast_buffers
+        ),
+    }
+    monkeypatch.setattr(module, "DistributedDataParallel", stand_ins[name])
+    Processes(0, 2, torch.device("cpu")).distributed(torch.nn.Linear(1, 1))
+    assert given == {name: False}

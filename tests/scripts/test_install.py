@@ -47,13 +47,16 @@ class Machine:
         packages = next((folder / "lib").glob("python3*")) / "site-packages"
         (packages / "pip").mkdir()
         (packages / "pip" / "__main__.py").write_text(
-            "import os, sys\n"
+            "import os, shutil, sys\n"
             "if sys.argv[1] == 'install':\n"
             "    open(os.environ['LOG'], 'a').write('pip ' + ' '.join(sys.argv[1:]) + '\\n')\n"
+            "    if '-r' in sys.argv:\n"
+            "        shutil.copy(sys.argv[-1], os.environ['LOG'] + '.requirements')\n"
             "    sys.exit(int(os.environ.get('PIP_FAILS', 0)))\n"
         )
         (packages / "torch.py").write_text(
-            f"__version__ = '{TORCH}'\nclass cuda:\n    is_available = staticmethod(lambda: False)\n"
+            f"import os\n__version__ = '{TORCH}'\nclass cuda:\n"
+            "    is_available = staticmethod(lambda: 'TORCH_SEES_GPU' in os.environ)\n"
         )
         return packages
 
@@ -79,9 +82,19 @@ def machine(tmp_path) -> Machine:
 
 
 def with_torch(packages: Path, version: str) -> None:
-    information = packages / "torch-0.dist-info"
+    with_package(packages, "torch", version)
+
+
+def with_package(packages: Path, name: str, version: str) -> None:
+    information = packages / f"{name}-0.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def reach_all_indexes(packages: Path) -> None:
+    (packages / "sitecustomize.py").write_text(
+        "import urllib.request\nurllib.request.urlopen = lambda url, timeout: None\n"
+    )
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -137,9 +150,7 @@ def test_without_gpu_the_cpu_index_comes_first(machine, found):
     packages = machine.venv()
     if found:
         with_torch(packages, found)
-    (packages / "sitecustomize.py").write_text(
-        "import urllib.request\nurllib.request.urlopen = lambda url, timeout: None\n"
-    )
+    reach_all_indexes(packages)
     result = machine.install()
     assert result.returncode == 0, result.stderr
     first, second = machine.calls()
@@ -165,6 +176,79 @@ def test_with_gpu_the_default_index_serves_and_a_cpu_torch_is_warned_about(machi
     assert "No NVIDIA GPU" not in result.stdout
     assert "warning: this torch cannot use the NVIDIA GPU" in result.stderr
     assert [call.split()[2] for call in machine.calls()] == ["-r"]
+
+
+DRIVER = """[[ "$*" != *driver_version* ]] || printf '%s\\n%s\\n' "$DRIVER" "$DRIVER\""""
+
+
+@linux
+@pytest.mark.parametrize(
+    ("driver", "there", "sees_gpu", "installs"),
+    [
+        ("535.161.08", None, False, True),
+        ("535.161.08", TORCH, False, True),  # PyPI's, which that driver refuses
+        ("535.161.08", f"{TORCH}+cu126", True, False),
+        ("580.65.06", None, False, False),
+        ("No devices were found", None, False, False),
+    ],
+)
+def test_with_a_driver_that_is_too_old_for_cuda_13_the_build_is_an_older_cuda_s(
+    machine, driver, there, sees_gpu, installs
+):
+    packages = machine.venv()
+    machine.program("nvidia-smi", DRIVER)
+    reach_all_indexes(packages)
+    if there:
+        with_torch(packages, there)
+    result = machine.install(DRIVER=driver, **({"TORCH_SEES_GPU": "1"} if sees_gpu else {}))
+    assert result.returncode == 0, result.stderr
+    assert ("driver is 535.161.08, and torch's default build needs 580" in result.stdout) == ("535" in driver)
+    *torch, rest = machine.calls()
+    wanted = f"pip install --no-deps --index-url https://download.pytorch.org/whl/cu126 torch=={TORCH}+cu126"
+    assert torch == [wanted] * installs and " -r " in rest
+
+
+@linux
+def test_with_an_old_driver_and_without_the_index_nothing_is_downloaded(machine):
+    machine.venv()
+    machine.program("nvidia-smi", DRIVER)
+    result = machine.install(DRIVER="470.57.02")
+    assert result.returncode == 1 and machine.calls() == []
+    assert re.fullmatch("error: The NVIDIA driver is 470.57.02, .*/cu126 cannot be reached: update .*\n", result.stderr)
+
+
+@pytest.mark.parametrize("how", ["active", "TORCH"])
+def test_an_older_torch_that_is_supported_is_used(machine, tmp_path, how):
+    """In the active environment it stays; TORCH has it installed."""
+    packages = machine.venv(tmp_path / "mine" if how == "active" else None)
+    environment = {"TORCH": "2.11.0"}
+    if how == "active":
+        with_torch(packages, "2.11.0+cu130")
+        environment = {"PATH": f"{tmp_path}/mine/bin:{machine.bin}", "ACTIVE": "1"}
+    result = machine.install(**environment)
+    assert result.returncode == 0, result.stderr
+    ours = (PROJECT / "requirements.txt").read_text()
+    installed = Path(f"{machine.log}.requirements").read_text()
+    assert installed == ours.replace(f"torch=={TORCH}", "torch==2.11.0") and installed != ours
+    assert "up to date" in machine.install(**environment).stdout
+    assert how == "active" or "up to date" not in machine.install().stdout
+
+
+@pytest.mark.parametrize("lacks", [None, "nibabel"])
+def test_an_active_environment_without_a_network_will_do_if_it_can_run_everything(machine, tmp_path, lacks):
+    """In whatever versions, and without the tests' tools; nothing else is tried then, as to install dot."""
+    (machine.bin / "dot").unlink()
+    machine.program("conda")
+    packages = machine.venv(tmp_path / "mine")
+    for line in (PROJECT / "requirements.txt").read_text().split("# For tests")[0].splitlines():
+        name = line.split("==")[0]
+        if name and not name.startswith("#") and name != lacks:
+            with_package(packages, name, "2.11.0")
+    environment = {"PATH": f"{tmp_path}/mine/bin:{machine.bin}", "PIP_FAILS": "1", "CONDA_PREFIX": "/somewhere"}
+    result = machine.install("--active", **environment)
+    assert result.returncode == (1 if lacks else 0), result.stderr
+    assert ("what is there is used" in result.stderr) == (lacks is None)
+    assert not any(call.startswith("conda") for call in machine.calls())
 
 
 @linux
@@ -242,6 +326,7 @@ def no_requirements(machine):
         (moved_environment, [], {}, r"\.venv is an environment whose Python does not run: remove it"),
         (no_requirements, [], {}, "requirements.txt does not exist"),
         (old_python, ["--actve"], {}, "unknown argument --actve: .*--help"),
+        (Machine.venv, [], {"TORCH": "2.9.1"}, "TORCH is 2.9.1: 2.11 to 2.13 are supported"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(machine, prepare, arguments, environment, message):

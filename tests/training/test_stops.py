@@ -14,6 +14,7 @@ from states import progress_of
 from dints.errors import Stopped
 from dints.running.precision import Precision
 from dints.running.processes import STOP_SIGNALS, Processes, started
+from dints.training import progress
 from dints.training.checkpoint import Checkpoint, find_state
 from dints.training.stops import Requests, Stops
 
@@ -60,6 +61,18 @@ def test_a_signal_stops_after_the_step_that_is_running(tmp_path, number):
     assert done == [0, 1, 2] and stopped.value.signal == number
     assert stopped.value.saved == f"after iteration 3, with its state in {tmp_path / 'latest.pth'}"
     assert place(tmp_path) == (0, 3, 3)
+
+
+def test_the_time_of_an_epoch_has_the_wait_for_its_last_steps(tmp_path, monkeypatch):
+    """A GPU is given steps ahead, and does the last ones after the loop."""
+    clock, gpu = [0.0], torch.device("cuda", 0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.__setitem__(0, 8.0) if device == gpu else None)
+    stops = begun(tmp_path)
+    stops.processes = Processes(0, 1, gpu)
+    for _ in stops.steps(range(4)):
+        stops.checkpoint.progress.step_done()
+    assert stops.checkpoint.progress.seconds_per_iteration == 2.0
 
 
 def test_steps_are_counted_by_whoever_does_them(tmp_path):

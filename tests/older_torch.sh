@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Run the tests that are not slow on the oldest PyTorch that is supported, in an environment of its own. CI does not.
+#
+#   bash tests/older_torch.sh                      all of them
+#   bash tests/older_torch.sh tests/training -x    arguments go to pytest
+#
+# Environment (optional):
+#   TORCH   the version (2.11.0)
+#   VENV    where its environment is made (.venv_torch_2.11.0); it takes 6 GB where only PyPI's CUDA build can be had
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export TORCH="${TORCH:-2.11.0}"
+export VENV="${VENV:-.venv_torch_$TORCH}"
+exec bash tests/run.sh --quick "$@"
