@@ -12,8 +12,14 @@
 - A 1x1x1 convolution with a stride is two to four times faster when the voxels that it looks at are copied first.
 - MONAI's stems also "upsample" by a factor of 1.
 
-One is not about speed: where the first spatial axis is shorter than the kernel (2 planes for one of 3), the gradient of
-a weight in bfloat16 is what lay in memory before, NaN at times. We pad that axis ourselves.
+Three are not about speed but about faults of PyTorch 2.13, with oneDNN 3.12, in bfloat16:
+
+- Where the first spatial axis is shorter than the kernel (2 planes for one of 3), the gradient of a weight is what lay
+  in memory before, NaN at times. We pad that axis ourselves.
+- Where a stride leaves one voxel of the last axis, processors with AMX give errors larger than the result (pytorch
+  issues 169688 and 193951, pull request 188426). We compute these few voxels in fp32.
+- A stride greater than the kernel can be wrong there too (oneDNN pull request 5494). We copy its voxels as above, for a
+  compiler too.
 
 On processors other than x86 PyTorch's own calls stay. So they do on a GPU but for two things that are less work on any
 of them: an InstanceNorm of one image needs no copies of its weights, upsampling in bf16 or fp16 no fp32.
@@ -75,7 +81,8 @@ class Convolution(nn.Conv3d):
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         stride = self.stride
-        if _sees_single_voxels(weight, stride) and not any(self.padding) and _can_take(input):
+        copied = _sees_single_voxels(weight, stride) and not any(self.padding)
+        if copied and (_can_take(input) or _is_computed_in_bfloat16(input)):
             input = input[(..., *(slice(None, None, step) for step in stride))].contiguous()
             stride = (1, 1, 1)
         if bias is None and self.groups == 1 and _can_take(input):
@@ -85,10 +92,7 @@ class Convolution(nn.Conv3d):
                 return result.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else result
             if _in_fp32(input, weight) and _pays(input, weight, stride):
                 return _OneDnnConvolution.apply(input, weight, stride, self.padding, 1)
-        padding = self.padding
-        if padding[0] and _is_wrong_in_bfloat16(input, weight):
-            input, padding = _padded_first(input, padding)
-        return F.conv3d(input, weight, bias, stride, padding, groups=self.groups)
+        return _by_pytorch(input, weight, bias, stride, self.padding, self.groups)
 
 
 def _sees_single_voxels(weight: torch.Tensor, stride: tuple[int, ...]) -> bool:
@@ -96,11 +100,34 @@ def _sees_single_voxels(weight: torch.Tensor, stride: tuple[int, ...]) -> bool:
     return math.prod(weight.shape[2:]) == 1 and math.prod(stride) > 1
 
 
-def _is_wrong_in_bfloat16(image: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Tell whether PyTorch 2.13's gradient of the weight may be that of memory which nobody wrote."""
-    if image.device.type != "cpu" or not (image.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")):
-        return False  # before any size is looked at, which an exported network would be bound to
-    return image.ndim == 5 and image.shape[2] < weight.shape[2]
+def _by_pytorch(image, weight, bias, stride, padding, groups) -> torch.Tensor:
+    """Call PyTorch's convolution, around its faults in bfloat16."""
+    if _is_computed_in_bfloat16(image):
+        if _is_strided_to_one(image, weight, stride, padding):
+            return _convolved_in_fp32(image, weight, bias, stride, padding, groups)
+        if padding[0] and image.shape[-3] < weight.shape[-3]:
+            image, padding = _padded_first(image, padding)
+    return F.conv3d(image, weight, bias, stride, padding, groups=groups)
+
+
+def _is_computed_in_bfloat16(image: torch.Tensor) -> bool:
+    """Tell so before any size is looked at, which an exported network would be bound to."""
+    if image.device.type != "cpu" or image.dtype == torch.float64:
+        return False
+    return image.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+
+
+def _is_strided_to_one(image: torch.Tensor, weight: torch.Tensor, stride, padding) -> bool:
+    """Tell whether a stride leaves one voxel of the last axis."""
+    return stride[-1] > 1 and image.shape[-1] + 2 * padding[-1] - weight.shape[-1] < stride[-1]
+
+
+def _convolved_in_fp32(image, weight, bias, stride, padding, groups) -> torch.Tensor:
+    """Compute in fp32, forward and backward; only the result has the type that was asked for."""
+    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else image.dtype
+    bias = None if bias is None else bias.float()
+    with torch.autocast("cpu", enabled=False):
+        return F.conv3d(image.float(), weight.float(), bias, stride, padding, groups=groups).to(kind)
 
 
 def _padded_first(image: torch.Tensor, padding: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -175,16 +202,13 @@ def convolve_side_by_side(convolutions: Sequence[nn.Module], image: torch.Tensor
 
 def convolve(weight: torch.Tensor, image: torch.Tensor, groups: int) -> torch.Tensor:
     """Convolve without a bias, keeping the size, each group of channels of ``image`` by its share of the kernels."""
-    padding = tuple(size // 2 for size in weight.shape[2:])
-    if padding[0] and _is_wrong_in_bfloat16(image, weight):
-        image, padding = _padded_first(image, padding)
-    return _grouped(image, weight, (1, 1, 1), padding, groups)
+    return _grouped(image, weight, (1, 1, 1), tuple(size // 2 for size in weight.shape[2:]), groups)
 
 
 def _grouped(image, weight, stride, padding, groups) -> torch.Tensor:
     if _can_take(image) and _in_fp32(image, weight):
         return _OneDnnConvolution.apply(image, weight, stride, padding, groups)
-    return F.conv3d(image, weight, None, stride, padding, groups=groups)
+    return _by_pytorch(image, weight, None, stride, padding, groups)
 
 
 def _can_take(image: torch.Tensor) -> bool:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
+from fractions import Fraction
+from functools import cache
 
 import pytest
 import torch
+from architectures import chain, everything
 from monai.networks.blocks.dints_block import FactorizedIncreaseBlock
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dints.network import cpu_layers
-from dints.network.cpu_layers import Convolution, InstanceNorm, accelerated, convolve_side_by_side
+from dints.network.cpu_layers import Convolution, InstanceNorm, accelerated, convolve, convolve_side_by_side
+from dints.network.found import FoundNetwork
+from dints.network.space import SearchSpace, supernet
 
 # Batch, input and output channels, kernel, stride, spatial size, and how that is computed in fp32.
 SHAPES = {
@@ -153,6 +160,215 @@ def test_gradients_in_bf16_are_right_where_pytorchs_are_what_lay_in_memory(size,
         (found,) = torch.autograd.grad((result.float() * mix).sum(), ours.weight)
         assert result.dtype == torch.bfloat16
         assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+UNIT = 2**-9  # of bfloat16: the largest relative error of rounding a number to it
+# Tests of bf16 against fp32: of the output, the last axis; and batch and the other axes, which take turns.
+WIDTHS = (*range(1, 9), 12, 24)
+OTHERS = ((1, 2, 4), (2, 1, 2), (1, 4, 3))
+CHANNELS = (1, 3, 8, 16, 32, 128)
+
+
+@cache
+def kinds() -> list[tuple]:
+    """List what a network is made of: kernel, stride, padding, whether with a bias, and output for input channels."""
+    found = set()
+    for use_downsample in (True, False):
+        architecture = replace(everything(2, 3), use_downsample=use_downsample)
+        with torch.device("meta"):
+            network = FoundNetwork(architecture, 1, 2, 1 / 16)
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv3d):
+                ratio = Fraction(layer.out_channels, layer.in_channels)
+                found.add((layer.kernel_size, layer.stride, layer.padding, layer.bias is not None, ratio))
+    return sorted(found)
+
+
+def in_numbers_of_bfloat16(*shape: int) -> torch.Tensor:
+    """Draw numbers that bfloat16 has, so that nothing but what is computed is rounded."""
+    return torch.randn(shape).bfloat16().float()
+
+
+def results_in(kind: torch.dtype, call, image: torch.Tensor, mix: torch.Tensor, parameters) -> list[torch.Tensor]:
+    """Return the result of ``call`` in this type, and the gradients by the image and the parameters."""
+    image = image.to(kind).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == torch.bfloat16):
+        result = call(image)
+    assert result.dtype == kind
+    unwritten = [torch.full_like(each, torch.nan) for each in (image, *parameters, *parameters)]
+    del unwritten  # the gradients get their memory
+    return [result.detach(), *torch.autograd.grad(result, [image, *parameters], mix.to(kind))]
+
+
+def errors_in_bfloat16(ours, plain, image, mix, of_ours, of_plain) -> list[float]:
+    """Return how far `results_in` bf16 are from fp32's, by the norms that these have where no terms cancel by chance.
+
+    Those are known from the squares of all numbers: of independent terms, the squares add.
+    """
+    found = results_in(torch.bfloat16, ours, image, mix, of_ours)
+    expected = results_in(torch.float32, plain, image, mix, of_plain)
+    with torch.no_grad():
+        before = [each.clone() for each in of_plain]
+        torch._foreach_mul_(of_plain, of_plain)
+        image, mix = image.square(), mix.square()
+    squares = results_in(torch.float32, plain, image, mix, of_plain)
+    with torch.no_grad():
+        torch._foreach_copy_(of_plain, before)
+    return [
+        ((got.float() - right).norm() / square.sum().sqrt()).item()
+        for got, right, square in zip(found, expected, squares, strict=True)
+    ]
+
+
+def test_bfloat16_is_fp32_in_every_shape_of_a_network_on_this_machine():
+    """A failure here is a kernel of this machine that is wrong: `cpu_layers._by_pytorch` has to go around it.
+
+    Products are summed in fp32, rounded once, and a weight's gradient again where a batch is summed. Without AVX-512
+    PyTorch rounds an image's gradient after each voxel of the kernel: errors that add like the steps of a random walk.
+    """
+    torch.manual_seed(0)
+    wrong, number = [], 0
+    for kernel, stride, padding, bias, ratio in kinds():
+        tolerance = UNIT * (2 + math.sqrt(math.prod(kernel)))
+        for channels in {max(count, ratio.denominator) for count in CHANNELS if count * max(ratio, 1) <= 128}:
+            plain = nn.Conv3d(channels, int(channels * ratio), kernel, stride, padding, bias=bias)
+            for parameter in plain.parameters():
+                parameter.data = in_numbers_of_bfloat16(*parameter.shape) / 4
+            ours = accelerated(copy.deepcopy(plain))
+            for width in WIDTHS:
+                number += 1
+                batch, *other = OTHERS[number % len(OTHERS)]
+                size = [count * step for count, step in zip((*other, width), stride, strict=True)]
+                if stride == kernel or number % 2 and math.prod(stride) > 1 == math.prod(kernel):
+                    size = [max(count - 1, 1) for count in size]  # as the second half of a change of resolution sees it
+                image = in_numbers_of_bfloat16(batch, plain.in_channels, *size)
+                mix = in_numbers_of_bfloat16(*plain(image).shape)
+                found = errors_in_bfloat16(ours, plain, image, mix, [*ours.parameters()], [*plain.parameters()])
+                if not max(found) <= tolerance:
+                    wrong.append((kernel, stride, tuple(image.shape), plain.out_channels, found))
+    assert number > 500
+    assert not wrong, f"{len(wrong)} of {number} shapes, the first: {wrong[0]}"
+
+
+class Faulty(TorchDispatchMode):
+    """Has the faults of oneDNN 3.12 in bfloat16: NaN where results, or memory that nobody wrote, would be wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.convolution.default and args[0].dtype == torch.bfloat16:
+            return self._broken(result) if self._strides_wrongly(args[0], args[1], args[3], args[4]) else result
+        if function is torch.ops.aten.convolution_backward.default and args[1].dtype == torch.bfloat16:
+            of_image, of_weight, of_bias = result
+            _, image, weight, _, stride, padding = args[:6]
+            if self._strides_wrongly(image, weight, stride, padding):
+                of_image = of_image if of_image is None else self._broken(of_image)
+            if padding[0] and image.shape[2] < weight.shape[2] and of_weight is not None:
+                of_weight = self._broken(of_weight)
+            return of_image, of_weight, of_bias
+        return result
+
+    def _broken(self, result: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return torch.full_like(result, torch.nan)
+
+    @staticmethod
+    def _strides_wrongly(image, weight, stride, padding) -> bool:
+        outputs = (image.shape[4] + 2 * padding[2] - weight.shape[4]) // stride[2] + 1
+        larger = any(step > size for step, size in zip(stride, weight.shape[2:], strict=True))
+        return larger or (outputs == 1 and stride[2] > 1)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size"),
+    [
+        ((3, 3, 3), 2, (4, 6, 2)),
+        ((3, 3, 3), 2, (8, 8, 1)),
+        ((3, 3, 3), (1, 1, 2), (2, 4, 2)),
+        ((3, 3, 3), 2, (2, 8, 4)),
+        ((1, 1, 1), 2, (4, 6, 8)),
+        ((1, 1, 1), 2, (3, 5, 1)),
+        ((3, 1, 1), 1, (2, 4, 4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_faulty_kernel_is_called(kernel, stride, size, bias):
+    torch.manual_seed(0)
+    plain, ours = pair(3, 8, kernel, stride, bias=bias)
+    image = in_numbers_of_bfloat16(2, 3, *size)
+    mix = in_numbers_of_bfloat16(*plain(image).shape)
+    with Faulty() as faulty:
+        theirs = results_in(torch.bfloat16, plain, image, mix, [*plain.parameters()])
+        assert faulty.seen and any(each.isnan().any() for each in theirs)
+        faulty.seen = 0
+        errors = errors_in_bfloat16(ours, plain, image, mix, [*ours.parameters()], [*plain.parameters()])
+        assert max(errors) < 0.02 and not faulty.seen
+        assert torch.isfinite(copy.deepcopy(ours).bfloat16()(image.bfloat16())).all()  # without autocast
+        assert torch.isfinite(ours(image[0])).all()  # without a batch axis
+    assert not faulty.seen
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_no_faulty_kernel_is_called_for_several_at_once(groups):
+    """Of two planes, with as many voxels as it takes to join convolutions to one call."""
+    torch.manual_seed(0)
+    plain = [nn.Conv3d(2, 2, 3, padding=1, bias=False) for _ in range(groups)]
+    weights = [convolution.weight for convolution in plain]
+    ours = accelerated(nn.ModuleList(copy.deepcopy(plain)))
+    image, mix = in_numbers_of_bfloat16(1, 2 * groups, 2, 8, 8), in_numbers_of_bfloat16(1, 2 * groups, 2, 8, 8)
+
+    def one_by_one(whole):
+        return torch.cat([each(part) for each, part in zip(plain, whole.chunk(groups, 1), strict=True)], 1)
+
+    with Faulty() as faulty:
+        for call, own in (
+            (lambda whole: convolve_side_by_side(ours, whole), [*ours.parameters()]),
+            (lambda whole: convolve(torch.cat(weights), whole, groups), weights),
+        ):
+            assert max(errors_in_bfloat16(call, one_by_one, image, mix, own, weights)) < 0.02
+    assert not faulty.seen
+
+
+@pytest.mark.parametrize("use_downsample", [True, False])
+def test_networks_meet_no_faulty_kernel(use_downsample):
+    """Of patches whose deepest level is one voxel wide and two high, as the recipes' thinnest are."""
+    torch.manual_seed(0)
+    image = torch.randn(1, 1, *((8, 16, 4) if use_downsample else (4, 8, 2)))
+    architecture = replace(everything(2, 2), use_downsample=use_downsample)
+    space = SearchSpace(1 / 16, 2, 2, use_downsample=use_downsample)
+    for network in (FoundNetwork(architecture, 1, 2, 1 / 16), supernet(space, 1, 2)):
+        expected = network(image)
+        with Faulty() as faulty:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                scores = network(image)
+            scores.float().square().sum().backward()
+        assert not faulty.seen
+        assert (scores - expected).norm() < 0.1 * expected.norm()
+        assert all(parameter.grad.isfinite().all() for parameter in network.parameters() if parameter.grad is not None)
+
+
+def test_a_compiler_is_given_no_faulty_kernel():
+    torch.manual_seed(0)
+    network = FoundNetwork(chain(0, 1, 0, num_depths=2), 1, 2, 1 / 16)
+    image, faulty = torch.randn(1, 1, 8, 16, 4), Faulty()
+
+    def on_this_machine(graph, _):
+        def run(*inputs):
+            with faulty:
+                return graph(*inputs)
+
+        return run
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = torch.compile(network, fullgraph=True, dynamic=False, backend=on_this_machine)(image)
+    with faulty:
+        scores.float().square().sum().backward()
+    assert not faulty.seen
+    assert (scores - network(image)).norm() < 0.1 * network(image).norm()
 
 
 @pytest.mark.parametrize("size", [(16, 8, 8), (4, 4, 4), (2, 2, 2), (2, 1, 2)], ids=str)
