@@ -22,14 +22,16 @@ Three are not about speed but about faults of PyTorch 2.13, with oneDNN 3.12, in
   compiler too.
 
 On processors other than x86 PyTorch's own calls stay. So they do on a GPU but for two things that are less work on any
-of them: an InstanceNorm of one image needs no copies of its weights, upsampling in bf16 or fp16 no fp32.
+of them: an InstanceNorm of one image needs no copies of its weights, and trilinear upsampling is a product along each
+axis there too. It needs no fp32 for bf16 or fp16, and its backward pass no atomics, which PyTorch's own adds with: in
+bf16 a loop of compare-and-swap on GPUs before Hopper, sums that are rounded 64 times, in an order that no one fixes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -176,12 +178,10 @@ class Upsample(nn.Upsample):
     """`torch.nn.Upsample` that doubles a volume trilinearly, corners aligned."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if _is_on_gpu(input):
+            return _doubled(input)
         if _can_take(input) and input.dtype in (torch.float32, torch.bfloat16):
             return _Doubling.apply(input.float()).to(input.dtype)
-        if input.is_cuda and input.dtype in (torch.float16, torch.bfloat16):
-            # Autocast would write fp32, eight times the input, for what comes next to read and round to this type.
-            with torch.autocast("cuda", enabled=False):
-                return super().forward(input)
         return super().forward(input)
 
 
@@ -209,6 +209,10 @@ def _grouped(image, weight, stride, padding, groups) -> torch.Tensor:
     if _can_take(image) and _in_fp32(image, weight):
         return _OneDnnConvolution.apply(image, weight, stride, padding, groups)
     return _by_pytorch(image, weight, None, stride, padding, groups)
+
+
+def _is_on_gpu(image: torch.Tensor) -> bool:
+    return image.is_cuda and image.ndim == 5
 
 
 def _can_take(image: torch.Tensor) -> bool:
@@ -319,12 +323,26 @@ class _Doubling(torch.autograd.Function):
         return _linear(of_height.reshape(-1, 2 * width), _doubling(width).T).reshape(ctx.image_shape)
 
 
-@lru_cache(maxsize=256)
-def _doubling(size: int) -> torch.Tensor:
+def _doubled(image: torch.Tensor) -> torch.Tensor:
+    """Compute what `_Doubling` does in PyTorch's own products, which compile, in the type of the image."""
+    batch, channels, depth, height, width = image.shape
+    # What a compiler traces is not there to be kept.
+    matrix = _doubling.__wrapped__ if torch.compiler.is_compiling() else _doubling
+    of_depth, of_height, of_width = (matrix(size, image.dtype, image.device) for size in (depth, height, width))
+    with torch.autocast(image.device.type, enabled=False):
+        along_width = (image.reshape(-1, width) @ of_width.T).view(-1, height, 2 * width)
+        along_height = (of_height @ along_width).view(batch * channels, depth, -1)
+        return (of_depth @ along_height).view(batch, channels, 2 * depth, 2 * height, 2 * width)
+
+
+@cache  # without a limit: a recorded CUDA graph reads it where it lies
+def _doubling(size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return (2 * size, size): linear interpolation of one axis."""
-    axis = torch.eye(size, dtype=torch.float32, device="cpu")[None]
-    doubled = F.interpolate(axis, scale_factor=2, mode="linear", align_corners=True)[0]
-    return doubled.T.clone(memory_format=torch.contiguous_format)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.inference_mode(False):  # a training may be the next that needs it
+        axis = torch.eye(size, dtype=exact, device=device)[None]
+        doubled = F.interpolate(axis, scale_factor=2, mode="linear", align_corners=True)[0]
+        return doubled.T.clone(memory_format=torch.contiguous_format).to(dtype)
 
 
 @lru_cache(maxsize=256)

@@ -8,17 +8,27 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 
+import published
 import pytest
 import torch
+import torch.nn.functional as F
 from architectures import chain, everything
 from monai.networks.blocks.dints_block import FactorizedIncreaseBlock
+from monai.networks.nets.dints import DiNTS, TopologySearch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from tracing import assert_one_graph
 
+import search_dints
+from dints.data.tasks import TASKS
 from dints.network import cpu_layers
 from dints.network.cpu_layers import Convolution, InstanceNorm, accelerated, convolve, convolve_side_by_side
 from dints.network.found import FoundNetwork
 from dints.network.space import SearchSpace, supernet
+from dints.network.weights import fitting_state
+from dints.running.precision import Precision
+from dints.running.processes import Processes
+from dints.training import steps
 
 # Batch, input and output channels, kernel, stride, spatial size, and how that is computed in fp32.
 SHAPES = {
@@ -456,6 +466,142 @@ def test_doubling_before_a_convolution(size):
     for expected, theirs, found in zip(*gradients, strict=True):
         errors = [(value - expected).norm() / expected.norm() for value in (found, theirs)]
         assert errors[0] < max(1.5 * errors[1], 0.01)  # bfloat16 keeps 0.004
+
+
+def doubled_by_pytorch(image: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(image, scale_factor=2, mode="trilinear", align_corners=True)
+
+
+def doubling() -> nn.Module:
+    return accelerated(nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True))
+
+
+@pytest.mark.parametrize("size", [(2, 2, 2), (1, 1, 1), (1, 2, 3), (5, 1, 11), (24, 3, 1), (16, 12, 20)], ids=str)
+@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str)
+def test_doubling_as_on_a_gpu_is_pytorchs(size, kind, tolerance, as_on_gpu):
+    torch.manual_seed(0)
+    image, mix = torch.randn(2, 3, *size, dtype=kind), torch.randn(2, 3, *(2 * count for count in size), dtype=kind)
+    results = []
+    for call in (doubled_by_pytorch, doubling()):
+        given = image.clone().requires_grad_()
+        result = call(given)
+        results.append((result.detach(), *torch.autograd.grad(result, given, mix)))
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == kind and found.shape == expected.shape and found.is_contiguous()
+        assert (found - expected).norm() < tolerance * expected.norm()
+
+
+def test_gradients_of_doubling_as_on_a_gpu(as_on_gpu):
+    image = torch.randn(1, 2, 2, 1, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(doubling(), image)
+    assert torch.autograd.gradgradcheck(doubling(), image)
+
+
+def test_doubling_as_on_a_gpu_adds_nothing_in_place_and_keeps_no_volume(as_on_gpu):
+    """PyTorch's own backward pass adds to the gradient from many threads at once, in whatever order."""
+    kept = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.untyped_storage().nbytes() // 4)
+        return tensor
+
+    image = torch.randn(1, 4, 6, 8, 10, requires_grad=True)
+    with Operations() as operations, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        doubling()(image).sum().backward()
+    assert {name for name in operations.names if "mm" in name} == {"mm.default", "bmm.default"}
+    assert not [name for name in operations.names if "upsample_trilinear" in name or "scatter" in name]
+    assert sorted(kept) == [2 * 6 * 6, 2 * 8 * 8, 2 * 10 * 10]  # the matrices
+
+
+def as_atomics_add(gradient: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
+    """Compute the gradient of doubling as GPUs do with atomics: each of 64 or so terms is rounded, and each sum."""
+    matrix = cpu_layers._doubling_of_volume(*size)
+    total = torch.zeros(*gradient.shape[:2], math.prod(size), dtype=gradient.dtype)
+    for share, of_voxel in zip(matrix, gradient.flatten(2).unbind(-1), strict=True):
+        total += (of_voxel.float()[..., None] * share).to(gradient.dtype)
+    return total.view(*gradient.shape[:2], *size)
+
+
+@pytest.mark.parametrize("size", [(6, 6, 6), (4, 3, 8)], ids=str)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+def test_doubling_in_two_bytes_is_nearer_than_atomics(size, kind, as_on_gpu):
+    torch.manual_seed(0)
+    image = torch.randn(1, 8, *size).to(kind).requires_grad_()
+    mix = torch.randn(1, 8, *(2 * count for count in size)).to(kind)
+    with torch.autocast("cpu", dtype=kind):
+        result = doubling()(image)
+        assert doubling()(image.float()).dtype == torch.float32  # as PyTorch has it
+    (found,) = torch.autograd.grad(result, image, mix)
+    exact = image.detach().double().requires_grad_()
+    expected = doubled_by_pytorch(exact)
+    (gradient,) = torch.autograd.grad(expected, exact, mix.double())
+    assert result.dtype == found.dtype == kind
+    errors = [((each - gradient).norm() / gradient.norm()).item() for each in (found, as_atomics_add(mix, size))]
+    assert errors[0] < 0.7 * errors[1]
+    assert (result - expected).norm() < torch.finfo(kind).eps * expected.norm()
+
+
+def test_the_matrices_are_kept_but_not_of_what_is_traced(as_on_gpu):
+    cpu_layers._doubling.cache_clear()
+    image, module = torch.randn(1, 1, 3, 3, 3), doubling()
+    torch.export.export(module, (image,))
+    assert cpu_layers._doubling.cache_info().currsize == 0
+    with torch.inference_mode():
+        module(image)
+    module(image.clone().requires_grad_()).sum().backward()  # they serve a training as well
+    assert cpu_layers._doubling.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("kind", ["found network", "supernet"])
+def test_networks_as_on_a_gpu_are_monais(kind, as_on_gpu):
+    torch.manual_seed(0)
+    if kind == "supernet":
+        size = {"num_blocks": 2, "num_depths": 3, "channel_mul": 1 / 16}
+        theirs, ours = DiNTS(published.quiet(TopologySearch, **size), 2, 3), supernet(SearchSpace(**size), 2, 3)
+        ours.load_state_dict(theirs.state_dict())
+    else:
+        theirs, ours = published.network(everything(2, 3), 2, 3, 1 / 16), FoundNetwork(everything(2, 3), 2, 3, 1 / 16)
+        ours.load_state_dict(fitting_state(ours, theirs.state_dict(), "MONAI's", ours.unused_stems))
+    image, mix = torch.randn(2, 2, 16, 32, 16).double(), torch.randn(2, 3, 16, 32, 16).double()
+    found = []
+    for network in (theirs.double(), ours.double()):
+        with Operations() as operations:
+            scores = network(image)
+        (scores * mix).mean().backward()
+        found.append((scores, dict(network.named_parameters())))
+    assert "bmm.default" in operations.names
+    (expected, of_theirs), (scores, of_ours) = found
+    assert (scores - expected).norm() < 1e-9 * expected.norm()
+    for name, parameter in of_ours.items():
+        if parameter.grad is not None:
+            assert (parameter.grad - of_theirs[name].grad).norm() < 1e-9 * of_theirs[name].grad.norm(), name
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_the_steps_of_both_stages_as_on_a_gpu(name, monkeypatch):
+    """They take the losses and gradients that they take with PyTorch's upsampling."""
+    cpu = torch.device("cpu")
+    alone, task = Processes(0, 1, cpu), replace(TASKS["Task07_Pancreas"], patch_size=(16, 16, 16))
+    settings = "--root . --output_root . --channel_mul 0.0625 --num_blocks 2 --num_depths 3 --patch_size 16 16 16"
+    shape = (2, task.num_channels, 16, 16, 16)
+    batch = {"image": torch.rand(shape), "label": torch.randint(0, 3, shape, dtype=torch.uint8), "cases": ["a", "b"]}
+    monkeypatch.setattr(cpu_layers, "_can_take", lambda image: False)
+    found = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(cpu_layers, "_is_on_gpu", lambda image, on_gpu=on_gpu: on_gpu)
+        torch.manual_seed(0)
+        searched = search_dints.Supernet(search_dints.parse_args(settings.split()), task, Precision(name, cpu), alone)
+        losses = [search_dints.weights_step(searched, batch), search_dints.architecture_step(searched, batch, 0.5)]
+        network = FoundNetwork(everything(2, 3), task.num_channels, task.num_classes, 1 / 16)
+        training = steps.weights_training(network, network.parameters(), Precision(name, cpu), alone, learning_rate=0.1)
+        losses.append(steps.weights_step(training, batch))
+        found.append(torch.stack([loss.detach().float() for loss in losses]))
+    torch.testing.assert_close(*found, rtol=1e-5 if name == "fp32" else 0.02, atol=0)
+
+
+def test_a_network_as_on_a_gpu_compiles_as_one_graph(as_on_gpu):
+    torch.manual_seed(0)
+    assert_one_graph(FoundNetwork(chain(0, 1, 0, num_depths=2), 1, 2, 1 / 16), torch.randn(1, 1, 8, 8, 8))
 
 
 @pytest.mark.parametrize("mode", ["trilinear", "nearest"])
