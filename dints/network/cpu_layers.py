@@ -12,18 +12,26 @@
 - A 1x1x1 convolution with a stride is two to four times faster when the voxels that it looks at are copied first.
 - MONAI's stems also "upsample" by a factor of 1.
 
-One is not about speed: where the first spatial axis is shorter than the kernel (2 planes for one of 3), the gradient of
-a weight in bfloat16 is what lay in memory before, NaN at times. We pad that axis ourselves.
+Three are not about speed but about faults of PyTorch 2.13, with oneDNN 3.12, in bfloat16:
+
+- Where the first spatial axis is shorter than the kernel (2 planes for one of 3), the gradient of a weight is what lay
+  in memory before, NaN at times. We pad that axis ourselves.
+- Where a stride leaves one voxel of the last axis, processors with AMX give errors larger than the result (pytorch
+  issues 169688 and 193951, pull request 188426). We compute these few voxels in fp32.
+- A stride greater than the kernel can be wrong there too (oneDNN pull request 5494). We copy its voxels as above, for a
+  compiler too.
 
 On processors other than x86 PyTorch's own calls stay. So they do on a GPU but for two things that are less work on any
-of them: an InstanceNorm of one image needs no copies of its weights, upsampling in bf16 or fp16 no fp32.
+of them: an InstanceNorm of one image needs no copies of its weights, and trilinear upsampling is a product along each
+axis there too. It needs no fp32 for bf16 or fp16, and its backward pass no atomics, which PyTorch's own adds with: in
+bf16 a loop of compare-and-swap on GPUs before Hopper, sums that are rounded 64 times, in an order that no one fixes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +83,8 @@ class Convolution(nn.Conv3d):
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         stride = self.stride
-        if _sees_single_voxels(weight, stride) and not any(self.padding) and _can_take(input):
+        copied = _sees_single_voxels(weight, stride) and not any(self.padding)
+        if copied and (_can_take(input) or _is_computed_in_bfloat16(input)):
             input = input[(..., *(slice(None, None, step) for step in stride))].contiguous()
             stride = (1, 1, 1)
         if bias is None and self.groups == 1 and _can_take(input):
@@ -85,10 +94,7 @@ class Convolution(nn.Conv3d):
                 return result.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else result
             if _in_fp32(input, weight) and _pays(input, weight, stride):
                 return _OneDnnConvolution.apply(input, weight, stride, self.padding, 1)
-        padding = self.padding
-        if padding[0] and _is_wrong_in_bfloat16(input, weight):
-            input, padding = _padded_first(input, padding)
-        return F.conv3d(input, weight, bias, stride, padding, groups=self.groups)
+        return _by_pytorch(input, weight, bias, stride, self.padding, self.groups)
 
 
 def _sees_single_voxels(weight: torch.Tensor, stride: tuple[int, ...]) -> bool:
@@ -96,11 +102,34 @@ def _sees_single_voxels(weight: torch.Tensor, stride: tuple[int, ...]) -> bool:
     return math.prod(weight.shape[2:]) == 1 and math.prod(stride) > 1
 
 
-def _is_wrong_in_bfloat16(image: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Tell whether PyTorch 2.13's gradient of the weight may be that of memory which nobody wrote."""
-    if image.device.type != "cpu" or not (image.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")):
-        return False  # before any size is looked at, which an exported network would be bound to
-    return image.ndim == 5 and image.shape[2] < weight.shape[2]
+def _by_pytorch(image, weight, bias, stride, padding, groups) -> torch.Tensor:
+    """Call PyTorch's convolution, around its faults in bfloat16."""
+    if _is_computed_in_bfloat16(image):
+        if _is_strided_to_one(image, weight, stride, padding):
+            return _convolved_in_fp32(image, weight, bias, stride, padding, groups)
+        if padding[0] and image.shape[-3] < weight.shape[-3]:
+            image, padding = _padded_first(image, padding)
+    return F.conv3d(image, weight, bias, stride, padding, groups=groups)
+
+
+def _is_computed_in_bfloat16(image: torch.Tensor) -> bool:
+    """Tell so before any size is looked at, which an exported network would be bound to."""
+    if image.device.type != "cpu" or image.dtype == torch.float64:
+        return False
+    return image.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+
+
+def _is_strided_to_one(image: torch.Tensor, weight: torch.Tensor, stride, padding) -> bool:
+    """Tell whether a stride leaves one voxel of the last axis."""
+    return stride[-1] > 1 and image.shape[-1] + 2 * padding[-1] - weight.shape[-1] < stride[-1]
+
+
+def _convolved_in_fp32(image, weight, bias, stride, padding, groups) -> torch.Tensor:
+    """Compute in fp32, forward and backward; only the result has the type that was asked for."""
+    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else image.dtype
+    bias = None if bias is None else bias.float()
+    with torch.autocast("cpu", enabled=False):
+        return F.conv3d(image.float(), weight.float(), bias, stride, padding, groups=groups).to(kind)
 
 
 def _padded_first(image: torch.Tensor, padding: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -149,12 +178,10 @@ class Upsample(nn.Upsample):
     """`torch.nn.Upsample` that doubles a volume trilinearly, corners aligned."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if _is_on_gpu(input):
+            return _doubled(input)
         if _can_take(input) and input.dtype in (torch.float32, torch.bfloat16):
             return _Doubling.apply(input.float()).to(input.dtype)
-        if input.is_cuda and input.dtype in (torch.float16, torch.bfloat16):
-            # Autocast would write fp32, eight times the input, for what comes next to read and round to this type.
-            with torch.autocast("cuda", enabled=False):
-                return super().forward(input)
         return super().forward(input)
 
 
@@ -175,16 +202,17 @@ def convolve_side_by_side(convolutions: Sequence[nn.Module], image: torch.Tensor
 
 def convolve(weight: torch.Tensor, image: torch.Tensor, groups: int) -> torch.Tensor:
     """Convolve without a bias, keeping the size, each group of channels of ``image`` by its share of the kernels."""
-    padding = tuple(size // 2 for size in weight.shape[2:])
-    if padding[0] and _is_wrong_in_bfloat16(image, weight):
-        image, padding = _padded_first(image, padding)
-    return _grouped(image, weight, (1, 1, 1), padding, groups)
+    return _grouped(image, weight, (1, 1, 1), tuple(size // 2 for size in weight.shape[2:]), groups)
 
 
 def _grouped(image, weight, stride, padding, groups) -> torch.Tensor:
     if _can_take(image) and _in_fp32(image, weight):
         return _OneDnnConvolution.apply(image, weight, stride, padding, groups)
-    return F.conv3d(image, weight, None, stride, padding, groups=groups)
+    return _by_pytorch(image, weight, None, stride, padding, groups)
+
+
+def _is_on_gpu(image: torch.Tensor) -> bool:
+    return image.is_cuda and image.ndim == 5
 
 
 def _can_take(image: torch.Tensor) -> bool:
@@ -295,12 +323,26 @@ class _Doubling(torch.autograd.Function):
         return _linear(of_height.reshape(-1, 2 * width), _doubling(width).T).reshape(ctx.image_shape)
 
 
-@lru_cache(maxsize=256)
-def _doubling(size: int) -> torch.Tensor:
+def _doubled(image: torch.Tensor) -> torch.Tensor:
+    """Compute what `_Doubling` does in PyTorch's own products, which compile, in the type of the image."""
+    batch, channels, depth, height, width = image.shape
+    # What a compiler traces is not there to be kept.
+    matrix = _doubling.__wrapped__ if torch.compiler.is_compiling() else _doubling
+    of_depth, of_height, of_width = (matrix(size, image.dtype, image.device) for size in (depth, height, width))
+    with torch.autocast(image.device.type, enabled=False):
+        along_width = (image.reshape(-1, width) @ of_width.T).view(-1, height, 2 * width)
+        along_height = (of_height @ along_width).view(batch * channels, depth, -1)
+        return (of_depth @ along_height).view(batch, channels, 2 * depth, 2 * height, 2 * width)
+
+
+@cache  # without a limit: a recorded CUDA graph reads it where it lies
+def _doubling(size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return (2 * size, size): linear interpolation of one axis."""
-    axis = torch.eye(size, dtype=torch.float32, device="cpu")[None]
-    doubled = F.interpolate(axis, scale_factor=2, mode="linear", align_corners=True)[0]
-    return doubled.T.clone(memory_format=torch.contiguous_format)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.inference_mode(False):  # a training may be the next that needs it
+        axis = torch.eye(size, dtype=exact, device=device)[None]
+        doubled = F.interpolate(axis, scale_factor=2, mode="linear", align_corners=True)[0]
+        return doubled.T.clone(memory_format=torch.contiguous_format).to(dtype)
 
 
 @lru_cache(maxsize=256)

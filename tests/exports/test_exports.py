@@ -19,6 +19,7 @@ import torch
 from architectures import connected
 from commands import infer, run
 from monai.bundle import ConfigParser
+from monai.networks.blocks.dints_block import FactorizedIncreaseBlock
 
 import infer_dints
 from dints.data.cases import normalise
@@ -31,6 +32,7 @@ from dints.exports import bundle, checked, onnx_file, predict_onnx, program
 from dints.inference.predictor import Predictor
 from dints.network import operations
 from dints.network.architecture import Architecture
+from dints.network.cpu_layers import accelerated
 from dints.network.found import FoundNetwork
 from dints.network.model_file import load_model, save_model
 
@@ -295,6 +297,28 @@ class TestBundle:
             UserError, match=r"MONAI cannot run the bundle \(Mod.*No module named 'dints'\): use another"
         ):
             checked._run_bundle(tmp_path, opened, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_what_a_gpu_computes_can_be_exported(as_on_gpu, tmp_path):
+    """Exports are made on a CPU, where upsampling is PyTorch's; nobody is kept from making one elsewhere."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    block = accelerated(FactorizedIncreaseBlock(2, 3)).eval()
+    sizes = {axis: torch.export.Dim(name, min=2) for axis, name in ((2, "x"), (3, "y"), (4, "z"))}
+    shapes = ({0: torch.export.Dim("batch"), **sizes},)
+    with torch.no_grad():
+        traced = torch.export.export(block, (torch.zeros(2, 2, 3, 4, 5),), dynamic_shapes=shapes)
+    assert not any("upsample_trilinear" in str(node.target) for node in traced.graph.nodes)
+    (tmp_path / "model.pt2").write_bytes(program.as_bytes(traced, {}))
+    (tmp_path / "model.onnx").write_bytes(onnx_file.as_bytes(traced, {}))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for shape in ((1, 2, 3, 4, 5), (3, 2, 2, 8, 7)):
+        image = torch.randn(shape)
+        expected = scores(block, image)
+        torch.testing.assert_close(scores(program.LoadedProgram(tmp_path / "model.pt2"), image), expected)
+        (read,) = session.run(None, {"image": image.numpy()})
+        torch.testing.assert_close(torch.from_numpy(read), expected, rtol=1e-4, atol=1e-5)
 
 
 class TestChecks:
