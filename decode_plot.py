@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser = options.parser(__doc__)
     drawn = parser.add_argument_group("what is drawn, one of the two").add_mutually_exclusive_group(required=True)
     drawn.add_argument(
-        "--checkpoint", metavar="FILE", help="an arch file: search_code_<iteration>.pth, or a published one"
+        "--checkpoint", type=Path, metavar="FILE", help="an arch file: search_code_<iteration>.pth, or a published one"
     )
     drawn.add_argument("--search_space", action="store_true", help="all nodes and all paths that a search chooses from")
 
@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     files = parser.add_argument_group(
         "files: DIRECTORY/FILENAME.gv, the source, and DIRECTORY/FILENAME.FORMAT, the picture"
     )
-    files.add_argument("--directory", default="./", help="made if absent")
+    files.add_argument("--directory", type=Path, default="./", help="made if absent")
     files.add_argument("--filename", default="graph", help="without an ending")
     files.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="of the picture")
     args = parser.parse_args()
