@@ -421,7 +421,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     network.found.check_patch_size(dataset.task.patch_size, args.num_depths, use_downsample)
     training.cuda_graphs.check(args.cuda_graphs, options.step(args)["device"])
     check_memory_of_supernet(args, dataset.task, use_downsample)
-    training_cases, validation_cases = data.listing.split_fold(dataset.cases, **options.folds(args))
+    training_cases, validation_cases = data.listing.split_fold(dataset.cases, **options.folds(args), least_training=2)
     halves(training_cases)
     prepared = Prepared(dataset, use_downsample, training_cases, validation_cases)
     if args.candidates:

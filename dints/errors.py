@@ -42,7 +42,8 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
     """Run ``main(*args)``; what a person can mend or asked for ends the process with one line on stderr.
 
     The exit code is 1 for a `UserError`, 3 for a batch that is done but in part, 128 and the signal's number for a run
-    that was asked to stop, and 141 without a word where nobody reads on what is printed. What nobody expected keeps its traceback.
+    that was asked to stop, and 141 without a word where nobody reads on what is printed. What nobody expected keeps
+    its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no script

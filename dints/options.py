@@ -20,7 +20,6 @@ from dints.data.leniency import Leniency
 from dints.errors import tell
 from dints.recipes import RECIPES
 
-
 # What other programs call an option; a suggestion goes by similar letters otherwise.
 OTHER_NAMES = {
     "batch_size": ("num_images_per_batch", "num_sw_batch_size"),

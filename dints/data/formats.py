@@ -6,6 +6,7 @@ one more entry there.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import reprlib
@@ -129,7 +130,38 @@ def _task_of(described: Description) -> Task:
 
 def _described(root: str | Path, description: str | Path | None, key: str) -> Description:
     source = Path(root, "dataset.json") if description is None else description
+    if os.path.isfile(root) or not os.path.exists(source):
+        raise UserError(_no_description(Path(root), None if description is None else Path(description)))
     return Description(read_json(source), source, Path(root).absolute(), key)
+
+
+def _no_description(root: Path, description: Path | None) -> str:
+    """Say why there is no dataset to read, and what was probably meant."""
+    around = [folder for folder in (root.parent, root.parent.parent) if os.path.isfile(folder / "dataset.json")]
+    if os.path.isfile(root):
+        given = f" --json {root}" if root.suffix == ".json" and root.name != "dataset.json" else ""
+        folder = root.parent if given else [*around, root.parent][0]
+        return f"--root {root} is a file: give the dataset's folder, --root {folder}{given}"
+    if not os.path.isdir(root):
+        alike = difflib.get_close_matches(root.name, _folders_in(root.parent), 1)
+        meant = f"did you mean --root {root.parent / alike[0]}?" if alike else "give the dataset's folder"
+        return f"--root {root} does not exist, or may not be looked into: {meant}"
+    if description is not None:
+        is_inside = os.path.isfile(root / description)
+        meant = f"did you mean --json {root / description}?" if is_inside else "give the dataset's description"
+        return f"--json {description} does not exist: {meant}"
+    found = [*around, *(path.parent for path in sorted(root.glob("*/dataset.json")))]
+    meant = [f"--root {folder}" for folder in found] + [f"--json {path}" for path in sorted(root.glob("*.json"))]
+    return f"{root / 'dataset.json'} does not exist: " + (
+        f"did you mean {meant[0]}?" if meant else "give its folder with --root, or another description with --json"
+    )
+
+
+def _folders_in(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    except OSError:
+        return []
 
 
 def _cases_of(description: Description, allow_outside_root: bool) -> list[ListedCase]:
@@ -243,7 +275,7 @@ EXAMPLES = {
 def read_json(path: str | Path) -> dict:
     """Read the object in a JSON file; errors name the file, and the line and column where it is malformed."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows' editors put a mark first
     except FileNotFoundError as error:
         raise UserError(
             f"{path} does not exist: give the dataset's description with --json, or its folder with --root"
@@ -253,7 +285,9 @@ def read_json(path: str | Path) -> dict:
             f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; correct it there"
         ) from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an endless number
-        raise UserError(f"{path} cannot be read as a dataset description: {error}") from error
+        raise UserError(
+            f"{path} cannot be read as a dataset description: {error}; give a dataset.json, a text in UTF-8"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path} holds a {type(content).__name__} where a dataset description (a JSON object) is expected"

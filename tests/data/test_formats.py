@@ -175,6 +175,41 @@ def test_where_a_dataset_comes_from_is_told_as_it_says_it(tmp_path):
 def test_json_is_read_as_utf_8(tmp_path):
     (tmp_path / "dataset.json").write_text('{"name": "Überprüfung"}', encoding="utf-8")
     assert read_json(tmp_path / "dataset.json") == {"name": "Überprüfung"}
+    (tmp_path / "dataset.json").write_text('{"name": "Überprüfung"}', encoding="utf-8-sig")  # as Windows' editors do
+    assert read_json(tmp_path / "dataset.json") == {"name": "Überprüfung"}
+
+
+@pytest.mark.parametrize(
+    ("root", "description", "meant"),
+    [
+        ("data/Task/dataset.json", None, "--root data/Task"),
+        ("data/Task/fold.json", None, "--root data/Task --json data/Task/fold.json"),
+        ("data/Task/imagesTr", None, "--root data/Task"),
+        ("data/Task/imagesTr/a.nii.gz", None, "--root data/Task"),
+        ("data", None, "--root data/Task"),
+        ("data/task", None, "--root data/Task"),
+        ("data/Other", None, "--json data/Other/list.json"),
+        ("data/Task", "fold.json", "--json data/Task/fold.json"),
+        ("data/Empty", None, None),
+        ("nowhere", None, None),
+        ("data/Task", "none.json", None),
+    ],
+)
+def test_a_root_that_is_none_is_refused_with_the_one_that_is_probably_meant(
+    tmp_path, monkeypatch, root, description, meant
+):
+    monkeypatch.chdir(tmp_path)
+    touch(Path("data/Task"), "dataset.json", "fold.json", "imagesTr/a.nii.gz", "labelsTr/a.nii.gz")
+    touch(Path("data"), "Other/list.json")
+    Path("data/Empty").mkdir()
+    with pytest.raises(UserError) as refusal:
+        formats.read_dataset(root, description)
+    said = str(refusal.value)
+    assert said.startswith(f"--json {description} " if description else (f"--root {root} ", f"{root}/dataset.json "))
+    if meant is None:
+        assert "does not exist" in said and "give" in said and "did you mean" not in said
+    else:
+        assert said.endswith((f": did you mean {meant}?", f": give the dataset's folder, {meant}"))
 
 
 @pytest.mark.parametrize(
