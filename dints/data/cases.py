@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,12 +84,19 @@ def open_cases(listed: Sequence[ListedCase], task: Task, leniency: Leniency) -> 
     return results
 
 
-def try_to_open(listed: Sequence[ListedCase], task: Task, leniency: Leniency) -> list[Case | UserError]:
-    """Do as `open_cases`, and return for each case that cannot be used what is wrong with it."""
+def try_to_open(
+    listed: Sequence[ListedCase], task: Task, leniency: Leniency, check: Callable[[Case], None] = lambda case: None
+) -> list[Case | UserError]:
+    """Do as `open_cases`, and return for each case that cannot be used what is wrong with it.
+
+    Args:
+        check: raises `UserError` for a case that the caller cannot use, before the task is looked at.
+    """
 
     def attempt(case: ListedCase) -> Case | UserError:
         try:
             opened = open_case(case)
+            check(opened)
             check_case(opened, task, leniency)
             return opened
         except UserError as error:
@@ -132,8 +139,9 @@ def case_faults(case: Case, task: Task, leniency: Leniency) -> Iterator[str]:
     first = case.images[0]
     if case.num_channels != task.num_channels:
         yield (
-            f"{first.path} has {case.num_channels} channels of shape {first.shape}; {task.name} has "
-            f"{task.num_channels}: mend or remove the case, or the channels in dataset.json"
+            f"{first.path} has {case.num_channels} channel{'' if case.num_channels == 1 else 's'} of shape "
+            f"{first.shape}; {task.name} has {task.num_channels}: mend or remove the case, or the channels in "
+            "dataset.json"
         )
     grid = case.resampling(task).shape
     if np.prod(grid, dtype=object) > MAX_GRID or max(grid) == 1 < max(first.shape):

@@ -77,11 +77,12 @@ def read_task(root: str | Path, description: str | Path | None = None) -> Task:
     return _task_of(_described(root, description, "training"))
 
 
-def provenance(root: str | Path, description: str | Path | None = None) -> dict[str, str]:
-    """Return what a dataset's description says of where it comes from, and of its licence, as it says it."""
-    content = _described(root, description, "training").content
+def provenance(root: str | Path, description: str | Path | None = None) -> dict[str, str | list[str]]:
+    """Return what a dataset's description says of where it comes from, its licence and its channels, as it says it."""
+    described = _described(root, description, "training")
     keys = ("name", "description", "reference", "licence", "license", "release")
-    return {key: content[key] for key in keys if isinstance(content.get(key), str)}
+    said = {key: described.content[key] for key in keys if isinstance(described.content.get(key), str)}
+    return said | {"channels": list(channel_names(described))}
 
 
 def list_cases(

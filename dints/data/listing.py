@@ -38,7 +38,7 @@ class ListedCase:
         return self.images if self.label is None else (*self.images, self.label)
 
 
-def split_fold(cases: Sequence, num_folds: int, fold: int | str, least_training: int = 1) -> tuple[list, list]:
+def split_fold(cases: Sequence, num_folds: int, fold: int | str, least_training: int = 0) -> tuple[list, list]:
     """Divide cases into those that train and those that validate ``fold``; each is validated in exactly one fold.
 
     Folds are contiguous and differ by at most one case; ``all`` trains on every case and validates on none.

@@ -50,6 +50,15 @@ class Model:
     info: dict
     digest: str = ""
 
+    @property
+    def channels(self) -> str:
+        """Tell people how many image channels the network takes, and which, where the file says it."""
+        data = self.info.get("data")
+        names = data.get("channels") if isinstance(data, dict) else None
+        is_known = isinstance(names, list) and len(names) == self.task.num_channels
+        named = f" ({', '.join(str(name)[:40] for name in names)})" if is_known else ""
+        return f"{self.task.num_channels} channel{'' if self.task.num_channels == 1 else 's'}{named}"
+
 
 def load_model(path: str | Path) -> Model:
     """Read a model file, and build its network.

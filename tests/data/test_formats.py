@@ -164,7 +164,7 @@ def test_a_description_that_is_no_task_is_refused(tmp_path, name, changes, fault
 def test_where_a_dataset_comes_from_is_told_as_it_says_it(tmp_path):
     content = {**CT_SPLEEN, "licence": "CC-BY-SA 4.0", "reference": "Somewhere", "release": 1.0}
     (tmp_path / "dataset.json").write_text(json.dumps(content))
-    expected = {"licence": "CC-BY-SA 4.0", "reference": "Somewhere"}
+    expected = {"licence": "CC-BY-SA 4.0", "reference": "Somewhere", "channels": ["CT"]}
     expected |= {key: content[key] for key in ("name", "description") if key in content}
     assert formats.provenance(tmp_path) == expected
 

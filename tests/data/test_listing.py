@@ -158,7 +158,7 @@ def test_folds_validate_every_case_once(num_cases, num_folds):
             assert validation == cases[fold * size : (fold + 1) * size]
 
 
-@pytest.mark.parametrize("least_training", [1, 2])  # of a retraining, and of a search
+@pytest.mark.parametrize("least_training", [0, 2])  # of a retraining, and of a search
 @pytest.mark.parametrize("num_cases", [1, 2, 3, 4, 7])
 def test_too_few_cases_are_refused_with_options_that_work(num_cases, least_training):
     """Whatever the fold: the options that the message gives are accepted, and without any there are too few cases."""
