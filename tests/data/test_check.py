@@ -300,6 +300,12 @@ def test_the_exit_code_tells_whether_a_training_would_go_right(msd, capsys):
     assert not (msd / "run").exists()
 
 
+def test_volumes_that_are_smaller_than_the_patch_are_counted(msd, caplog):
+    with caplog.at_level("INFO"):
+        assert run(msd) == 0
+    assert caplog.text.count("3 of 3 cases are smaller than the patch (along X 3, Y 3, Z 3): they are padded") == 1
+
+
 def test_folds_are_those_of_the_training(msd, capsys):
     """The first fold of two validates one case, the other one two."""
     for number, code in ((1, 0), (0, 1)):  # which case the last one is a copy of
