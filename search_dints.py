@@ -296,6 +296,7 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
         write_architecture(path, decode(supernet.space, progress, args, task), task, processes.device)
         log.warning("%s was gone: it is written anew, as it was", path)
     log.info("found: %s; train_dints.py --arch_ckpt retrains it", path)
+    training.progress.remark_on_dice(progress.best_dice, progress.iteration, len(validation_cases))
     return supernet.space
 
 
@@ -396,6 +397,8 @@ def compete(
         write_architecture(path, winner.described(dice, **facts), task, processes.device)
         training.curves.draw_candidates(folder)
     log.info("the winner is %s: %s; train_dints.py --arch_ckpt retrains it", winner.name, path)
+    judging_cases = candidates.trainings.divided(prepared.training_cases)[1]
+    training.progress.remark_on_dice(results[winner.name].dice, args.candidate_iterations, len(judging_cases))
 
 
 # Below: what is made before the loop, and what it writes.
