@@ -79,8 +79,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def add_search_space(parser: argparse.ArgumentParser) -> None:
     """Add what a search chooses from, and from which weights it starts."""
     add = parser.add_argument_group("search space").add_argument
-    add("--num_blocks", type=options.number(int, 1), default=12, help="blocks, one after another")
-    add("--num_depths", type=options.number(int, 2), default=4, help="resolutions, each half of the last")
+    add("--num_blocks", type=options.number(int, 1, options.MAX_BLOCKS), default=12, help="blocks, one after another")
+    add(
+        "--num_depths",
+        type=options.number(int, 2, options.MAX_DEPTHS),
+        default=4,
+        help="resolutions, each half of the last",
+    )
     add("--channel_mul", type=options.number(float, 0.0625), default=0.5, help="times 32, 64, ... channels")
     add(
         "--use_downsample",

@@ -40,6 +40,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
         self.register("type", Path, path)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e3 too, which argparse takes for an option
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         words = sys.argv[1:] if args is None else list(args)
@@ -112,6 +113,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
 
 positive = number(float, 0, above=True)
 finite = number(float, -1e30, 1e30)
+MAX_BLOCKS, MAX_DEPTHS = 1000, 16  # those of `dints.network.architecture`, which -h need not import
 XYZ = ("X", "Y", "Z")
 AUGMENTATIONS = ("published", "nnunet", "auto")  # of `dints.data.augmentation`, which -h need not import
 

@@ -16,6 +16,7 @@ import train_dints
 from dints import options
 from dints.candidates import proposals
 from dints.data.augmentation import CHAINS, chosen
+from dints.network import architecture
 from dints.recipes import RECIPES
 from dints.training.curves import KINDS
 
@@ -155,6 +156,9 @@ MISTAKES = [
     ("train", "--xyz 3 --local-rnk 3", f"{UNKNOWN} --xyz: --local-rnk: -h lists all"),
     ("train", "--num_epochs ten", "argument --num_epochs: invalid int value: 'ten' (-h lists all options)"),
     ("train", "--fold first", "argument --fold: 'first' is neither a fold's number, from 0 on, nor all"),
+    ("search", "--num_blocks 999999", "argument --num_blocks: 999999 is not at least 1 and at most 1000"),
+    ("decode_plot", "--num_depths 17", "argument --num_depths: 17 is not at least 2 and at most 16"),
+    ("decode_plot", "--filename graph.png", "--filename graph.png: give it without its ending, and that as --format"),
     ("train", "--root= ", "argument --root: an empty path: is a variable in the command not set?"),
     ("train", "--root ~no_such_user_0/data", "argument --root: ~no_such_user_0/data: there is no such user"),
     ("infer", "--batch_size 3", f"{UNKNOWN} --batch_size: did you mean --num_sw_batch_size? -h lists all"),
@@ -208,6 +212,15 @@ def test_one_process_of_several_tells_and_help_is_given_beside_a_mistake(capsys,
     with pytest.raises(SystemExit) as left:
         train_dints.parse_args(["--spacng"])
     assert left.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_a_negative_number_may_be_written_in_any_form():
+    args = train_dints.parse_args([*TRAIN, "--intensity_range", "-1e3", "-.5"])
+    assert args.intensity_range == [-1000, -0.5]
+
+
+def test_the_limits_of_a_space_are_those_of_architectures():
+    assert (options.MAX_BLOCKS, options.MAX_DEPTHS) == (architecture._MAX_BLOCKS, architecture._MAX_DEPTHS)
 
 
 def test_paths_may_begin_at_home_wherever_the_shell_left_that(monkeypatch):

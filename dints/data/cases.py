@@ -14,7 +14,7 @@ from dints.data.grid import Resampling, in_c_order
 from dints.data.leniency import Leniency
 from dints.data.listing import ListedCase
 from dints.data.nifti import Header, read_header, read_voxels
-from dints.data.tasks import Task
+from dints.data.tasks import MAX_CLASSES, Task
 from dints.errors import UserError
 from dints.running.machine import threads
 
@@ -206,6 +206,12 @@ def read_label(header: Header, task: Task) -> np.ndarray:
     if wrong.any():
         values = np.unique(voxels[wrong])
         others = f" and {len(values) - 1} more" if len(values) > 1 else ""
+        if len(values) > MAX_CLASSES:
+            raise UserError(
+                f"{header.path} holds {values[0]:g}{others} in {int(wrong.sum())} voxels, where {task.name} has the "
+                f"labels 0 to {task.num_classes - 1}: it looks like an image: give the label's path in "
+                "dataset.json"
+            )
         raise UserError(
             f"{header.path} holds the label {values[0]:g}{others} in {int(wrong.sum())} voxels; {task.name} has the "
             f"labels 0 to {task.num_classes - 1}: mend or remove the case, or the labels in dataset.json"

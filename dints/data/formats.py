@@ -152,10 +152,12 @@ def _no_description(root: Path, description: Path | None) -> str:
         meant = f"did you mean --json {root / description}?" if is_inside else "give the dataset's description"
         return f"--json {description} does not exist: {meant}"
     found = [*around, *(path.parent for path in sorted(root.glob("*/dataset.json")))]
-    meant = [f"--root {folder}" for folder in found] + [f"--json {path}" for path in sorted(root.glob("*.json"))]
-    return f"{root / 'dataset.json'} does not exist: " + (
-        f"did you mean {meant[0]}?" if meant else "give its folder with --root, or another description with --json"
-    )
+    meant = [f"did you mean --root {folder}?" for folder in found]
+    meant += [f"did you mean --json {path}?" for path in sorted(root.glob("*.json"))]
+    if os.path.isdir(root / "labelsTr") and os.path.isdir(root / "imagesTr"):
+        meant.append(f"write one, such as {EXAMPLE} (docs/data.md)")
+    meant.append("give its folder with --root, or another description with --json")
+    return f"{root / 'dataset.json'} does not exist: {meant[0]}"
 
 
 def _folders_in(folder: Path) -> list[str]:
@@ -266,6 +268,10 @@ FORMS = (
 
 # What the description says of channels and classes.
 
+EXAMPLE = (
+    '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "tumour": 1}, "file_ending": ".nii.gz"} for images '
+    "imagesTr/<case>_0000.nii.gz and labels labelsTr/<case>.nii.gz"
+)
 EXAMPLES = {
     "modality": '{"0": "CT"}',
     "channel_names": '{"0": "CT"}',

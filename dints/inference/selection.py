@@ -80,6 +80,11 @@ def given_images(paths: Sequence[Path], task: Task, channels: str, output_root: 
             raise UserError(f"--input {path} does not exist: give images (.nii or .nii.gz), or folders of images")
         if path.is_file() and dicom.is_dicom(path):
             raise UserError(f"--input {path} is one slice of a DICOM series: give its folder")
+        if (path / "dataset.json").is_file() and (path / "labelsTr").is_dir():
+            raise UserError(
+                f"--input {path} is a dataset, with labels: give --root {path} to score its cases, or a folder of "
+                f"images, as --input {path / 'imagesTr'}"
+            )
         found = images_in(path, output_root) if path.is_dir() else [path]
         folders = dicom.folders_with_dicom(path) if path.is_dir() else []
         if not folders and (not found or not ENDING.search(found[0].name)):

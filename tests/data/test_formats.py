@@ -239,6 +239,15 @@ def test_json_that_cannot_be_read_is_refused(tmp_path, content, fault):
         read_json(file)
 
 
+def test_images_and_labels_without_a_description_are_refused_with_one_to_write(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    with pytest.raises(UserError, match=r"dataset.json does not exist: write one, such as (\{.*\}) for") as refusal:
+        formats.read_dataset(tmp_path)
+    (tmp_path / "dataset.json").write_text(re.search(r"such as (\{.*\}) for", str(refusal.value))[1])
+    task, (case,) = formats.read_dataset(tmp_path)
+    assert task.class_names == ("background", "tumour") and Path(case.images[0]).name == "a_0000.nii.gz"
+
+
 # Lists of cases (MSD)
 
 

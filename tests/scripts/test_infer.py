@@ -472,6 +472,13 @@ def test_channels_of_a_dataset_are_compared_with_the_models(tmp_path, knowing, d
     assert "case_0.nii.gz has 1 channel, and the model takes 2 channels (CT, PET): give one file" in message
 
 
+def test_a_dataset_is_no_folder_of_images(tmp_path, knowing, dataset):
+    """Its labels would be segmented too."""
+    knowing(Threshold())
+    message = refused(tmp_path / "out", "--input", dataset)
+    assert f"give --root {dataset} to score its cases" in message and f"--input {dataset}/imagesTr" in message
+
+
 class TestBatches:
     """A bad case does not end a batch, and what is done is not done again."""
 
