@@ -32,27 +32,27 @@ def parse_args() -> argparse.Namespace:
     parser = options.parser(__doc__)
     drawn = parser.add_argument_group("what is drawn, one of the two").add_mutually_exclusive_group(required=True)
     drawn.add_argument(
-        "--checkpoint", metavar="FILE", help="an arch file: search_code_<iteration>.pth, or a published one"
+        "--checkpoint", type=Path, metavar="FILE", help="an arch file: search_code_<iteration>.pth, or a published one"
     )
     drawn.add_argument("--search_space", action="store_true", help="all nodes and all paths that a search chooses from")
 
     space = parser.add_argument_group("size of the search space, with --search_space")
-    at_least_1, at_least_2 = options.number(int, 1), options.number(int, 2)
-    space.add_argument("--num_blocks", type=at_least_1, metavar="N", help="blocks, from left to right (default: 12)")
-    space.add_argument(
-        "--num_depths", type=at_least_2, metavar="N", help="resolutions, from top to bottom (default: 4)"
-    )
+    blocks, depths = options.number(int, 1, options.MAX_BLOCKS), options.number(int, 2, options.MAX_DEPTHS)
+    space.add_argument("--num_blocks", type=blocks, metavar="N", help="blocks, from left to right (default: 12)")
+    space.add_argument("--num_depths", type=depths, metavar="N", help="resolutions, from top to bottom (default: 4)")
 
     add_cost(parser)
     files = parser.add_argument_group(
         "files: DIRECTORY/FILENAME.gv, the source, and DIRECTORY/FILENAME.FORMAT, the picture"
     )
-    files.add_argument("--directory", default="./", help="made if absent")
+    files.add_argument("--directory", type=Path, default="./", help="made if absent")
     files.add_argument("--filename", default="graph", help="without an ending")
     files.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="of the picture")
     args = parser.parse_args()
     if not args.search_space and (args.num_blocks or args.num_depths):
         parser.error("--num_blocks and --num_depths go with --search_space: an arch file has its own")
+    if Path(args.filename).suffix in (".gv", ".png", ".svg", ".pdf"):
+        parser.error(f"--filename {args.filename}: give it without its ending, and that as --format")
     if args.cost and args.search_space:
         parser.error("--cost goes with --checkpoint: a search space is no network yet")
     settings = ("patch_size", "in_channels", "num_classes", "channel_mul", "device")

@@ -27,6 +27,7 @@ from pathlib import Path, PurePosixPath
 import requests
 from tqdm import tqdm
 
+from dints import options
 from dints.data.formats import read_json
 from dints.data.tasks import ARCHIVE_URL, ARCHIVES, Archive
 from dints.errors import UserError, exit_on_user_error
@@ -37,7 +38,7 @@ MAX_MEMBERS, MAX_BYTES = 20_000, 100 * 10**9  # the largest task has under 3,000
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         description="Download, check and unpack tasks of the Medical Segmentation Decathlon.",
         epilog="After an interruption, the same command continues. An archive at <root>/<Task>.tar is used.",
     )

@@ -69,6 +69,7 @@ def main(args: argparse.Namespace) -> None:
         args.prediction, args.reference, allow_missing=args.allow_missing, predicted_only=args.predicted_only
     )
     classes = check(pairs, names)
+    files.check_folder(args.output_root, "--output_root")
     rows = []
     for pair in tqdm(pairs, desc="scoring", unit="case", disable=None):
         settings = {"tolerance_mm": args.tolerance_mm, "lesion_iou": args.lesion_iou}

@@ -183,7 +183,7 @@ def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     maps = [name for name in inference.decision.MAPS if getattr(args, f"save_{name}")]
     manner = Manner(predictor, postprocessing, records, leniency, maps)
     try:
-        cases = processes.on_main(selection.opened, task, leniency)
+        cases = processes.on_main(selection.opened, task, models[0].channels, leniency)
         log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision)
         processes.on_main(records.start, outputs)
         scores, faults = segment_cases(selection, cases, outputs, manner, processes)
@@ -366,7 +366,8 @@ def save(decision: Decision, image: Header, paths: list[Path], maps: list[str]) 
 def volumes_to_segment(args: argparse.Namespace, predictor: Predictor) -> Selection:
     """List the cases under ``--root`` to score, or the images of ``--input``."""
     if args.input is not None:
-        return inference.selection.given_images(args.input, predictor.task, args.output_root)
+        channels = predictor.models[0].channels
+        return inference.selection.given_images(args.input, predictor.task, channels, args.output_root)
     inference.selection.check_classes(args.root, args.json, predictor.task)
     return inference.selection.cases_to_score(
         args.root,

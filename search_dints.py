@@ -79,8 +79,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def add_search_space(parser: argparse.ArgumentParser) -> None:
     """Add what a search chooses from, and from which weights it starts."""
     add = parser.add_argument_group("search space").add_argument
-    add("--num_blocks", type=options.number(int, 1), default=12, help="blocks, one after another")
-    add("--num_depths", type=options.number(int, 2), default=4, help="resolutions, each half of the last")
+    add("--num_blocks", type=options.number(int, 1, options.MAX_BLOCKS), default=12, help="blocks, one after another")
+    add(
+        "--num_depths",
+        type=options.number(int, 2, options.MAX_DEPTHS),
+        default=4,
+        help="resolutions, each half of the last",
+    )
     add("--channel_mul", type=options.number(float, 0.0625), default=0.5, help="times 32, 64, ... channels")
     add(
         "--use_downsample",
@@ -298,6 +303,7 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
         write_architecture(path, decode(supernet.space, progress, args, task), task, processes.device)
         log.warning("%s was gone: it is written anew, as it was", path)
     log.info("found: %s; train_dints.py --arch_ckpt retrains it", path)
+    training.progress.remark_on_dice(progress.best_dice, progress.iteration, len(validation_cases))
     return supernet.space
 
 
@@ -399,6 +405,8 @@ def compete(
         write_architecture(path, winner.described(dice, **facts), task, processes.device)
         training.curves.draw_candidates(folder)
     log.info("the winner is %s: %s; train_dints.py --arch_ckpt retrains it", winner.name, path)
+    judging_cases = candidates.trainings.divided(prepared.training_cases)[1]
+    training.progress.remark_on_dice(results[winner.name].dice, args.candidate_iterations, len(judging_cases))
 
 
 # Below: what is made before the loop, and what it writes.
@@ -424,7 +432,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     network.found.check_patch_size(dataset.task.patch_size, args.num_depths, use_downsample)
     training.cuda_graphs.check(args.cuda_graphs, options.step(args)["device"])
     check_memory_of_supernet(args, dataset.task, use_downsample)
-    training_cases, validation_cases = data.listing.split_fold(dataset.cases, **options.folds(args))
+    training_cases, validation_cases = data.listing.split_fold(dataset.cases, **options.folds(args), least_training=2)
     halves(training_cases, args.seed)
     prepared = Prepared(dataset, use_downsample, training_cases, validation_cases)
     if args.candidates:

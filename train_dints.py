@@ -199,6 +199,7 @@ def train(args: argparse.Namespace, prepared: Prepared, processes: Processes, fo
             checkpoint.save()
     history.close()
     log.info("the network is %s; infer_dints.py --checkpoint segments with it", progress.best_path)
+    training.progress.remark_on_dice(progress.best_dice, progress.iteration, len(validation_cases))
 
 
 def prepare(args: argparse.Namespace) -> Prepared:

@@ -62,25 +62,28 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, MAX_SHOWN, MAX_SHOWN
 def exit_on_user_error(main: Callable[..., None], *args) -> None:
     """Run ``main(*args)``; what a person can mend or asked for ends the process with one line on stderr.
 
-    The exit code is 1 for a `UserError`, 3 for a batch that is done but in part, and 128 and the signal's number for a
-    run that was asked to stop. What nobody expected keeps its traceback.
+    The exit code is 1 for a `UserError`, 3 for a batch that is done but in part, 128 and the signal's number for a run
+    that was asked to stop, and 141 without a word where nobody reads on what is printed. What nobody expected keeps
+    its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no script
     try:
         main(*args)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while what fails can still be said
     except UserError as error:
         _leave(f"error: {_speaker()}{error}", 1)
     except PartlyDone as partly:  # all ranks know what is not done: one tells
         _leave(f"error: {partly}", 3, tells=launcher.rank() == 0)
     except Stopped as stopped:
         if launcher.rank() == 0:  # all stopped at the same step: one tells
-            _tell(f"stopped {stopped.saved}: {_again('continues it')}: {shlex.join(_continuing(sys.argv))}")
+            tell(f"stopped {stopped.saved}: {_again('continues it')}: {shlex.join(_continuing(sys.argv))}")
         _end(128 + stopped.signal)
     except KeyboardInterrupt:
         _leave(f"interrupted: {_again('goes on with what is saved')}", 130)
     except ProcessLost as error:
-        _tell(f"error: {_speaker()}{error}")
+        tell(f"error: {_speaker()}{error}")
         _end(1)
     except ModuleNotFoundError as error:
         if (error.name or "dints").partition(".")[0] == "dints":
@@ -89,6 +92,11 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
     except SystemExit as left:  # a rank that leaves since rank 0 does, which says why
         _end(left.code)
     except Exception:  # noqa: BLE001  reported as Python does, and then ended as all else
+        unwritten = _unwritten_output() if isinstance(sys.exc_info()[1], OSError) else None
+        if isinstance(unwritten, BrokenPipeError):  # as of "| head", which has read enough
+            _end(128 + 13)  # SIGPIPE's number, which other programs die of
+        if unwritten is not None:
+            _leave(f"error: the output cannot be written: {unwritten.strerror}: print it elsewhere", 1)
         sys.excepthook(*sys.exc_info())
         _end(1)
 
@@ -107,6 +115,16 @@ def _again(what: str) -> str:
     return f"the same command{without} {what}"
 
 
+def _unwritten_output() -> OSError | None:
+    """Return why nothing can be printed, and drop what was to be, so that Python's end does not fail of it again."""
+    try:
+        print(flush=True)  # to flush is not enough: without a buffer nothing waits to be written
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
+
+
 def _speaker() -> str:
     """Return what goes before a message, so that one sees which of several processes speaks."""
     return f"[rank {launcher.rank()}] " if launcher.world_size() > 1 else ""
@@ -114,7 +132,7 @@ def _speaker() -> str:
 
 def _leave(message: str, code: int, tells: bool = True) -> None:
     if tells:
-        _tell(message)
+        tell(message)
     if launcher.error_file() is not None:  # launch/agent.py does not start again what left a message
         with open(launcher.error_file(), "w", encoding="utf-8") as file:
             json.dump({"message": message}, file)
@@ -132,7 +150,7 @@ def _end(code: int) -> None:
     sys.exit(code)
 
 
-def _tell(message: str) -> None:
+def tell(message: str) -> None:
     """Write one line to stderr, without what a file's name might do to a terminal."""
     line = " ".join(message.split())
     print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr, flush=True)

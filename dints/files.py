@@ -68,10 +68,27 @@ def replacing(path: str | Path, keep: Path | None = None) -> Iterator[io.Buffere
         os.replace(partial, path)
         system.sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{path} cannot be written: {reason(path, error)}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def reason(path: Path, error: OSError) -> str:
+    """Say why a file cannot be written: the system's own words name no file that stands where a folder should."""
+    there = next((folder for folder in path.parents if os.path.lexists(folder)), path.parent)
+    return f"{there} is a file: give a folder" if os.path.isfile(there) else error.strerror or str(error)
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Make a folder and write into it, before work begins that would be lost; ``flag`` is what names it."""
+    probe = folder / f".probe.{os.getpid()}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written: {reason(probe, error)}") from error
 
 
 @contextmanager

@@ -6,17 +6,83 @@ No heavy import here: ``-h`` and a mistyped flag answer at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
-from collections.abc import Callable
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from dints import launcher
 from dints.data.leniency import Leniency
+from dints.errors import tell
 from dints.recipes import RECIPES
 
+# What other programs call an option; a suggestion goes by similar letters otherwise.
+OTHER_NAMES = {
+    "batch_size": ("num_images_per_batch", "num_sw_batch_size"),
+    "lr": ("learning_rate",),
+    "model": ("checkpoint",),
+    "gpu": ("device",),
+}
 
-def parser(description: str) -> argparse.ArgumentParser:
+
+def parser(description: str) -> Parser:
     """Make an empty parser in the house's form; ``description`` is the script's docstring."""
-    return argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    return Parser(description=description, formatter_class=_HelpFormatter)
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses a script's command line; what is wrong with it is one line on stderr, and exit code 2."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+        self.register("type", Path, path)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e3 too, which argparse takes for an option
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        words = sys.argv[1:] if args is None else list(args)
+        self._check_names(words)
+        namespace, extra = self.parse_known_args(words, namespace)
+        if extra:
+            self.error(f"{shlex.join(extra)} belongs to no option: name it, and quote values that have spaces")
+        return namespace
+
+    def error(self, message: str, closing: str = " (-h lists all options)") -> NoReturn:
+        if launcher.rank() == 0:  # all processes have the same command line
+            tell(f"error: {message}{closing}")
+        self.exit(2)
+
+    def _check_names(self, words: Sequence[str]) -> None:
+        """Refuse options that there are none of; argparse would first complain about the required one misspelt."""
+        known = {name for action in self._actions for name in action.option_strings}
+        given = [word.partition("=")[0] for word in words if re.match("--?[A-Za-z]", word)]
+        unknown = dict.fromkeys(name for name in given if name not in known and " " not in name)
+        if unknown and {"-h", "--help"}.isdisjoint(given):
+            alike = {name: self._alike(name) for name in unknown}
+            remarks = [f"{name}: did you mean {other}?" if other else f"{name}:" for name, other in alike.items()]
+            self.error(f"unknown option {' '.join(remarks)} -h lists all", closing="")
+
+    def _alike(self, name: str) -> str | None:
+        """Return the option that is probably meant."""
+        listed = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        shown = {option.lstrip("-"): option for action in listed for option in action.option_strings}
+        name = name.lstrip("-")
+        by_letters = difflib.get_close_matches(name, shown, 1) + [other for other in shown if other.startswith(name)]
+        found = [other for other in (*OTHER_NAMES.get(name, ()), *by_letters) if other in shown]
+        return shown[found[0]] if found else None
+
+
+def path(text: str) -> Path:
+    """Return a path, ``~`` expanded also where a shell leaves it (``--root=~/data``)."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path: is a variable in the command not set?")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such user") from error
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -47,11 +113,15 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
 
 positive = number(float, 0, above=True)
 finite = number(float, -1e30, 1e30)
+MAX_BLOCKS, MAX_DEPTHS = 1000, 16  # those of `dints.network.architecture`, which -h need not import
 XYZ = ("X", "Y", "Z")
 AUGMENTATIONS = ("published", "nnunet", "auto")  # of `dints.data.augmentation`, which -h need not import
 
 
 def fold(text: str) -> int | str:
+    """Read ``--fold``."""
+    if text != "all" and not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a fold's number, from 0 on, nor all")
     return text if text == "all" else number(int, 0)(text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import pickle
 import warnings
 from pathlib import Path
@@ -46,9 +47,12 @@ def load_safely(path: str | Path) -> object:
             warnings.simplefilter("ignore")  # about unusual pickles: what is wrong with one is said below
             return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251  the one place
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
+        raise UserError(f"{path} does not exist: {_meant_beside(Path(path))}") from error
     except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder, not a file") from error
+        inside = ", ".join(sorted(file.name for file in Path(path).glob("*.pth"))[-3:])
+        raise UserError(
+            f"{path} is a folder, not a file: give one{f' of those in it, as {inside}' if inside else ''}"
+        ) from error
     except pickle.UnpicklingError as error:
         wanted = _refused_global(str(error))
         if wanted:
@@ -90,6 +94,23 @@ def is_whole(tensor: torch.Tensor) -> bool:
     if tensor.device.type != "cpu" or tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
         return False
     return tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
+def _meant_beside(path: Path) -> str:
+    """Name the file that was probably meant instead of one that does not exist."""
+    beside = sorted(file.name for file in path.parent.glob("*")) if path.parent.is_dir() else []
+    alike = difflib.get_close_matches(path.name, beside, 1)
+    return f"did you mean {path.parent / alike[0]}?" if alike else "check its path"
+
+
+def kind(content: object) -> str | None:
+    """Name the kind of file that a content is of, so that one in place of another is recognised."""
+    keys = content.keys() if isinstance(content, dict) else set()
+    if {"state_dict", "architecture"} <= keys:
+        return "a model file of train_dints.py"
+    if {"parts", "progress"} <= keys:
+        return "the saved state of a run"
+    return "an architecture" if keys & {"arch_code_a", "code_a"} else None
 
 
 def _numpy_globals() -> list:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -105,3 +106,34 @@ def test_a_name_that_the_terminal_cannot_show_ends_no_script():
     code = "import sys; from dints.errors import exit_on_user_error; exit_on_user_error(print, 'L\u00e9ber')"
     done = subprocess.run([sys.executable, "-c", code], env={"PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert done.stdout == b"L\\xe9ber\n" and done.returncode == 0, done.stderr
+
+
+PRINTS = "from dints.errors import exit_on_user_error; exit_on_user_error(print, 'a')"
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_reader_that_leaves_ends_a_script_without_a_word(buffered):
+    """As in "--describe | head"; 141 is what a shell gives for programs that die of it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    done = subprocess.run([sys.executable, "-c", PRINTS], env=environment, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.stderr == b"" and done.returncode == 141
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+def test_output_that_cannot_be_written_is_an_error_of_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", PRINTS], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == "error: the output cannot be written: No space left on device: print it elsewhere\n"
+    assert done.returncode == 1
+
+
+def test_another_broken_pipe_keeps_its_traceback(capsys):
+    def fail() -> None:
+        raise BrokenPipeError(32, "of a worker")
+
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(fail)
+    assert ended.value.code == 1 and "of a worker" in capsys.readouterr().err

@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from dints import files
 from dints.errors import UserError
 from dints.files import replacing, write_atomically
+from dints.network.architecture import load_architecture
+from dints.network.model_file import load_model
+from dints.network.weights import load_weights
 from dints.torch_files import load_safely, save_atomically
 
 
@@ -102,3 +106,59 @@ def test_numpy_arrays_and_scalars_load(tmp_path):
     torch.save(content, tmp_path / "arrays.pth")
     loaded = load_safely(tmp_path / "arrays.pth")
     assert (loaded["array"] == content["array"]).all() and loaded["float"] == 0.5 and loaded["bool"][0]
+
+
+@pytest.mark.parametrize("path", ["file", "file/in", "file/in/it"])
+def test_a_folder_that_is_a_file_is_named_before_the_work(tmp_path, path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as refusal:
+        files.check_folder(tmp_path / path, "--output_root")
+    says = f"{tmp_path / path} cannot be written: {tmp_path}/file is a file: give a folder"
+    assert str(refusal.value) == f"--output_root {says}"
+    with pytest.raises(UserError, match=f"{tmp_path}/file is a file: give a folder"):
+        files.write_atomically(tmp_path / path / "x", "")
+
+
+def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path):
+    files.check_folder(tmp_path / "a/b", "--output_root")
+    assert list((tmp_path / "a/b").iterdir()) == []
+
+
+KINDS = {
+    "an architecture": {"arch_code_a": 0},
+    "a model file of train_dints.py": {"state_dict": {}, "architecture": {}},
+    "the saved state of a run": {"parts": {}, "progress": {}},
+}
+
+
+@pytest.mark.parametrize(
+    ("load", "kind"),
+    [
+        (load_architecture, "a model file of train_dints.py"),
+        (load_architecture, "the saved state of a run"),
+        (load_model, "an architecture"),
+        (load_model, "the saved state of a run"),
+        (lambda path: load_weights(torch.nn.Linear(1, 1), path), "an architecture"),
+    ],
+)
+def test_one_of_our_files_in_place_of_another_is_recognised(tmp_path, load, kind):
+    save_atomically(KINDS[kind], tmp_path / "file.pth")
+    with pytest.raises(UserError, match=f"it is {kind}.*give"):
+        load(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("search_code_6.pth", "does not exist: did you mean {folder}/search_code_60.pth?"),
+        ("nothing like it", "does not exist: check its path"),
+        ("no folder/search_code_60.pth", "does not exist: check its path"),
+        (".", "is a folder, not a file: give one of those in it, as latest.pth, search_code_60.pth"),
+    ],
+)
+def test_a_file_that_is_none_is_refused_with_what_lies_there(tmp_path, path, says):
+    for name in ("search_code_60.pth", "latest.pth"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError) as refusal:
+        load_safely(tmp_path / path)
+    assert str(refusal.value) == f"{tmp_path / path} {says.format(folder=tmp_path)}"

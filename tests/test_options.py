@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
+import decode_plot
+import download_msd_datasets
+import evaluate
+import infer_dints
 import search_dints
 import train_dints
 from dints import options
 from dints.candidates import proposals
 from dints.data.augmentation import CHAINS, chosen
+from dints.network import architecture
 from dints.recipes import RECIPES
 from dints.training.curves import KINDS
 
@@ -140,3 +146,93 @@ def test_a_run_by_the_published_recipe_is_told_of_the_other():
     assert "--recipe recommended trains with --flip_axes auto, --learning_rate_schedule polynomial" in line
     args = train_dints.parse_args([*TRAIN, "--recipe", "recommended"])
     assert options.recipe_line(args, *train_dints.OF_RECIPES) == "recipe: recommended"
+
+
+SCRIPTS = {
+    "search": (search_dints, SEARCH),
+    "train": (train_dints, TRAIN),
+    "infer": (infer_dints, ["--checkpoint", "model.pth", "--input", "images"]),
+    "evaluate": (evaluate, ["--prediction", "a", "--reference", "b"]),
+    "decode_plot": (decode_plot, ["--checkpoint", "arch.pth"]),
+    "download": (download_msd_datasets, []),
+}
+UNKNOWN = "unknown option"
+MISTAKES = [
+    ("search", "--spacng 1 1 1", f"{UNKNOWN} --spacng: did you mean --spacing? -h lists all"),
+    ("search", "--lr=3", f"{UNKNOWN} --lr: did you mean --learning_rate? -h lists all"),
+    ("search", "-fold 3", f"{UNKNOWN} -fold: did you mean --fold? -h lists all"),
+    ("train", "--batch_size 3", f"{UNKNOWN} --batch_size: did you mean --num_images_per_batch? -h lists all"),
+    ("train", "--xyz 3 --local-rnk 3", f"{UNKNOWN} --xyz: --local-rnk: -h lists all"),
+    ("train", "--num_epochs ten", "argument --num_epochs: invalid int value: 'ten' (-h lists all options)"),
+    ("train", "--fold first", "argument --fold: 'first' is neither a fold's number, from 0 on, nor all"),
+    ("search", "--num_blocks 999999", "argument --num_blocks: 999999 is not at least 1 and at most 1000"),
+    ("decode_plot", "--num_depths 17", "argument --num_depths: 17 is not at least 2 and at most 16"),
+    ("decode_plot", "--filename graph.png", "--filename graph.png: give it without its ending, and that as --format"),
+    ("train", "--root= ", "argument --root: an empty path: is a variable in the command not set?"),
+    ("train", "--root ~no_such_user_0/data", "argument --root: ~no_such_user_0/data: there is no such user"),
+    ("infer", "--batch_size 3", f"{UNKNOWN} --batch_size: did you mean --num_sw_batch_size? -h lists all"),
+    ("infer", "--inputs a", f"{UNKNOWN} --inputs: did you mean --input? -h lists all"),
+    (
+        "infer",
+        "--save_probabilities yes please",
+        "yes please belongs to no option: name it, and quote values that have",
+    ),
+    ("evaluate", "--out x", f"{UNKNOWN} --out: did you mean --output_root? -h lists all"),
+    ("decode_plot", "--filname x", f"{UNKNOWN} --filname: did you mean --filename? -h lists all"),
+    ("decode_plot", "--num_blocks 3", "--num_blocks and --num_depths go with --search_space"),
+    ("download", "--task Task09_Spleen", f"{UNKNOWN} --task: did you mean --msd_task? -h lists all"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), MISTAKES)
+def test_a_mistake_on_the_command_line_is_one_line(script, flags, message, capsys, monkeypatch):
+    module, sound = SCRIPTS[script]
+    monkeypatch.setattr("sys.argv", [script, *sound, *flags.split()])
+    with pytest.raises(SystemExit) as left:
+        module.parse_args()
+    said = capsys.readouterr()
+    assert left.value.code == 2 and said.err.startswith(f"error: {message}") and said.err.count("\n") == 1
+    assert not said.out
+
+
+@pytest.mark.parametrize(("script", "missing"), [("search", "--root"), ("train", "--arch_ckpt"), ("infer", "--input")])
+def test_a_required_option_that_is_misspelt_or_missing(script, missing, capsys):
+    """Of a misspelt one it is said how it is written, not that it is missing."""
+    module, sound = SCRIPTS[script]
+    at = sound.index(missing)
+    for flags, says in (
+        ([*sound[:at], *sound[at + 2 :]], f"{missing}"),
+        (
+            [*sound[:at], f"{missing}x", *sound[at + 1 :]],
+            f"unknown option {missing}x: did you mean {missing}? -h lists",
+        ),
+    ):
+        with pytest.raises(SystemExit) as left:
+            module.parse_args(flags)
+        said = capsys.readouterr().err
+        assert left.value.code == 2 and says in said and said.count("\n") == 1
+
+
+def test_one_process_of_several_tells_and_help_is_given_beside_a_mistake(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as left:
+        train_dints.parse_args(["--spacng", "-h"])
+    assert left.value.code == 0 and "usage:" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as left:
+        train_dints.parse_args(["--spacng"])
+    assert left.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_a_negative_number_may_be_written_in_any_form():
+    args = train_dints.parse_args([*TRAIN, "--intensity_range", "-1e3", "-.5"])
+    assert args.intensity_range == [-1000, -0.5]
+
+
+def test_the_limits_of_a_space_are_those_of_architectures():
+    assert (options.MAX_BLOCKS, options.MAX_DEPTHS) == (architecture._MAX_BLOCKS, architecture._MAX_DEPTHS)
+
+
+def test_paths_may_begin_at_home_wherever_the_shell_left_that(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of me")
+    args = train_dints.parse_args([*TRAIN, "--root=~/d\u00e4ta", "--json", "~", "--cache_dir", "a/~"])
+    assert (args.root, args.json, args.cache_dir) == (Path("/home/of me/d\u00e4ta"), Path("/home/of me"), Path("a/~"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from dints.data.grid import Resampling, in_c_order
 from dints.data.leniency import Leniency
 from dints.data.listing import ListedCase
 from dints.data.nifti import Header, read_header, read_voxels
-from dints.data.tasks import Task
+from dints.data.tasks import MAX_CLASSES, Task
 from dints.errors import UserError
 from dints.running.machine import threads
 
@@ -84,12 +84,19 @@ def open_cases(listed: Sequence[ListedCase], task: Task, leniency: Leniency) -> 
     return results
 
 
-def try_to_open(listed: Sequence[ListedCase], task: Task, leniency: Leniency) -> list[Case | UserError]:
-    """Do as `open_cases`, and return for each case that cannot be used what is wrong with it."""
+def try_to_open(
+    listed: Sequence[ListedCase], task: Task, leniency: Leniency, check: Callable[[Case], None] = lambda case: None
+) -> list[Case | UserError]:
+    """Do as `open_cases`, and return for each case that cannot be used what is wrong with it.
+
+    Args:
+        check: raises `UserError` for a case that the caller cannot use, before the task is looked at.
+    """
 
     def attempt(case: ListedCase) -> Case | UserError:
         try:
             opened = open_case(case)
+            check(opened)
             check_case(opened, task, leniency)
             return opened
         except UserError as error:
@@ -132,8 +139,9 @@ def case_faults(case: Case, task: Task, leniency: Leniency) -> Iterator[str]:
     first = case.images[0]
     if case.num_channels != task.num_channels:
         yield (
-            f"{first.path} has {case.num_channels} channels of shape {first.shape}; {task.name} has "
-            f"{task.num_channels}: mend or remove the case, or the channels in dataset.json"
+            f"{first.path} has {case.num_channels} channel{'' if case.num_channels == 1 else 's'} of shape "
+            f"{first.shape}; {task.name} has {task.num_channels}: mend or remove the case, or the channels in "
+            "dataset.json"
         )
     grid = case.resampling(task).shape
     if np.prod(grid, dtype=object) > MAX_GRID or max(grid) == 1 < max(first.shape):
@@ -199,6 +207,12 @@ def read_label(header: Header, task: Task) -> np.ndarray:
         values = np.unique(voxels[wrong])
         first = str(values[0]).removesuffix(".0")  # all digits: 1.0000001 is not 1
         others = f" and {len(values) - 1} more" if len(values) > 1 else ""
+        if len(values) > MAX_CLASSES:
+            raise UserError(
+                f"{header.path} holds {values[0]:g}{others} in {int(wrong.sum())} voxels, where {task.name} has the "
+                f"labels 0 to {task.num_classes - 1}: it looks like an image: give the label's path in "
+                "dataset.json"
+            )
         raise UserError(
             f"{header.path} holds the label {first}{others} in {int(wrong.sum())} voxels; {task.name} has the "
             f"labels 0 to {task.num_classes - 1}: mend or remove the case, or the labels in dataset.json"

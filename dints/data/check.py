@@ -102,8 +102,8 @@ def check_dataset(
         judged = pool.imap(lambda case: judge_case(case, task, leniency), cases)
         reports = list(tqdm(judged, "checking", len(cases), unit="case", leave=False, disable=None))
     _compare_voxels(cases, folds, reports)
-    _compare_grids(cases, reports, task, leniency)
     whole = _judge_whole(reports, task)
+    _compare_grids(cases, reports, whole, task, leniency)
     text = "\n".join([*_findings(cases, reports, whole), *_summary(reports, task)])
     return text, not (whole.errors or any(report.errors for report in reports))
 
@@ -178,7 +178,9 @@ def _compare_voxels(cases: Sequence[ListedCase], folds: Sequence[int], reports: 
             )
 
 
-def _compare_grids(cases: Sequence[ListedCase], reports: Sequence[Report], task: Task, leniency: Leniency) -> None:
+def _compare_grids(
+    cases: Sequence[ListedCase], reports: Sequence[Report], whole: Report, task: Task, leniency: Leniency
+) -> None:
     """Judge what only the median tells: which cases are far from it, and are impossible at its spacing."""
     read = [(case.images[0], report) for case, report in zip(cases, reports, strict=True) if report.case is not None]
     if not read:
@@ -194,12 +196,18 @@ def _compare_grids(cases: Sequence[ListedCase], reports: Sequence[Report], task:
                     f"{path} is far from the others in {what}: {_times(value, form)}, where the median is "
                     f"{_times(median, form)}: look at its header"
                 )
-    for path, report in read:
+    for _, report in read:
         faults = case_faults(report.case, task, leniency)
         report.errors += [fault for fault in faults if fault not in report.errors]
-        grid = report.case.resampling(task).shape
-        if min(grid) < THIN:
-            report.warnings.append(f"{path} has only {_times(grid)} voxels on the task's grid: look at its header")
+    thin = [(path, report, grid) for path, report in read if min(grid := report.case.resampling(task).shape) < THIN]
+    if len(thin) > max(1, len(read) // 2):  # as thick slices make it, and no header is wrong
+        whole.warnings.append(
+            f"{len(thin)} of {len(reports)} cases have fewer than {THIN} voxels along an axis of the task's grid, for "
+            f"example {thin[0][0]} with {_times(thin[0][2])}: there is little to learn in 3D along it"
+        )
+        return
+    for path, report, grid in thin:
+        report.warnings.append(f"{path} has only {_times(grid)} voxels on the task's grid: look at its header")
 
 
 def _grids(reports: Sequence[Report]) -> tuple[list[Sequence[int]], list[np.ndarray]]:

@@ -6,6 +6,7 @@ one more entry there.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import reprlib
@@ -76,11 +77,12 @@ def read_task(root: str | Path, description: str | Path | None = None) -> Task:
     return _task_of(_described(root, description, "training"))
 
 
-def provenance(root: str | Path, description: str | Path | None = None) -> dict[str, str]:
-    """Return what a dataset's description says of where it comes from, and of its licence, as it says it."""
-    content = _described(root, description, "training").content
+def provenance(root: str | Path, description: str | Path | None = None) -> dict[str, str | list[str]]:
+    """Return what a dataset's description says of where it comes from, its licence and its channels, as it says it."""
+    described = _described(root, description, "training")
     keys = ("name", "description", "reference", "licence", "license", "release")
-    return {key: content[key] for key in keys if isinstance(content.get(key), str)}
+    said = {key: described.content[key] for key in keys if isinstance(described.content.get(key), str)}
+    return said | {"channels": list(channel_names(described))}
 
 
 def list_cases(
@@ -129,7 +131,40 @@ def _task_of(described: Description) -> Task:
 
 def _described(root: str | Path, description: str | Path | None, key: str) -> Description:
     source = Path(root, "dataset.json") if description is None else description
+    if os.path.isfile(root) or not os.path.exists(source):
+        raise UserError(_no_description(Path(root), None if description is None else Path(description)))
     return Description(read_json(source), source, Path(root).absolute(), key)
+
+
+def _no_description(root: Path, description: Path | None) -> str:
+    """Say why there is no dataset to read, and what was probably meant."""
+    around = [folder for folder in (root.parent, root.parent.parent) if os.path.isfile(folder / "dataset.json")]
+    if os.path.isfile(root):
+        given = f" --json {root}" if root.suffix == ".json" and root.name != "dataset.json" else ""
+        folder = root.parent if given else [*around, root.parent][0]
+        return f"--root {root} is a file: give the dataset's folder, --root {folder}{given}"
+    if not os.path.isdir(root):
+        alike = difflib.get_close_matches(root.name, _folders_in(root.parent), 1)
+        meant = f"did you mean --root {root.parent / alike[0]}?" if alike else "give the dataset's folder"
+        return f"--root {root} does not exist, or may not be looked into: {meant}"
+    if description is not None:
+        is_inside = os.path.isfile(root / description)
+        meant = f"did you mean --json {root / description}?" if is_inside else "give the dataset's description"
+        return f"--json {description} does not exist: {meant}"
+    found = [*around, *(path.parent for path in sorted(root.glob("*/dataset.json")))]
+    meant = [f"did you mean --root {folder}?" for folder in found]
+    meant += [f"did you mean --json {path}?" for path in sorted(root.glob("*.json"))]
+    if os.path.isdir(root / "labelsTr") and os.path.isdir(root / "imagesTr"):
+        meant.append(f"write one, such as {EXAMPLE} (docs/data.md)")
+    meant.append("give its folder with --root, or another description with --json")
+    return f"{root / 'dataset.json'} does not exist: {meant[0]}"
+
+
+def _folders_in(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    except OSError:
+        return []
 
 
 def _cases_of(description: Description, allow_outside_root: bool) -> list[ListedCase]:
@@ -233,6 +268,10 @@ FORMS = (
 
 # What the description says of channels and classes.
 
+EXAMPLE = (
+    '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "tumour": 1}, "file_ending": ".nii.gz"} for images '
+    "imagesTr/<case>_0000.nii.gz and labels labelsTr/<case>.nii.gz"
+)
 EXAMPLES = {
     "modality": '{"0": "CT"}',
     "channel_names": '{"0": "CT"}',
@@ -243,7 +282,7 @@ EXAMPLES = {
 def read_json(path: str | Path) -> dict:
     """Read the object in a JSON file; errors name the file, and the line and column where it is malformed."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows' editors put a mark first
     except FileNotFoundError as error:
         raise UserError(
             f"{path} does not exist: give the dataset's description with --json, or its folder with --root"
@@ -253,7 +292,9 @@ def read_json(path: str | Path) -> dict:
             f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; correct it there"
         ) from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an endless number
-        raise UserError(f"{path} cannot be read as a dataset description: {error}") from error
+        raise UserError(
+            f"{path} cannot be read as a dataset description: {error}; give a dataset.json, a text in UTF-8"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path} holds a {type(content).__name__} where a dataset description (a JSON object) is expected"

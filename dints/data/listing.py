@@ -38,17 +38,46 @@ class ListedCase:
         return self.images if self.label is None else (*self.images, self.label)
 
 
-def split_fold(cases: Sequence, num_folds: int, fold: int | str) -> tuple[list, list]:
+def split_fold(cases: Sequence, num_folds: int, fold: int | str, least_training: int = 0) -> tuple[list, list]:
     """Divide cases into those that train and those that validate ``fold``; each is validated in exactly one fold.
 
     Folds are contiguous and differ by at most one case; ``all`` trains on every case and validates on none.
+
+    Args:
+        least_training: cases that must train: a search needs two.
+
+    Raises:
+        UserError: there are too few cases; the message gives options that fit them.
     """
-    if fold == "all":
-        return list(cases), []
-    if num_folds > len(cases):
-        raise UserError(f"--num_folds {num_folds}, but there are only {len(cases)} cases: give at most {len(cases)}")
-    first, last = len(cases) * fold // num_folds, len(cases) * (fold + 1) // num_folds
-    return [*cases[:first], *cases[last:]], list(cases[first:last])
+    training, validation = list(cases), []
+    if fold != "all":
+        first, last = len(cases) * fold // num_folds, len(cases) * (fold + 1) // num_folds
+        training, validation = [*cases[:first], *cases[last:]], list(cases[first:last])
+    fits = fold == "all" or num_folds <= len(cases)
+    if fits and len(training) >= least_training:
+        return training, validation
+    if fits:
+        given = f"--fold {fold}" + (f" of --num_folds {num_folds}" if fold != "all" else "")
+        fault = f"{given} leaves {len(training)} of {_cases(len(cases))} to train on, and {least_training} are needed"
+    else:
+        are_only = "is only" if len(cases) == 1 else "are only"
+        fault = f"--num_folds {num_folds}, but there {are_only} {_cases(len(cases))}"
+        fault += f", and {least_training} must train" if least_training > 1 else ""
+    raise UserError(f"{fault}: {_options_that_fit(len(cases), fold, least_training)}")
+
+
+def _options_that_fit(count: int, fold: int | str, least_training: int) -> str:
+    """Tell which options of `split_fold` so many cases can have."""
+    if count < least_training:
+        return f"add labelled cases, {least_training} at least"
+    every = "--fold all, which takes every case"
+    if count < max(2, least_training + 1):
+        return f"give {every}"
+    return f"give --num_folds {count}{' --fold 0' if fold == 'all' or fold >= count else ''}, or {every}"
+
+
+def _cases(count: int) -> str:
+    return f"{count} case{'' if count == 1 else 's'}"
 
 
 def check_names(cases: Sequence[ListedCase]) -> None:

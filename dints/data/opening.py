@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from dints.data.cases import Case, check_cases, open_cases
 from dints.data.fingerprint import Fingerprint, fingerprint
 from dints.data.formats import read_dataset
@@ -65,6 +67,8 @@ def open_dataset(
         task = overridden(task, **overrides)
         cases = open_cases(listed, task, leniency)
     log.info("%s: %s", task.name, describe(task))
+    if remark := smaller_than_patch(cases, task):
+        log.info("%s", remark)
     return Dataset(task, cases, measured, leniency)
 
 
@@ -78,6 +82,18 @@ def describe(task: Task) -> str:
     spacing = "as it is" if task.spacing is None else "{:g} x {:g} x {:g} mm".format(*task.spacing)
     intensity = "z-score" if task.intensity is None else "{:g} to {:g}".format(*task.intensity)
     return f"spacing {spacing}, intensity {intensity}, patch {' x '.join(map(str, task.patch_size))}"
+
+
+def smaller_than_patch(cases: Sequence[Case], task: Task) -> str | None:
+    """Say how many cases are smaller than a patch, along which axes, and what is done with them; None: none is."""
+    lacks = np.array([case.resampling(task).shape for case in cases]) < task.patch_size
+    if not lacks.any():
+        return None
+    along = ", ".join(f"{axis} {count}" for axis, count in zip("XYZ", lacks.sum(0), strict=True) if count)
+    return (
+        f"{lacks.any(1).sum()} of {len(cases)} cases are smaller than the patch (along {along}): they are padded to it "
+        "by reflection, and below a third of it by their border voxels first; --patch_size gives another"
+    )
 
 
 def names(cases: Sequence[Case]) -> list[str]:

@@ -38,15 +38,19 @@ class Selection:
     cases: list[ListedCase]
     series: dict[str, Path] = field(default_factory=dict)
 
-    def opened(self, task: Task, leniency: Leniency) -> list[Case | UserError]:
-        """Convert the DICOM series, and read all headers; return what is wrong with cases that cannot be used."""
+    def opened(self, task: Task, channels: str, leniency: Leniency) -> list[Case | UserError]:
+        """Convert the DICOM series, and read all headers; return what is wrong with cases that cannot be used.
+
+        Args:
+            channels: that the model takes, for messages.
+        """
         faults = {}
         for image, folder in tqdm(self.series.items(), "reading DICOM", unit="series", disable=None, leave=False):
             try:
                 dicom.write_nifti(folder, Path(image))
             except UserError as error:
                 faults[image] = error
-        cases = try_to_open(self.cases, task, leniency)
+        cases = try_to_open(self.cases, task, leniency, lambda case: _check_channels(case, task, channels))
         return [faults.get(listed.images[0], case) for listed, case in zip(self.cases, cases, strict=True)]
 
     def first_file(self) -> ListedCase:
@@ -61,14 +65,23 @@ class Selection:
         raise UserError("--export is checked on an image in a file: give one (.nii or .nii.gz) with --input")
 
 
-def given_images(paths: Sequence[Path], task: Task, output_root: Path) -> Selection:
-    """List the images of ``--input``: files, and folders of files and of DICOM series; none that the batch writes."""
+def given_images(paths: Sequence[Path], task: Task, channels: str, output_root: Path) -> Selection:
+    """List the images of ``--input``: files, and folders of files and of DICOM series; none that the batch writes.
+
+    Args:
+        channels: that the model takes, for messages.
+    """
     images, series = [], {}
     for path in paths:
         if not path.exists():
             raise UserError(f"--input {path} does not exist: give images (.nii or .nii.gz), or folders of images")
         if path.is_file() and dicom.is_dicom(path):
             raise UserError(f"--input {path} is a DICOM file: give the folder of its series")
+        if (path / "dataset.json").is_file() and (path / "labelsTr").is_dir():
+            raise UserError(
+                f"--input {path} is a dataset, with labels: give --root {path} to score its cases, or a folder of "
+                f"images, as --input {path / 'imagesTr'}"
+            )
         found = images_in(path, output_root) if path.is_dir() else [path]
         folders = dicom.folders_with_dicom(path) if path.is_dir() else []
         if not folders and (not found or not ENDING.search(found[0].name)):
@@ -86,10 +99,10 @@ def given_images(paths: Sequence[Path], task: Task, output_root: Path) -> Select
     if series and task.num_channels > 1:
         raise UserError(
             f"--input {next(iter(series.values()))} is a DICOM series, which has one channel, and the model takes "
-            f"{task.num_channels}: convert the channels to NIfTI"
+            f"{channels}: convert each to NIfTI and give {_form(task, '<case>')}"
         )
     if task.channel_files:
-        cases = cases_of_channels(images, task.num_channels)
+        cases = cases_of_channels(images, task, channels)
     else:
         cases = [ListedCase(ENDING.sub("", image.name), (str(image),)) for image in images]
     return Selection([*cases, *(ListedCase(ENDING.sub("", Path(image).name), (image,)) for image in series)], series)
@@ -118,26 +131,44 @@ def images_in(folder: Path, output_root: Path) -> list[Path]:
     ]
 
 
-def cases_of_channels(images: Sequence[Path], num_channels: int) -> list[ListedCase]:
+def cases_of_channels(images: Sequence[Path], task: Task, channels: str) -> list[ListedCase]:
     """List the cases that ``<case>_0000``, ``<case>_0001``, ... make together, a file a channel."""
-    channels = defaultdict(dict)
+    found = defaultdict(dict)
     for image in images:
         parts = re.fullmatch(r"(.+)_(\d{4})\.nii(\.gz)?", image.name, re.IGNORECASE)
         if parts is None:
             raise UserError(
-                f"--input {image}: this model takes a file a channel, <case>_0000, <case>_0001, ...: rename"
+                f"--input {image}: the model takes {channels}, and its name does not say of which it is: give "
+                f"{_form(task, ENDING.sub('', image.name))}"
             )
-        channels[image.parent / parts[1]][int(parts[2])] = str(image)
-    for case, files_of_case in channels.items():
-        if sorted(files_of_case) != list(range(num_channels)):
+        found[image.parent / parts[1]][int(parts[2])] = str(image)
+    for case, files_of_case in found.items():
+        if sorted(files_of_case) != list(range(task.num_channels)):
+            numbers = ", ".join(f"{number:04d}" for number in sorted(files_of_case))
             raise UserError(
-                f"--input {case} has the channels {sorted(files_of_case)}; this model takes 0 to {num_channels - 1}: "
-                "add or remove files"
+                f"--input {case} has the files {numbers}, and the model takes {channels}: give {_form(task, case.name)}"
             )
     return [
-        ListedCase(case.name, tuple(files_of_case[channel] for channel in range(num_channels)))
-        for case, files_of_case in channels.items()
+        ListedCase(case.name, tuple(files_of_case[channel] for channel in range(task.num_channels)))
+        for case, files_of_case in found.items()
     ]
+
+
+def _form(task: Task, case: str) -> str:
+    """Tell people which files the model takes for a case."""
+    if not task.channel_files:
+        return f"one file with {'that channel' if task.num_channels == 1 else 'them all in that order, 4D'}"
+    last = f" to {case}_{task.num_channels - 1:04d}" if task.num_channels > 1 else ""
+    return f"{'a file each, ' if last else ''}{case}_0000{last}, .nii or .nii.gz"
+
+
+def _check_channels(case: Case, task: Task, channels: str) -> None:
+    """Raise `UserError` where an image has other channels than the model takes."""
+    if case.num_channels != task.num_channels:
+        raise UserError(
+            f"{case.images[0].path} has {case.num_channels} channel{'' if case.num_channels == 1 else 's'}, and the "
+            f"model takes {channels}: give {_form(task, case.name)}"
+        )
 
 
 def check_classes(root: Path, description: Path | None, task: Task) -> None:

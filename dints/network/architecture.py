@@ -187,7 +187,9 @@ def architecture_from_dict(content: object, source: str) -> Architecture:
     arrays = {key: content.get(key, content.get(_LEGACY_KEYS.get(key))) for key in (*_ARRAYS, "arch_code_a_max")}
     for key in _ARRAYS:
         if arrays[key] is None:
-            raise _unusable(source, f"has no '{key}'")
+            kind = torch_files.kind(content)
+            is_other = kind is not None and kind != "an architecture"
+            raise _unusable(source, f"it is {kind}, not an architecture" if is_other else f"has no '{key}'")
     operations = content.get("operations", PUBLISHED)  # files without are published, or of before there were others
     if not isinstance(operations, (list, tuple)) or not all(isinstance(name, str) for name in operations):
         raise _unusable(source, "'operations' is not a list of names")

@@ -50,6 +50,15 @@ class Model:
     info: dict
     digest: str = ""
 
+    @property
+    def channels(self) -> str:
+        """Tell people how many image channels the network takes, and which, where the file says it."""
+        data = self.info.get("data")
+        names = data.get("channels") if isinstance(data, dict) else None
+        is_known = isinstance(names, list) and len(names) == self.task.num_channels
+        named = f" ({', '.join(str(name)[:40] for name in names)})" if is_known else ""
+        return f"{self.task.num_channels} channel{'' if self.task.num_channels == 1 else 's'}{named}"
+
 
 def load_model(path: str | Path) -> Model:
     """Read a model file, and build its network.
@@ -59,7 +68,11 @@ def load_model(path: str | Path) -> Model:
     """
     content = torch_files.load_safely(path)
     if not isinstance(content, dict) or not {"state_dict", "architecture", "channel_mul", "task"} <= content.keys():
-        raise UserError(f"{path} is not a model file: give best_metric_model.pth, which train_dints.py writes")
+        kind = torch_files.kind(content)
+        is_other = "" if kind in (None, "a model file of train_dints.py") else f" (it is {kind})"
+        raise UserError(
+            f"{path} is not a model file{is_other}: give best_metric_model.pth, which train_dints.py writes"
+        )
     architecture = architecture_from_dict(content["architecture"], f"the architecture in {path}")
     try:
         task = Task.from_dict(content["task"])

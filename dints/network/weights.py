@@ -36,7 +36,10 @@ def fitting_state(
     """
     state = _state_dict_in(content)
     if not _is_state_dict(state):
-        raise UserError(f"{source} does not hold network weights: give a state dict, or a model file of train_dints.py")
+        is_other = f" (it is {torch_files.kind(content)})" if torch_files.kind(content) == "an architecture" else ""
+        raise UserError(
+            f"{source} does not hold network weights{is_other}: give a state dict, or a model file of train_dints.py"
+        )
     state = {key.removeprefix("module."): value for key, value in state.items()}
     own = network.state_dict()
     missing = [key for key in own if key not in state]

@@ -40,7 +40,8 @@ def opened(path: str | Path, processes: Processes) -> Iterator[Path]:
                 f"another run is writing into {path}: wait for it, or give another --output_root"
             ) from error
         except OSError as error:
-            raise UserError(f"--output_root {path} cannot be written: {error.strerror}") from error
+            why = files.reason(Path(path) / ".lock", error)
+            raise UserError(f"--output_root {path} cannot be written: {why}") from error
 
     with ExitStack() as locks:
         processes.on_main(open_folder)

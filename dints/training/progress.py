@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,10 @@ from pathlib import Path
 
 from dints.errors import shown
 
+log = logging.getLogger(__name__)
+
 BEST = {"best_dice": float, "best_epoch": int, "best_iteration": int, "best_path": str}  # kinds, where not None
+NOTHING_FOUND = 0.0005  # Dice that people read as 0
 
 
 @dataclass
@@ -92,3 +96,20 @@ class Progress:
             if self.iteration > first:
                 self.seconds_in_epoch = seconds
                 self.seconds_per_iteration = seconds / (self.iteration - first)
+
+
+def remark_on_dice(best: float | None, iterations: int, num_cases: int) -> None:
+    """Say at the end of a training what may be wrong where its best validation, of so many cases, found nothing."""
+    if num_cases and best is None:
+        log.info(
+            "there is no Dice: none of the %d validation cases has any foreground; --check lists what labels hold, "
+            "and another --fold has other cases",
+            num_cases,
+        )
+    elif num_cases and best < NOTHING_FOUND:
+        log.info(
+            "Dice stayed 0 in all validations. Likely causes: too few iterations (%d); a --learning_rate at which the "
+            "loss does not fall (loss_history.csv); classes that the %d validation cases lack (--check lists them)",
+            iterations,
+            num_cases,
+        )

@@ -183,11 +183,22 @@ class TestWarnings:
         else:
             assert self.only([*cases, far], known) == ("far", f"far_0.nii.gz is far from the others in {says}")
 
-    def test_few_voxels_on_the_tasks_grid(self, cases):
+    def test_few_voxels_on_the_tasks_grid(self, tmp_path, cases):
+        task = replace(TASK, name="Task00_Phantom", spacing=(1.0, 2.0, 3.0))
+        cases[0] = write(tmp_path, "thin", noise(9, (12, 10, 3)), labelled(9, 9, (12, 10, 3)))
+        assert self.only(cases, task) == (
+            "thin",
+            "thin_0.nii.gz has only 12 x 10 x 3 voxels on the task's grid: look at its header",
+        )
+
+    def test_few_voxels_in_most_cases_are_one_line(self, cases):
+        """As in cardiac MRI: no header is wrong there."""
         task = replace(TASK, name="Task00_Phantom", spacing=(1.0, 2.0, 9.0))
-        findings, _ = checked(cases, task)
-        assert [kind for kind, _, _ in findings] == ["warning"] * 3
-        assert findings[0][2].startswith("case_0_0.nii.gz has only 12 x 10 x 3 voxels on the task's grid")
+        name, finding = self.only(cases, task)
+        assert name == "all" and finding == (
+            "3 of 3 cases have fewer than 8 voxels along an axis of the task's grid, for example case_0_0.nii.gz with "
+            "12 x 10 x 3: there is little to learn in 3D along it"
+        )
 
     def test_what_the_command_line_lets_pass(self, tmp_path, cases):
         image = noise(9).astype(np.float32)
@@ -298,6 +309,12 @@ def test_the_exit_code_tells_whether_a_training_would_go_right(msd, capsys):
     assert said.err == f"error: {msd} is not fit for training: mend what is listed above\n"
     assert re.search(r"^error    case_1  labelsTr/case_1.nii.gz cannot be read", said.out, re.M)
     assert not (msd / "run").exists()
+
+
+def test_volumes_that_are_smaller_than_the_patch_are_counted(msd, caplog):
+    with caplog.at_level("INFO"):
+        assert run(msd) == 0
+    assert caplog.text.count("3 of 3 cases are smaller than the patch (along X 3, Y 3, Z 3): they are padded") == 1
 
 
 def test_folds_are_those_of_the_training(msd, capsys):

@@ -164,7 +164,7 @@ def test_a_description_that_is_no_task_is_refused(tmp_path, name, changes, fault
 def test_where_a_dataset_comes_from_is_told_as_it_says_it(tmp_path):
     content = {**CT_SPLEEN, "licence": "CC-BY-SA 4.0", "reference": "Somewhere", "release": 1.0}
     (tmp_path / "dataset.json").write_text(json.dumps(content))
-    expected = {"licence": "CC-BY-SA 4.0", "reference": "Somewhere"}
+    expected = {"licence": "CC-BY-SA 4.0", "reference": "Somewhere", "channels": ["CT"]}
     expected |= {key: content[key] for key in ("name", "description") if key in content}
     assert formats.provenance(tmp_path) == expected
 
@@ -175,6 +175,41 @@ def test_where_a_dataset_comes_from_is_told_as_it_says_it(tmp_path):
 def test_json_is_read_as_utf_8(tmp_path):
     (tmp_path / "dataset.json").write_text('{"name": "Überprüfung"}', encoding="utf-8")
     assert read_json(tmp_path / "dataset.json") == {"name": "Überprüfung"}
+    (tmp_path / "dataset.json").write_text('{"name": "Überprüfung"}', encoding="utf-8-sig")  # as Windows' editors do
+    assert read_json(tmp_path / "dataset.json") == {"name": "Überprüfung"}
+
+
+@pytest.mark.parametrize(
+    ("root", "description", "meant"),
+    [
+        ("data/Task/dataset.json", None, "--root data/Task"),
+        ("data/Task/fold.json", None, "--root data/Task --json data/Task/fold.json"),
+        ("data/Task/imagesTr", None, "--root data/Task"),
+        ("data/Task/imagesTr/a.nii.gz", None, "--root data/Task"),
+        ("data", None, "--root data/Task"),
+        ("data/task", None, "--root data/Task"),
+        ("data/Other", None, "--json data/Other/list.json"),
+        ("data/Task", "fold.json", "--json data/Task/fold.json"),
+        ("data/Empty", None, None),
+        ("nowhere", None, None),
+        ("data/Task", "none.json", None),
+    ],
+)
+def test_a_root_that_is_none_is_refused_with_the_one_that_is_probably_meant(
+    tmp_path, monkeypatch, root, description, meant
+):
+    monkeypatch.chdir(tmp_path)
+    touch(Path("data/Task"), "dataset.json", "fold.json", "imagesTr/a.nii.gz", "labelsTr/a.nii.gz")
+    touch(Path("data"), "Other/list.json")
+    Path("data/Empty").mkdir()
+    with pytest.raises(UserError) as refusal:
+        formats.read_dataset(root, description)
+    said = str(refusal.value)
+    assert said.startswith(f"--json {description} " if description else (f"--root {root} ", f"{root}/dataset.json "))
+    if meant is None:
+        assert "does not exist" in said and "give" in said and "did you mean" not in said
+    else:
+        assert said.endswith((f": did you mean {meant}?", f": give the dataset's folder, {meant}"))
 
 
 @pytest.mark.parametrize(
@@ -202,6 +237,15 @@ def test_json_that_cannot_be_read_is_refused(tmp_path, content, fault):
         file.write_bytes(content)
     with pytest.raises(UserError, match=f"{file} {fault}"):
         read_json(file)
+
+
+def test_images_and_labels_without_a_description_are_refused_with_one_to_write(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    with pytest.raises(UserError, match=r"dataset.json does not exist: write one, such as (\{.*\}) for") as refusal:
+        formats.read_dataset(tmp_path)
+    (tmp_path / "dataset.json").write_text(re.search(r"such as (\{.*\}) for", str(refusal.value))[1])
+    task, (case,) = formats.read_dataset(tmp_path)
+    assert task.class_names == ("background", "tumour") and Path(case.images[0]).name == "a_0000.nii.gz"
 
 
 # Lists of cases (MSD)

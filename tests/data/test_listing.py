@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,32 @@ def test_folds_validate_every_case_once(num_cases, num_folds):
         if num_cases % num_folds == 0:  # then it is the published split
             size = num_cases // num_folds
             assert validation == cases[fold * size : (fold + 1) * size]
+
+
+@pytest.mark.parametrize("least_training", [0, 2])  # of a retraining, and of a search
+@pytest.mark.parametrize("num_cases", [1, 2, 3, 4, 7])
+def test_too_few_cases_are_refused_with_options_that_work(num_cases, least_training):
+    """Whatever the fold: the options that the message gives are accepted, and without any there are too few cases."""
+    cases, refusals = list(range(num_cases)), 0
+    for num_folds in (2, 3, 5):
+        for fold in (*range(num_folds), "all"):
+            try:
+                training, _ = split_fold(cases, num_folds, fold, least_training)
+            except UserError as error:
+                refusals += 1
+                remedy = str(error).partition(": ")[2]
+                found = re.fullmatch(r"give (?:--num_folds (\d+)( --fold 0)?, or )?--fold all, .*", remedy)
+                assert (found is None) == (num_cases < least_training), error
+                if found is None:
+                    assert remedy == f"add labelled cases, {least_training} at least"
+                    continue
+                split_fold(cases, num_folds, "all", least_training)
+                if found[1]:
+                    split_fold(cases, int(found[1]), 0 if found[2] else fold, least_training)
+                    assert found[2] or fold < int(found[1])
+            else:
+                assert len(training) >= least_training
+    assert refusals or num_cases > 4
 
 
 def test_fold_all_trains_on_every_case():

@@ -82,6 +82,25 @@ def test_what_is_given_takes_the_place_of_what_is_known_and_what_is_measured(tmp
     assert plain.class_names == CLASSES
 
 
+@pytest.mark.parametrize(
+    ("patch_size", "says"),
+    [
+        ((16, 16, 16), None),
+        ((17, 16, 16), "1 of 3 cases are smaller than the patch (along X 1): they are padded to it by reflection, "),
+        ((24, 24, 32), "3 of 3 cases are smaller than the patch (along X 2, Z 3): they are padded to it"),
+    ],
+)
+def test_cases_that_are_smaller_than_the_patch_are_counted_once(tmp_path, caplog, patch_size, says):
+    """On the task's grid; a measured dataset's patches are 32 at least, so that small volumes are padded in most."""
+    shapes = [((20, 24, 16), (1, 1, 2)), ((16, 30, 20), (1, 1, 2)), ((48, 24, 36), (0.5, 1, 1))]
+    with caplog.at_level("INFO"):
+        root = write_dataset(tmp_path / "Mine", measurable(shapes), ["CT"], CLASSES)
+        open_dataset(root, spacing=(1.0, 1.0, 2.0), patch_size=patch_size)
+    said = [record.getMessage() for record in caplog.records if "smaller than the patch" in record.getMessage()]
+    assert len(said) == (says is not None)
+    assert not said or said[0].startswith(says) and "--patch_size" in said[0] and "\n" not in said[0]
+
+
 @pytest.mark.parametrize("name", ["Task09_Spleen", "Mine"])
 @pytest.mark.parametrize(("spacing", "grid"), [("0.01", r"\d{3,} x \d{3,} x \d{3,}"), ("1e+06", "1 x 1 x 1")])
 def test_a_spacing_that_makes_cases_too_large_or_a_single_voxel_is_refused(tmp_path, name, spacing, grid):

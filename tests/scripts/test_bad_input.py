@@ -36,7 +36,7 @@ TASK = Task("Toy", "MRI", 1, ("background", "a", "b"), spacing=(1.5, 1.0, 2.0), 
 PAIR = IMAGE, LABEL = "imagesTr/case_1.nii.gz", "labelsTr/case_1.nii.gz"
 DESCRIPTION = "dataset.json"
 PLACE = (3, 4, 5)  # of the voxel that is spoiled; the image is 77 there
-REMEDIES = r"\b(mend|replace|remove|convert|give|list|complete|move)\b"
+REMEDIES = r"\b(mend|write|replace|remove|convert|give|list|complete|move)\b"
 
 
 def write(path: Path, voxels: np.ndarray, affine: np.ndarray = AFFINE) -> None:
@@ -279,9 +279,9 @@ IMAGE_FAULTS = {
     "voxel missing, not compressed": fault(plain(IMAGE, lambda raw: raw[:-1]), IN_PLAIN, "more than the file can"),
     "2D": fault(array(IMAGE, SHAPE[:2]), "2D image (20 x 18)"),
     "no voxels": fault(replaced(IMAGE, lambda packed: of_size(20, 0, 16)(gzip.decompress(packed))), "20 x 0 x 16"),
-    "4D": fault(array(IMAGE, (*SHAPE, 4)), "has 4 channels", "Toy has 1"),
+    "4D": fault(array(IMAGE, (*SHAPE, 4)), "has 4 channels", " 1"),
     "5D": fault(array(IMAGE, (*SHAPE, 2, 3)), "5D image (20 x 18 x 16 x 2 x 3)"),
-    "vectors": fault(array(IMAGE, (*SHAPE, 1, 3)), "has 3 channels", "Toy has 1"),
+    "vectors": fault(array(IMAGE, (*SHAPE, 1, 3)), "has 3 channels", " 1"),
     "complex numbers": fault(array(IMAGE, SHAPE, np.complex64), "complex64 values"),
     "RGB": fault(array(IMAGE, SHAPE, RGB), "RGB values"),
     "affine with NaN": fault(with_sform(1, np.nan), "span no volume"),
@@ -317,7 +317,7 @@ CASE_FAULTS = {
     "label: other spacing": fault(moved(LABEL, 0, 0, 0.5), IN_LABEL, "lies elsewhere", "by up to 0.5"),
     "label: other shape, shapes trusted": fault(array(LABEL, (20, 18, 15)), "(20, 18, 15)", flags="--trust_shapes"),
     "label that is its image": fault(
-        lambda root: shutil.copy(root / IMAGE, root / LABEL), IN_LABEL, "more in 57", WRONG_LABEL
+        lambda root: shutil.copy(root / IMAGE, root / LABEL), IN_LABEL, "more in 57", WRONG_LABEL, "looks like an image"
     ),
     "voxels of a metre": fault(with_affine(np.diag([1000.0, 1000, 1000, 1])), IN_IMAGE, "1000 x 1000 x 1000 mm"),
 }

@@ -92,7 +92,10 @@ OF_SEARCH = {
     "no search and no candidates": ("--proposals random", "--proposals random needs --candidates"),
     "unknown proposals": ("--proposals best", "argument --proposals: invalid choice: 'best'"),
     "no room for a candidate": ("--candidates 4 --memory_mib 0.01", "--memory_mib 0.01 is too small: at the smallest"),
-    "one training case": ("--num_folds 2 --json {tmp}/two.json", "1 training case cannot be halved"),
+    "one training case": (
+        "--num_folds 2 --json {tmp}/two.json",
+        "--fold 0 of --num_folds 2 leaves 1 of 2 cases to train on, and 2 are needed: give --fold all",
+    ),
 }
 FAULTS = {"fold", "negative fold", "more folds than cases"}
 CASES = [

@@ -197,3 +197,10 @@ def test_a_process_of_its_own_never_imports_pytorch(folders):
     assert done.returncode == 0 and done.stdout.endswith("[]\n"), done.stderr
     (folders / "prediction/c.nii").unlink()
     assert "lacks 1 of the 3 cases" in only_error(run(CHECKOUT / "evaluate.py", *flags))
+
+
+def test_a_place_that_cannot_be_written_is_named_before_a_case_is_scored(folders, monkeypatch):
+    monkeypatch.setattr("dints.evaluation.scores.score_case", lambda *_, **__: pytest.fail("a case was scored"))
+    (folders / "evaluation").touch()
+    with pytest.raises(UserError, match=f"--output_root {folders}/evaluation .* is a file: give a folder"):
+        main(folders)

@@ -430,6 +430,79 @@ def test_input_without_images_is_refused(tmp_path, knowing, what):
     assert ("does not exist" in message) == (what == "missing.nii.gz")
 
 
+ONE_FILE, OF_FILES = {"channel_files": False}, {"channel_files": True}
+CT_PET = {"num_channels": 2, "class_names": ("background", "organ")}
+
+
+@pytest.mark.parametrize(
+    ("files", "changes", "channels", "says"),
+    [
+        (
+            ["a:2"],
+            ONE_FILE,
+            ["CT"],
+            "a.nii.gz has 2 channels, and the model takes 1 channel (CT): give one file with that",
+        ),
+        (
+            ["a:1"],
+            CT_PET,
+            ["CT", "PET"],
+            "a.nii.gz has 1 channel, and the model takes 2 channels (CT, PET): give one file",
+        ),
+        (
+            ["a_0000:1"],
+            CT_PET,
+            None,
+            "a_0000.nii.gz has 1 channel, and the model takes 2 channels: give one file with them",
+        ),
+        (["a:1"], CT_PET, ["CT"], "and the model takes 2 channels: give one file with them all in that order, 4D"),
+        (
+            ["a:2"],
+            CT_PET | OF_FILES,
+            ["CT", "PET"],
+            "a.nii.gz: the model takes 2 channels (CT, PET), and its name does not say of which it is: give a file "
+            "each, a_0000 to a_0001, .nii or .nii.gz",
+        ),
+        (
+            ["a_0000:1"],
+            CT_PET | OF_FILES,
+            ["CT", "PET"],
+            "a has the files 0000, and the model takes 2 channels (CT, PET): give a file each, a_0000 to a_0001, .nii",
+        ),
+        (
+            ["a:1"],
+            OF_FILES,
+            ["CT"],
+            "the model takes 1 channel (CT), and its name does not say of which it is: give a_0000",
+        ),
+        (["a_0000:1", "a_0001:1"], OF_FILES, ["CT"], "a has the files 0000, 0001, and the model takes 1 channel (CT)"),
+    ],
+)
+def test_an_image_of_other_channels_is_refused_with_those_that_the_model_takes(
+    tmp_path, knowing, files, changes, channels, says
+):
+    knowing(Threshold(), replace(TASK, **changes), data={} if channels is None else {"channels": channels})
+    paths = []
+    for name, count in (file.split(":") for file in files):
+        shape = (9, 9, 9) if count == "1" else (9, 9, 9, int(count))
+        paths.append(save(tmp_path / f"{name}.nii.gz", np.ones(shape, np.float32), np.eye(4)))
+    message = refused(tmp_path / "out", "--input", *paths)
+    assert says in message and str(tmp_path / "a") in message
+
+
+def test_channels_of_a_dataset_are_compared_with_the_models(tmp_path, knowing, dataset):
+    knowing(Threshold(), replace(TASK, **CT_PET), data={"channels": ["CT", "PET"]})
+    message = refused(tmp_path / "out", "--root", dataset, "--fold", "all")
+    assert "case_0.nii.gz has 1 channel, and the model takes 2 channels (CT, PET): give one file" in message
+
+
+def test_a_dataset_is_no_folder_of_images(tmp_path, knowing, dataset):
+    """Its labels would be segmented too."""
+    knowing(Threshold())
+    message = refused(tmp_path / "out", "--input", dataset)
+    assert f"give --root {dataset} to score its cases" in message and f"--input {dataset}/imagesTr" in message
+
+
 class TestBatches:
     """A bad case does not end a batch, and what is done is not done again."""
 

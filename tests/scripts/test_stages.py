@@ -351,6 +351,21 @@ class TestTrain:
             train(phantom, trained, code, TRAIN, "--num_epochs", 5)
 
 
+@pytest.mark.parametrize("stage", ["search", "train"])
+def test_a_run_without_any_dice_says_so_in_the_end(stage, phantom, code, tmp_path, caplog):
+    caplog.set_level("INFO")
+    root = shutil.copytree(phantom, tmp_path / phantom.name)
+    for number in range(2):  # of which --fold 0 validates
+        path = root / f"labelsTr/phantom_{number:03d}.nii.gz"
+        label = nib.load(path)
+        nib.save(nib.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine, label.header), path)
+    if stage == "search":
+        search(root, tmp_path / "run", SHORT, "--num_iterations 1")
+    else:
+        train(root, tmp_path / "run", code, "--num_epochs 1 --num_iterations 1")
+    assert caplog.messages[-1].startswith("there is no Dice: none of the 2 validation cases has any foreground")
+
+
 class TestOperations:
     """``--operations`` of the search, and an operation that the table does not have yet."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from dints.errors import Stopped
 from dints.training import progress as module
-from dints.training.progress import Progress
+from dints.training.progress import Progress, remark_on_dice
 
 
 def test_progress_counts_steps_and_epochs():
@@ -53,3 +53,19 @@ def test_the_best_validation_is_kept(found, best):
         assert is_best == (progress.best_epoch == number)
     assert (progress.best_dice, progress.best_epoch, progress.best_iteration) == best
     assert progress.best_path == str(best[1])
+
+
+@pytest.mark.parametrize(
+    ("best", "num_cases", "says"),
+    [
+        (0.0, 3, ["Dice stayed 0", "too few iterations (40)", "--learning_rate", "the 3 validation cases lack"]),
+        (0.0004, 3, ["Dice stayed 0"]),
+        (None, 3, ["none of the 3 validation cases has any foreground", "--fold"]),
+        (0.001, 3, []),
+        (None, 0, []),  # --fold all
+    ],
+)
+def test_a_training_that_found_nothing_is_remarked_on_with_likely_causes(best, num_cases, says, caplog):
+    with caplog.at_level("INFO"):
+        remark_on_dice(best, 40, num_cases)
+    assert len(caplog.messages) == bool(says) and all(part in caplog.messages[0] for part in says)
