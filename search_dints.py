@@ -186,8 +186,8 @@ def add_candidates(parser: argparse.ArgumentParser) -> None:
     add(
         "--memory_mib",
         type=options.positive,
-        help="memory that each candidate's width fills: activations of a training step, in fp32 (default: what the "
-        "search aims at, --factor_ram_cost of every path at --channel_mul)",
+        help="memory that each candidate's width fills: what a training step keeps, activations and 16 bytes a "
+        "parameter, in fp32 (default: --factor_ram_cost of what every path takes at --channel_mul)",
     )
     add("--candidate_iterations", type=options.number(int, 4), default=4000, help="of a training of the last rung")
     add("--candidate_learning_rate", type=options.positive, default=0.05, help="at the start of a candidate's training")
@@ -445,7 +445,7 @@ def check_candidates(args: argparse.Namespace, prepared: Prepared) -> None:
     limits.check()
     rungs = candidates.halving.rungs(args.candidates, args.candidate_iterations)
     told = ", then ".join(f"{rung.count} candidates at {rung.iterations} iterations" for rung in rungs)
-    log.info("%s, each as wide as fills %.6g MiB of activations", told, limits.memory_mib)
+    log.info("%s, each as wide as fills %.6g MiB in a training step", told, limits.memory_mib)
 
 
 def limits_of_candidates(args: argparse.Namespace, prepared: Prepared) -> Limits:

@@ -60,7 +60,7 @@ class Limits:
     """What every candidate keeps to.
 
     Attributes:
-        memory_mib: that a training step's activations may take, in fp32; see `dints.network.cost.Cost`.
+        memory_mib: that a training step may take; see `dints.network.cost.step_mib`.
         num_blocks, num_depths, use_downsample: of the space; mutants may leave the first and the last.
         keep_finest: the path along depth 0 stays active in every block.
         input_shape: (batch, channels, *patch_size) of a training step.
@@ -103,7 +103,7 @@ def memory_of_share(
     input_shape: tuple[int, ...],
     num_classes: int,
 ) -> float:
-    """Return a share of what every path, with its dearest operation, takes at a width: activations in MiB, fp32.
+    """Return a share of what a step with every path, its dearest operation on each, takes at a width, in MiB.
 
     Args:
         input_shape: (batch, channels, *patch_size) of a training step.
@@ -111,7 +111,7 @@ def memory_of_share(
     dearest_last = sorted(operations, key=lambda name: OPERATIONS[name].maps)
     largest = within_supernet(num_blocks, num_depths, dearest_last, use_downsample)
     batch_size, in_channels, *patch_size = input_shape
-    return share * cost(largest, in_channels, num_classes, tuple(patch_size), channel_mul, batch_size).activation_mib
+    return share * cost(largest, in_channels, num_classes, tuple(patch_size), channel_mul, batch_size).step_mib
 
 
 def proposed(count: int, kinds: Sequence[str], limits: Limits, space: SearchSpace | None, seed: int) -> list[Candidate]:

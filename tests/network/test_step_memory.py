@@ -162,6 +162,6 @@ def test_check_says_what_would_compete_and_how_much_memory_it_fills(phantom, tmp
         search(phantom, tmp_path / "search", only, "--factor_ram_cost 1")
     said = [message for message in caplog.messages if "candidates" in message]
     told = "8 candidates at 25 iterations, then 2 candidates at 50 iterations, each as wide as fills"
-    assert said[0] == f"{told} 12.5 MiB of activations"
-    half, whole = (float(message.split()[-4]) for message in said[1:])
+    assert said[0] == f"{told} 12.5 MiB in a training step"
+    half, whole = (float(message.split()[-6]) for message in said[1:])
     assert whole == pytest.approx(2 * half, rel=1e-4) and not (tmp_path / "search").exists()
