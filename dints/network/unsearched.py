@@ -171,27 +171,33 @@ def fitting_channel_mul(
     """Return the largest ``channel_mul``, in steps of 1/32, at which a training step stays within ``memory_mib``.
 
     Counted as by `dints.network.cost.step_mib`. In steps of 1/32 every feature map has a whole number of channels, and
-    all of them grow in proportion to the width. So the memory is a polynomial of degree 2, given by three widths.
+    all of them grow in proportion to the width: two widths give the activations of all, three the parameters.
 
     Raises:
         UserError: even the smallest is too large, the patch size does not fit, or a number is out of range.
     """
     if not 0 < memory_mib < math.inf:
         raise UserError(f"--memory_mib is {memory_mib:g}: give a positive number of MiB")
-    one, two, three = (
-        network.cost.cost(architecture, in_channels, num_classes, patch_size, steps / 32, batch_size).step_mib
-        for steps in (1, 2, 3)
+    one, two = (
+        network.cost.cost(architecture, in_channels, num_classes, patch_size, steps / 32, batch_size)
+        for steps in (1, 2)
     )
-    if one > memory_mib:
+    if one.step_mib > memory_mib:
         raise UserError(
             f"--memory_mib {memory_mib:g} is too small: at the smallest channel_mul, 1/32, a training step takes "
-            f"{one:.4g} MiB; give at least that, or a smaller --patch_size or --num_images_per_batch"
+            f"{one.step_mib:.4g} MiB; give at least that, or a smaller --patch_size or --num_images_per_batch"
         )
+    with torch.device("meta"):
+        third = network.found.FoundNetwork(architecture, in_channels, num_classes, 3 / 32)
+    bend = network.found.count_parameters(third) - 2 * two.parameters + one.parameters
 
     def step_mib(steps: int) -> float:  # exact: all are multiples of a byte
-        return one + (steps - 1) * (two - one) + (steps - 1) * (steps - 2) // 2 * (three - 2 * two + one)
+        before, pairs = steps - 1, (steps - 1) * (steps - 2) // 2
+        parameters = one.parameters + before * (two.parameters - one.parameters) + pairs * bend
+        activation_mib = one.activation_mib + before * (two.activation_mib - one.activation_mib)
+        return network.cost.step_mib(parameters, activation_mib)
 
-    widths = range(1, min(2 + int((memory_mib - one) / (two - one)), MAX_CHANNELS))
+    widths = range(1, min(2 + int((memory_mib - one.step_mib) / (two.step_mib - one.step_mib)), MAX_CHANNELS))
     return bisect_right(widths, memory_mib, key=step_mib) / 32
 
 

@@ -60,6 +60,18 @@ def test_each_fills_the_memory_but_for_one_channel(members):
         assert step_mib(member) <= LIMITS.memory_mib < step_mib(member, channels=1), member.name
 
 
+def test_widths_for_a_gpu_are_multiples_of_eight_channels_where_so_many_fit(members):
+    found = set()
+    for memory_mib in (1.5, 9.0):
+        plain = replace(LIMITS, memory_mib=memory_mib)
+        for member in members[:6]:
+            widest = 32 * plain.channel_mul(member.architecture)
+            stepped = 32 * replace(plain, channel_step=8).channel_mul(member.architecture)
+            assert stepped == (widest if widest < 8 else 8 * (widest // 8)), member.name
+            found.add((widest < 8, stepped == widest))
+    assert {(True, True), (False, False)} <= found
+
+
 def test_the_gradient_search_gives_its_most_probable_ones_within_budgets(members, space):
     first, *others = [member.architecture for member in members if member.kind == "gradient"]
     assert first.codes() == space.architecture().codes() and len(others) > 0

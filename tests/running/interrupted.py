@@ -6,7 +6,7 @@ beside latest.pth. Pictures are not drawn, and costs of networks not measured.
 
 A line: {"stage": "search_dints", "flags": [...], "world_size": 2, "fault": {...}}. A fault: the place (see `FAULTS`),
 the iteration, the signal, and to whom: "all", a rank, or "worker", which is rank 0's first. Instead of a signal, NAN
-makes a rank's batches unusable from that iteration up to "until". The answer: each rank's exit code and what it said,
+makes a rank's batches unusable from that iteration up to "until", and MEMORY raises there as exhausted memory does. The answer: each rank's exit code and what it said,
 the seconds from the signal to the end, and whether a worker outlived the run.
 """
 
@@ -147,6 +147,8 @@ def install(fault: dict, rank: int, struck: int) -> None:
         if name == "NAN":
             batch["image"].fill_(torch.nan)
             return
+        if name == "MEMORY":
+            raise MemoryError
         number = getattr(signal, f"SIG{name}")
         if to == rank or (to == "all" and rank == 0):
             os.write(struck, str(time.monotonic()).encode())
@@ -167,6 +169,19 @@ def in_step(iterations: range, strike: Callable) -> None:
     def steps(stops, original, batches):
         for batch in original(stops, batches):
             if stops.checkpoint.progress.iteration + 1 in iterations:
+                strike(batch)
+            yield batch
+
+    replace(training.stops.Stops, "steps", steps)
+
+
+def in_step_that_keeps_all(iterations: range, strike: Callable) -> None:
+    """Strike before such steps of networks that keep all activations are computed."""
+
+    def steps(stops, original, batches):
+        for batch in original(stops, batches):
+            keeps = not stops.checkpoint.parts["network"].checkpoint_activations
+            if keeps and stops.checkpoint.progress.iteration + 1 in iterations:
                 strike(batch)
             yield batch
 
@@ -227,6 +242,7 @@ def in_save(iterations: range, strike: Callable, half: str) -> None:
 
 FAULTS = {
     "step": in_step,
+    "step that keeps all": in_step_that_keeps_all,
     "validation": in_validation,
     "recorded": when_recorded,
     "caching": in_caching,
