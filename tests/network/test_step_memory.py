@@ -7,17 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from architectures import chain, everything
+from architectures import chain, everything, random_architecture
 from commands import SPACE, search, train
 
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.network import space
 from dints.network.architecture import save_architecture
-from dints.network.cost import activation_bytes
+from dints.network.cost import activation_bytes, cost
 from dints.network.found import FoundNetwork
 from dints.network.step_memory import check, within_supernet
 from dints.running import machine
+from dints.running.precision import choose_precision
+from dints.running.processes import Processes
+from dints.training.steps import averaged, weights_step, weights_training
 
 MEMORY = pytest.mark.fault("GPU or host memory exhausted")
 TASK = Task("Toy", "MRI", 2, ("background", "a", "b"), patch_size=(32, 32, 16))
@@ -121,6 +124,32 @@ def test_where_there_is_room_activations_are_not_counted(memory, monkeypatch):
     memory(12 * PATCH + 64 * 2 * VOXELS * 16 * 3 + 1)
     check(TASK, architecture, 0.5, **OF_PATCHES)
     assert activation_bytes(network, (2, 2, 32, 32, 16)) < 64 * 2 * VOXELS * 16 * 3
+
+
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, random_architecture(4, 3, 3)], ids=["chain", "random"])
+def test_a_real_training_step_keeps_what_is_counted(architecture):
+    """Activations but for a twentieth, as CPU layers are, the loss beside; of each parameter 16 bytes exactly."""
+    shape, num_classes, kept = (2, 2, 32, 32, 16), 3, {}
+    network = FoundNetwork(architecture, 2, num_classes, 0.25)
+    alone, average = Processes(0, 1, torch.device("cpu")), averaged(network, 0.99)
+    settings = {"learning_rate": 0.01, "average": average}
+    weights = weights_training(network, network.parameters(), choose_precision("fp32", alone), alone, **settings)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    batch = {"image": torch.rand(shape), "label": torch.zeros(2, 1, *shape[2:], dtype=torch.uint8)}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        weights_step(weights, batch)
+    parameters = [*network.parameters()]
+    saved = sum(s.nbytes() for address, s in kept.items() if address not in {p.data_ptr() for p in parameters})
+    counted = cost(architecture, 2, num_classes, shape[2:], 0.25, batch_size=2)
+    activations = counted.activation_mib * 2**20
+    assert 0.95 * activations < saved < 1.05 * activations + 16 * num_classes * 2 * VOXELS
+    held = [*parameters, *(parameter.grad for parameter in parameters), *average.module.parameters()]
+    held += [weights.optimizer.state[parameter]["momentum_buffer"] for parameter in parameters]
+    assert sum(tensor.nbytes for tensor in held) == counted.step_mib * 2**20 - activations
 
 
 def test_what_a_supernet_keeps_is_counted_low():

@@ -6,8 +6,9 @@ beside latest.pth. Pictures are not drawn, and costs of networks not measured.
 
 A line: {"stage": "search_dints", "flags": [...], "world_size": 2, "fault": {...}}. A fault: the place (see `FAULTS`),
 the iteration, the signal, and to whom: "all", a rank, or "worker", which is rank 0's first. Instead of a signal, NAN
-makes a rank's batches unusable from that iteration up to "until", and MEMORY raises there as exhausted memory does. The answer: each rank's exit code and what it said,
-the seconds from the signal to the end, and whether a worker outlived the run.
+makes a rank's batches unusable from that iteration up to "until", and MEMORY raises there as exhausted memory does. The
+answer: each rank's exit code and what it said, the seconds from the signal to the end, and whether a worker outlived
+the run.
 """
 
 import functools
