@@ -191,8 +191,8 @@ def add_candidates(parser: argparse.ArgumentParser) -> None:
     add(
         "--memory_mib",
         type=options.positive,
-        help="memory that each candidate's width fills: activations of a training step, in fp32 (default: what the "
-        "search aims at, --factor_ram_cost of every path at --channel_mul)",
+        help="memory that each candidate's width fills: what a training step keeps, activations and 16 bytes a "
+        "parameter, in fp32 (default: --factor_ram_cost of what every path takes at --channel_mul)",
     )
     add("--candidate_iterations", type=options.number(int, 4), default=4000, help="of a training of the last rung")
     add("--candidate_learning_rate", type=options.positive, default=0.05, help="at the start of a candidate's training")
@@ -225,11 +225,12 @@ def main(args: argparse.Namespace) -> None:
             running.run_folder.start_afresh(folder, processes, [args.checkpoint])
         space = search(args, prepared, processes, folder) if "gradient" in args.proposals else None
         if args.candidates:
+            running.machine.free_memory()  # of the supernet and what trained it
             compete(args, prepared, space, processes, folder)
 
 
 def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, folder: Path) -> SearchSpace:
-    """Search by gradient descent; return the space with the probabilities that were found."""
+    """Search by gradient descent; return the space with the probabilities that were found, without its weights."""
     dataset, use_downsample, training_cases, validation_cases = prepared
     weights_cases, arch_cases = halves(training_cases, args.seed)
     task, used = dataset.task, [*weights_cases, *arch_cases, *validation_cases]
@@ -304,7 +305,7 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
         log.warning("%s was gone: it is written anew, as it was", path)
     log.info("found: %s; train_dints.py --arch_ckpt retrains it", path)
     training.progress.remark_on_dice(progress.best_dice, progress.iteration, len(validation_cases))
-    return supernet.space
+    return supernet.space.without_weights()
 
 
 def weights_step(supernet: Supernet, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -381,9 +382,9 @@ def compete(
     args: argparse.Namespace, prepared: Prepared, space: SearchSpace | None, processes: Processes, folder: Path
 ) -> None:
     """Let candidates compete in short trainings, rung by rung, and write the winner."""
-    limits = limits_of_candidates(args, prepared)
     first, *others = candidates.halving.rungs(args.candidates, args.candidate_iterations)
-    ledger = open_ledger(args, prepared, processes, folder)
+    ledger, channel_step = open_ledger(args, prepared, processes, folder)
+    limits = limits_of_candidates(args, prepared, channel_step)
 
     count = -(-first.count // 2)
     members = processes.on_main(candidates.proposals.proposed, count, args.proposals, limits, space, args.seed)
@@ -456,10 +457,10 @@ def check_candidates(args: argparse.Namespace, prepared: Prepared) -> None:
     limits.check()
     rungs = candidates.halving.rungs(args.candidates, args.candidate_iterations)
     told = ", then ".join(f"{rung.count} candidates at {rung.iterations} iterations" for rung in rungs)
-    log.info("%s, each as wide as fills %.6g MiB of activations", told, limits.memory_mib)
+    log.info("%s, each as wide as fills %.6g MiB in a training step", told, limits.memory_mib)
 
 
-def limits_of_candidates(args: argparse.Namespace, prepared: Prepared) -> Limits:
+def limits_of_candidates(args: argparse.Namespace, prepared: Prepared, channel_step: int = 1) -> Limits:
     """Gather what every candidate keeps to."""
     task = prepared.dataset.task
     operations = tuple(args.operations or network.operations.PUBLISHED)
@@ -468,23 +469,28 @@ def limits_of_candidates(args: argparse.Namespace, prepared: Prepared) -> Limits
     memory_mib = args.memory_mib or candidates.proposals.memory_of_share(
         args.factor_ram_cost, *space, args.channel_mul, *shapes
     )
-    return candidates.proposals.Limits(memory_mib, *space, bool(args.keep_finest), *shapes)
+    return candidates.proposals.Limits(memory_mib, *space, bool(args.keep_finest), *shapes, channel_step)
 
 
-def open_ledger(args: argparse.Namespace, prepared: Prepared, processes: Processes, folder: Path) -> Ledger:
-    """Find which trainings of candidates are done, and prepare the others."""
+def open_ledger(args: argparse.Namespace, prepared: Prepared, processes: Processes, folder: Path) -> tuple[Ledger, int]:
+    """Find which trainings of candidates are done, and prepare the others; return also their channels' step."""
     competing = [name for name in vars(args) if name.startswith("candidate")] + ["proposals", "memory_mib"]
     settings = {**options.course(args), **{name: getattr(args, name) for name in competing}}
     contents = {"task": prepared.dataset.task, "cases": data.opening.names(prepared.training_cases)}
     configuration = training.checkpoint.configured(settings, 1, **contents)  # any number of processes finds the same
     precision = running.precision.choose_precision(args.precision, processes)
+    manner = {
+        "precision": precision.name,
+        "channel_step": candidates.proposals.CHANNEL_STEP[processes.device.type],
+    }
     place = folder / "candidates"
     is_continued = (place / candidates.halving.SETTINGS).exists()
-    name = processes.on_main(candidates.halving.open_folder, place, configuration, precision.name)
+    manner = processes.on_main(candidates.halving.open_folder, place, configuration, manner)
     processes.on_main(data.identity.check, place, prepared.training_cases, is_continued, args.allow_changed_data)
     requests = training.stops.Requests(args.warning_signal)
-    train = short_trainings(args, prepared, running.precision.choose_precision(name, processes), processes, requests)
-    return candidates.halving.Ledger(folder, processes, requests, train, rows=[])
+    precision = running.precision.choose_precision(manner["precision"], processes)
+    train = short_trainings(args, prepared, precision, processes, requests)
+    return candidates.halving.Ledger(folder, processes, requests, train, rows=[]), manner["channel_step"]
 
 
 def short_trainings(

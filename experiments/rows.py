@@ -11,12 +11,14 @@ import csv
 import shutil
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from opponents import OPPONENTS
+from torch import nn
 
 from dints.candidates.proposals import Limits, proposed
 from dints.data.tasks import TASKS, Task
@@ -26,7 +28,7 @@ from dints.network.architecture import (
     load_architecture,
     save_architecture,
 )
-from dints.network.cost import counts
+from dints.network.cost import counts, step_mib
 from dints.network.found import FoundNetwork
 from dints.network.operations import PUBLISHED
 from dints.network.unsearched import fitting_channel_mul
@@ -283,15 +285,20 @@ def random_architectures() -> list[Architecture]:
 
 @cache
 def filling(network: str, memory_mib: float) -> float:
-    """Return the width at which a network's activations fill the memory, in steps of 1/32."""
+    """Return the width at which a network's training step fills the memory, in steps of 1/32."""
     task = TASKS["Task04_Hippocampus"]
     size = task.num_channels, task.num_classes
     if network not in OPPONENTS:
         return fitting_channel_mul(architecture_of(network), memory_mib, *size, task.patch_size, BATCH_SIZE)
     steps, shape = 2, (BATCH_SIZE, task.num_channels, *task.patch_size)
-    while counts(partial(OPPONENTS[network], *size, (steps + 1) / 32), shape)["activation_mib"] <= memory_mib:
+    while _step_mib(partial(OPPONENTS[network], *size, (steps + 1) / 32), shape) <= memory_mib:
         steps += 1
     return steps / 32
+
+
+def _step_mib(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> float:
+    counted = counts(make, shape)
+    return step_mib(counted["parameters"], counted["activation_mib"])
 
 
 def counted(network: str, model: dict) -> dict[str, float]:

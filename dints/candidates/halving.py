@@ -48,12 +48,30 @@ def rungs(count: int, iterations: int) -> list[Rung]:
 
 
 def best(candidates: Sequence[Candidate], results: Mapping[str, Result], count: int) -> list[Candidate]:
-    """Return the ``count`` candidates of the highest Dice, best first; of equal ones the first."""
-    return sorted(candidates, key=lambda candidate: -results[candidate.name].dice)[:count]
+    """Return the ``count`` candidates of the highest Dice, best first; of equal ones the first.
+
+    Raises:
+        UserError: all of them failed.
+    """
+    failures = {results[candidate.name].failure for candidate in candidates}
+    if all(failures):
+        raise UserError(
+            f"none of {len(candidates)} candidates could be trained (candidates.csv: {', '.join(sorted(failures))}): "
+            "give a smaller --memory_mib or --num_sw_batch_size against a lack of memory, a smaller "
+            "--candidate_learning_rate against weights that diverge, and another --output_root"
+        )
+    return _ranked(candidates, results)[:count]
 
 
-def open_folder(folder: Path, configuration: dict, precision: str) -> str:
-    """Make the candidates' folder, or find one of the same settings; return the precision that its trainings have.
+def _ranked(candidates: Sequence[Candidate], results: Mapping[str, Result]) -> list[Candidate]:
+    return sorted(candidates, key=lambda candidate: -results[candidate.name].dice)
+
+
+def open_folder(folder: Path, configuration: dict, manner: Mapping[str, str | int]) -> dict:
+    """Make the candidates' folder, or find one of the same settings; return the manner that its trainings have.
+
+    Args:
+        manner: what depends on the machine, as it is for new trainings.
 
     Raises:
         UserError: its trainings had other settings; each that differs is named.
@@ -61,17 +79,28 @@ def open_folder(folder: Path, configuration: dict, precision: str) -> str:
     settings = folder / SETTINGS
     if settings.exists():
         stored = _read(settings)
+        known = {name: stored.get(name, value) for name, value in manner.items()}
+        kinds = [type(known[name]) is type(value) for name, value in manner.items()]
+        if not isinstance(stored.get("configuration"), dict) or not all(kinds):
+            raise _damaged(settings, f"it has no configuration, or of {', '.join(manner)} one that is none")
         compare(settings, stored["configuration"], configuration)
-        return stored["precision"]
-    files.write_atomically(settings, json.dumps({"configuration": configuration, "precision": precision}, indent=2))
-    return precision
+        return known
+    files.write_atomically(settings, json.dumps({"configuration": configuration, **manner}, indent=2))
+    return {**manner}
 
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): remove it, and its training is done again") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, f"it holds a {type(content).__name__} instead of names with values")
+    return content
+
+
+def _damaged(path: Path, why: object) -> UserError:
+    return UserError(f"{path} is damaged ({why}): remove it, and its training is done again")
 
 
 def _network(candidate: Candidate) -> list:
@@ -135,8 +164,15 @@ class Ledger:
             path = self._path(candidate, iterations)
             if not path.exists():
                 continue
-            done[candidate.name] = _read(path)
-            if done[candidate.name].pop("network", None) != _network(candidate):
+            values = _read(path)
+            network = values.pop("network", None)
+            try:
+                done[candidate.name] = Result.from_dict(values, iterations).to_dict()
+            except (ValueError, RecursionError) as error:
+                raise _damaged(path, error) from error
+            if not isinstance(network, list):
+                raise _damaged(path, "it has no network")
+            if network != _network(candidate):
                 raise UserError(
                     f"{path} is of another architecture than {candidate.name} is in this version of the scripts: "
                     "go on with the version that wrote it, or start afresh with --resume never"
@@ -159,7 +195,7 @@ class Ledger:
 
     def _write(self, candidates: Sequence[Candidate], results: Mapping[str, Result]) -> None:
         """Add these trainings to the table, best first."""
-        for candidate in best(candidates, results, len(candidates)):
+        for candidate in _ranked(candidates, results):
             result = results[candidate.name]
             self.rows.append(
                 {

@@ -29,6 +29,7 @@ SHARES = (0.35, 0.35, 0.2, 0.1)  # of the mutations
 TRIES = 200  # until a mutation makes a network that is connected, fits and is new
 IN_VAIN = 20  # proposals in a row that are too large or known, after which there are no more
 DENSITIES = 8  # memory ratios that a gradient search's architectures are decoded within
+CHANNEL_STEP = {"cpu": 1, "cuda": 8}  # what the first level's channels are a multiple of: tensor cores take eight
 DENSEST = 0.7  # memory ratio of random ones: denser ones have hardly any width left at equal memory
 
 
@@ -60,10 +61,11 @@ class Limits:
     """What every candidate keeps to.
 
     Attributes:
-        memory_mib: that a training step's activations may take, in fp32; see `dints.network.cost.Cost`.
+        memory_mib: that a training step may take; see `dints.network.cost.step_mib`.
         num_blocks, num_depths, use_downsample: of the space; mutants may leave the first and the last.
         keep_finest: the path along depth 0 stays active in every block.
         input_shape: (batch, channels, *patch_size) of a training step.
+        channel_step: channels at the first level are a multiple of this, where so many fit; see `CHANNEL_STEP`.
     """
 
     memory_mib: float
@@ -74,6 +76,7 @@ class Limits:
     keep_finest: bool
     input_shape: tuple[int, ...]
     num_classes: int
+    channel_step: int = 1
 
     def check(self) -> None:
         """Raise `UserError` where no network would fit: not even one path of the space, at its narrowest."""
@@ -82,15 +85,17 @@ class Limits:
         self.channel_mul(from_codes(arch_code_a, 0 * arch_code_a, self.operations, self.use_downsample))
 
     def channel_mul(self, architecture: Architecture) -> float:
-        """Return the width at which the architecture fills the memory.
+        """Return the width at which the architecture fills the memory, but for what a multiple leaves.
 
         Raises:
             UserError: the memory does not hold even its narrowest network, or its patches cannot be halved so often.
         """
         batch_size, in_channels, *patch_size = self.input_shape
-        return unsearched.fitting_channel_mul(
+        widest = unsearched.fitting_channel_mul(
             architecture, self.memory_mib, in_channels, self.num_classes, tuple(patch_size), batch_size
         )
+        channels = round(32 * widest)
+        return (channels - channels % self.channel_step or channels) / 32
 
 
 def memory_of_share(
@@ -103,7 +108,7 @@ def memory_of_share(
     input_shape: tuple[int, ...],
     num_classes: int,
 ) -> float:
-    """Return a share of what every path, with its dearest operation, takes at a width: activations in MiB, fp32.
+    """Return a share of what a step with every path, its dearest operation on each, takes at a width, in MiB.
 
     Args:
         input_shape: (batch, channels, *patch_size) of a training step.
@@ -111,7 +116,7 @@ def memory_of_share(
     dearest_last = sorted(operations, key=lambda name: OPERATIONS[name].maps)
     largest = within_supernet(num_blocks, num_depths, dearest_last, use_downsample)
     batch_size, in_channels, *patch_size = input_shape
-    return share * cost(largest, in_channels, num_classes, tuple(patch_size), channel_mul, batch_size).activation_mib
+    return share * cost(largest, in_channels, num_classes, tuple(patch_size), channel_mul, batch_size).step_mib
 
 
 def proposed(count: int, kinds: Sequence[str], limits: Limits, space: SearchSpace | None, seed: int) -> list[Candidate]:

@@ -157,6 +157,7 @@ class TrainingLoader:
             self._batches = iter(self.loader)
         for step in range(first_step, self.steps):
             start = time.perf_counter()
+            self._place = None  # after an error the iterator is past this batch
             batch = self._next()
             self._place = (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0)
             if self.on_gpu:

@@ -21,6 +21,7 @@ from dints.network.found import FoundNetwork, check_patch_size, count_parameters
 from dints.running.failures import lacks_memory
 
 MIB = 2**20
+BYTES_A_PARAMETER = 16  # of a training in fp32: weight, gradient, SGD's momentum and moving average
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Cost:
     device: str | None = None
     latency_ms: float | None = None
     measured_mib: float | None = None
+
+    @property
+    def step_mib(self) -> float:
+        """What a training step keeps on the device; see `step_mib`."""
+        return step_mib(self.parameters, self.activation_mib)
 
     def to_dict(self) -> dict:
         """Return plain types only, for arch files, which ``weights_only=True`` reads."""
@@ -124,6 +130,17 @@ def counts(make: Callable[[], nn.Module], input_shape: tuple[int, ...]) -> dict[
         "gmac": counter.get_total_flops() / 2 / 1e9,  # the counter takes a multiply-add as two operations
         "activation_mib": activations / MIB,
     }
+
+
+def step_mib(parameters: int, activation_mib: float) -> float:
+    """Return what a training step keeps on the device, in MiB of fp32: activations, and `BYTES_A_PARAMETER`.
+
+    By this memory networks are called equal. Not in it: the batch, the loss, and what kernels need while they run.
+
+    Args:
+        parameters, activation_mib: of `counts`.
+    """
+    return activation_mib + BYTES_A_PARAMETER * parameters / MIB
 
 
 def activation_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.networks.nets.dints import DiNTS, TopologySearch
+from torch import nn
 
 from dints.errors import UserError
 from dints.network import decoding
@@ -227,6 +228,11 @@ class SearchSpace(TopologySearch):
                 f"{math.ceil(least / self.dearest_memory * 1e4) / 1e4:g}"
             )
         return decoding.shortest_sequences_within(count, budget, lengths, memory, self.starts, self.ends)
+
+    def without_weights(self) -> SearchSpace:
+        """Forget the cells and their weights, in place: what is left, on the CPU, decodes as before."""
+        self.cell_tree = nn.ModuleDict()
+        return self.cpu()
 
     def architecture(self, max_ram_ratio: float | None = None, **info) -> Architecture:
         """Return the decoded architecture with what is to be known about it later, its ``ram_ratio`` included."""

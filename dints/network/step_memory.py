@@ -47,7 +47,7 @@ def check(
         checkpoint_activations: as `FoundNetwork` has it.
         num_loaders: that prepare batches at the same time.
         flag: that sets ``batch_size``.
-        memory_mib: that candidates fill with activations in fp32, all of which they keep.
+        memory_mib: that candidates fill with what a step keeps, counted in fp32; see `dints.network.cost.step_mib`.
     """
     processes, device = launcher.local_world_size(), machine.device_type(device)
     patches = processes * num_loaders * bytes_ahead(task, batch_size, num_workers, device)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -38,6 +39,7 @@ from dints.network.operations import OPERATIONS, PUBLISHED, check_names
 
 CONVOLUTION, SKIP = "conv_3x3x3", "skip_connect"
 MAX_BLOCKS, MAX_DEPTHS = 1000, 6  # at 7 depths a block has half a million children
+MAX_CHANNELS = 2**31  # at the first level, that a width is looked for up to
 MAX_DRAWS, BATCH = 100_000, 500
 # Only the smallest or largest are left at this tilt, and logarithms of probabilities are still right to 7 digits.
 MAX_TILT = 1e9
@@ -166,11 +168,10 @@ def fitting_channel_mul(
     patch_size: tuple[int, int, int],
     batch_size: int = 1,
 ) -> float:
-    """Return the largest ``channel_mul``, in steps of 1/32, at which activations stay within ``memory_mib``.
+    """Return the largest ``channel_mul``, in steps of 1/32, at which a training step stays within ``memory_mib``.
 
-    Activations are those of `dints.network.cost.cost`: parameters, gradients and work space come on top. In steps of
-    1/32 every feature map has a whole number of channels, and all of them grow in proportion to the width, so that two
-    widths tell all.
+    Counted as by `dints.network.cost.step_mib`. In steps of 1/32 every feature map has a whole number of channels, and
+    all of them grow in proportion to the width: two widths give the activations of all, three the parameters.
 
     Raises:
         UserError: even the smallest is too large, the patch size does not fit, or a number is out of range.
@@ -178,15 +179,26 @@ def fitting_channel_mul(
     if not 0 < memory_mib < math.inf:
         raise UserError(f"--memory_mib is {memory_mib:g}: give a positive number of MiB")
     one, two = (
-        network.cost.cost(architecture, in_channels, num_classes, patch_size, steps / 32, batch_size).activation_mib
+        network.cost.cost(architecture, in_channels, num_classes, patch_size, steps / 32, batch_size)
         for steps in (1, 2)
     )
-    if one > memory_mib:
+    if one.step_mib > memory_mib:
         raise UserError(
-            f"--memory_mib {memory_mib:g} is too small: at the smallest channel_mul, 1/32, activations take "
-            f"{one:.4g} MiB; give at least that, or a smaller --patch_size or --num_images_per_batch"
+            f"--memory_mib {memory_mib:g} is too small: at the smallest channel_mul, 1/32, a training step takes "
+            f"{one.step_mib:.4g} MiB; give at least that, or a smaller --patch_size or --num_images_per_batch"
         )
-    return (1 + int((memory_mib - one) / (two - one) * (1 + 1e-12))) / 32
+    with torch.device("meta"):
+        third = network.found.FoundNetwork(architecture, in_channels, num_classes, 3 / 32)
+    bend = network.found.count_parameters(third) - 2 * two.parameters + one.parameters
+
+    def step_mib(steps: int) -> float:  # exact: all are multiples of a byte
+        before, pairs = steps - 1, (steps - 1) * (steps - 2) // 2
+        parameters = one.parameters + before * (two.parameters - one.parameters) + pairs * bend
+        activation_mib = one.activation_mib + before * (two.activation_mib - one.activation_mib)
+        return network.cost.step_mib(parameters, activation_mib)
+
+    widths = range(1, min(2 + int((memory_mib - one.step_mib) / (two.step_mib - one.step_mib)), MAX_CHANNELS))
+    return bisect_right(widths, memory_mib, key=step_mib) / 32
 
 
 class _Choice:
@@ -376,7 +388,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--memory_mib",
         type=float,
-        help="tell which channel_mul's activations fill so many MiB (fp32, with --patch_size)",
+        help="tell which channel_mul fills so many MiB in a training step: activations, 16 bytes a parameter, fp32",
     )
     add("--patch_size", type=int, nargs=3, metavar=("X", "Y", "Z"), help="of the input, voxels; with --memory_mib")
     add("--num_channels", type=int, default=1, help="of the image (default: %(default)s)")

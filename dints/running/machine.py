@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -166,3 +167,11 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         for option, size in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 2**31 - 1)):
             ctypes.CDLL(None).mallopt(option, size)
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more: networks in circles of references, and what PyTorch keeps of a GPU."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.compiler.reset()  # recordings of compiled networks hold memory too
+        torch.cuda.empty_cache()

@@ -48,12 +48,14 @@ KINDS = {"gradient": "tab:blue", "by_hand": "tab:orange", "random": "tab:green",
 def draw_candidates(folder: Path) -> None:
     """Draw ``candidates.png``: Dice of each candidate of a competition on each rung that it reached.
 
-    Candidates far below the others are shown at the lower edge, for else those that matter would lie on each other.
+    The axis leaves out candidates far below the others, for else those that matter would lie on each other; each is a
+    triangle at the lower edge with its Dice beside.
     """
     rows = read_rows(folder / CANDIDATES)
     rungs = sorted({int(row["iterations"]) for row in rows})
     dices = [float(row["dice"]) for row in rows]
     lowest = max(min(dices), max(dices) - 3 * (max(dices) - float(np.median(dices))) - 0.01)
+    margin = 0.04 * (max(dices) - lowest) or 0.01
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for kind, colour in KINDS.items():
@@ -61,10 +63,16 @@ def draw_candidates(folder: Path) -> None:
         for number, name in enumerate(of_kind):
             points = {int(row["iterations"]): float(row["dice"]) for row in rows if row["candidate"] == name}
             # Beside each other, so that those of equal Dice can be told apart.
-            x = [rungs.index(iterations) + 0.12 * (list(KINDS).index(kind) - 1.5) for iterations in points]
+            x = [_beside(rungs.index(iterations), kind) for iterations in points]
             label = kind.replace("_", " ") if number == 0 else None
-            y = np.maximum(list(points.values()), lowest)
-            axes.plot(x, y, marker="o", markersize=5, color=colour, label=label, alpha=0.75)
+            axes.plot(x, list(points.values()), marker="o", markersize=5, color=colour, label=label, alpha=0.75)
+    axes.set_ylim(lowest - margin, max(dices) + margin)
+    for number, iterations in enumerate(rungs):
+        for kind in KINDS:
+            of_kind = (row for row in rows if row["kind"] == kind and int(row["iterations"]) == iterations)
+            below = sorted(dice for dice in (float(row["dice"]) for row in of_kind) if dice < lowest)
+            if below:
+                _mark_below(axes, _beside(number, kind), below, KINDS[kind])
     winner = max((row for row in rows if int(row["iterations"]) == rungs[-1]), key=lambda row: float(row["dice"]))
     axes.set_title(
         f"the winner is {winner['candidate'].replace('_', ' ')}, Dice {float(winner['dice']):.4f}", loc="left"
@@ -77,6 +85,21 @@ def draw_candidates(folder: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     _save(figure, folder / "candidates.png")
+
+
+def _beside(rung: int, kind: str) -> float:
+    return rung + 0.12 * (list(KINDS).index(kind) - 1.5)
+
+
+def _mark_below(axes: Axes, x: float, dices: list[float], colour: str) -> None:
+    """Mark at the lower edge that there are Dice below it; write up to three, or how many there are and their range."""
+    bottom = axes.get_ylim()[0]
+    axes.plot([x], [bottom], marker="v", markersize=8, color=colour, clip_on=False, label="_below", zorder=3)
+    text = ", ".join(f"{dice:.4f}" for dice in dices)
+    if len(dices) > 3:
+        text = f"{len(dices)}: {dices[0]:.4f} to {dices[-1]:.4f}"
+    style = {"ha": "center", "va": "bottom", "rotation": 90, "fontsize": 8, "color": colour}
+    axes.annotate(text, (x, bottom), xytext=(0, 7), textcoords="offset points", **style)
 
 
 def _over_iterations_and_time(rows: Rows, names: Mapping[str, str], label: str, corner: str = "upper right") -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from architectures import chain
 
+from dints.candidates import trainings
 from dints.candidates.halving import Ledger, Rung, best, open_folder, rungs
 from dints.candidates.proposals import Candidate
 from dints.candidates.trainings import Result, divided
@@ -22,6 +24,7 @@ from dints.training.curves import draw_candidates
 from dints.training.tables import read_rows
 
 CPU = torch.device("cpu")
+BF16, FP32 = {"precision": "bf16", "channel_step": 8}, {"precision": "fp32", "channel_step": 1}
 CANDIDATES = [Candidate(f"random_{number}", "random", chain(0, 0, num_depths=2), 0.5) for number in range(6)]
 
 
@@ -69,6 +72,15 @@ def test_the_best_are_those_of_the_highest_dice_and_of_equals_the_first():
     assert [one.name[-1] for one in best(CANDIDATES, results, 3)] == ["1", "3", "2"]
 
 
+def test_of_candidates_that_all_failed_none_is_the_best():
+    failures = [trainings.MEMORY, trainings.DIVERGED]
+    results = {one.name: Result(0.0, 1, 1.0, why) for one, why in zip(CANDIDATES, failures, strict=False)}
+    with pytest.raises(UserError, match=r"none of 2 candidates could be trained \(candidates.csv: diverged, memory\)"):
+        best(CANDIDATES[:2], results, 1)
+    results[CANDIDATES[1].name] = Result(0.0, 1, 1.0)  # which was trained
+    assert best(CANDIDATES[:2], results, 1) == CANDIDATES[:1]
+
+
 def test_every_training_case_trains_or_judges():
     train, judge = divided(range(10))
     assert (train, judge) == ([1, 2, 3, 5, 6, 7, 9], [0, 4, 8])
@@ -111,6 +123,55 @@ class TestLedger:
         with pytest.raises(UserError, match="random_2/100.json is damaged .*: remove it, and its training"):
             ledger(tmp_path, Trainings()).results(CANDIDATES, 100)
 
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            ("[1]", "it holds a list instead of names with values"),
+            ('"done"', "it holds a str"),
+            ("0.5", "it holds a float"),
+            ("[" * 100_000, "recursion"),
+            ("{}", "it has .'failure'. instead of dice, iterations, seconds, failure"),
+            ({"more": 1}, "it has .* instead of dice, iterations"),
+            ({"dice": 7.0}, "dice is 7.0"),
+            ({"dice": float("nan")}, "dice is nan"),
+            ({"dice": -0.1}, "dice is -0.1"),
+            ({"dice": True}, "dice is True"),
+            ({"dice": "0.5" * 100}, "dice is '0.50.5.{0,60}$"),
+            ({"seconds": float("inf")}, "seconds is inf"),
+            ({"seconds": -1}, "seconds is -1"),
+            ({"seconds": 10**400}, "seconds is 1000"),
+            ({"seconds": None}, "seconds is None"),
+            ({"iterations": 99}, "iterations is 99 instead of 100"),
+            ({"iterations": 100.0}, "iterations is 100.0 instead of 100"),
+            ({"failure": []}, r"failure is \[\]"),
+            ({"network": None}, "it has no network"),
+        ],
+        ids=repr,
+    )
+    def test_a_result_that_is_none_is_named_as_damaged(self, tmp_path, change, told):
+        ledger(tmp_path, Trainings()).results(CANDIDATES, 100)
+        path = tmp_path / "candidates/random_2/100.json"
+        whole = json.loads(path.read_text())
+        path.write_text(change if isinstance(change, str) else json.dumps({**whole, **change}))
+        with pytest.raises(UserError) as raised:
+            ledger(tmp_path, Trainings()).results(CANDIDATES, 100)
+        pattern = r"random_2/100.json is damaged \((.*)\): remove it, and its training is done again$"
+        assert re.search(told, re.search(pattern, str(raised.value))[1]), raised.value
+        path.unlink()
+        again = Trainings()
+        ledger(tmp_path, again).results(CANDIDATES, 100)
+        assert again.done == ["random_2"]
+
+    def test_a_failure_is_kept_with_its_reason(self, tmp_path):
+        def fail(candidate: Candidate, iterations: int, _folder: Path) -> Result:
+            return Result(0.0, iterations, 1.0, trainings.MEMORY if candidate.name == "random_0" else "")
+
+        ledger(tmp_path, fail).results(CANDIDATES, 100)
+        results = ledger(tmp_path, Trainings(raises_at=0)).results(CANDIDATES, 100)
+        assert {name for name, result in results.items() if result.failure} == {"random_0"}
+        reasons = {row["candidate"]: row["failure"] for row in read_rows(tmp_path / "candidates.csv")}
+        assert reasons.pop("random_0") == "memory" and not any(reasons.values())
+
     def test_a_result_of_another_architecture_of_that_name_is_refused(self, tmp_path):
         """As when a run goes on with a version that proposes others."""
         ledger(tmp_path, Trainings()).results(CANDIDATES, 100)
@@ -146,11 +207,17 @@ class TestLedger:
 
 class TestFolder:
     def test_goes_on_with_the_same_settings_and_its_own_precision(self, tmp_path):
-        assert open_folder(tmp_path / "c", {"seed": 0}, "bf16") == "bf16"
-        assert open_folder(tmp_path / "c", {"seed": 0}, "fp32") == "bf16"
+        assert open_folder(tmp_path / "c", {"seed": 0}, BF16) == BF16
+        assert open_folder(tmp_path / "c", {"seed": 0}, FP32) == BF16
         assert json.loads((tmp_path / "c/settings.json").read_text())["precision"] == "bf16"
 
     def test_refuses_other_settings_and_names_them(self, tmp_path):
-        open_folder(tmp_path / "c", {"seed": 0, "memory_mib": 5}, "bf16")
+        open_folder(tmp_path / "c", {"seed": 0, "memory_mib": 5}, BF16)
         with pytest.raises(UserError, match=r"settings.json belongs to a run with other .*memory_mib was 5 and is 6\)"):
-            open_folder(tmp_path / "c", {"seed": 0, "memory_mib": 6}, "bf16")
+            open_folder(tmp_path / "c", {"seed": 0, "memory_mib": 6}, BF16)
+
+    @pytest.mark.parametrize("text", ["[]", "{}", '{"configuration": {"seed": 0}, "precision": 16, "channel_step": 1}'])
+    def test_settings_that_are_none_are_named_as_damaged(self, tmp_path, text):
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(UserError, match=r"settings.json is damaged \(it h.*\): remove it"):
+            open_folder(tmp_path, {"seed": 0}, FP32)

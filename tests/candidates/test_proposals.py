@@ -36,9 +36,9 @@ def members(space):
     return proposed(9, KINDS, LIMITS, space, seed=0)
 
 
-def activations(candidate, channels: int = 0) -> float:
+def step_mib(candidate, channels: int = 0) -> float:
     width = candidate.channel_mul + channels / 32
-    return cost(candidate.architecture, 1, 3, (16, 16, 16), width, batch_size=2).activation_mib
+    return cost(candidate.architecture, 1, 3, (16, 16, 16), width, batch_size=2).step_mib
 
 
 def test_kinds_take_turns_and_no_architecture_comes_twice(members):
@@ -57,7 +57,19 @@ def test_the_same_seed_gives_the_same_candidates_and_another_one_others(members,
 
 def test_each_fills_the_memory_but_for_one_channel(members):
     for member in members:
-        assert activations(member) <= LIMITS.memory_mib < activations(member, channels=1), member.name
+        assert step_mib(member) <= LIMITS.memory_mib < step_mib(member, channels=1), member.name
+
+
+def test_widths_for_a_gpu_are_multiples_of_eight_channels_where_so_many_fit(members):
+    found = set()
+    for memory_mib in (1.5, 9.0):
+        plain = replace(LIMITS, memory_mib=memory_mib)
+        for member in members[:6]:
+            widest = 32 * plain.channel_mul(member.architecture)
+            stepped = 32 * replace(plain, channel_step=8).channel_mul(member.architecture)
+            assert stepped == (widest if widest < 8 else 8 * (widest // 8)), member.name
+            found.add((widest < 8, stepped == widest))
+    assert {(True, True), (False, False)} <= found
 
 
 def test_the_gradient_search_gives_its_most_probable_ones_within_budgets(members, space):
@@ -97,7 +109,7 @@ def test_a_share_of_every_path_is_that_of_the_dearest_network():
     assert memory_of_share(1.0, *space, 0.25, *shapes) == 2 * half
     every_path = np.ones((4, 7), dtype=int)
     of_all = [
-        cost(from_codes(every_path, kind * every_path, *space[2:]), 1, 3, (16, 16, 16), 0.25, 2).activation_mib
+        cost(from_codes(every_path, kind * every_path, *space[2:]), 1, 3, (16, 16, 16), 0.25, 2).step_mib
         for kind in range(3)
     ]
     assert 2 * half == max(of_all) == of_all[2] > of_all[1]
@@ -117,7 +129,7 @@ class TestMutants:
         assert [mutant.parent for mutant in made] == [parents[number % 2].name for number in range(8)]
         assert [mutant.name for mutant in made] == [f"mutant_{number}" for number in range(1, 9)]
         assert len({str(one.architecture.codes()) for one in (*members, *made)}) == len(members) + 8
-        assert all(activations(mutant) <= LIMITS.memory_mib for mutant in made)
+        assert all(step_mib(mutant) <= LIMITS.memory_mib for mutant in made)
 
     def test_keep_the_finest_resolution_where_that_is_asked_for(self):
         generator, parent, left = np.random.default_rng(0), everything(3, 3), []

@@ -151,6 +151,24 @@ def test_waiting_is_measured(cases, monkeypatch):
     assert waited.take(10.0) == 0.3 and waited.take(10.0) == 0
 
 
+def test_after_an_error_the_batch_that_was_lost_comes_again(cases, monkeypatch):
+    """As when a training that lacked memory for it goes on from a save just before."""
+    expected = patches(loader_of(cases), 0)
+    loader = loader_of(cases)
+    batches, fetch = loader.epoch(0), loader._next
+
+    def fails() -> None:
+        fetch()
+        raise MemoryError
+
+    next(batches)
+    with monkeypatch.context() as failing, pytest.raises(MemoryError):
+        failing.setattr(loader, "_next", fails)
+        next(batches)
+    again = [tensor for batch in loader.epoch(0, 1) for tensor in (batch["image"], batch["label"])]
+    assert same(again, expected[2:])  # an image and a label a batch
+
+
 def lost_connection() -> Iterator[None]:
     raise ConnectionResetError("reset by peer")
     yield

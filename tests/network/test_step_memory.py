@@ -7,17 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from architectures import chain, everything
+from architectures import chain, everything, random_architecture
 from commands import SPACE, search, train
 
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.network import space
 from dints.network.architecture import save_architecture
-from dints.network.cost import activation_bytes
+from dints.network.cost import activation_bytes, cost
 from dints.network.found import FoundNetwork
 from dints.network.step_memory import check, within_supernet
 from dints.running import machine
+from dints.running.precision import choose_precision
+from dints.running.processes import Processes
+from dints.training.steps import averaged, weights_step, weights_training
 
 MEMORY = pytest.mark.fault("GPU or host memory exhausted")
 TASK = Task("Toy", "MRI", 2, ("background", "a", "b"), patch_size=(32, 32, 16))
@@ -123,6 +126,32 @@ def test_where_there_is_room_activations_are_not_counted(memory, monkeypatch):
     assert activation_bytes(network, (2, 2, 32, 32, 16)) < 64 * 2 * VOXELS * 16 * 3
 
 
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, random_architecture(4, 3, 3)], ids=["chain", "random"])
+def test_a_real_training_step_keeps_what_is_counted(architecture):
+    """Activations but for a twentieth, as CPU layers are, the loss beside; of each parameter 16 bytes exactly."""
+    shape, num_classes, kept = (2, 2, 32, 32, 16), 3, {}
+    network = FoundNetwork(architecture, 2, num_classes, 0.25)
+    alone, average = Processes(0, 1, torch.device("cpu")), averaged(network, 0.99)
+    settings = {"learning_rate": 0.01, "average": average}
+    weights = weights_training(network, network.parameters(), choose_precision("fp32", alone), alone, **settings)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    batch = {"image": torch.rand(shape), "label": torch.zeros(2, 1, *shape[2:], dtype=torch.uint8)}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        weights_step(weights, batch)
+    parameters = [*network.parameters()]
+    saved = sum(s.nbytes() for address, s in kept.items() if address not in {p.data_ptr() for p in parameters})
+    counted = cost(architecture, 2, num_classes, shape[2:], 0.25, batch_size=2)
+    activations = counted.activation_mib * 2**20
+    assert 0.95 * activations < saved < 1.05 * activations + 16 * num_classes * 2 * VOXELS
+    held = [*parameters, *(parameter.grad for parameter in parameters), *average.module.parameters()]
+    held += [weights.optimizer.state[parameter]["momentum_buffer"] for parameter in parameters]
+    assert sum(tensor.nbytes for tensor in held) == counted.step_mib * 2**20 - activations
+
+
 def test_what_a_supernet_keeps_is_counted_low():
     sizes = 2, 3, ("skip_connect", "conv_3x3x3")
     whole = space.supernet(space.SearchSpace(0.25, *sizes), 1, 2).to("meta")
@@ -162,6 +191,6 @@ def test_check_says_what_would_compete_and_how_much_memory_it_fills(phantom, tmp
         search(phantom, tmp_path / "search", only, "--factor_ram_cost 1")
     said = [message for message in caplog.messages if "candidates" in message]
     told = "8 candidates at 25 iterations, then 2 candidates at 50 iterations, each as wide as fills"
-    assert said[0] == f"{told} 12.5 MiB of activations"
-    half, whole = (float(message.split()[-4]) for message in said[1:])
+    assert said[0] == f"{told} 12.5 MiB in a training step"
+    half, whole = (float(message.split()[-6]) for message in said[1:])
     assert whole == pytest.approx(2 * half, rel=1e-4) and not (tmp_path / "search").exists()

@@ -222,12 +222,17 @@ def test_the_channel_mul_that_fills_a_memory():
     architecture, shape = u_shaped(3, 2), (1, 2, (16, 8, 8))
 
     def mib(steps: int, batch_size: int) -> float:
-        return cost(architecture, *shape, steps / 32, batch_size).activation_mib
+        counted = cost(architecture, *shape, steps / 32, batch_size)
+        of_weights = 4 * 4 * counted.parameters / 2**20  # fp32: weight, gradient, momentum, moving average
+        assert counted.step_mib == counted.activation_mib + of_weights
+        return counted.activation_mib + of_weights
 
     assert fitting_channel_mul(architecture, mib(1, 1), *shape) == 1 / 32
     assert fitting_channel_mul(architecture, mib(9, 2), *shape, batch_size=2) == 9 / 32
-    assert fitting_channel_mul(architecture, 0.999 * mib(41, 1), *shape) == 40 / 32
-    with pytest.raises(UserError, match=rf"at the smallest channel_mul, 1/32, activations take {mib(1, 1):.4g} MiB"):
+    for batch_size in (1, 2):  # exactly, where weights take most of it too
+        assert fitting_channel_mul(architecture, mib(41, batch_size), *shape, batch_size) == 41 / 32
+        assert fitting_channel_mul(architecture, mib(41, batch_size) - 2**-20, *shape, batch_size) == 40 / 32
+    with pytest.raises(UserError, match=rf"smallest channel_mul, 1/32, a training step takes {mib(1, 1):.4g} MiB"):
         fitting_channel_mul(architecture, 0.999 * mib(1, 1), *shape)
     for memory in (0, -1, float("nan"), float("inf")):
         with pytest.raises(UserError, match="--memory_mib is .*: give a positive number"):
@@ -236,7 +241,7 @@ def test_the_channel_mul_that_fills_a_memory():
 
 def test_the_command_writes_and_tells(tmp_path, capsys):
     small = ["--output_root", str(tmp_path / "made"), "--num_blocks", "3", "--num_depths", "2"]
-    memory = cost(u_shaped(3, 2), 2, 3, (16, 8, 8), 5 / 32, 2).activation_mib
+    memory = cost(u_shaped(3, 2), 2, 3, (16, 8, 8), 5 / 32, 2).step_mib
     filled = ["--memory_mib", str(memory), "--patch_size", "16", "8", "8", "--num_images_per_batch", "2"]
     main([*small, "--u_shaped", *filled, "--num_channels", "2", "--num_classes", "3"])
     made = load_architecture(tmp_path / "made" / "u_shaped_3x2.pth")

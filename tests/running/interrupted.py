@@ -6,9 +6,9 @@ beside latest.pth. Pictures are not drawn, and costs of networks not measured.
 
 A line: {"stage": "search_dints", "flags": [...], "world_size": 2, "fault": {...}}. A fault: the place (see `FAULTS`),
 the iteration, the signal, and to whom: "all", a rank, or "worker", which is rank 0's first. Instead of a signal, NAN
-makes a rank's batches unusable from that iteration up to "until". "launch", where it is not empty, is the folder that
-torchrun has for one start of the processes. The answer: each rank's exit code and what it said,
-the seconds from the signal to the end, and whether a worker outlived the run.
+makes a rank's batches unusable from that iteration up to "until", and MEMORY raises there as exhausted memory does.
+"launch", where it is not empty, is the folder that torchrun has for one start of the processes. The answer: each rank's
+exit code and what it said, the seconds from the signal to the end, and whether a worker outlived the run.
 """
 
 import functools
@@ -150,6 +150,8 @@ def install(fault: dict, rank: int, struck: int) -> None:
         if name == "NAN":
             batch["image"].fill_(torch.nan)
             return
+        if name == "MEMORY":
+            raise MemoryError
         number = getattr(signal, f"SIG{name}")
         if to == rank or (to == "all" and rank == 0):
             os.write(struck, str(time.monotonic()).encode())
@@ -170,6 +172,19 @@ def in_step(iterations: range, strike: Callable) -> None:
     def steps(stops, original, batches):
         for batch in original(stops, batches):
             if stops.checkpoint.progress.iteration + 1 in iterations:
+                strike(batch)
+            yield batch
+
+    replace(training.stops.Stops, "steps", steps)
+
+
+def in_step_that_keeps_all(iterations: range, strike: Callable) -> None:
+    """Strike before such steps of networks that keep all activations are computed."""
+
+    def steps(stops, original, batches):
+        for batch in original(stops, batches):
+            keeps = not stops.checkpoint.parts["network"].checkpoint_activations
+            if keeps and stops.checkpoint.progress.iteration + 1 in iterations:
                 strike(batch)
             yield batch
 
@@ -230,6 +245,7 @@ def in_save(iterations: range, strike: Callable, half: str) -> None:
 
 FAULTS = {
     "step": in_step,
+    "step that keeps all": in_step_that_keeps_all,
     "validation": in_validation,
     "recorded": when_recorded,
     "caching": in_caching,

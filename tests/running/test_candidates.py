@@ -91,6 +91,18 @@ def test_two_ranks_find_what_one_does(theatre, tmp_path):
     assert not (winners[0] / "latest.pth").exists()
 
 
+@pytest.mark.fault("GPU or host memory exhausted")
+def test_ranks_whose_memory_does_not_suffice_train_with_less(theatre, tmp_path):
+    """Each for itself: all first attempts fail, at the same step of each training, and nobody waits for another."""
+    few = ["--candidates", 4, "--memory_mib", 1, "--candidate_iterations", 12, "--proposals", "by_hand", "random"]
+    theatre.finish("search", tmp_path / "plain", 1, *few)
+    fault = {"place": "step that keeps all", "iteration": 2, "signal": "MEMORY", "to": "all"}
+    done = theatre.run("search", tmp_path / "lacking", 2, *few, fault=fault)
+    assert done["codes"] == [0, 0], done["said"]
+    assert sum(said.count("is trained once more, with --checkpoint_activations") for said in done["said"]) == 4
+    assert_same_winner(tmp_path / "plain", tmp_path / "lacking")
+
+
 def test_candidates_may_follow_a_search_that_is_done(theatre, straight, tmp_path):
     theatre.finish("search", tmp_path, 1)
     theatre.finish("search", tmp_path, 1, *COMPETING)

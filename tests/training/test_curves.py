@@ -10,7 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from dints.training import curves
-from dints.training.tables import ACCURACY, LOSSES
+from dints.training.tables import ACCURACY, CANDIDATES, LOSSES, write_rows
 
 Pictures = dict[str, list[Axes]]
 SEARCH = {
@@ -109,3 +109,37 @@ def test_a_long_run_is_drawn_with_its_running_mean(tmp_path, pictures):
     assert name == "training cases, mean of 100 epochs" and len(left.lines) == 2
     x, y = np.array(smooth).T
     assert y.std() < 0.03 and abs(x[0] - 49.5) < 1e-6 and y[7] == pytest.approx(noisy[7:107].mean())
+
+
+def competed(folder: Path, *dices: tuple[str, int, float]) -> None:
+    """Write the table of candidates, each given by its kind, its rung and its Dice, and draw it."""
+    rows = [
+        {"candidate": f"{kind}_{number}", "kind": kind, "iterations": str(iterations), "dice": str(dice)}
+        for number, (kind, iterations, dice) in enumerate(dices)
+    ]
+    write_rows(folder / CANDIDATES, rows)
+    curves.draw_candidates(folder)
+
+
+def test_candidates_below_the_axis_are_marked_with_their_dice_and_no_point_has_another(tmp_path, pictures):
+    near = [("by_hand", 200, 0.86), ("by_hand", 400, 0.87), *(("mutant", 200, 0.85 + 0.001 * n) for n in range(8))]
+    far = [("random", 200, 0.5793), ("random", 200, 0.0), *(("gradient", 200, 0.1 * n) for n in range(1, 5))]
+    competed(tmp_path, *near, *far)
+    (axes,) = pictures["candidates.png"]
+    bottom, top = axes.get_ylim()
+    points = sorted(dice for line in axes.lines if line.get_marker() == "o" for dice in line.get_ydata())
+    assert points == sorted(dice for _, _, dice in [*near, *far])
+    assert 0.6 < bottom < 0.85 and top > 0.87
+    marks = [line for line in axes.lines if line.get_marker() == "v"]
+    assert [line.get_ydata() for line in marks] == [[bottom]] * 2
+    assert {text.get_text() for text in axes.texts} == {"0.0000, 0.5793", "4: 0.1000 to 0.4000"}
+    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    assert colours["0.0000, 0.5793"] == curves.KINDS["random"]
+    assert legend(axes) == ["gradient", "by hand", "random", "mutant"]
+
+
+def test_candidates_that_are_near_each_other_are_all_within_the_axis(tmp_path, pictures):
+    competed(tmp_path, ("random", 200, 0.5), ("mutant", 200, 0.52))
+    (axes,) = pictures["candidates.png"]
+    bottom, top = axes.get_ylim()
+    assert bottom < 0.5 < 0.52 < top and not axes.texts
