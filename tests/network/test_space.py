@@ -219,3 +219,14 @@ def test_everything_follows_to_another_device():
 @pytest.mark.slow
 def test_the_supernet_compiles_as_one_graph():
     assert_one_graph(supernet(space_of(1, 2), 1, 2), torch.randn(1, 1, 16, 16, 16))
+
+
+def test_without_weights_it_decodes_as_before():
+    space = SearchSpace(0.25, 3, 3)
+    space.log_alpha_a.data.normal_(0, 3)
+    space.log_alpha_c.data.normal_(0, 3)
+    budget = 1.2 * space.feasible_ram_ratio()
+    before = [space.architecture(share).codes() for share in (None, budget)]
+    kept = space.without_weights()
+    assert {name for name, _ in kept.named_parameters()} == {"log_alpha_a", "log_alpha_c"}
+    assert [kept.architecture(share).codes() for share in (None, budget)] == before
