@@ -22,7 +22,7 @@ step() { printf '\n== %s\n' "$*"; }
 step "1 of 6: environment"
 bash install.sh
 if [[ "${ACTIVE:-0}" == 1 ]]; then
-  PYTHON="$(command -v python || command -v python3)"
+  PYTHON="${PYTHON:-$(command -v python || command -v python3)}"  # as install.sh
 else
   PYTHON="${VENV:-.venv}/bin/python"
 fi

@@ -446,7 +446,13 @@ def quickstart(setting: Setting) -> None:
     results, data, start = setting.folder / "quickstart", setting.folder / "data" / "Task00_Phantom", time.monotonic()
     few = {"SEARCH_ITERATIONS": "6", "CANDIDATE_ITERATIONS": "16", "TRAIN_ITERATIONS": "20"}
     # Without a network nothing can be fetched: pip is not to try.
-    given = {"ACTIVE": "1", "PIP_NO_INDEX": "1", "OUTPUT_ROOT": str(results), "DATA_ROOT": str(data)}
+    given = {
+        "ACTIVE": "1",
+        "PYTHON": sys.executable,
+        "PIP_NO_INDEX": "1",
+        "OUTPUT_ROOT": str(results),
+        "DATA_ROOT": str(data),
+    }
     said = ran(["bash", "quickstart.sh"], setting, **given, **few)
     gpus = torch.cuda.device_count() if setting.device == "cuda" else 1
     found = {"seconds": round(time.monotonic() - start, 1), "dice": re.findall(r"Dice ([\d.]+)", said)[-1]}
