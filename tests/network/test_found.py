@@ -55,37 +55,49 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_it_is_monais_network(architecture, dtype, tolerance):
+def both_networks(architecture: Architecture) -> tuple[DiNTS, FoundNetwork]:
+    """Build MONAI's network and ours, with equal weights."""
     torch.manual_seed(0)
     theirs, ours = monai_network(architecture), FoundNetwork(architecture, 2, 3, SMALL)
     ours.load_state_dict(fitting_state(ours, theirs.state_dict(), "MONAI's", ours.unused_stems))
-    theirs, ours = theirs.to(dtype), ours.to(dtype)
+    return theirs, ours
+
+
+def scores_and_gradients(network: torch.nn.Module, num_depths: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the scores of a random image, and the gradients of the image and of each parameter, 0 if it has none."""
+    generator = torch.Generator().manual_seed(1)
+    voxels = (2 ** (num_depths + 1),) * 3
+    image, mix = (torch.randn(2, channels, *voxels, generator=generator).to(dtype) for channels in (2, 3))
+    network, image = network.to(dtype), image.requires_grad_()
+    network.zero_grad()
+    scores = network(image)
+    (scores * mix).mean().backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in network.named_parameters()}
+    return {"scores": scores.detach(), "image": image.grad, **gradients}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_it_is_monais_network(architecture):
+    theirs, ours = both_networks(architecture)
     assert list(ours.state_dict()) == list(without_unused_stems(theirs.state_dict(), architecture))
+    expected, found = (scores_and_gradients(net, architecture.num_depths, torch.float64) for net in (theirs, ours))
+    for name, values in found.items():
+        assert values.abs().max() > 0, f"{name} does not train"
+        torch.testing.assert_close(values, expected[name], rtol=1e-9, atol=1e-9 * float(expected[name].abs().max()))
+    for name in expected.keys() - found.keys():  # what we leave out never trains in MONAI's network
+        assert not expected[name].any(), name
 
-    voxels = (2 ** (architecture.num_depths + 1),) * 3
-    image = torch.randn(2, 2, *voxels, dtype=dtype, requires_grad=True)
-    mix = torch.randn(2, 3, *voxels, dtype=dtype)
-    results = []
-    for network in (theirs, ours):
-        scores = network(image)
-        (image_gradient,) = torch.autograd.grad((scores * mix).mean(), image, retain_graph=True)
-        (scores * mix).mean().backward()
-        results.append((scores, image_gradient, {name: p.grad for name, p in network.named_parameters()}))
-    (scores, image_gradient, gradients), (found_scores, found_image_gradient, found_gradients) = results
 
-    def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-        atol = tolerance * expected.detach().abs().max().item()
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=atol)
-
-    assert_close(found_scores, scores)
-    assert_close(found_image_gradient, image_gradient)
-    for name, gradient in found_gradients.items():
-        assert gradient is not None and gradient.abs().max() > 0, f"{name} does not train"
-        assert_close(gradient, gradients[name])
-    for name in gradients.keys() - found_gradients.keys():  # what we leave out never trains in MONAI's network
-        assert gradients[name] is None or not gradients[name].any(), name
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_in_fp32_it_is_as_exact_as_monais(architecture):
+    """Where a norm has few voxels, which digits are lost depends on the processor; how many, on the network."""
+    theirs, ours = both_networks(architecture)
+    kinds = ((theirs, torch.float32), (ours, torch.float32), (theirs, torch.float64))
+    rounded, found, exact = (scores_and_gradients(net, architecture.num_depths, dtype) for net, dtype in kinds)
+    for name, values in found.items():
+        largest = exact[name].abs().max()
+        error, allowed = (values - exact[name]).abs().max(), 4 * (rounded[name] - exact[name]).abs().max()
+        assert error <= allowed + 1e-4 * largest, f"{name}: {error:.1e} of {largest:.1e}"
 
 
 def test_the_architectures_above_cover_what_can_be():
