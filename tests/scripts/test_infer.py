@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import shutil
 from dataclasses import replace
@@ -701,6 +702,11 @@ class TestAnotherRunInTheFolder:
 
 class TestNames:
     """A name may be as long as its file's, and of any bytes."""
+
+    @pytest.fixture(autouse=True)
+    def silence(self, caplog):
+        """Log nothing: pytest-xdist sends a test's log as UTF-8, which these names are not."""
+        caplog.set_level(logging.CRITICAL + 1)
 
     def image(self, folder: Path, name: str | bytes) -> None:
         voxels, _, affine = body("RAS")
