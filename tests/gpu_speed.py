@@ -24,6 +24,7 @@ from dints.training import steps
 
 ROWS = ("retraining step, batch 2", "weights step", "architecture step", "validation, 4 windows")
 LONGEST = 20  # kernels that a profile lists
+KEYS = ("candidate", "channel_mul", "iterations", "seconds", "dice")
 
 
 def published_against_ours(setting: Setting) -> None:
@@ -181,11 +182,11 @@ def candidates(setting: Setting) -> None:
     command = [sys.executable, "search_dints.py", "--root", root, "--num_folds", 4, *size.split()]
     command += ["--proposals", "by_hand", "random", "--candidates", 4, "--candidate_iterations"]
     command += [8 if setting.small else 160, "--device", setting.device, "--precision", "bf16"]
-    command += ["--memory_mib", 8] * setting.small
+    command += ["--overlap_ratio", 0.25, *["--memory_mib", 0.5] * setting.small]
     ran([*command, "--output_root", folder], setting)
     rows = list(csv.DictReader((folder / "candidates.csv").open(newline="")))
     setting.found["seconds"] = round(time.monotonic() - start, 1)
-    setting.found["candidates"] = [{key: row[key] for key in ("name", "iterations", "seconds")} for row in rows]
+    setting.found["candidates"] = [{key: row[key] for key in KEYS} for row in rows]
 
 
 def loader(setting: Setting) -> None:

@@ -132,14 +132,16 @@ class _AsItLies(torch.autograd.Function):
 
 def _without_autocast(values: torch.Tensor) -> AbstractContextManager:
     """Return a context without autocast, which devices without numbers do not know."""
-    device_type = values.device.type
-    known = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if known else nullcontext()
+    return torch.autocast(values.device.type, enabled=False) if _knows_autocast(values) else nullcontext()
+
+
+def _knows_autocast(values: torch.Tensor) -> bool:
+    return values.device.type != "meta"  # `torch.amp.is_autocast_available`, which PyTorch 2.11 cannot compile
 
 
 def _in_computing_type(kernels: torch.Tensor) -> torch.Tensor:
     """Cast to what autocast would cast each cell's to."""
     device_type = kernels.device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if not (_knows_autocast(kernels) and torch.is_autocast_enabled(device_type)):
         return kernels
     return kernels.to(torch.get_autocast_dtype(device_type))
