@@ -395,7 +395,7 @@ class TestChecks:
             onnx_file.as_bytes(large, {})
 
     def test_a_case_that_is_not_the_models_is_refused(self, predictor, case, tmp_path):
-        with pytest.raises(UserError, match="has 1 channels of shape .*; Toy has 2"):
+        with pytest.raises(UserError, match="has 1 channel of shape .*; Toy has 2"):
             checked.export(["bundle"], predictor, ListedCase("case", (str(case[0]),)), tmp_path)
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import select
 import subprocess
+import sys
 from argparse import Namespace
 
 import gpu
@@ -41,7 +42,7 @@ def test_parts_pass_in_a_rehearsal(tmp_path):
 def test_a_part_that_fails_takes_no_other_with_it(tmp_path):
     """On a machine without a GPU all that needs one fails. The script has what the node needs, but for packages."""
     command = ["bash", CHECKOUT / "tests" / "gpu.sh", "--parts", "machine", "ddp", "--patience", "9"]
-    environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": "python", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     results = json.loads((tmp_path / "results.json").read_text())
     assert done.returncode == 1 and not any(result["ok"] for result in results.values())

@@ -133,7 +133,7 @@ class TestSearch:
         with monkeypatch.context() as before:
             before.setattr(search_dints, "halves", lambda cases, *_: (cases[::2], cases[1::2]))
             search(phantom, tmp_path, SHORT)
-        with pytest.raises(UserError, match=r"belongs to a run with other settings \(cases"):
+        with pytest.raises(UserError, match=r"belongs to a run with other settings \(the cases are in another order"):
             search(phantom, tmp_path, SHORT)
 
     @pytest.mark.slow
