@@ -5,7 +5,7 @@
     python tests/benchmarks/equality.py compare old.json new.json
 
 Every run is a small one on the phantom, by command line as a user gives it. Each file that it leaves counts by the
-digests of its tensors, or as a table without times. A spelling that changed between two versions is one entry of `RUNS`.
+digests of its tensors, or as a table without times. A spelling that changed between versions is one entry of `RUNS`.
 """
 
 from __future__ import annotations
