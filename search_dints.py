@@ -434,7 +434,6 @@ def prepare(args: argparse.Namespace) -> Prepared:
     training.cuda_graphs.check(args.cuda_graphs, options.step(args)["device"])
     check_memory_of_supernet(args, dataset.task, use_downsample)
     training_cases, validation_cases = data.listing.split_fold(dataset.cases, **options.folds(args), least_training=2)
-    halves(training_cases, args.seed)
     prepared = Prepared(dataset, use_downsample, training_cases, validation_cases)
     if args.candidates:
         check_candidates(args, prepared)
@@ -536,12 +535,10 @@ def read(
 
 
 def halves(cases: list[Case], seed: int) -> tuple[list[Case], list[Case]]:
-    """Shuffle the cases, and return those that train the weights and those that train the architecture.
+    """Shuffle two cases or more, and return those that train the weights and those that train the architecture.
 
     An odd case trains the architecture, as published.
     """
-    if len(cases) < 2:
-        raise UserError(f"{len(cases)} training case cannot be halved into weights and architecture sets: 2 are needed")
     order = running.seeds.permutation(len(cases), seed, "halves")
     middle = len(cases) // 2
     return [cases[number] for number in order[:middle]], [cases[number] for number in order[middle:]]
