@@ -101,6 +101,9 @@ def parse(kind: type[S], description: str, argv: Sequence[str] | None = None) ->
     parser = Parser(description=description, formatter_class=_HelpFormatter)
     for group in groups.values():
         _add_group(parser, group)
+    needed = [action for action in parser._actions if action.required]
+    words = [f"{action.option_strings[0]} {action.dest.upper()}" for action in needed]
+    parser.usage = " ".join(["%(prog)s", *words, "[options]"])
     given = vars(parser.parse_args(argv))
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     for field in (field for group in groups.values() for field in dataclasses.fields(group)):
@@ -217,7 +220,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Keeps the description's lines; adds defaults, unless the help says what no value means."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.required or action.default == ():
+        if action.default in (None, False, ()) or action.required:
             return action.help
         if isinstance(action.default, tuple) and action.help != argparse.SUPPRESS:
             return f"{action.help} (default: {' '.join(map(str, action.default))})"

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from dints.options import Settings, finite, fold, number, option, positive
+from dints.options import Settings, finite, fold, number, option, positive, with_defaults
 from dints.recipes import RECIPES
 
 XYZ = ("X", "Y", "Z")
 AUGMENTATIONS = ("published", "nnunet", "auto")  # `dints.data.augmentation`, which -h does not import
 LOSSES = ("dice_ce",)  # `dints.training.losses`, likewise
+PROPOSALS = ("by_hand", "random")  # `dints.evolution.proposals`, likewise
 MAX_BLOCKS, MAX_DEPTHS = 1000, 16  # `dints.network.architecture`, likewise
 count = number(int, 1)
 
@@ -188,6 +189,23 @@ class WeightsSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetrainingSettings(WeightsSettings):
+    """Training."""
+
+    learning_rate_schedule: str = option(
+        "halvings: at the milestones; polynomial: to 0, as (1 - share done) to the 0.9",
+        from_recipe=True,
+        choices=("halvings", "polynomial"),
+    )
+    average_decay: float = option(
+        "validate and keep a moving average of the weights, in which a step's weights count so "
+        "much less after each further step; 0: the weights themselves",
+        from_recipe=True,
+        type=number(float, 0, 0.9999),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class WindowSettings(Settings):
     """Sliding window."""
 
@@ -309,6 +327,232 @@ class RunSettings(Settings):
     @property
     def cache_folder(self) -> Path:
         return self.cache_dir or self.output_root.parent / "dints_cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceSettings(Settings):
+    """Search space."""
+
+    num_blocks: int = option("blocks, one after another", default=12, type=number(int, 1, MAX_BLOCKS))
+    num_depths: int = option("resolutions, each half of the last", default=4, type=number(int, 2, MAX_DEPTHS))
+    channel_mul: float = option("times 32, 64, ... channels", common=True, default=0.5, type=number(float, 0.0625))
+    use_downsample: str = option(
+        "halve the image before the first node, as published; auto: unless volumes are small",
+        from_recipe=True,
+        choices=("yes", "no", "auto"),
+    )
+    keep_finest: bool = option(
+        "keep the path along the finest resolution active in every block (default: a path like any other)",
+        default=False,
+    )
+    operations: tuple[str, ...] = option(
+        "operations that a path may hold, of the table in dints/network/operations.py (default: the published five)",
+        default=(),
+        nargs="+",
+        metavar="NAME",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupernetSettings(SpaceSettings):
+    """Search space."""
+
+    checkpoint: Path | None = option(
+        "weights to start from: latest.pth of a search in this space, or a state dict of MONAI's supernet",
+        default=None,
+        type=Path,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchLengthSettings(LengthSettings):
+    """Length."""
+
+    num_epochs_warmup: int = option("epochs before the architecture learns", default=715, type=number(int, 0))
+
+    def complaints(self) -> Iterable[str]:
+        if self.num_epochs_warmup >= self.num_epochs:
+            yield (f"--num_epochs_warmup {self.num_epochs_warmup} must be below --num_epochs {self.num_epochs}")
+
+    def scaled(self, steps_per_epoch: int) -> SearchLengthSettings:
+        scaled = super().scaled(steps_per_epoch)
+        if self.num_iterations is None:
+            return scaled
+        scale = self.num_iterations / (self.num_epochs * steps_per_epoch)
+        warmup = round(self.num_epochs_warmup * scale)
+        # The architecture learns in one epoch at least.
+        return replace(scaled, num_epochs_warmup=min(warmup, scaled.num_epochs - 1))
+
+    def past_warmup(self, epoch: int) -> tuple[bool, float]:
+        """Tell whether the architecture learns in an epoch, and the share (0 to 1) that is done."""
+        past = epoch - self.num_epochs_warmup
+        return past >= 0, max(0.0, past / (self.num_epochs - self.num_epochs_warmup))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchSettings(Settings):
+    """Training of the architecture."""
+
+    learning_rate_arch: float = option("of the architecture, for one process", default=1e-3, type=positive)
+    factor_ram_cost: float = option(
+        "memory that the search aims at: feature maps, as a share of those with every path active",
+        common=True,
+        default=0.8,
+        type=number(float, 0, 1),
+    )
+    ram_budget: str = option(
+        "the whole of that share. published: the same operations on every path, so that only paths "
+        "count; fixed: the dearest operation on every path, so that operations count too",
+        default="published",
+        choices=("published", "fixed"),
+    )
+    max_ram_ratio: float | None = option(
+        "write the most probable architecture within this share of the fixed budget (default: the most probable)",
+        default=None,
+        type=number(float, 0, 1),
+    )
+    loss_weights: tuple[float, ...] = option(
+        "of the terms that the architecture minimises beside the segmentation loss",
+        default=(1.0, 1.0, 1.0, 0.001),
+        type=number(float, 0, 1e6),
+        nargs=4,
+        metavar=("ENTROPY_A", "ENTROPY_C", "RAM", "TOPOLOGY"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(Settings):
+    """What search_dints.py goes by; its numbers are those of the published search."""
+
+    data: DataSettings
+    space: SupernetSettings
+    length: with_defaults(SearchLengthSettings, num_epochs=1430, num_epochs_per_validation=100)
+    patches: PatchSettings
+    weights: with_defaults(WeightsSettings, learning_rate_milestones=(0.4, 0.8))
+    arch: ArchSettings
+    window: with_defaults(WindowSettings, overlap_ratio=0.625)
+    run: RunSettings
+    machine: TrainingMachineSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings(Settings):
+    """Network."""
+
+    arch_ckpt: Path = option(
+        "architecture: search_code_*.pth of search_dints.py or evolve_dints.py, or published",
+        common=True,
+        decides=False,
+        type=Path,
+    )
+    checkpoint: Path | None = option(
+        "weights to start from: a model file or a state dict of this architecture",
+        default=None,
+        type=Path,
+    )
+    use_downsample: str | None = option(
+        "halve the image before the first node, as published; auto: unless volumes are small "
+        "(default: as ARCH_CKPT was searched)",
+        default=None,
+        choices=("yes", "no", "auto"),
+    )
+    channel_mul: float | None = option(
+        "times 32, 64, ... channels (default: the width that ARCH_CKPT was judged at, else 1)",
+        common=True,
+        default=None,
+        type=number(float, 1 / 32),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainingPatchSettings(PatchSettings):
+    """Patches."""
+
+    augmentation: str = option(
+        PatchSettings.__dataclass_fields__["augmentation"].metadata["help"],
+        from_recipe=True,
+        choices=AUGMENTATIONS,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(Settings):
+    """What train_dints.py goes by; its numbers are those of the published retraining."""
+
+    data: DataSettings
+    network: NetworkSettings
+    length: with_defaults(LengthSettings, num_epochs=13500, num_epochs_per_validation=500)
+    patches: with_defaults(RetrainingPatchSettings, num_images_per_batch=2)
+    weights: with_defaults(RetrainingSettings, learning_rate_milestones=(0.2, 0.4, 0.6, 0.8))
+    window: WindowSettings
+    run: RunSettings
+    machine: TrainingMachineSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompetitionSettings(Settings):
+    """Competition."""
+
+    arch_ckpt: tuple[Path, ...] = option(
+        "architectures that compete too: search_code_*.pth of search_dints.py, or published",
+        common=True,
+        default=(),
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+    )
+    num_candidates: int = option(
+        "architectures that compete: half of them proposed, half mutants of the best of these; a "
+        "quarter reaches the second rung, an eighth the third",
+        common=True,
+        default=32,
+        type=number(int, 2),
+    )
+    proposals: tuple[str, ...] = option(
+        "kinds of architectures that are proposed, in turn, beside those of --arch_ckpt",
+        default=PROPOSALS,
+        nargs="+",
+        choices=PROPOSALS,
+        metavar="KIND",
+    )
+    memory_mib: float | None = option(
+        "memory that each candidate's width fills: activations of a training step, and 16 bytes a "
+        "parameter, in fp32 (default: --factor_ram_cost of every path at --channel_mul)",
+        common=True,
+        default=None,
+        type=positive,
+    )
+    factor_ram_cost: float = option(
+        "share of the memory of a training step with every path, the dearest operation on each",
+        default=0.8,
+        type=number(float, 0, 1, above=True),
+    )
+    num_iterations: int = option(
+        "length of a candidate's training in the last rung",
+        common=True,
+        default=4000,
+        type=number(int, 4),
+    )
+    learning_rate: float = option("at the start of a candidate's training; it falls to 0", default=0.05, type=positive)
+    recipe: str = option(
+        "a set of options, each of which may also be given",
+        default="recommended",
+        choices=tuple(RECIPES),
+    )
+    loss: str = WeightsSettings.__dataclass_fields__["loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvolveSettings(Settings):
+    """What evolve_dints.py goes by."""
+
+    data: DataSettings
+    competition: CompetitionSettings
+    space: SpaceSettings
+    patches: with_defaults(PatchSettings, num_images_per_batch=2)
+    window: with_defaults(WindowSettings, overlap_ratio=0.625)
+    run: RunSettings
+    machine: MachineSettings
 
 
 def recipe_line(settings: object, recipe: str) -> str:

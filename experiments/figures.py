@@ -34,7 +34,7 @@ from tables import KINDS, NAMES, at_equal_memory
 from dints import files
 from dints.data.formats import read_dataset
 from dints.network.drawing import draw_search_space
-from dints.training import curves, tables
+from dints.running import curves, tables
 
 FIGURES = Path(__file__).resolve().parents[1] / "Figures"
 CURVES_OF = {"recipe": "recommended", "processes": 1, "fold": 0, "seed": 0}  # of Dice against minutes

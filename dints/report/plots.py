@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which would choose a window system and keep every figure
 
-from dints.training import curves
+from dints.running import curves
 
 # Of Okabe and Ito, safe for colour-blind readers, those first that are seen well on grey; one a class.
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
@@ -135,7 +135,7 @@ def agreement(
 
 
 def course(folder: Path) -> dict[str, str]:
-    """Draw the course of a run from its folder's tables: pictures of `dints.training.curves`, by their names."""
+    """Draw the course of a run from its folder's tables: pictures of `dints.running.curves`, by their names."""
     with matplotlib.rc_context(STYLE):
         return {name: svg(figure) for name, figure in curves.figures(folder).items()}
 

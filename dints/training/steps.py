@@ -1,100 +1,121 @@
-"""One step of a network's weights, and what it takes: optimizer, scaler, schedule, compilation."""
+"""A network's weights in training: optimizer, scaler, schedule, moving average, and the step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from dints.running.precision import Precision
-from dints.running.processes import Processes
-from dints.training import cuda_graphs as graphs
-from dints.training.losses import segmentation_loss
+from dints.running.run import Run
+from dints.settings import TrainingMachineSettings, WeightsSettings
+from dints.training import cuda_graphs
+from dints.training.losses import LOSSES
 
 
-@dataclass
-class WeightsTraining:
-    """A network and what trains its weights.
+class WeightsTrainer:
+    """Trains the weights of a network by SGD, over all processes.
+
+    Args:
+        network: on its device; its state is what is saved and validated.
+        weights: those of its parameters that are trained; no gradient is computed for the others.
+        run: that has begun.
+        input_shape: (batch, channels, *patch_size) of a step.
 
     Attributes:
-        network: as it computes, compiled and distributed; its state is that of the network that it was made of.
-        max_gradient_norm: where all gradients together have a larger norm than this, they are scaled down to it.
-        average: the network with a moving average of the weights, which every step brings up to date.
+        averaged: the network with a moving average of the weights, if there is one, else itself.
+        criterion: the loss, of class scores and labels.
     """
 
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    precision: Precision
-    max_gradient_norm: float | None = None
-    average: MovingAverage | None = None
+    def __init__(
+        self,
+        network: nn.Module,
+        weights: Iterable[nn.Parameter],
+        settings: WeightsSettings,
+        run: Run,
+        input_shape: Sequence[int],
+    ):
+        self.settings, self.precision = settings, run.precision
+        self.weights = list(weights)
+        trained = {id(weight) for weight in self.weights}
+        self.others = [p for p in network.parameters() if id(p) not in trained]
+        self.base_rate = settings.learning_rate * settings.factor(run.processes.world_size)
+        with frozen(self.others):  # DDP averages the gradients of what is trainable now
+            self.network = run.processes.distributed(
+                computing(network, input_shape, run.precision, run.machine)
+            )
+        self.optimizer = sgd(self.weights, settings.learning_rate)
+        self.scaler = run.precision.scaler()
+        self.criterion = LOSSES[settings.loss]
+        decay = settings.average_decay
+        self.average = MovingAverage(network, decay) if decay else None
+        self.averaged = self.average.module if self.average else network
 
     @property
     def parts(self) -> dict[str, object]:
         """All that has state beside the network, for a checkpoint."""
         parts = {"optimizer": self.optimizer, "scaler": self.scaler}
-        return parts if self.average is None else {**parts, "average": self.average}
+        return parts | ({"average": self.average} if self.average else {})
 
-    def set_learning_rate(self, learning_rate: float) -> None:
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def schedule(self, progress: float) -> None:
+        """Set the learning rate when a share ``progress`` (0 to 1) of the training is done."""
+        rate = scheduled(self.base_rate, progress, self.settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = rate
+
+    def step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Take one step on a batch; return the loss, which stays on the device."""
+        image, label = to_device(batch, self.precision.device)
+        self.optimizer.zero_grad()
+        with frozen(self.others):
+            with self.precision.autocast():
+                scores = self.network(image)
+            loss = self.criterion(scores.float(), label)
+            self.scaler.scale(loss).backward()
+        if self.settings.max_gradient_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.weights, self.settings.max_gradient_norm)
+        step_if_finite(self.optimizer, self.scaler, self.weights[-1].grad)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        return loss.detach()
 
 
-def weights_training(
-    network: nn.Module,
-    weights: Iterable[nn.Parameter],
-    precision: Precision,
-    processes: Processes,
-    *,
-    learning_rate: float,
-    max_gradient_norm: float | None = None,
-    average: MovingAverage | None = None,
-) -> WeightsTraining:
-    """Make the published training of ``weights``, parameters of ``network``, distributed over the processes."""
-    return WeightsTraining(
-        processes.distributed(network),
-        sgd(weights, learning_rate),
-        precision.scaler(),
-        segmentation_loss,
-        precision,
-        max_gradient_norm,
-        average,
-    )
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let no gradient be computed for ``parameters``."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
-def weights_step(training: WeightsTraining, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Take one step of the weights on a batch; return the loss, which stays on the device."""
-    image, label = to_device(batch, training.precision.device)
-    optimizer, scaler = training.optimizer, training.scaler
-    optimizer.zero_grad()
-    with training.precision.autocast():
-        scores = training.network(image)
-    loss = training.criterion(scores.float(), label)
-    scaler.scale(loss).backward()
-    if training.max_gradient_norm is not None:
-        scaler.unscale_(optimizer)
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
-    step_if_finite(optimizer, scaler, optimizer.param_groups[0]["params"][-1].grad)
-    scaler.update()
-    if training.average is not None:
-        training.average.update_parameters(training.network)
-    return loss.detach()
-
-
-def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def to_device(
+    batch: dict[str, torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return image (float32) and label (uint8) of a batch, as plain tensors on ``device``."""
     return tuple(batch[key].to(device, non_blocking=True) for key in ("image", "label"))
 
 
 def sgd(weights: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
     """Make the published optimizer of the weights, which updates all of them in one operation."""
-    optimizer = torch.optim.SGD(weights, learning_rate, momentum=0.9, weight_decay=4e-5, fused=True)
-    _start_momentum(optimizer)
+    settings = {"momentum": 0.9, "weight_decay": 4e-5, "fused": True}
+    optimizer = torch.optim.SGD(weights, learning_rate, **settings)
+    # PyTorch leaves the momentum as memory that nobody wrote if its first step is skipped.
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
@@ -103,57 +124,47 @@ def adam(arch: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Opti
     return torch.optim.Adam(arch, learning_rate, betas=(0.5, 0.999), fused=True)
 
 
-def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, gradient: torch.Tensor) -> None:
-    """Step an optimizer, unless it is a fused one and ``gradient``, which a bad loss reaches first, is not finite.
+def step_if_finite(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, gradient: torch.Tensor
+) -> None:
+    """Step a fused optimizer, unless ``gradient``, which a bad loss reaches first, is not finite.
 
-    In fp16 the scaler looks at all gradients instead. Gradients are averaged over the ranks, so that all skip the step.
+    In fp16 the scaler looks at all gradients instead. Gradients are averaged over the ranks, so
+    that all skip the step.
     """
     if optimizer.defaults["fused"] and not scaler.is_enabled():
-        _tell_nonfinite(optimizer, (~gradient.isfinite().all()).float())
+        # `torch.amp.GradScaler` sets it for the fused optimizers, and they read it: the one way to
+        # decide on the device, so that no host waits. Left set, it holds until the next step.
+        optimizer.found_inf = (~gradient.isfinite().all()).float()
     scaler.step(optimizer)
 
 
-def _tell_nonfinite(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
-    """Have a fused optimizer skip its step where ``flag`` is 1, so that no host waits for the answer.
-
-    ``found_inf`` is what `torch.amp.GradScaler` sets for the fused optimizers, and they read: the one way to decide on
-    the device. Left set, it holds for the next step, which sets it again.
-    """
-    optimizer.found_inf = flag
-
-
-def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Let SGD's momentum start as zeros: PyTorch leaves it as memory that nobody wrote if its first step is skipped."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
 def computing(
-    network: nn.Module, image_shape: Sequence[int], precision: Precision, *, compile: str, cuda_graphs: bool
+    network: nn.Module,
+    input_shape: Sequence[int],
+    precision: Precision,
+    machine: TrainingMachineSettings,
 ) -> nn.Module:
-    """Return what computes as ``network`` does in training, in the manner that was asked for.
+    """Return a module that computes as ``network`` does in training, compiled or recorded if asked.
 
     Args:
-        image_shape: (batch, channels, *patch_size).
-        compile: as for `compiled`.
-        cuda_graphs: replay it, for the parameters that are trainable now; see `dints.training.cuda_graphs.recorded`.
+        input_shape: (batch, channels, *patch_size).
     """
-    if cuda_graphs:
-        return graphs.recorded(network, image_shape, precision)
-    return compiled(network, compile, precision.device)
+    if machine.cuda_graphs:
+        return cuda_graphs.recorded(network, input_shape, precision)
+    return compiled(network, machine.compile, precision.device)
 
 
 def compiled(network: nn.Module, choice: str, device: torch.device) -> nn.Module:
-    """Put ``network`` through `torch.compile` if ``choice`` is ``on``: one graph, on CUDA replayed as a CUDA graph.
+    """Put ``network`` through `torch.compile` if ``choice`` is ``on``, as one graph.
 
-    Attributes and state dicts of ``network`` itself stay as they are; keep it for saving and validating.
+    On CUDA it is replayed as a CUDA graph. Attributes and state dicts of ``network`` itself stay as
+    they are; keep it for saving and validating.
     """
     if choice != "on":
         return network
-    return torch.compile(
-        network, fullgraph=True, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None
-    )
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    return torch.compile(network, fullgraph=True, dynamic=False, mode=mode)
 
 
 class MovingAverage(AveragedModel):
@@ -162,8 +173,8 @@ class MovingAverage(AveragedModel):
     PyTorch's own update asks the GPU at each step how many there were, and waits for the answer.
 
     Args:
-        decay: a step's weights count so many times as much after each further step; at first less, for otherwise the
-            start would linger in short trainings.
+        decay: a step's weights count so many times as much after each further step; at first less,
+            for otherwise the start would linger in short trainings.
     """
 
     def __init__(self, network: nn.Module, decay: float):
@@ -181,25 +192,12 @@ class MovingAverage(AveragedModel):
         self.n_averaged += 1
 
 
-def averaged(network: nn.Module, decay: float) -> MovingAverage | None:
-    """Make the moving average of a network's weights; None where ``decay`` is 0."""
-    return MovingAverage(network, decay) if decay else None
-
-
-def scheduled(schedule: str, base: float, progress: float, milestones: Sequence[float]) -> float:
+def scheduled(base: float, progress: float, settings: WeightsSettings) -> float:
     """Return the learning rate when a share ``progress`` (0 to 1) of the training is done.
 
-    Args:
-        schedule: ``halvings`` at the milestones, as published, or ``polynomial``, to 0 as nnU-Net's.
+    ``halvings`` halve ``base`` at each milestone, as published; ``polynomial`` falls to 0 as
+    nnU-Net's.
     """
-    return halved(base, progress, milestones) if schedule == "halvings" else base * (1 - progress) ** 0.9
-
-
-def halved(base: float, progress: float, milestones: Sequence[float]) -> float:
-    """Halve ``base`` at every milestone that ``progress`` (0 to 1) has passed."""
-    return base * 0.5 ** sum(progress > milestone for milestone in milestones)
-
-
-def is_validation_epoch(epoch: int, num_epochs: int, num_epochs_per_validation: int) -> bool:
-    """Tell whether epoch number ``epoch`` (from 0) ends with a validation; the last one always does."""
-    return (epoch + 1) % num_epochs_per_validation == 0 or epoch + 1 == num_epochs
+    if settings.learning_rate_schedule == "halvings":
+        return base * 0.5 ** sum(progress > share for share in settings.learning_rate_milestones)
+    return base * (1 - progress) ** 0.9

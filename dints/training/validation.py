@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,8 @@ from torch import nn
 from tqdm import tqdm
 
 from dints.data.loaders import ValidationLoader
-from dints.running.precision import Precision
 from dints.running.processes import Processes
+from dints.running.run import Run
 from dints.training.steps import to_device
 from dints.training.windows import SlidingWindow, slab_axis
 
@@ -102,31 +102,32 @@ class Validation:
     """Scores a network on the validation cases.
 
     Attributes:
-        cases: this rank's share of them, a `dints.data.loaders.ValidationLoader`.
+        cases: this rank's share of them.
         num_classes: background included.
+        run: by whose stops and precision it goes.
     """
 
     cases: ValidationLoader
     num_classes: int
     window: SlidingWindow
-    precision: Precision
-    processes: Processes
+    run: Run
 
     @torch.no_grad()
-    def scores(self, network: nn.Module, each: Callable[[Iterable], Iterator] = iter) -> Scores | None:
-        """Return the scores over all ranks' cases, the same on every rank; None if there are no cases.
+    def __call__(self, network: nn.Module) -> Scores | None:
+        """Return the scores over all ranks' cases, the same on every rank; None if there are none.
 
         Args:
             network: not wrapped for distribution: ranks have different numbers of windows.
-            each: goes through the cases; a training's own stops between two of them.
         """
         if self.cases.num_cases == 0:
             return None
+        processes = self.run.processes
         was_training = network.training
         network.eval()
-        overlaps = Overlaps(self.cases.num_cases, self.num_classes, self.processes)
-        silent = None if self.processes.is_main else True  # None: a bar only where there is a terminal
-        for case in tqdm(each(self.cases), "validation", len(self.cases), unit="case", leave=False, disable=silent):
+        overlaps = Overlaps(self.cases.num_cases, self.num_classes, processes)
+        silent = None if processes.is_main else True  # None: a bar only where there is a terminal
+        bar = {"total": len(self.cases), "unit": "case", "leave": False, "disable": silent}
+        for case in tqdm(self.run.volumes(self.cases), "validation", **bar):
             for predicted, reference in self._predictions(case, network):
                 overlaps.add(case["number"], predicted, reference)
         network.train(was_training)
@@ -136,16 +137,18 @@ class Validation:
         self, case: dict[str, torch.Tensor], network: nn.Module
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield what the network predicts of a case, part by part, with the reference."""
-        shape = case["image"].shape[2:]
+        shape, precision = case["image"].shape[2:], self.run.precision
         if self.num_classes * math.prod(shape) > MANY_SCORES and self.window.fits(shape):
             axis = slab_axis(shape)
-            for first, scores in self.window.slabs(case["image"][0], network, self.precision, axis):
+            slabs = self.window.slabs(case["image"][0], network, precision, axis)
+            for first, scores in slabs:
                 reference = case["label"][0, 0].narrow(axis, first, scores.shape[1 + axis])
                 yield scores.argmax(0), reference.to(scores.device, non_blocking=True)
             return
-        image, label = to_device(case, self.processes.device)
-        with self.precision.autocast():
+        image, label = to_device(case, self.run.device)
+        with precision.autocast():
             scores = self.window(image, network)
-        # In parts: a large volume's predictions would be 8 bytes a voxel, and its pairs of classes as much again.
+        # In parts: a large volume's predictions would be 8 bytes a voxel, and its pairs of classes
+        # as much again.
         for part, reference in zip(scores.split(SLAB, 2), label.split(SLAB, 2), strict=True):
             yield part.argmax(1), reference

@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
 
 from dints.errors import cut, shown
 
 MOST_NAMES = 3  # that are listed of many
-DIGESTS = "source"  # what is called so is a digest, which says nothing to people
+MOST_VALUES = 8  # of a list that is shown whole
 
 
 def differences(name: str, was: object, now: object) -> Iterator[str]:
-    """Say how the values of ``name`` differ, part by part; of digests and lists of lists, only that they do."""
-    if _are(Mapping, was, now):
+    """Yield how the values of ``name`` differ, part by part; of nested lists, only that they do."""
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
         for key in sorted({*was, *now}, key=str):
             if was.get(key) != now.get(key):
                 yield from differences(f"{name} {cut(str(key))}", was.get(key), now.get(key))
-    elif _hold(str, was, now):
-        yield _of_names(name, was, now)
-    elif _hold(Mapping, was, now):
-        for number, (first, second) in enumerate(zip_longest(was, now), 1):
-            if first != second:
-                yield from differences(f"{name} {number}", first, second)
-    elif name.split()[-1] == DIGESTS or _hold((list, tuple), was, now):
-        yield f"{name} changed"
+    elif _is_long(was) or _is_long(now):
+        yield _of_names(name, was, now) if _are_names(was, now) else f"{name} changed"
     else:
-        was, now = (one.get("name", one) if isinstance(one, Mapping) else one for one in (was, now))
         yield f"{cut(name)} was {shown(was)} and is {shown(now)}"
 
 
-def _are(kind: type | tuple[type, ...], *values: object) -> bool:
-    return all(isinstance(value, kind) for value in values)
+def _is_long(value: object) -> bool:
+    nested = (list, tuple, dict)
+    return isinstance(value, (list, tuple)) and (
+        len(value) > MOST_VALUES or any(isinstance(item, nested) for item in value)
+    )
 
 
-def _hold(kind: type | tuple[type, ...], *values: object) -> bool:
-    """Tell whether they are lists of such items, not all of them empty."""
-    return _are((list, tuple), *values) and any(values) and all(_are(kind, *value) for value in values)
+def _are_names(*values: object) -> bool:
+    return all(
+        isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+        for value in values
+    )
 
 
 def _of_names(what: str, was: Sequence[str], now: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import time
@@ -21,16 +20,13 @@ from dints.running.failures import lacks_memory
 from dints.running.precision import Precision
 from dints.running.processes import Processes
 from dints.running.run_folder import LATEST, PREVIOUS
-from dints.training import losses
-from dints.training.differences import differences
-from dints.training.progress import Progress
+from dints.running.differences import differences
+from dints.running.progress import Progress
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of latest.pth; a file of another one is refused
 RESULTS = ("Events", "*_history.csv", "search_code_*.pth", "best_metric_model.pth", "progress.yaml")
-CONTENTS = "contents"  # of a configuration: what its digests are of, for messages
-LOSS_BEFORE = "d16c9eded2732f1b"  # of runs that began before their configuration had the loss
 MOST_CHANGES = 30  # in a message
 # What parts raise for a state that is not theirs.
 _MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -58,7 +54,8 @@ def find_state(
     """Find what a run in ``folder`` continues from; None for a new run.
 
     Args:
-        configuration: what decides the run's course, see `configured`; a stored run with another one is not continued.
+        configuration: plain values that decide what the run computes, ``processes`` among them; a stored run with
+            another one is not continued.
         resume: ``must``: there must be a state. ``never`` is done with: `dints.running.run_folder.start_afresh`.
         allow_other_num_processes: continue a run that had another number of processes.
 
@@ -85,20 +82,6 @@ def remove_states(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def configured(flags: Mapping[str, object], num_processes: int, **contents: object) -> dict:
-    """Put what decides a run's course into plain values: flags, number of processes, contents and the loss.
-
-    Contents and loss are compared by their digests; what these are of stands beside them, for messages.
-    """
-    contents["loss"] = losses.describe()
-    return {
-        **flags,
-        "processes": num_processes,
-        **{name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in contents.items()},
-        CONTENTS: {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in contents.items()},
-    }
-
-
 def _newest_whole(stored: list[Path]) -> tuple[Path, dict]:
     for path in stored:
         try:
@@ -122,9 +105,7 @@ def _refuse_results(folder: Path) -> None:
 
 def compare(path: Path, stored: dict, wanted: dict, allow_other_num_processes: bool = False) -> None:
     """Raise `UserError` where the configuration stored in ``path`` is not the wanted one, with all that differs."""
-    stored = {**({"loss": LOSS_BEFORE} if "loss" in wanted else {}), **stored}
-    keys = sorted({*stored, *wanted} - {CONTENTS})
-    differing = [key for key in keys if stored.get(key) != wanted.get(key)]
+    differing = [key for key in sorted({*stored, *wanted}) if stored.get(key) != wanted.get(key)]
     if differing == ["processes"] and allow_other_num_processes:
         log.warning(
             "the run had %d processes and has %d: it continues, but not to the result that it would have had",
@@ -133,14 +114,7 @@ def compare(path: Path, stored: dict, wanted: dict, allow_other_num_processes: b
         )
         return
     if differing:
-        known, now = (configuration.get(CONTENTS, {}) for configuration in (stored, wanted))
-        changes = []
-        for key in differing:
-            if key not in now:
-                changes.append(f"{cut(key)} was {shown(stored.get(key))} and is {shown(wanted.get(key))}")
-            else:  # runs that began before there were contents have their digests alone
-                found = differences(key, known[key], now[key]) if key in known else ()
-                changes += [*found] or [f"{key} changed"]
+        changes = [change for key in differing for change in differences(key, stored.get(key), wanted.get(key))]
         if len(changes) > MOST_CHANGES:
             changes[MOST_CHANGES:] = [f"and {len(changes) - MOST_CHANGES} more"]
         others = ", --allow_other_num_processes" if differing == ["processes"] else ""
@@ -158,7 +132,7 @@ class Checkpoint:
 
     Args:
         folder: the run folder.
-        configuration: what decides the run's course, see `configured`.
+        configuration: as for `find_state`.
         parts: networks, optimizers and whatever else has a ``state_dict``, by name.
 
     Attributes:
@@ -298,7 +272,7 @@ def _check_content(path: Path, state: dict) -> None:
         ):
             if not is_sound:
                 raise ValueError(f"{key} is {shown(state[key])}")
-        if type(configuration.get("processes")) is not int or not isinstance(configuration.get(CONTENTS, {}), dict):
+        if type(configuration.get("processes")) is not int:
             raise ValueError("configuration lacks the number of processes")
         if not all(map(torch_files.is_whole, _tensors(parts))):
             raise ValueError("a tensor is not whole")

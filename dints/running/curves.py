@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which would choose a window system and keep every figure
 
 from dints import files
-from dints.training.tables import ACCURACY, CANDIDATES, LOSSES, Rows, read_rows
+from dints.running.tables import ACCURACY, CANDIDATES, LOSSES, Rows, read_rows
 
 MARKED, SMOOTHED = 40, 200  # up to so many rows each point is marked; beyond so many points a running mean is drawn
 

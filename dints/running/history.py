@@ -10,16 +10,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from dints import files
 from dints.errors import UserError
-from dints.training import curves
-from dints.training.progress import Progress
-from dints.training.tables import ACCURACY, LOSSES, add_row, read_rows, write_rows
-from dints.training.validation import Scores
+from dints.running import curves
+from dints.running.progress import Progress
+from dints.running.tables import ACCURACY, LOSSES, add_row, read_rows, write_rows
+
+if TYPE_CHECKING:
+    from dints.training.validation import Scores
 
 log = logging.getLogger(__name__)
 
@@ -67,14 +70,8 @@ class History:
         self._add(LOSSES, "train", progress, {**values, "seconds_per_iteration": progress.seconds_per_iteration})
         self._flush()  # a run that is killed is continued after this epoch
 
-    def add_validation(
-        self, progress: Progress, scores: Scores | None, more: Mapping[str, float | None] | None = None
-    ) -> None:
-        """Note a validation (None: no cases) likewise, draw the pictures anew and replace ``progress.yaml``.
-
-        Args:
-            more: values for further columns of its row.
-        """
+    def add_validation(self, progress: Progress, scores: Scores | None) -> None:
+        """Note a validation (None: no cases) likewise, draw the pictures and replace ``progress.yaml``."""
         if scores is None:
             log.info("no validation cases: the newest network counts as the best")
         else:
@@ -85,7 +82,7 @@ class History:
                 scores.describe(self.class_names),
             )
             columns = [f"dice_{name.replace(' ', '_')}" for name in self.class_names[1:]]
-            row = {"dice": scores.mean, **dict(zip(columns, scores.per_class, strict=True)), **(more or {})}
+            row = {"dice": scores.mean, **dict(zip(columns, scores.per_class, strict=True))}
             self._add(ACCURACY, "validation", progress, row)
         self._flush()
         if self.enabled:
