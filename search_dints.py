@@ -14,8 +14,8 @@ He et al., DiNTS: Differentiable Neural Network Topology Search for 3D Medical I
 CVPR 2021.
 """
 
-from dints.options import course, parse, recipe_line
-from dints.settings import ArchSettings, SearchSettings
+from dints.options import course, parse
+from dints.settings import ArchSettings, SearchSettings, recipe_line
 
 if __name__ == "__main__":  # before the imports below take seconds
     SETTINGS = parse(SearchSettings, __doc__)
@@ -30,12 +30,12 @@ from dints.data.cache import open_cache
 from dints.data.check import check
 from dints.data.dataset import Fold, open_fold
 from dints.data.fingerprint import use_downsample
-from dints.data.loaders import choose_augmentation, training_loader, validation_loader
+from dints.data.loaders import choose_augmentation, training_loader
 from dints.data.tasks import Task
 from dints.errors import exit_on_user_error
 from dints.network.architecture import DecodedCodes
 from dints.network.discrete import check_patch_size
-from dints.network.found_file import write_architecture
+from dints.network.arch_file import write_architecture
 from dints.network.operations import PUBLISHED, check_names
 from dints.network.space import SearchSpace, check_ram_ratio, supernet_of
 from dints.network.step_memory import check_memory, within_supernet
@@ -45,8 +45,7 @@ from dints.running.run import Run, open_run
 from dints.running.seeds import seed_everything
 from dints.training.cuda_graphs import check_cuda_graphs
 from dints.training.steps import WeightsTrainer, adam, computing, frozen, step_if_finite, to_device
-from dints.training.validation import Validation
-from dints.training.windows import SlidingWindow
+from dints.training.validation import open_validation
 
 log = logging.getLogger("search")
 
@@ -67,8 +66,7 @@ def search(settings: SearchSettings, run: Run) -> None:
     arch_loader = training_loader(
         arch_cases, cache, patches, run, steps=steps, stream="architecture"
     )
-    window = SlidingWindow(task.patch_size, settings.window)
-    validation = Validation(validation_loader(fold.validation, cache, run), task, window, run)
+    validation = open_validation(fold.validation, cache, settings.window, run)
     length = settings.length.scaled(steps)
     loaders, num_iterations = [weights_loader, arch_loader], length.num_epochs * steps
     choose_augmentation(loaders, patches, task, run, num_iterations, len(weights_cases))
@@ -120,7 +118,12 @@ class ArchTrainer:
         run: Run,
         input_shape: tuple[int, ...],
     ):
-        self.settings, self.weights, self.run, self.input_shape = settings, weights, run, input_shape
+        self.settings, self.weights, self.run, self.input_shape = (
+            settings,
+            weights,
+            run,
+            input_shape,
+        )
         self.space: SearchSpace = supernet.dints_space
         self.alphas = [self.space.log_alpha_a, self.space.log_alpha_c]  # paths, operations
         # Of one process: the gradients to average are a few hundred numbers, in one message.

@@ -78,6 +78,12 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def same_option(group: type, name: str) -> dataclasses.Field:
+    """Return an option of another group, for a group that has it too."""
+    field = group.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
 def with_defaults(group: type[S], **defaults: object) -> type[S]:
     """Return a group like ``group`` whose fields have other defaults."""
     own = {field.name: field for field in dataclasses.fields(group)}
@@ -85,7 +91,9 @@ def with_defaults(group: type[S], **defaults: object) -> type[S]:
         (name, own[name].type, dataclasses.field(default=default, metadata=own[name].metadata))
         for name, default in defaults.items()
     ]
-    made = dataclasses.make_dataclass(group.__name__, changed, bases=(group,), frozen=True, kw_only=True)
+    made = dataclasses.make_dataclass(
+        group.__name__, changed, bases=(group,), frozen=True, kw_only=True
+    )
     made.__doc__ = group.__doc__
     return made
 
@@ -187,7 +195,9 @@ class Parser(argparse.ArgumentParser):
         self._check_names(words)
         namespace, extra = self.parse_known_args(words, namespace)
         if extra:
-            self.error(f"{shlex.join(extra)} belongs to no option: name it, and quote values that have spaces")
+            self.error(
+                f"{shlex.join(extra)} belongs to no option: name it, and quote values that have spaces"
+            )
         return namespace
 
     def error(self, message: str, closing: str = " (-h lists all options)") -> NoReturn:
@@ -202,7 +212,10 @@ class Parser(argparse.ArgumentParser):
         unknown = dict.fromkeys(name for name in given if name not in known and " " not in name)
         if unknown and {"-h", "--help"}.isdisjoint(given):
             alike = {name: self._alike(name) for name in unknown}
-            remarks = [f"{name}: did you mean {other}?" if other else f"{name}:" for name, other in alike.items()]
+            remarks = [
+                f"{name}: did you mean {other}?" if other else f"{name}:"
+                for name, other in alike.items()
+            ]
             self.error(f"unknown option {' '.join(remarks)} -h lists all", closing="")
 
     def _alike(self, name: str) -> str | None:
@@ -237,7 +250,9 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text}: there is no such user") from error
 
 
-def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], float]:
+def number(
+    kind: type, low: float, high: float = float("inf"), *, above: bool = False
+) -> Callable[[str], float]:
     """Make an argparse type: an ``int`` or ``float`` from ``low`` (or just above it) to ``high``."""
 
     def parse(text: str) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 RECIPES = {
     "published": {
         "use_downsample": "yes",
-        "flip_axes": ["all"],
+        "flip_axes": ("all",),
         "learning_rate_schedule": "halvings",
         "average_decay": 0.0,
         "augmentation": "published",
@@ -15,7 +15,7 @@ RECIPES = {
     },
     "recommended": {
         "use_downsample": "auto",
-        "flip_axes": ["auto"],
+        "flip_axes": ("auto",),
         "learning_rate_schedule": "polynomial",
         "average_decay": 0.99,
         "augmentation": "auto",

@@ -10,11 +10,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from dints.options import Settings, finite, fold, number, option, positive, with_defaults
+from dints.options import (
+    Settings,
+    finite,
+    fold,
+    number,
+    option,
+    positive,
+    same_option,
+    with_defaults,
+)
 from dints.recipes import RECIPES
 
 XYZ = ("X", "Y", "Z")
-AUGMENTATIONS = ("published", "nnunet", "auto")  # `dints.data.augmentation`, which -h does not import
+AUGMENTATIONS = (
+    "published",
+    "nnunet",
+    "auto",
+)  # `dints.data.augmentation`, which -h does not import
+AUGMENTATION_HELP = (
+    "random changes of patches beside flips: the published chain, or nnU-Net's; auto: that in "
+    "trainings of 5000 iterations or more that see each case 60 times or more"
+)
 LOSSES = ("dice_ce",)  # `dints.training.losses`, likewise
 PROPOSALS = ("by_hand", "random")  # `dints.evolution.proposals`, likewise
 MAX_BLOCKS, MAX_DEPTHS = 1000, 16  # `dints.network.architecture`, likewise
@@ -47,8 +64,12 @@ class DataSettings(Settings):
         common=True,
         type=fold,
     )
-    num_folds: int = option("folds that the cases are split into, in order", default=5, type=number(int, 2))
-    trust_shapes: bool = option("where a label has its image's shape, believe that it has its place", default=False)
+    num_folds: int = option(
+        "folds that the cases are split into, in order", default=5, type=number(int, 2)
+    )
+    trust_shapes: bool = option(
+        "where a label has its image's shape, believe that it has its place", default=False
+    )
     replace_nonfinite: float | None = option(
         "put this in place of NaN and infinite voxels of images (default: such a case is an error)",
         default=None,
@@ -85,7 +106,9 @@ class DataSettings(Settings):
             )
         window = self.intensity_range
         if window is not None and window[0] >= window[1]:
-            yield (f"--intensity_range {window[0]:g} {window[1]:g}: the first must be below the second")
+            yield (
+                f"--intensity_range {window[0]:g} {window[1]:g}: the first must be below the second"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +124,7 @@ class PatchSettings(Settings):
         choices=("auto", "all", "none", *XYZ),
         metavar="AXIS",
     )
-    augmentation: str = option(
-        "random changes of patches beside flips: the published chain, or nnU-Net's; auto: that in "
-        "trainings of 5000 iterations or more that see each case 60 times or more",
-        default="published",
-        choices=AUGMENTATIONS,
-    )
+    augmentation: str = option(AUGMENTATION_HELP, default="published", choices=AUGMENTATIONS)
 
     def complaints(self) -> Iterable[str]:
         if len(self.flip_axes) > 1 and not {*self.flip_axes} <= {*XYZ}:
@@ -209,7 +227,9 @@ class RetrainingSettings(WeightsSettings):
 class WindowSettings(Settings):
     """Sliding window."""
 
-    overlap_ratio: float = option("of neighbouring windows", default=0.5, type=number(float, 0, 0.99))
+    overlap_ratio: float = option(
+        "of neighbouring windows", default=0.5, type=number(float, 0, 0.99)
+    )
     num_sw_batch_size: int = option("windows per forward pass", default=6, type=count)
 
 
@@ -229,20 +249,29 @@ class MachineSettings(Settings):
         default="auto",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    compile: str = option(
-        "torch.compile the network, which takes minutes at the start; auto: off",
-        default="auto",
-        choices=("auto", "on", "off"),
-    )
     timeout_minutes: float = option(
         "longest that a process waits for another one", default=30.0, decides=False, type=positive
     )
     # For torchrun's predecessor, which passed it to each process; the environment says the same.
     local_rank: int = option(None, default=0, decides=False, names=("--local-rank",), type=int)
+    compile: ClassVar[str] = "off"
+    checkpoint_activations: ClassVar[bool] = False
+    cuda_graphs: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingMachineSettings(MachineSettings):
+class CompilingMachineSettings(MachineSettings):
+    """Machine."""
+
+    compile: str = option(
+        "torch.compile the network, which takes minutes at the start; auto: off",
+        default="auto",
+        choices=("auto", "on", "off"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMachineSettings(CompilingMachineSettings):
     """Machine."""
 
     checkpoint_activations: bool = option(
@@ -268,7 +297,9 @@ class TrainingMachineSettings(MachineSettings):
 class RunSettings(Settings):
     """Run."""
 
-    output_root: Path = option("folder for everything that the run writes", common=True, decides=False, type=Path)
+    output_root: Path = option(
+        "folder for everything that the run writes", common=True, decides=False, type=Path
+    )
     check: bool = option(
         "read every case, report what is wrong with the dataset, and stop",
         default=False,
@@ -333,9 +364,15 @@ class RunSettings(Settings):
 class SpaceSettings(Settings):
     """Search space."""
 
-    num_blocks: int = option("blocks, one after another", default=12, type=number(int, 1, MAX_BLOCKS))
-    num_depths: int = option("resolutions, each half of the last", default=4, type=number(int, 2, MAX_DEPTHS))
-    channel_mul: float = option("times 32, 64, ... channels", common=True, default=0.5, type=number(float, 0.0625))
+    num_blocks: int = option(
+        "blocks, one after another", default=12, type=number(int, 1, MAX_BLOCKS)
+    )
+    num_depths: int = option(
+        "resolutions, each half of the last", default=4, type=number(int, 2, MAX_DEPTHS)
+    )
+    channel_mul: float = option(
+        "times 32, 64, ... channels", common=True, default=0.5, type=number(float, 0.0625)
+    )
     use_downsample: str = option(
         "halve the image before the first node, as published; auto: unless volumes are small",
         from_recipe=True,
@@ -368,11 +405,15 @@ class SupernetSettings(SpaceSettings):
 class SearchLengthSettings(LengthSettings):
     """Length."""
 
-    num_epochs_warmup: int = option("epochs before the architecture learns", default=715, type=number(int, 0))
+    num_epochs_warmup: int = option(
+        "epochs before the architecture learns", default=715, type=number(int, 0)
+    )
 
     def complaints(self) -> Iterable[str]:
         if self.num_epochs_warmup >= self.num_epochs:
-            yield (f"--num_epochs_warmup {self.num_epochs_warmup} must be below --num_epochs {self.num_epochs}")
+            yield (
+                f"--num_epochs_warmup {self.num_epochs_warmup} must be below --num_epochs {self.num_epochs}"
+            )
 
     def scaled(self, steps_per_epoch: int) -> SearchLengthSettings:
         scaled = super().scaled(steps_per_epoch)
@@ -393,7 +434,9 @@ class SearchLengthSettings(LengthSettings):
 class ArchSettings(Settings):
     """Training of the architecture."""
 
-    learning_rate_arch: float = option("of the architecture, for one process", default=1e-3, type=positive)
+    learning_rate_arch: float = option(
+        "of the architecture, for one process", default=1e-3, type=positive
+    )
     factor_ram_cost: float = option(
         "memory that the search aims at: feature maps, as a share of those with every path active",
         common=True,
@@ -468,11 +511,7 @@ class NetworkSettings(Settings):
 class RetrainingPatchSettings(PatchSettings):
     """Patches."""
 
-    augmentation: str = option(
-        PatchSettings.__dataclass_fields__["augmentation"].metadata["help"],
-        from_recipe=True,
-        choices=AUGMENTATIONS,
-    )
+    augmentation: str = option(AUGMENTATION_HELP, from_recipe=True, choices=AUGMENTATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -501,11 +540,11 @@ class CompetitionSettings(Settings):
         type=Path,
         metavar="FILE",
     )
-    num_candidates: int = option(
-        "architectures that compete: half of them proposed, half mutants of the best of these; a "
-        "quarter reaches the second rung, an eighth the third",
+    candidates: int = option(
+        "architectures that compete: half of them given or proposed, half mutants of the best of "
+        "these; a quarter reaches the second rung, an eighth the third",
         common=True,
-        default=32,
+        default=24,
         type=number(int, 2),
     )
     proposals: tuple[str, ...] = option(
@@ -533,13 +572,20 @@ class CompetitionSettings(Settings):
         default=4000,
         type=number(int, 4),
     )
-    learning_rate: float = option("at the start of a candidate's training; it falls to 0", default=0.05, type=positive)
+    learning_rate: float = option(
+        "at the start of a candidate's training; it falls to 0", default=0.05, type=positive
+    )
     recipe: str = option(
         "a set of options, each of which may also be given",
         default="recommended",
         choices=tuple(RECIPES),
     )
-    loss: str = WeightsSettings.__dataclass_fields__["loss"]
+    loss: str = same_option(WeightsSettings, "loss")
+
+    def complaints(self) -> Iterable[str]:
+        given, most = len(self.arch_ckpt), -(-self.candidates // 2)
+        if given > most:
+            yield f"--arch_ckpt gives {given} files: give --candidates {2 * given} or more"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,6 +63,7 @@ class Run:
 
     Attributes:
         found: the stored state that it resumes from; None for a new run.
+        is_continued: the folder has a part of this very run.
         precision: that it computes in, once it has begun.
         progress: how far it has come, once it is restored.
     """
@@ -78,6 +80,7 @@ class Run:
         self.settings, self.machine = settings, machine
         self.stop_signal = stop_signal
         self.found: Found | None = None
+        self.is_continued = False
         self.precision: Precision | None = None
         self.progress = Progress()
         self.losses: dict[str, EpochLoss] = {}
@@ -96,13 +99,25 @@ class Run:
     def is_main(self) -> bool:
         return self.processes.is_main
 
-    @property
-    def is_continued(self) -> bool:
-        return self.found is not None
-
     def on_main(self, function: Callable[..., Item], *args) -> Item:
         """Call ``function`` on rank 0 and return its result on every rank."""
         return self.processes.on_main(function, *args)
+
+    def within(self, folder: Path) -> Run:
+        """Return a run of this process alone in a folder below, which stops with this one."""
+        settings = replace(self.settings, output_root=folder, resume="auto")
+        machine = replace(self.machine, precision=self.precision.name)
+        alone = self.processes.alone()
+        return Run(folder, alone, settings, machine, self.stop_signal)
+
+    def start_afresh(self, inputs: Sequence[Path | None]) -> None:
+        """Move away what an earlier run has left in the folder, if ``--resume never`` asks for it.
+
+        Args:
+            inputs: files that this run reads, which must not be moved.
+        """
+        if self.settings.resume == "never":
+            run_folder.start_afresh(self.folder, self.processes, inputs)
 
     def begin(
         self, configuration: Mapping[str, object], inputs: Sequence[Path | None] = ()
@@ -111,18 +126,18 @@ class Run:
 
         Args:
             configuration: plain values that decide what the run computes.
-            inputs: files that it reads, which ``--resume never`` must not move away.
+            inputs: as for `start_afresh`.
 
         Raises:
             UserError: the folder has another run; every setting that differs is named.
         """
+        self.start_afresh(inputs)
         settings = self.settings
-        if settings.resume == "never":
-            run_folder.start_afresh(self.folder, self.processes, inputs)
         self.configuration = {**configuration, "processes": self.processes.world_size}
         allow = settings.allow_other_num_processes
         stored = (self.folder, self.configuration, settings.resume, allow)
         self.found = self.on_main(find_state, *stored)
+        self.is_continued = self.found is not None
         name = self.found.precision if self.found else self.machine.precision
         self.precision = choose_precision(name, self.processes)
 

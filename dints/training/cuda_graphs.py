@@ -42,7 +42,9 @@ def recorded(network: nn.Module, image_shape: Sequence[int], precision: Precisio
     replaying = _Replaying(network, precision)
     replaying.train()
     image = torch.zeros(tuple(image_shape), device=precision.device)
-    return torch.cuda.make_graphed_callables(replaying, (image,), num_warmup_iters=WARM_UP, pool=_pool())
+    return torch.cuda.make_graphed_callables(
+        replaying, (image,), num_warmup_iters=WARM_UP, pool=_pool()
+    )
 
 
 @cache

@@ -11,14 +11,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dints.data.loaders import ValidationLoader
+from dints.data.cache import Cache
+from dints.data.cases import Case
+from dints.data.loaders import ValidationLoader, validation_loader
 from dints.running.processes import Processes
 from dints.running.run import Run
+from dints.settings import WindowSettings
 from dints.training.steps import to_device
 from dints.training.windows import SlidingWindow, slab_axis
 
 SLAB = 16  # planes of a volume whose predictions are counted at once
-MANY_SCORES = 2**29  # numbers, 2 GiB: a volume's class scores, when they are no longer all kept at once
+MANY_SCORES = (
+    2**29
+)  # numbers, 2 GiB: a volume's class scores, when they are no longer all kept at once
 
 
 @dataclass(frozen=True)
@@ -48,14 +53,18 @@ class Scores:
     def describe(self, class_names: Sequence[str]) -> str:
         """Tell people in one line the mean, each class, and what is unusual about it."""
         parts = []
-        for name, mean, wrong in zip(class_names[1:], self.per_class, self.false_positives, strict=True):
+        for name, mean, wrong in zip(
+            class_names[1:], self.per_class, self.false_positives, strict=True
+        ):
             elsewhere = f" (false positive cases: {wrong})" if wrong else ""
             parts.append(f"{name} {'absent' if mean is None else f'{mean:.4f}'}{elsewhere}")
         total = "not defined" if self.mean is None else f"{self.mean:.4f}"
         return f"Dice {total} ({', '.join(parts)})"
 
 
-def count_overlap(predicted: torch.Tensor, reference: torch.Tensor, num_classes: int) -> torch.Tensor:
+def count_overlap(
+    predicted: torch.Tensor, reference: torch.Tensor, num_classes: int
+) -> torch.Tensor:
     """Count voxels in common, predicted and in the reference for each foreground class: (classes - 1, 3), float64.
 
     Counts of a volume's parts add up.
@@ -83,9 +92,16 @@ class Overlaps:
 
     def __init__(self, num_cases: int, num_classes: int, processes: Processes):
         self.num_classes, self.processes = num_classes, processes
-        self.counts = torch.zeros(num_cases, num_classes - 1, 3, dtype=torch.float64, device=processes.device)
+        self.counts = torch.zeros(
+            num_cases, num_classes - 1, 3, dtype=torch.float64, device=processes.device
+        )
 
-    def add(self, number: int, predicted: torch.Tensor | np.ndarray, reference: torch.Tensor | np.ndarray) -> None:
+    def add(
+        self,
+        number: int,
+        predicted: torch.Tensor | np.ndarray,
+        reference: torch.Tensor | np.ndarray,
+    ) -> None:
         """Count a case, or a part of it, by its number among all cases."""
         predicted, reference = torch.as_tensor(predicted), torch.as_tensor(reference)
         self.counts[number] += count_overlap(predicted, reference, self.num_classes).to(
@@ -152,3 +168,13 @@ class Validation:
         # as much again.
         for part, reference in zip(scores.split(SLAB, 2), label.split(SLAB, 2), strict=True):
             yield part.argmax(1), reference
+
+
+def open_validation(
+    cases: Sequence[Case], cache: Cache, settings: WindowSettings, run: Run
+) -> Validation:
+    """Prepare this rank's share of the validation cases, and what scores a network on them."""
+    task = cache.task
+    overlap, batch_size = settings.overlap_ratio, settings.num_sw_batch_size
+    window = SlidingWindow(task.patch_size, overlap, batch_size)
+    return Validation(validation_loader(cases, cache, run), task.num_classes, window, run)

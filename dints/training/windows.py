@@ -37,7 +37,8 @@ class SlidingWindow:
     def __call__(self, image: torch.Tensor, network: nn.Module) -> torch.Tensor:
         """Return (1, classes, *spatial) of an image (1, channels, *spatial)."""
         reflectable = all(
-            (patch - size + 1) // 2 < size for patch, size in zip(self.patch_size, image.shape[2:], strict=True)
+            (patch - size + 1) // 2 < size
+            for patch, size in zip(self.patch_size, image.shape[2:], strict=True)
         )
         return sliding_window_inference(
             image,
@@ -50,7 +51,9 @@ class SlidingWindow:
         )
 
     @torch.no_grad()
-    def probabilities(self, image: np.ndarray, network: nn.Module, precision: Precision) -> np.ndarray:
+    def probabilities(
+        self, image: np.ndarray, network: nn.Module, precision: Precision
+    ) -> np.ndarray:
         """Return class probabilities (classes, *spatial), float32, of an image (channels, *spatial), float32."""
         with precision.autocast():
             scores = self(torch.from_numpy(image[None]).to(precision.device), network)[0]
@@ -81,7 +84,9 @@ class SlidingWindow:
         for number, (start, windows) in enumerate(places):
             for first in range(0, len(windows), self.batch_size):
                 batch = windows[first : first + self.batch_size]
-                patches = torch.stack([image[(slice(None), *place)] for place in batch]).to(precision.device)
+                patches = torch.stack([image[(slice(None), *place)] for place in batch]).to(
+                    precision.device
+                )
                 with precision.autocast():
                     scores = network(patches)
                 kept.add(batch, scores.float())
@@ -108,7 +113,9 @@ class _Kept:
 
     def __init__(self, shape: Sequence[int], patch_size: Sequence[int], axis: int):
         self.axis, self.start = axis, 0
-        self.shape = [size if other != axis else patch_size[axis] for other, size in enumerate(shape)]
+        self.shape = [
+            size if other != axis else patch_size[axis] for other, size in enumerate(shape)
+        ]
         self.weights = compute_importance_map(patch_size, mode="gaussian", sigma_scale=0.125)
         self.scores = self.counts = None
 
@@ -116,9 +123,14 @@ class _Kept:
         """Add the scores (windows, classes, *patch) of windows, on the device that computed them."""
         if self.scores is None:
             count = scores.shape[1]
-            device = place_of_sums((count + 1) * math.prod(self.shape) * scores.element_size(), scores.device)
+            device = place_of_sums(
+                (count + 1) * math.prod(self.shape) * scores.element_size(), scores.device
+            )
             self.scores = torch.zeros(count, *self.shape, device=device)
-            self.counts, self.weights = torch.zeros(self.shape, device=device), self.weights.to(device)
+            self.counts, self.weights = (
+                torch.zeros(self.shape, device=device),
+                self.weights.to(device),
+            )
         for place, of_window in zip(places, scores.to(self.scores.device), strict=True):
             place = list(place)
             along = place[self.axis]
@@ -138,7 +150,9 @@ class _Kept:
         for values, axis in ((self.scores, 1 + self.axis), (self.counts, self.axis)):
             for plane in range(kept):  # one after another, so that no second copy of all is needed
                 target = values.select(axis, plane)
-                target.copy_(values.select(axis, plane + count)) if plane + count < kept else target.zero_()
+                target.copy_(
+                    values.select(axis, plane + count)
+                ) if plane + count < kept else target.zero_()
         self.start = start
 
 

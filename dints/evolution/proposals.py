@@ -1,6 +1,6 @@
 """What competes: architectures of several kinds, each as wide as fills one and the same memory.
 
-gradient   the most probable ones of a gradient search, from sparse to dense
+given      arch files, of a gradient search for example
 by_hand    U shapes
 random     drawn uniformly from those of a density that keep the finest resolution
 mutant     one of the best, with a path, an operation, a block or the first halving changed
@@ -19,16 +19,14 @@ from dints.network import unsearched
 from dints.network.architecture import Architecture, from_codes, paths
 from dints.network.cost import cost
 from dints.network.operations import OPERATIONS
-from dints.network.space import SearchSpace
 from dints.network.step_memory import within_supernet
 from dints.running.seeds import seed_from
 
-KINDS = ("gradient", "by_hand", "random")
+KINDS = ("by_hand", "random")  # that are made; others are given
 CHANGES = ("path", "operation", "block", "stem")
 SHARES = (0.35, 0.35, 0.2, 0.1)  # of the mutations
 TRIES = 200  # until a mutation makes a network that is connected, fits and is new
 IN_VAIN = 20  # proposals in a row that are too large or known, after which there are no more
-DENSITIES = 8  # memory ratios that a gradient search's architectures are decoded within
 CHANNEL_STEP = {"cpu": 1, "cuda": 8}  # what the first level's channels are a multiple of: tensor cores take eight
 DENSEST = 0.7  # memory ratio of random ones: denser ones have hardly any width left at equal memory
 
@@ -39,7 +37,7 @@ class Candidate:
 
     Attributes:
         name: of it and of its folder.
-        kind: how it was proposed, one of `KINDS` or ``mutant``.
+        kind: how it was proposed, one of `KINDS`, ``given`` or ``mutant``.
         parent: name of the one that a mutant is made of.
     """
 
@@ -119,24 +117,28 @@ def memory_of_share(
     return share * cost(largest, in_channels, num_classes, tuple(patch_size), channel_mul, batch_size).step_mib
 
 
-def proposed(count: int, kinds: Sequence[str], limits: Limits, space: SearchSpace | None, seed: int) -> list[Candidate]:
-    """Propose ``count`` different candidates, the kinds in turn, as long as they have any.
+def proposed(
+    count: int, kinds: Sequence[str], limits: Limits, given: Sequence[Architecture], seed: int
+) -> list[Candidate]:
+    """Propose ``count`` different candidates: all that are given, then the kinds in turn.
 
     Args:
         kinds: of `KINDS`.
-        space: of the gradient search, where ``gradient`` is one of the kinds.
+        given: as many as ``count`` at most.
 
     Raises:
-        UserError: the kinds have fewer that fit into the memory; the message has the reason of the last that did not.
+        UserError: one that is given does not fit into the memory, or fewer than ``count`` do; the message has the
+            reason of the last that did not.
     """
     generator = np.random.default_rng(seed_from(seed, "proposals"))
-    makers = {
-        "gradient": partial(_most_probable, space),
-        "by_hand": partial(_by_hand, limits),
-        "random": partial(_random, limits, generator),
-    }
+    makers = {"by_hand": partial(_by_hand, limits), "random": partial(_random, limits, generator)}
+    candidates, in_vain, reason = _Distinct(limits), 0, "there are no more"
+    for architecture in given:
+        try:
+            candidates.add("given", architecture)
+        except UserError as error:
+            raise UserError(f"{architecture.source} cannot compete: {error}") from error
     waiting = [(kind, makers[kind]()) for kind in kinds]
-    candidates, in_vain, reason = _Distinct(limits), 0, "they have no more"
     while len(candidates.members) < count and waiting and in_vain < IN_VAIN:  # there is no end of random ones
         kind, source = waiting.pop(0)
         architecture = next(source, None)
@@ -197,24 +199,6 @@ class _Distinct:
         self.known.append(_network(architecture))
         self.members.append(member)
         return member
-
-
-def _most_probable(space: SearchSpace) -> Iterator[Architecture]:
-    """Give the most probable architectures within several memory ratios: at equal memory, wide ones and narrow ones."""
-    least = space.feasible_ram_ratio()
-    best = space.architecture()
-    yield best
-    for share in _spread(DENSITIES):
-        yield space.architecture(least + share * (best.info["ram_ratio"] - least))
-
-
-def _spread(count: int) -> list[float]:
-    """Return numbers between 0 and 1, the middle one first, then those between: 1/2, 1/4, 3/4, 1/8, ..."""
-    numbers, step = [], 0.5
-    while len(numbers) < count:
-        numbers += np.arange(step, 1, 2 * step).tolist()
-        step /= 2
-    return numbers[:count]
 
 
 def _by_hand(limits: Limits) -> Iterator[Architecture]:

@@ -11,17 +11,17 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dints import files
-from dints.candidates.proposals import Candidate
-from dints.candidates.trainings import Result
+from dints.evolution.proposals import Candidate
+from dints.evolution.trainings import Result
 from dints.errors import Stopped, UserError
 from dints.running.processes import Processes
-from dints.training.checkpoint import compare
-from dints.training.stops import Requests
-from dints.training.tables import CANDIDATES, write_rows
+from dints.running.checkpoint import compare
+from dints.running.stop_signal import StopSignal
+from dints.running.tables import CANDIDATES, write_rows
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def best(candidates: Sequence[Candidate], results: Mapping[str, Result], count: 
         raise UserError(
             f"none of {len(candidates)} candidates could be trained (candidates.csv: {', '.join(sorted(failures))}): "
             "give a smaller --memory_mib or --num_sw_batch_size against a lack of memory, a smaller "
-            "--candidate_learning_rate against weights that diverge, and another --output_root"
+            "--learning_rate against weights that diverge, and another --output_root"
         )
     return _ranked(candidates, results)[:count]
 
@@ -67,26 +67,32 @@ def _ranked(candidates: Sequence[Candidate], results: Mapping[str, Result]) -> l
     return sorted(candidates, key=lambda candidate: -results[candidate.name].dice)
 
 
-def open_folder(folder: Path, configuration: dict, manner: Mapping[str, str | int]) -> dict:
-    """Make the candidates' folder, or find one of the same settings; return the manner that its trainings have.
+def open_folder(folder: Path, configuration: dict, machine: Mapping[str, str | int], resume: str) -> dict | None:
+    """Find a competition of the same settings, or make the candidates' folder for a new one.
 
     Args:
-        manner: what depends on the machine, as it is for new trainings.
+        machine: values that depend on it, as new trainings have them.
+        resume: ``must``: there must be one.
+
+    Returns:
+        The values of ``machine`` that its trainings have; None for a new one.
 
     Raises:
         UserError: its trainings had other settings; each that differs is named.
     """
     settings = folder / SETTINGS
-    if settings.exists():
-        stored = _read(settings)
-        known = {name: stored.get(name, value) for name, value in manner.items()}
-        kinds = [type(known[name]) is type(value) for name, value in manner.items()]
-        if not isinstance(stored.get("configuration"), dict) or not all(kinds):
-            raise _damaged(settings, f"it has no configuration, or of {', '.join(manner)} one that is none")
-        compare(settings, stored["configuration"], configuration)
-        return known
-    files.write_atomically(settings, json.dumps({"configuration": configuration, **manner}, indent=2))
-    return {**manner}
+    if not settings.exists():
+        if resume == "must":
+            raise UserError(f"--resume must, but there is no {settings}")
+        files.write_atomically(settings, json.dumps({"configuration": configuration, **machine}, indent=2))
+        return None
+    stored = _read(settings)
+    known = {name: stored.get(name) for name in machine}
+    kinds = [type(known[name]) is type(value) for name, value in machine.items()]
+    if not isinstance(stored.get("configuration"), dict) or not all(kinds):
+        raise _damaged(settings, f"it has no configuration, or of {', '.join(machine)} one that is none")
+    compare(settings, stored["configuration"], json.loads(json.dumps(configuration)))
+    return known
 
 
 def _read(path: Path) -> dict:
@@ -122,9 +128,9 @@ class Ledger:
 
     folder: Path
     processes: Processes
-    requests: Requests
+    stop_signal: StopSignal
     train: Callable[[Candidate, int, Path], Result]
-    rows: list[dict]
+    rows: list[dict] = field(default_factory=list)
 
     def results(self, candidates: Sequence[Candidate], iterations: int) -> dict[str, Result]:
         """Return each one's result by name, the same on every rank; every rank must call it.
@@ -182,15 +188,15 @@ class Ledger:
     def _turns(self, what: str, count: int) -> Iterator[int]:
         """Yield numbers below ``count`` that no other rank gets, until all are given."""
         while (number := self.processes.board.add(f"{what}/taken", 1) - 1) < count:
-            if self.requests.received is not None:
-                raise Stopped(self.requests.received, f"before another candidate, with what is done in {self.folder}")
+            if self.stop_signal.received is not None:
+                raise Stopped(self.stop_signal.received, f"before another candidate, with what is done in {self.folder}")
             yield number
 
     def _wait_for(self, keys: Sequence[str]) -> None:
         """Wait until all ranks' results are there; no collective, for trainings may take longer than its timeout."""
         while not self.processes.board.check(list(keys)):
-            if self.requests.received is not None:
-                raise Stopped(self.requests.received, f"after its last candidate, with what is done in {self.folder}")
+            if self.stop_signal.received is not None:
+                raise Stopped(self.stop_signal.received, f"after its last candidate, with what is done in {self.folder}")
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _write(self, candidates: Sequence[Candidate], results: Mapping[str, Result]) -> None:

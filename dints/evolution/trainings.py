@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from dints.candidates.proposals import Candidate
 from dints.data.loaders import TrainingLoader
 from dints.data.tasks import Task
 from dints.errors import UserError
-from dints.network.found import FoundNetwork
+from dints.evolution.proposals import Candidate
+from dints.network.discrete import DiscreteNetwork
+from dints.running.checkpoint import Diverged, remove_states
 from dints.running.failures import lacks_memory
 from dints.running.machine import free_memory
+from dints.running.run import Run
 from dints.running.seeds import seed_everything
-from dints.training.checkpoint import Checkpoint, Diverged, configured, find_state, remove_states
-from dints.training.steps import averaged, scheduled, weights_step, weights_training
-from dints.training.stops import Requests, Stops
+from dints.settings import WeightsSettings
+from dints.training.steps import WeightsTrainer
 from dints.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
-AVERAGE_DECAY = 0.99  # as in the recommended recipe
 ONE_IN = 4  # training cases judge, the others train
 DIVERGED, MEMORY = "diverged", "memory"  # why a candidate has no Dice
 Item = TypeVar("Item")
@@ -94,24 +94,25 @@ class ShortTrainings:
     All see the same patches and start from the same random numbers.
 
     Attributes:
+        task: of the cases.
         loader: of the cases that train; it and what scores are of this process alone.
         validation: on those that judge.
-        requests: to stop; a training that stops is saved.
-        save_minutes: longest time between two saves.
+        settings: of the weights' training.
+        input_shape: (batch, channels, *patch_size) of a step.
+        run: of this process alone, whose machine and stops every training has.
     """
 
     task: Task
     loader: TrainingLoader
     validation: Validation
-    requests: Requests
-    learning_rate: float
-    seed: int
-    save_minutes: float
+    settings: WeightsSettings
+    input_shape: tuple[int, ...]
+    run: Run
 
     def __call__(self, candidate: Candidate, iterations: int, folder: Path) -> Result:
-        """Train a candidate for so many iterations, or go on with what ``folder`` has of that; return its result.
+        """Train a candidate for so many iterations, or resume what ``folder`` has of that; return its result.
 
-        Where memory does not suffice, it goes on once more from the last save, and computes activations twice.
+        Where memory does not suffice, it is resumed once from the last save, and computes activations twice.
         """
         start = time.monotonic()
         with _cudnn_chooses_at_once():
@@ -129,45 +130,30 @@ class ShortTrainings:
         return Result(0.0, iterations, round(time.monotonic() - start, 3), MEMORY)
 
     def _result(self, candidate: Candidate, iterations: int, folder: Path, checkpoint_activations: bool) -> Result:
-        alone, precision = self.validation.processes, self.validation.precision
+        run = self.run.within(folder)
         facts = {"name": candidate.name, "iterations": iterations, "channel_mul": candidate.channel_mul}
-        configuration = configured(facts, 1, architecture=candidate.architecture.codes())
-        found = find_state(folder, configuration)
-
-        seed_everything(self.seed, "initialisation")
+        run.begin({**facts, "architecture": candidate.architecture.codes()})
+        seed_everything(run.seed, "initialisation")
         size = self.task.num_channels, self.task.num_classes, candidate.channel_mul
-        network = FoundNetwork(candidate.architecture, *size).to(alone.device)
+        network = DiscreteNetwork(candidate.architecture, *size).to(run.device)
         network.checkpoint_activations = checkpoint_activations
-        weights = weights_training(
-            network,
-            network.parameters(),
-            precision,
-            alone,
-            learning_rate=self.learning_rate,
-            average=averaged(network, AVERAGE_DECAY),
-        )
-        checkpoint = Checkpoint(folder, configuration, {"network": network, **weights.parts}, precision, alone)
-        stops = Stops(checkpoint, alone, self.requests, self.save_minutes)
-        progress, failure = checkpoint.restore(found), ""
+        weights = WeightsTrainer(network, network.parameters(), self.settings, run, self.input_shape)
+        failure = ""
         try:
-            while progress.iteration < iterations:
-                seed_everything(self.seed, progress.epoch, 0)
-                batches = self.loader.epoch(progress.epoch, progress.step)
-                for batch in stops.steps(islice(batches, iterations - progress.iteration)):
-                    done = progress.iteration / iterations
-                    weights.set_learning_rate(scheduled("polynomial", self.learning_rate, done, ()))
-                    weights_step(weights, batch)
-                    progress.step_done()
-                progress.epoch_done()
-            dice = self._dice(weights.average.module, stops)
+            run.restore(network=network, **weights.parts)
+            for _ in run.epochs(math.ceil(iterations / len(self.loader))):
+                for batch in run.steps(self.loader, until=iterations):
+                    weights.schedule(run.progress.iteration / iterations)
+                    weights.step(batch)
+            dice = self._dice(weights.averaged, run)
         except Diverged:
             log.warning("%s diverged", candidate.name)
             dice, failure = 0.0, DIVERGED
         remove_states(folder)
-        return Result(dice, iterations, round(progress.seconds, 3), failure)
+        return Result(dice, iterations, round(run.progress.seconds, 3), failure)
 
-    def _dice(self, network: FoundNetwork, stops: Stops) -> float:
-        mean = self.validation.scores(network, stops.volumes).mean
+    def _dice(self, network: DiscreteNetwork, run: Run) -> float:
+        mean = replace(self.validation, run=run)(network).mean
         if mean is None:
             raise UserError("the training cases that judge candidates have no foreground: give more labelled cases")
         return mean

@@ -1,0 +1,1 @@
+"""Successive halving over architectures: proposals, short trainings, rungs."""
