@@ -271,7 +271,7 @@ def prepare(settings: SearchSettings) -> tuple[Fold, bool]:
     fold = open_fold(settings.data, [settings.run.output_root], least_training=2)
     is_halved = use_downsample(space.use_downsample, fold.cases, fold.task)
     check_patch_size(fold.task.patch_size, space.num_depths, is_halved)
-    check_cuda_graphs(settings.machine)
+    check_cuda_graphs(settings)
     every_path = within_supernet(space.num_blocks, space.num_depths, operations, is_halved)
     check_memory(fold.task, every_path, space.channel_mul, settings, num_loaders=2)
     return fold, is_halved

@@ -196,7 +196,7 @@ def prepare(settings: TrainSettings) -> tuple[Architecture, float, Fold]:
         architecture = dataclasses.replace(architecture, use_downsample=choice)
     patch_size, depths = fold.task.patch_size, architecture.num_depths
     check_patch_size(patch_size, depths, architecture.use_downsample)
-    check_cuda_graphs(settings.machine)
+    check_cuda_graphs(settings)
     # Without --channel_mul, the width that the architecture was judged at.
     width = settings.network.channel_mul or architecture.channel_mul
     check_memory(fold.task, architecture, width, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,64 +16,77 @@ from dints.network.architecture import Architecture, from_codes
 from dints.network.cost import activation_bytes
 from dints.network.found import FoundNetwork
 from dints.running import machine
+from dints.settings import MachineSettings, PatchSettings, RunSettings
 
 # Bytes of activations a voxel, channel of the first level and block: counting begins where so many might not fit. A
 # network of 12 blocks and 4 depths keeps a fifth of it with every path active.
 GENEROUS = 64
 
 
-def check(
+class StepSettings(Protocol):
+    """The settings of a script that trains, as far as a step's memory depends on them."""
+
+    patches: PatchSettings
+    run: RunSettings
+    machine: MachineSettings
+
+
+def check_memory(
     task: Task,
     architecture: Architecture | None,
     channel_mul: float,
+    settings: StepSettings,
     *,
-    batch_size: int,
-    num_workers: int | None,
-    device: str,
-    precision: str = "auto",
-    checkpoint_activations: bool = False,
     num_loaders: int = 1,
-    flag: str = "--num_images_per_batch",
     memory_mib: float | None = None,
 ) -> None:
-    """Raise `UserError` where this machine cannot hold its processes' patches and, on a CPU, a step's activations.
+    """Refuse patches that this machine cannot hold and, on a CPU, a step's activations.
 
-    All is counted low, so that nothing is refused that would have worked: of patches what is held for certain, and of
-    activations nine tenths, and half of that where the precision may be one of two bytes.
+    All is counted low, so that nothing is refused that would have worked: of patches those that are
+    held for certain, and of activations nine tenths, and half of that where the precision may be
+    one of two bytes.
 
     Args:
         architecture: that is trained; None: activations are not counted.
-        batch_size, num_workers: as for `dints.data.loaders.training_loader`.
-        device: as for `dints.running.machine.choose_device`.
-        checkpoint_activations: as `FoundNetwork` has it.
         num_loaders: that prepare batches at the same time.
-        flag: that sets ``batch_size``.
-        memory_mib: that candidates fill with what a step keeps, counted in fp32; see `dints.network.cost.step_mib`.
+        memory_mib: that candidates fill with a step, counted in fp32; see
+            `dints.network.cost.step_mib`.
+
+    Raises:
+        UserError: it does not suffice.
     """
-    processes, device = launcher.local_world_size(), machine.device_type(device)
-    patches = processes * num_loaders * bytes_ahead(task, batch_size, num_workers, device)
-    size = " ".join(map(str, task.patch_size))
-    of = f"--patch_size {size} and {flag} {batch_size}"
+    batch_size, machine_settings = settings.patches.num_images_per_batch, settings.machine
+    device = machine.planned_device(settings)
+    processes = launcher.local_world_size()
+    ahead = bytes_ahead(task, batch_size, settings.run.num_workers, device)
+    patches = processes * num_loaders * ahead
+    flag = "--num_images_per_batch"
+    of = f"--patch_size {' '.join(map(str, task.patch_size))} and {flag} {batch_size}"
     remedy = f"lower --patch_size, {flag} or --num_workers"
-    machine.check_memory(patches, f"{of}: the patches that are prepared ahead take", remedy)
+    needs = f"{of}: the patches that are prepared ahead take"
+    machine.check_memory(patches, needs, remedy)
     if device != "cpu" or (architecture is None and memory_mib is None):
         return
-    share = 0.9 if precision == "fp32" else 0.45  # on a CPU some layers keep less than counted
+    # On a CPU some layers keep less than counted.
+    share = 0.9 if machine_settings.precision == "fp32" else 0.45
     step = "a training step on the CPU takes"
     if memory_mib is not None:
         needed = patches + int(processes * memory_mib * 2**20 * share)
-        what = f"candidates fill --memory_mib {memory_mib:.6g}: {step}"
-        machine.check_memory(needed, what, "give a smaller one, or use a GPU")
+        needs = f"candidates fill --memory_mib {memory_mib:.6g}: {step}"
+        machine.check_memory(needed, needs, "give a smaller one, or use a GPU")
         return
     voxels = batch_size * math.prod(task.patch_size)
     generous = GENEROUS * voxels * 32 * channel_mul * architecture.num_blocks
     if patches + processes * generous < machine.available_memory():
         return
     with torch.device("meta"):
-        network = FoundNetwork(architecture, task.num_channels, task.num_classes, channel_mul)
-    activations = _at_the_peak(network, (batch_size, task.num_channels, *task.patch_size), checkpoint_activations)
+        size = task.num_channels, task.num_classes, channel_mul
+        network = FoundNetwork(architecture, *size)
+    recomputes = machine_settings.checkpoint_activations
+    input_shape = (batch_size, task.num_channels, *task.patch_size)
+    activations = _at_the_peak(network, input_shape, recomputes)
     needed = patches + int(processes * activations * share)
-    remedy += ", or use a GPU" if checkpoint_activations else ", give --checkpoint_activations, or use a GPU"
+    remedy += ", or use a GPU" if recomputes else ", give --checkpoint_activations, or use a GPU"
     machine.check_memory(needed, f"{of}: {step}", remedy)
 
 

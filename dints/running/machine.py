@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from dints import launcher, system
 from dints.errors import UserError
+from dints.settings import MachineSettings, RunSettings
 
 DEVICES = Path("/dev")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -100,6 +102,23 @@ def _refuse_old_gpu(number: int) -> None:
 def device_type(name: str) -> str:
     """Return ``cpu`` or ``cuda``: what ``name``, as for `choose_device`, means on this machine."""
     return "cpu" if name == "cpu" or (name == "auto" and not torch.cuda.is_available()) else "cuda"
+
+
+def planned_device(settings: Planned) -> str:
+    """Return ``cpu`` or ``cuda``: on what a script with these settings is to train.
+
+    A dataset that is only checked here may be trained on elsewhere: the device is a CPU if it is
+    said to be one.
+    """
+    name = settings.machine.device
+    return device_type("cuda" if settings.run.check and name == "auto" else name)
+
+
+class Planned(Protocol):
+    """The settings of a script, as far as its device depends on them."""
+
+    run: RunSettings
+    machine: MachineSettings
 
 
 def cores_per_process() -> int:

@@ -15,17 +15,14 @@ from torch import nn
 from dints.errors import UserError
 from dints.running import machine
 from dints.running.precision import Precision
+from dints.settings import SearchSettings, TrainSettings
 
 WARM_UP = 3  # passes before one is recorded, in which cuDNN sets up what it needs
 
 
-def check(wanted: bool, device: str) -> None:
-    """Raise `UserError` where CUDA graphs are ``wanted`` and there is no GPU.
-
-    Args:
-        device: as for `dints.running.machine.choose_device`.
-    """
-    if wanted and machine.device_type(device) != "cuda":
+def check_cuda_graphs(settings: TrainSettings | SearchSettings) -> None:
+    """Refuse ``--cuda_graphs`` where there is no GPU."""
+    if settings.machine.cuda_graphs and machine.planned_device(settings) != "cuda":
         raise UserError("--cuda_graphs needs a GPU: leave it out")
 
 
