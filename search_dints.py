@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, aft
     from dints.running.precision import Precision
     from dints.running.processes import Processes
     from dints.training.progress import Progress
-    from dints.training.stops import Requests, Stops
+    from dints.training.stops import Requests
 
 log = logging.getLogger("search")
 
@@ -163,12 +163,6 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="share of the epochs after the warm-up in which these weights rise from 0; for the rest they stay",
     )
-    add(
-        "--decoded_steps",
-        type=options.number(int, 0),
-        help="at each validation also score the decoded network with the supernet's weights, as they are and after so "
-        "many steps of their training (default: not)",
-    )
 
 
 def add_candidates(parser: argparse.ArgumentParser) -> None:
@@ -256,7 +250,6 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
         loader.augment_by(data.augmentation.chain(augmentation, flips.axes))
     window = training.windows.SlidingWindow(task.patch_size, **options.window(args))
     validation = training.validation.Validation(volumes, task.num_classes, window, precision, processes)
-    decoded = DecodedDice(supernet, validation, weights_loader, args.decoded_steps)
 
     row = EpochRow(supernet, data.loaders.ShareOfWaiting(weights_loader, arch_loader))
     parts = {**supernet.parts, **row.parts}
@@ -289,14 +282,13 @@ def search(args: argparse.Namespace, prepared: Prepared, processes: Processes, f
         validates = training.steps.is_validation_epoch(epoch, args.num_epochs, args.num_epochs_per_validation)
         if validates:
             scores = validation.scores(supernet.network, stops.volumes)
-            of_decoded = decoded.scores(epoch, stops)
         progress.epoch_done()
         if validates:
             path = folder / f"search_code_{progress.iteration}.pth"
             progress.note_validation(scores and scores.mean, path)
             if processes.is_main:
                 write_architecture(path, decode(supernet.space, progress, args, task), task, processes.device)
-            history.add_validation(progress, scores, of_decoded)
+            history.add_validation(progress, scores)
             checkpoint.save()
     history.close()
     path = folder / f"search_code_{progress.iteration}.pth"
@@ -623,45 +615,6 @@ def check_max_ram_ratio(max_ram_ratio: float | None, space: SearchSpace) -> None
             f"--max_ram_ratio {max_ram_ratio:g} is too small for {space.num_blocks} blocks and {space.num_depths} "
             f"depths{' with --keep_finest' * space.keep_finest}: give at least {math.ceil(least * 1e4) / 1e4:g}"
         )
-
-
-class DecodedDice:
-    """Scores the decoded network with the supernet's weights, as they are and after a few steps of their training.
-
-    Args:
-        loader: of the cases that these steps are taken on.
-        steps: None: nothing is scored.
-    """
-
-    def __init__(
-        self,
-        supernet: Supernet,
-        validation: training.validation.Validation,
-        loader: TrainingLoader,
-        steps: int | None,
-    ):
-        self.supernet, self.validation, self.steps = supernet, validation, steps
-        self.loader = loader.another(f"decoded/{supernet.processes.rank}")
-
-    def scores(self, epoch: int, stops: Stops) -> dict[str, float | None]:
-        """Return both mean Dice of the validation after an epoch; every rank must call it."""
-        if self.steps is None or self.validation.cases.num_cases == 0:
-            return {}
-        supernet, space = self.supernet, self.supernet.space
-        size = supernet.input_shape[1], self.validation.num_classes
-        found = network.inherited.inherited(supernet.network, space.architecture(supernet.max_ram_ratio), *size)
-        as_it_is = self.validation.scores(found, stops.volumes).mean
-        weights = training.steps.weights_training(
-            found,
-            found.parameters(),
-            supernet.precision,
-            supernet.processes,
-            learning_rate=supernet.weights.optimizer.param_groups[0]["lr"],
-        )
-        epochs = (self.loader.epoch(number) for number in itertools.count(epoch))
-        for batch in itertools.islice(itertools.chain.from_iterable(epochs), self.steps):
-            training.steps.weights_step(weights, batch)
-        return {"decoded": as_it_is, "decoded_trained": self.validation.scores(found, stops.volumes).mean}
 
 
 class EpochRow:

@@ -67,14 +67,8 @@ class History:
         self._add(LOSSES, "train", progress, {**values, "seconds_per_iteration": progress.seconds_per_iteration})
         self._flush()  # a run that is killed is continued after this epoch
 
-    def add_validation(
-        self, progress: Progress, scores: Scores | None, more: Mapping[str, float | None] | None = None
-    ) -> None:
-        """Note a validation (None: no cases) likewise, draw the pictures anew and replace ``progress.yaml``.
-
-        Args:
-            more: values for further columns of its row.
-        """
+    def add_validation(self, progress: Progress, scores: Scores | None) -> None:
+        """Record a validation (None: no cases) likewise, redraw the pictures and replace ``progress.yaml``."""
         if scores is None:
             log.info("no validation cases: the newest network counts as the best")
         else:
@@ -85,7 +79,7 @@ class History:
                 scores.describe(self.class_names),
             )
             columns = [f"dice_{name.replace(' ', '_')}" for name in self.class_names[1:]]
-            row = {"dice": scores.mean, **dict(zip(columns, scores.per_class, strict=True)), **(more or {})}
+            row = {"dice": scores.mean, **dict(zip(columns, scores.per_class, strict=True))}
             self._add(ACCURACY, "validation", progress, row)
         self._flush()
         if self.enabled:
