@@ -34,8 +34,8 @@ def task04() -> Path:
 @pytest.fixture
 def as_on_gpu(monkeypatch):
     """Have networks double volumes as they do on a GPU, and leave the rest to PyTorch's own calls, all on the CPU."""
-    monkeypatch.setattr("dints.network.cpu_layers._is_on_gpu", lambda image: image.ndim == 5)
-    monkeypatch.setattr("dints.network.cpu_layers._can_take", lambda image: False)
+    monkeypatch.setattr("dints.network.fast.layers._is_on_gpu", lambda image: image.ndim == 5)
+    monkeypatch.setattr("dints.network.fast.layers._can_take", lambda image: False)
 
 
 def pytest_configure(config: pytest.Config) -> None:

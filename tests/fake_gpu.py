@@ -208,10 +208,10 @@ def _moved(network: nn.Module, device: torch.device) -> nn.Module:
 @contextmanager
 def a_gpu(answer: float = 1.0, free: int = 2**40) -> Iterator[Gpu]:
     """Let what asks for CUDA have the fake GPU, which says that it has ``free`` bytes."""
-    from dints.network import cpu_layers  # not as this file is run, from outside the checkout's path
+    from dints.network.fast import layers  # not as this file is run, from outside the checkout's path
 
     fake, own = FakeTensorMode(allow_non_fake_inputs=True), torch.Generator()
-    cpu_layers._doubling.cache_clear()  # of the fake GPU before
+    layers._doubling.cache_clear()  # of the fake GPU before
     with (
         mock.patch.object(torch.cuda, "_initialized", True),
         mock.patch.object(torch.cuda, "default_generators", (own,)),

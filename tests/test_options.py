@@ -99,7 +99,7 @@ def test_runs_from_before_there_were_recipes_go_on():
     """Their states lack these options: by the published recipe they are as if none had been given."""
     for script, flags in ((search_dints, SEARCH), (train_dints, TRAIN)):
         course = options.course(script.parse_args(flags))
-        since = ("recipe", "augmentation", "ram_loss", "loss_weights", "ramp", "decoded_steps", *RECIPES["published"])
+        since = ("recipe", "augmentation", "ram_loss", "loss_weights", "ramp", *RECIPES["published"])
         assert all(course.get(name) is None for name in since)
         assert not [name for name in course if "candidate" in name] and "memory_mib" not in course
         assert course == options.course(script.parse_args([*flags, "--flip_axes", "all", "--recipe", "published"]))

@@ -130,14 +130,6 @@ class TrainingLoader:
     def __len__(self) -> int:
         return self.steps
 
-    def another(self, stream: str) -> TrainingLoader:
-        """Return a loader of the same cases, augmented alike, whose random draws are its own."""
-        own, sampler = self.loader.dataset, self.sampler
-        samples = TrainingSamples(own.cases, own.names, own.numbers, own.patch_size, own.seed, stream)
-        samples.steps = own.steps
-        order = EpochSampler(sampler.num_cases, sampler.length, sampler.seed, stream)
-        return TrainingLoader(samples, order, self.loader.batch_size, 0, self.device)
-
     def own_cases(self) -> Sequence[Prepared]:
         """Return this rank's cases."""
         return self.loader.dataset.cases

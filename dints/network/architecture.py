@@ -38,6 +38,21 @@ def paths(num_depths: int) -> list[tuple[int, int]]:
     ]
 
 
+def depth_sizes(channels: Sequence[int]) -> list[float]:
+    """Return how large the depths' feature maps are, relative to each other: each depth halves three axes."""
+    return [count / 8**depth for depth, count in enumerate(channels)]
+
+
+def nodes_of(arch_code_a: np.ndarray) -> np.ndarray:
+    """Return ``node_a``, (blocks + 1, depths), of these paths, (blocks, paths)."""
+    num_blocks, num_depths = len(arch_code_a), (arch_code_a.shape[1] + 2) // 3
+    node_a = np.zeros((num_blocks + 1, num_depths), dtype=np.int64)
+    sources, targets = np.array(paths(num_depths)).T
+    blocks, active = arch_code_a.nonzero()
+    node_a[blocks, sources[active]] = node_a[blocks + 1, targets[active]] = 1
+    return node_a
+
+
 @dataclass(frozen=True, eq=False)
 class Architecture:
     """A decoded architecture; it is checked when it is made, and raises `UserError` where it is not a network.
@@ -120,14 +135,8 @@ def from_codes(
     info: dict | None = None,
 ) -> Architecture:
     """Make the architecture of these paths and operations, with the nodes that the paths use."""
-    num_blocks, num_depths = len(arch_code_a), (arch_code_a.shape[1] + 2) // 3
-    node_a = np.zeros((num_blocks + 1, num_depths), dtype=np.int64)
-    sources, targets = np.array(paths(num_depths)).T
-    blocks, active = arch_code_a.nonzero()
-    node_a[blocks, sources[active]] = node_a[blocks + 1, targets[active]] = 1
-    return Architecture(
-        node_a, arch_code_a, arch_code_c, None, tuple(operations), use_downsample, {} if info is None else info
-    )
+    node_a, info = nodes_of(arch_code_a), {} if info is None else info
+    return Architecture(node_a, arch_code_a, arch_code_c, None, tuple(operations), use_downsample, info)
 
 
 class DecodedCodes:

@@ -116,7 +116,7 @@ def counts(make: Callable[[], nn.Module], input_shape: tuple[int, ...]) -> dict[
 
     It is made and passed through on the meta device, which has shapes but no numbers: that takes seconds and no memory.
     There the layers compute in PyTorch's own way, as on a GPU. The FLOP counter knows it, unlike that of
-    `dints.network.cpu_layers`, which on a CPU keeps a few percent more or less.
+    `dints.network.fast.layers`, which on a CPU keeps a few percent more or less.
 
     Args:
         input_shape: (batch, channels, *patch_size).

@@ -12,8 +12,8 @@ from torch import nn
 from dints.errors import UserError
 from dints.network.architecture import Architecture, paths
 from dints.network.cells import cell_of
-from dints.network.cpu_layers import accelerated
-from dints.network.recomputation import kept_or_recomputed
+from dints.network.fast.acceleration import accelerate
+from dints.network.fast.recomputation import kept_or_recomputed
 
 
 class FoundNetwork(DiNTS):
@@ -56,7 +56,7 @@ class FoundNetwork(DiNTS):
         unused += [("stem_up", depth) for depth in range(self.deepest_output + 1, self.num_depths)]
         for stems, depth in unused:
             del getattr(self, stems)[str(depth)]
-        accelerated(self)
+        accelerate(self)
         self.unused_stems = tuple(f"{stems}.{depth}." for stems, depth in unused)  # openings of MONAI's keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

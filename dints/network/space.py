@@ -1,4 +1,4 @@
-"""The search space: MONAI's `TopologySearch`, with the same parameters and results, computed stably in few operations.
+"""The search space: MONAI's `TopologySearch`, with the same parameters and results, computed stably.
 
 A block has ``P = 3 * depths - 2`` paths between the nodes of two neighbouring rows. A *child* is one way to switch them
 on or off (all off excluded, so ``2**P - 1`` of them); a *pattern* is a set of active nodes (``2**depths - 1`` of them).
@@ -21,14 +21,11 @@ from torch import nn
 
 from dints.errors import UserError
 from dints.network import decoding
-from dints.network.architecture import Architecture, paths
+from dints.network.architecture import Architecture, depth_sizes, nodes_of, paths
 from dints.network.cells import cell_of
-from dints.network.children import depth_sizes, patterns, switchings
-from dints.network.composition import Composed, composed, pays
-from dints.network.cpu_layers import accelerated
-from dints.network.mixing import cells_together, mix
+from dints.network.fast.acceleration import accelerate
+from dints.network.fast.recomputation import kept_or_recomputed
 from dints.network.operations import PUBLISHED, check_names
-from dints.network.recomputation import kept_or_recomputed
 
 CERTAIN = 1000.0  # an alpha at which a path's probability is 1 to the last bit, and its complement 0
 
@@ -73,9 +70,7 @@ class SearchSpace(TopologySearch):
             )
         self.paths = paths(self.num_depths)
         leaves, reaches = (np.array(ends) for ends in zip(*self.paths, strict=True))
-        # The paths into a node stand side by side.
-        self.paths_into = [range(*np.searchsorted(reaches, (depth, depth + 1))) for depth in range(self.num_depths)]
-        starts, ends = (patterns(self.child_list, depths, self.num_depths) for depths in (leaves, reaches))
+        starts, ends = (decoding.patterns(self.child_list, depths, self.num_depths) for depths in (leaves, reaches))
         self.starts, self.ends = starts - starts.min(), ends - starts.min()  # patterns without node 0 come first
         num_patterns = self.starts.max() + 1
         for name, constant in (
@@ -92,7 +87,7 @@ class SearchSpace(TopologySearch):
 
     def gen_mtx(self, depth: int) -> tuple[dict, list[tuple], list[tuple]]:
         """Return node patterns and children in MONAI's order; its table of transfer matrices is not needed here."""
-        return {}, *(switchings(count, self.keep_finest) for count in (depth, 3 * depth - 2))
+        return {}, *(decoding.subsets(count, self.keep_finest) for count in (depth, 3 * depth - 2))
 
     def get_prob_a(self, child: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the path probabilities, given that each block has an active path: with ``keep_finest``, its first one.
@@ -178,6 +173,7 @@ class SearchSpace(TopologySearch):
         dearest = self._memory_of_paths(self.ram_cost.argmax(-1)) @ self.child_list.T
         return decoding.least_memory(dearest, self.starts, self.ends) / self.dearest_memory
 
+    @torch.no_grad()
     def decode(self, max_ram_ratio: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Find the most probable sequence of children in which each starts from the nodes where the one before ends.
 
@@ -191,34 +187,17 @@ class SearchSpace(TopologySearch):
         Raises:
             UserError: no connected architecture is within ``max_ram_ratio``.
         """
-        ((codes, _),) = self._most_probable(1, max_ram_ratio)
-        return codes
-
-    @torch.no_grad()
-    def _most_probable(self, count: int, max_ram_ratio: float | None) -> list[tuple[tuple[np.ndarray, ...], float]]:
-        """Return the arrays of `decode` for so many sequences, each with the ``log_probability`` of `architectures`."""
         probs = self.get_prob_a(child=True)[0].cpu().numpy()
         arch_code_c = self.log_alpha_c.argmax(-1).cpu().numpy()
         lengths = (-np.log(probs + 1e-5) + 0.001).astype(np.float64)  # MONAI's edge lengths
         if max_ram_ratio is None:
-            sequences = decoding.shortest_sequences(count, lengths, self.starts, self.ends)
+            children = decoding.shortest_sequence(lengths, self.starts, self.ends)
         else:
-            sequences = self._shortest_within(max_ram_ratio, count, lengths, arch_code_c)
-        arch_code_a_max = self.child_list[probs.argmax(-1)]
-        found = []
-        for children in sequences:
-            arch_code_a = self.child_list[children]
-            node_a = np.zeros((self.num_blocks + 1, self.num_depths), dtype=np.int64)
-            for block, path in np.argwhere(arch_code_a):
-                source, target = self.paths[path]
-                node_a[block, source] = node_a[block + 1, target] = 1
-            log_probability = (0.001 - lengths[np.arange(self.num_blocks), children]).sum()
-            found.append(((node_a, arch_code_a, arch_code_c, arch_code_a_max), float(log_probability)))
-        return found
+            children = self._shortest_within(max_ram_ratio, lengths, arch_code_c)
+        arch_code_a = self.child_list[children]
+        return nodes_of(arch_code_a), arch_code_a, arch_code_c, self.child_list[probs.argmax(-1)]
 
-    def _shortest_within(
-        self, max_ram_ratio: float, count: int, lengths: np.ndarray, arch_code_c: np.ndarray
-    ) -> np.ndarray:
+    def _shortest_within(self, max_ram_ratio: float, lengths: np.ndarray, arch_code_c: np.ndarray) -> np.ndarray:
         memory = self._memory_of_paths(arch_code_c) @ self.child_list.T
         least = decoding.least_memory(memory, self.starts, self.ends)
         budget = max_ram_ratio * self.dearest_memory * (1 + 1e-9)  # a ratio that `ram_ratio_of` gave must be enough
@@ -227,39 +206,20 @@ class SearchSpace(TopologySearch):
                 f"max_ram_ratio {max_ram_ratio:g} is below that of the smallest connected architecture: give at least "
                 f"{math.ceil(least / self.dearest_memory * 1e4) / 1e4:g}"
             )
-        return decoding.shortest_sequences_within(count, budget, lengths, memory, self.starts, self.ends)
-
-    def without_weights(self) -> SearchSpace:
-        """Forget the cells and their weights, in place: what is left, on the CPU, decodes as before."""
-        self.cell_tree = nn.ModuleDict()
-        return self.cpu()
+        return decoding.shortest_sequence_within(budget, lengths, memory, self.starts, self.ends)
 
     def architecture(self, max_ram_ratio: float | None = None, **info) -> Architecture:
-        """Return the decoded architecture with what is to be known about it later, its ``ram_ratio`` included."""
-        return self._architecture(self.decode(max_ram_ratio), info)
-
-    def architectures(self, count: int, max_ram_ratio: float | None = None, **info) -> list[Architecture]:
-        """Return the ``count`` most probable architectures, or all where there are fewer; the first: `architecture`.
-
-        Their operations are the most probable ones, so that they differ in paths. Each one's info also holds its
-        ``rank``, from 1, and what decides it: as ``log_probability`` the sum of log(p + 1e-5) over its children.
-
-        Raises:
-            UserError: the count is below 1, or no connected architecture is within ``max_ram_ratio``.
-        """
-        if count < 1:
-            raise UserError(f"{count} architectures cannot be decoded: give 1 or more")
-        return [
-            self._architecture(codes, {**info, "rank": rank, "log_probability": log_probability})
-            for rank, (codes, log_probability) in enumerate(self._most_probable(count, max_ram_ratio), start=1)
-        ]
-
-    def _architecture(self, codes: tuple[np.ndarray, ...], info: dict) -> Architecture:
-        _, arch_code_a, arch_code_c, _ = codes
+        """Return the decoded architecture with ``info`` and its ``ram_ratio``."""
+        codes = _, arch_code_a, arch_code_c, _ = self.decode(max_ram_ratio)
         info["ram_ratio"] = self.ram_ratio_of(arch_code_a, arch_code_c)
         if self.keep_finest:
             info["keep_finest"] = True
         return Architecture(*codes, self.operations, self.use_downsample, info)
+
+    def without_weights(self) -> SearchSpace:
+        """Remove the cells and their weights, in place: what is left, on the CPU, decodes as before."""
+        self.cell_tree = nn.ModuleDict()
+        return self.cpu()
 
     def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:
         """Mix all paths and operations by their probabilities.
@@ -267,40 +227,25 @@ class SearchSpace(TopologySearch):
         Args:
             x: one feature map per depth, as the stems of `monai.networks.nets.DiNTS` make them.
         """
-        # A path's probability scales the sum of its operations, so it may scale each of their weights instead.
-        weights = self.get_prob_a()[1].unsqueeze(-1) * F.softmax(self.log_alpha_c, -1)
-        of_depths = [self._composed(into, image, weights) for into, image in zip(self.paths_into, x, strict=True)]
+        path_probs, operation_probs = self.get_prob_a()[1], F.softmax(self.log_alpha_c, -1)
         for block in range(self.num_blocks):
-            parts = [of_blocks[block] for of_blocks in of_depths]
-            x = kept_or_recomputed(self.checkpoint_activations, self._mixed, block, x, weights[block], parts)
+            probs = path_probs[block], operation_probs[block]
+            x = kept_or_recomputed(self.checkpoint_activations, self._mixed, block, x, *probs)
         return x
 
     def _mixed(
-        self, block: int, x: list[torch.Tensor], weights: torch.Tensor, parts: Sequence[Sequence[Composed] | None]
+        self, block: int, x: list[torch.Tensor], path_probs: torch.Tensor, operation_probs: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Return a block's feature maps, of those of the block before."""
-        outputs = []
-        for into, composed_cells in zip(self.paths_into, parts, strict=True):
-            cells = [self.cell_tree[str((block, path))] for path in into]
-            images = [x[self.paths[path][0]] for path in into]
-            outputs.append(mix(cells, images, weights[into.start : into.stop], composed_cells))
+        """Return a block's feature maps: each is the sum of the paths that lead to its depth."""
+        outputs = [0.0] * self.num_depths
+        for path, (source, target) in enumerate(self.paths):
+            mixture = self.cell_tree[str((block, path))](x[source], operation_probs[path])
+            outputs[target] = outputs[target] + path_probs[path] * mixture
         return outputs
-
-    def _composed(self, into: range, image: torch.Tensor, weights: torch.Tensor) -> Sequence[Sequence[Composed] | None]:
-        """Compose what the paths ``into`` a depth hold, where that pays for maps like ``image``; return it by block."""
-        if not pays(image):
-            return [None] * self.num_blocks
-        cells = [self.cell_tree[str((block, path))] for block in range(self.num_blocks) for path in into]
-        of_cells = weights[:, into.start : into.stop].flatten(0, 1)
-        parts = composed(cells, of_cells, cells_together(len(into), image.device))
-        if parts is None:
-            return [None] * self.num_blocks
-        in_a_block = len(parts) // self.num_blocks
-        return [parts[start : start + in_a_block] for start in range(0, len(parts), in_a_block)]
 
 
 def supernet(space: SearchSpace, in_channels: int, num_classes: int) -> DiNTS:
     """Build MONAI's `DiNTS` around the space: stems before and after it, for images of so many channels."""
     every_node = [[1] * space.num_depths] * (space.num_blocks + 1)  # MONAI's own is a tensor, which does not compile
     network = DiNTS(space, in_channels, num_classes, use_downsample=space.use_downsample, node_a=every_node)
-    return accelerated(network)
+    return accelerate(network)

@@ -33,8 +33,7 @@ from scipy.special import logsumexp, softmax
 from dints import __version__, network  # the package: MONAI's import waits until a network is costed
 from dints.errors import UserError, exit_on_user_error
 from dints.network import decoding
-from dints.network.architecture import Architecture, from_codes, paths, save_architecture
-from dints.network.children import depth_sizes, patterns, switchings
+from dints.network.architecture import Architecture, depth_sizes, from_codes, paths, save_architecture
 from dints.network.operations import OPERATIONS, PUBLISHED, check_names
 
 CONVOLUTION, SKIP = "conv_3x3x3", "skip_connect"
@@ -216,8 +215,8 @@ class _Choice:
 
     def __init__(self, num_blocks: int, num_depths: int, operations: tuple[str, ...], keep_finest: bool):
         self.num_blocks = num_blocks
-        children = np.array(switchings(3 * num_depths - 2, keep_finest))  # path 0 leads from depth 0 to depth 0
-        starts, ends = (patterns(children, depths, num_depths) for depths in np.array(paths(num_depths)).T)
+        children = np.array(decoding.subsets(3 * num_depths - 2, keep_finest))  # path 0 leads from depth 0 to depth 0
+        starts, ends = (decoding.patterns(children, depths, num_depths) for depths in np.array(paths(num_depths)).T)
         order = starts.argsort(kind="stable")
         used, self.starts = np.unique(starts[order], return_inverse=True)
         self.children, self.ends = children[order], np.searchsorted(used, ends[order])

@@ -38,7 +38,7 @@ def figures(folder: Path) -> dict[str, Figure]:
         figure.axes[0].set_ylim(*_range_of_dice(accuracy, names))
         made["validation_metric"] = figure
     if is_search:
-        made["search"] = _course_of_search(losses, accuracy)
+        made["search"] = _course_of_search(losses)
     return made
 
 
@@ -115,17 +115,10 @@ def _over_iterations_and_time(rows: Rows, names: Mapping[str, str], label: str, 
     return figure
 
 
-def _course_of_search(rows: Rows, accuracy: Rows) -> Figure:
-    """Draw how losses, memory and entropies go, whether the decoded architecture has settled, and how it scores."""
-    is_scored = bool(accuracy) and "decoded" in accuracy[0]
-    figure = Figure(figsize=(16 if is_scored else 13, 3.4), layout="constrained")
-    losses, memory, entropies, changes, *scores = figure.subplots(1, 5 if is_scored else 4)
-    for axes in scores:
-        for key, name in {"dice": "supernet", "decoded": "decoded", "decoded_trained": "decoded, trained"}.items():
-            _plot(axes, *_points(accuracy, "iteration", key), name, len(accuracy))
-        axes.set_ylabel("Dice with the supernet's weights")
-        _finish(axes, "iterations")
-        axes.legend(frameon=False)
+def _course_of_search(rows: Rows) -> Figure:
+    """Draw the losses, memory and entropies, and whether the decoded architecture has settled."""
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    losses, memory, entropies, changes = figure.subplots(1, 4)
     for axes, label, names in (
         (losses, "loss (Dice + CE)", {"loss": "weights", "architecture_loss": "architecture"}),
         (memory, "share of the memory of all paths", {"ram_ratio": "expected network", "ram_target": "RAM factor"}),

@@ -25,7 +25,7 @@ from dints.network.cost import counts
 from dints.network.found import FoundNetwork
 from dints.network.unsearched import u_shaped
 
-# MONAI's own layers in bf16 need at least 3 planes at the coarsest of 3 resolutions: dints/network/cpu_layers.py.
+# MONAI's own layers in bf16 need at least 3 planes at the coarsest of 3 resolutions: dints/network/fast/layers.py.
 RECIPE = "--channel_mul 0.125 --patch_size 12 12 12 --spacing 6 6 6 --num_iterations 2"
 ROW = rows.Training(rows.U, "small", 6, 0, 0)
 OPPONENT = rows.Training("dynunet", "small", 6, 1, 3, processes=2)

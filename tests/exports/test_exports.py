@@ -32,7 +32,7 @@ from dints.exports import bundle, checked, onnx_file, predict_onnx, program
 from dints.inference.predictor import Predictor
 from dints.network import operations
 from dints.network.architecture import Architecture
-from dints.network.cpu_layers import accelerated
+from dints.network.fast.acceleration import accelerate
 from dints.network.found import FoundNetwork
 from dints.network.model_file import load_model, save_model
 
@@ -304,7 +304,7 @@ def test_what_a_gpu_computes_can_be_exported(as_on_gpu, tmp_path):
     """Exports are made on a CPU, where upsampling is PyTorch's; nobody is kept from making one elsewhere."""
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    block = accelerated(FactorizedIncreaseBlock(2, 3)).eval()
+    block = accelerate(FactorizedIncreaseBlock(2, 3)).eval()
     sizes = {axis: torch.export.Dim(name, min=2) for axis, name in ((2, "x"), (3, "y"), (4, "z"))}
     shapes = ({0: torch.export.Dim("batch"), **sizes},)
     with torch.no_grad():

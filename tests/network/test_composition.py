@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from dints.network import composition
 from dints.network.cells import cell_of
-from dints.network.composition import composed
-from dints.network.mixing import cells_together, mix
+from dints.network.fast import composition
+from dints.network.fast.composition import composed
+from dints.network.fast.mixing import cells_together, mix
 from dints.network.operations import OPERATIONS, PUBLISHED, ActivatedConvolutions, Operation
 from dints.network.space import SearchSpace, supernet
 
@@ -32,7 +32,7 @@ def cells_and_images(count: int, names: tuple[str, ...] = PUBLISHED) -> tuple[nn
 @pytest.mark.parametrize("together", [True, False], ids=["side by side", "one at a time, as on a GPU"])
 def test_a_mix_and_its_gradients_are_those_of_the_cells(together, monkeypatch):
     if not together:
-        monkeypatch.setattr("dints.network.mixing.cells_together", lambda count, device: 1)
+        monkeypatch.setattr("dints.network.fast.mixing.cells_together", lambda count, device: 1)
     cells, images, weights = cells_and_images(3)
     wanted, results = [*images, weights, *cells.parameters()], []
     parts = composed(cells, weights, 3 if together else 1)

@@ -13,7 +13,7 @@ from dints.errors import UserError
 from dints.network import cost as module
 from dints.network.architecture import Architecture, load_architecture, save_architecture
 from dints.network.cost import Cost, cost
-from dints.network.cpu_layers import Convolution, InstanceNorm, Upsample
+from dints.network.fast.layers import Convolution, InstanceNorm, Upsample
 from dints.network.found import FoundNetwork, count_parameters
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def run_for_real(network: FoundNetwork, image: torch.Tensor) -> tuple[int, int, 
     ("architecture", "channels", "classes", "patch_size", "channel_mul", "batch_size"),
     [
         *((random_architecture(seed, 3, 3), 2, 3, (16, 8, 24), 1 / 8, 1) for seed in range(2)),
-        (random_architecture(4, 3, 4), 1, 2, (32, 32, 32), 1 / 4, 1),  # large enough for dints.network.cpu_layers
+        (random_architecture(4, 3, 4), 1, 2, (32, 32, 32), 1 / 4, 1),  # large enough for dints.network.fast.layers
         (random_architecture(5, 2, 3), 4, 4, (16, 16, 16), 1 / 2, 3),
         (chain(1, 0, 1, 2, num_depths=3, operation=0), 1, 3, (16, 16, 16), 0.3, 2),
     ],

@@ -14,7 +14,7 @@ from published import quiet
 import search_dints
 from dints.errors import UserError
 from dints.network.architecture import Architecture, load_architecture, save_architecture
-from dints.network.children import switchings
+from dints.network.decoding import subsets
 from dints.network.space import SearchSpace, supernet
 
 INPUT = (2, 1, 64, 96, 32)
@@ -43,7 +43,7 @@ def twins(seed: int, *size: int) -> tuple[TopologySearch, SearchSpace]:
 @pytest.mark.parametrize("size", [(2, 2), (3, 3), (2, 4)], ids=str)
 def test_probabilities_are_conditional_on_the_path(size):
     theirs, ours = twins(0, *size)
-    every, wanted = np.array(switchings(3 * size[1] - 2)), theirs.get_prob_a(child=True)[0].detach().numpy()
+    every, wanted = np.array(subsets(3 * size[1] - 2)), theirs.get_prob_a(child=True)[0].detach().numpy()
     kept = every[:, 0] == 1
     expected = wanted[:, kept] / wanted[:, kept].sum(-1, keepdims=True)
     children, path_probs = (probs.detach().numpy() for probs in ours.get_prob_a(child=True))
@@ -65,7 +65,7 @@ def test_regularisers_are_monais_where_the_path_is_sure_and_do_not_move_it(size)
     with torch.no_grad():
         theirs.log_alpha_a[:, 0] = SURE
     children, usage = theirs.get_prob_a(child=True)[0], theirs.get_ram_cost_usage(INPUT)
-    kept = children[:, np.array(switchings(3 * size[1] - 2))[:, 0] == 1]
+    kept = children[:, np.array(subsets(3 * size[1] - 2))[:, 0] == 1]
     # MONAI also counts the patterns without the finest node, whose probability is 0.
     left_out = (2 ** (size[1] - 1) - 1) * (size[0] - 1)
     expected = {

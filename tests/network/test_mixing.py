@@ -1,4 +1,4 @@
-"""MONAI's sum of ``cell(image, weight)`` is the oracle of dints/network/mixing.py."""
+"""MONAI's sum of ``cell(image, weight)`` is the oracle of dints/network/fast/mixing.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dints.network.cells import cell_of
-from dints.network.mixing import mix
+from dints.network.fast.mixing import mix
 from dints.network.operations import PUBLISHED
 
 # Channels and edge of the input of a cell that leads to 4 channels of 8x8x8 voxels, by its change of resolution.

@@ -11,7 +11,7 @@ import torch
 
 import search_dints
 from dints.data.tasks import TASKS
-from dints.network import cpu_layers
+from dints.network.fast import layers
 from dints.running.precision import Precision
 from dints.running.processes import Processes
 
@@ -60,7 +60,7 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
 def test_the_published_search_and_ours_take_the_same_course(dtype, iterations, tolerance, monkeypatch):
     """Two thirds of the iterations also train the architecture."""
     for threshold in ("MIN_MULTIPLY_ADDS", "MIN_WEIGHTS", "MIN_WEIGHTS_OF_PRODUCT"):  # all ways, however small the size
-        monkeypatch.setattr(cpu_layers, threshold, 0)
+        monkeypatch.setattr(layers, threshold, 0)
     torch.manual_seed(0)
     theirs, ours = searches(3, 3)
     starts = [alpha.detach().clone() for alpha in ours.arch_parameters]

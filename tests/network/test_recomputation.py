@@ -68,7 +68,7 @@ def test_of_blocks_nothing_is_kept(network):
 def test_nothing_is_computed_twice_without_gradients(network, monkeypatch):
     network, chosen = network
     chosen.checkpoint_activations = True
-    monkeypatch.setattr("dints.network.recomputation.checkpoint", lambda *_, **__: pytest.fail("computed twice"))
+    monkeypatch.setattr("dints.network.fast.recomputation.checkpoint", lambda *_, **__: pytest.fail("computed twice"))
     with torch.no_grad():
         network(torch.zeros(1, 1, 16, 16, 16))
     with pytest.raises(pytest.fail.Exception, match="computed twice"):

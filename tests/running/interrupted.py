@@ -206,8 +206,8 @@ def in_validation(iterations: range, strike: Callable) -> None:
 def when_recorded(iterations: range, strike: Callable) -> None:
     """Strike when what such a validation found is written, and not yet the state."""
 
-    def add_validation(history, original, progress, scores, *more):
-        original(history, progress, scores, *more)
+    def add_validation(history, original, progress, scores):
+        original(history, progress, scores)
         if progress.iteration in iterations:
             strike()
 

@@ -169,18 +169,6 @@ class TestSearch:
         with pytest.raises(UserError, match="keep_finest was None and is True"):
             search(phantom, searched, SEARCH, "--keep_finest")
 
-    @pytest.mark.slow
-    def test_the_decoded_network_is_scored_beside_the_supernet_and_disturbs_nothing(self, phantom, searched, tmp_path):
-        search(phantom, tmp_path, SEARCH, "--decoded_steps", 40)
-        plain, scored = (rows(folder / "accuracy_history.csv") for folder in (searched, tmp_path))
-        assert [{key: row[key] for key in ("iteration", "dice")} for row in scored] == [
-            {key: row[key] for key in ("iteration", "dice")} for row in plain
-        ]
-        of_decoded = [(float(row["decoded"]), float(row["decoded_trained"])) for row in scored]
-        assert all(min(pair) >= 0 and max(pair) <= 1 for pair in of_decoded)
-        assert any(before != after for before, after in of_decoded)
-        assert rows(searched / "loss_history.csv")[-1]["loss"] == rows(tmp_path / "loss_history.csv")[-1]["loss"]
-
     @pytest.mark.parametrize(
         ("ratio", "ram_loss", "weights", "expected"),
         [

@@ -1,4 +1,4 @@
-"""PyTorch's own layers are the oracle of dints/network/cpu_layers.py."""
+"""PyTorch's own layers are the oracle of dints/network/fast/layers.py."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from tracing import assert_one_graph
 
 import search_dints
 from dints.data.tasks import TASKS
-from dints.network import cpu_layers
-from dints.network.cpu_layers import Convolution, InstanceNorm, accelerated, convolve, convolve_side_by_side
+from dints.network.fast import layers
+from dints.network.fast.acceleration import accelerate
+from dints.network.fast.layers import Convolution, InstanceNorm, convolve, convolve_side_by_side
 from dints.network.found import FoundNetwork
 from dints.network.space import SearchSpace, supernet
 from dints.network.weights import fitting_state
@@ -55,7 +56,7 @@ MANY_AND_FEW_VOXELS = pytest.mark.parametrize("size", [(16, 16, 16), (2, 2, 2)],
 @pytest.fixture(params=[True, False], ids=["AVX-512", "AVX2"])
 def has_avx512(request, monkeypatch):
     """Compute as on processors with and without AVX-512: every one can do both, though not as fast."""
-    monkeypatch.setattr(cpu_layers, "_HAS_AVX512", request.param)
+    monkeypatch.setattr(layers, "_HAS_AVX512", request.param)
     return request.param
 
 
@@ -64,7 +65,7 @@ def pair(channels: int, outputs: int, kernel, stride: int = 1, **options) -> tup
     torch.manual_seed(0)
     padding = [size // 2 for size in kernel]
     plain = nn.Conv3d(channels, outputs, kernel, stride, padding, **{"bias": False, **options})
-    return plain, accelerated(copy.deepcopy(plain))
+    return plain, accelerate(copy.deepcopy(plain))
 
 
 def assert_same(plain, ours, image: torch.Tensor, parameters=((), ()), image_trained=True, tolerance=1e-5) -> None:
@@ -112,7 +113,7 @@ def test_a_convolution_is_pytorchs_and_each_shape_goes_its_way(shape, has_avx512
     if expected == "oneDNN without AVX-512":
         expected = "PyTorch" if has_avx512 else "oneDNN"
     # Without oneDNN, on a processor that is not x86 or has no AVX2, everything stays PyTorch's.
-    assert (way(plain, image), way(ours, image)) == ("PyTorch", expected if cpu_layers._HAS_ONEDNN else "PyTorch")
+    assert (way(plain, image), way(ours, image)) == ("PyTorch", expected if layers._HAS_ONEDNN else "PyTorch")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_under_autocast_products_stay_in_fp32(size, expected):
     plain, ours = pair(64, 64, (3, 3, 3))
     image = torch.randn(1, 64, *size).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert way(ours, image) == (expected if cpu_layers._HAS_ONEDNN else "PyTorch")
+        assert way(ours, image) == (expected if layers._HAS_ONEDNN else "PyTorch")
         result, theirs = ours(image), plain(image)
         result.float().square().sum().backward()
     assert ours.weight.grad.dtype == torch.float32
@@ -231,7 +232,7 @@ def errors_in_bfloat16(ours, plain, image, mix, of_ours, of_plain) -> list[float
 
 
 def test_bfloat16_is_fp32_in_every_shape_of_a_network_on_this_machine():
-    """A failure here is a kernel of this machine that is wrong: `cpu_layers._by_pytorch` has to go around it.
+    """A failure here is a kernel of this machine that is wrong: `layers._by_pytorch` has to go around it.
 
     Products are summed in fp32, rounded once, and a weight's gradient again where a batch is summed. Without AVX-512
     PyTorch rounds an image's gradient after each voxel of the kernel: errors that add like the steps of a random walk.
@@ -244,7 +245,7 @@ def test_bfloat16_is_fp32_in_every_shape_of_a_network_on_this_machine():
             plain = nn.Conv3d(channels, int(channels * ratio), kernel, stride, padding, bias=bias)
             for parameter in plain.parameters():
                 parameter.data = in_numbers_of_bfloat16(*parameter.shape) / 4
-            ours = accelerated(copy.deepcopy(plain))
+            ours = accelerate(copy.deepcopy(plain))
             for width in WIDTHS:
                 number += 1
                 batch, *other = OTHERS[number % len(OTHERS)]
@@ -328,7 +329,7 @@ def test_no_faulty_kernel_is_called_for_several_at_once(groups):
     torch.manual_seed(0)
     plain = [nn.Conv3d(2, 2, 3, padding=1, bias=False) for _ in range(groups)]
     weights = [convolution.weight for convolution in plain]
-    ours = accelerated(nn.ModuleList(copy.deepcopy(plain)))
+    ours = accelerate(nn.ModuleList(copy.deepcopy(plain)))
     image, mix = in_numbers_of_bfloat16(1, 2 * groups, 2, 8, 8), in_numbers_of_bfloat16(1, 2 * groups, 2, 8, 8)
 
     def one_by_one(whole):
@@ -388,7 +389,7 @@ def test_convolutions_side_by_side_are_those_one_by_one(size, batch, kernel, has
     channels, groups = 40, 3
     torch.manual_seed(0)
     plain = [nn.Conv3d(channels, channels, kernel, 1, [k // 2 for k in kernel], bias=False) for _ in range(groups)]
-    ours = accelerated(nn.ModuleList(copy.deepcopy(plain)))
+    ours = accelerate(nn.ModuleList(copy.deepcopy(plain)))
     assert_same(
         lambda whole: torch.cat([each(part) for each, part in zip(plain, whole.chunk(groups, 1), strict=True)], 1),
         lambda whole: convolve_side_by_side(ours, whole),
@@ -405,7 +406,7 @@ def test_instance_norm(size, batch, affine):
     plain = nn.InstanceNorm3d(6, affine=affine)
     for parameter in plain.parameters():
         nn.init.normal_(parameter)
-    ours = accelerated(copy.deepcopy(plain))
+    ours = accelerate(copy.deepcopy(plain))
     image = 3 * torch.randn(batch, 6, *size) + 5
     parameters = [list(norm.parameters()) for norm in (plain, ours)]
     assert_same(plain, ours, image, parameters, tolerance=1e-4 if size == (3, 1, 1) else 1e-5)
@@ -413,7 +414,7 @@ def test_instance_norm(size, batch, affine):
 
 
 def test_instance_norm_refuses_what_pytorch_refuses():
-    norm = accelerated(nn.InstanceNorm3d(6))
+    norm = accelerate(nn.InstanceNorm3d(6))
     for shape, message in (((2, 6, 1, 1, 1), "more than 1 spatial element"), ((2, 6, 1), "expected 4D or 5D input")):
         with pytest.raises(ValueError, match=message):
             norm(torch.randn(shape))
@@ -424,7 +425,7 @@ def test_instance_norm_refuses_what_pytorch_refuses():
 def test_upsample(size, batch):
     torch.manual_seed(0)
     plain = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True)
-    ours = accelerated(copy.deepcopy(plain))
+    ours = accelerate(copy.deepcopy(plain))
     image = torch.randn(batch, 3, *size)
     assert_same(plain, ours, image)
     assert torch.equal(ours(image.double()), plain(image.double()))
@@ -437,20 +438,20 @@ def test_upsample(size, batch):
 def test_single_voxels_with_a_stride_and_padding():
     plain = nn.Conv3d(4, 6, 1, (2, 1, 3), padding=(1, 0, 1))
     image = torch.randn(2, 4, 5, 6, 7)
-    assert_same(plain, accelerated(copy.deepcopy(plain)), image)
+    assert_same(plain, accelerate(copy.deepcopy(plain)), image)
     plain.padding = (0, 0, 0)
-    ours = accelerated(copy.deepcopy(plain))
+    ours = accelerate(copy.deepcopy(plain))
     assert_same(plain, ours, image, (tuple(plain.parameters()), tuple(ours.parameters())))
     with Operations() as operations:
         ours(image)
-    assert "clone.default" in operations.names or not cpu_layers._HAS_ONEDNN
+    assert "clone.default" in operations.names or not layers._HAS_ONEDNN
 
 
 @pytest.mark.parametrize("size", [(2, 2, 2), (8, 8, 8), (5, 7, 11)], ids=str)
 def test_doubling_before_a_convolution(size):
     torch.manual_seed(0)
     plain = FactorizedIncreaseBlock(6, 3)
-    ours = accelerated(copy.deepcopy(plain))
+    ours = accelerate(copy.deepcopy(plain))
     image = torch.randn(2, 6, *size)
     assert_same(plain, ours, image, (tuple(plain.parameters()), tuple(ours.parameters())), tolerance=1e-4)
     exact = copy.deepcopy(plain).double()
@@ -473,7 +474,7 @@ def doubled_by_pytorch(image: torch.Tensor) -> torch.Tensor:
 
 
 def doubling() -> nn.Module:
-    return accelerated(nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True))
+    return accelerate(nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True))
 
 
 @pytest.mark.parametrize("size", [(2, 2, 2), (1, 1, 1), (1, 2, 3), (5, 1, 11), (24, 3, 1), (16, 12, 20)], ids=str)
@@ -515,7 +516,7 @@ def test_doubling_as_on_a_gpu_adds_nothing_in_place_and_keeps_no_volume(as_on_gp
 
 def as_atomics_add(gradient: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
     """Compute the gradient of doubling as GPUs do with atomics: each of 64 or so terms is rounded, and each sum."""
-    matrix = cpu_layers._doubling_of_volume(*size)
+    matrix = layers._doubling_of_volume(*size)
     total = torch.zeros(*gradient.shape[:2], math.prod(size), dtype=gradient.dtype)
     for share, of_voxel in zip(matrix, gradient.flatten(2).unbind(-1), strict=True):
         total += (of_voxel.float()[..., None] * share).to(gradient.dtype)
@@ -542,14 +543,14 @@ def test_doubling_in_two_bytes_is_nearer_than_atomics(size, kind, as_on_gpu):
 
 
 def test_the_matrices_are_kept_but_not_of_what_is_traced(as_on_gpu):
-    cpu_layers._doubling.cache_clear()
+    layers._doubling.cache_clear()
     image, module = torch.randn(1, 1, 3, 3, 3), doubling()
     torch.export.export(module, (image,))
-    assert cpu_layers._doubling.cache_info().currsize == 0
+    assert layers._doubling.cache_info().currsize == 0
     with torch.inference_mode():
         module(image)
     module(image.clone().requires_grad_()).sum().backward()  # they serve a training as well
-    assert cpu_layers._doubling.cache_info().currsize == 1
+    assert layers._doubling.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("kind", ["found network", "supernet"])
@@ -585,10 +586,10 @@ def test_the_steps_of_both_stages_as_on_a_gpu(name, monkeypatch):
     settings = "--root . --output_root . --channel_mul 0.0625 --num_blocks 2 --num_depths 3 --patch_size 16 16 16"
     shape = (2, task.num_channels, 16, 16, 16)
     batch = {"image": torch.rand(shape), "label": torch.randint(0, 3, shape, dtype=torch.uint8), "cases": ["a", "b"]}
-    monkeypatch.setattr(cpu_layers, "_can_take", lambda image: False)
+    monkeypatch.setattr(layers, "_can_take", lambda image: False)
     found = []
     for on_gpu in (False, True):
-        monkeypatch.setattr(cpu_layers, "_is_on_gpu", lambda image, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(layers, "_is_on_gpu", lambda image, on_gpu=on_gpu: on_gpu)
         torch.manual_seed(0)
         searched = search_dints.Supernet(search_dints.parse_args(settings.split()), task, Precision(name, cpu), alone)
         losses = [search_dints.weights_step(searched, batch), search_dints.architecture_step(searched, batch, 0.5)]
@@ -608,7 +609,7 @@ def test_a_network_as_on_a_gpu_compiles_as_one_graph(as_on_gpu):
 def test_upsampling_by_one_is_nothing(mode):
     plain = nn.Upsample(scale_factor=1 / 2**0, mode=mode, align_corners=True if mode == "trilinear" else None)
     image = torch.randn(2, 3, 5, 7, 11)
-    assert torch.equal(plain(image), image) and accelerated(copy.deepcopy(plain))(image) is image
+    assert torch.equal(plain(image), image) and accelerate(copy.deepcopy(plain))(image) is image
 
 
 @pytest.mark.parametrize(
@@ -622,15 +623,15 @@ def test_upsampling_by_one_is_nothing(mode):
     ids=str,
 )
 def test_other_upsampling_stays_pytorchs(options):
-    assert type(accelerated(nn.Upsample(**options))) is nn.Upsample
+    assert type(accelerate(nn.Upsample(**options))) is nn.Upsample
 
 
 def test_only_the_class_of_a_layer_changes():
-    layers = [nn.Conv3d(2, 2, 3), nn.Sequential(nn.Conv2d(2, 2, 3)), nn.ConvTranspose3d(2, 2, 3)]
-    layers += [nn.InstanceNorm3d(2, affine=True), nn.InstanceNorm3d(2, track_running_stats=True), nn.InstanceNorm2d(2)]
-    network = nn.Sequential(*layers)
+    kinds = [nn.Conv3d(2, 2, 3), nn.Sequential(nn.Conv2d(2, 2, 3)), nn.ConvTranspose3d(2, 2, 3)]
+    kinds += [nn.InstanceNorm3d(2, affine=True), nn.InstanceNorm3d(2, track_running_stats=True), nn.InstanceNorm2d(2)]
+    network = nn.Sequential(*kinds)
     state, parameters = network.state_dict(), list(network.parameters())
-    assert accelerated(network) is network
+    assert accelerate(network) is network
     types = [nn.Sequential, nn.Conv2d, nn.ConvTranspose3d, InstanceNorm, nn.InstanceNorm3d, nn.InstanceNorm2d]
     assert [type(layer) for layer in network.modules()][1:] == [Convolution, *types]
     assert network.state_dict().keys() == state.keys()

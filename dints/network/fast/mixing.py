@@ -1,16 +1,80 @@
-"""What the search spends its time on: the sum of all operations of all paths that lead to one node."""
+"""The search space's forward pass at speed: few calls for all operations of all paths into a node."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
-from monai.networks.nets.dints import Cell
+import torch.nn.functional as F
+from monai.networks.nets.dints import Cell, TopologySearch
 from torch import nn
 
-from dints.network.composition import Composed
-from dints.network.cpu_layers import convolve, convolve_side_by_side, instance_norm
+from dints.network.fast.composition import Composed, composed, pays
+from dints.network.fast.layers import convolve, convolve_side_by_side, instance_norm
+from dints.network.fast.recomputation import kept_or_recomputed
 from dints.network.operations import ActivatedConvolutions
+
+
+class JointMixing:
+    """Replaces the forward pass of a `SearchSpace`, which computes path by path."""
+
+    def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Mix all paths and operations by their probabilities, as `SearchSpace.forward` does."""
+        # A path's probability scales the sum of its operations, so it may scale each of their weights instead.
+        weights = self.get_prob_a()[1].unsqueeze(-1) * F.softmax(self.log_alpha_c, -1)
+        targets = [target for _, target in self.paths]  # the paths into a node stand side by side
+        paths_into = [
+            slice(targets.index(depth), targets.index(depth) + targets.count(depth)) for depth in range(self.num_depths)
+        ]
+        of_depths = [_composed(self, into, image, weights) for into, image in zip(paths_into, x, strict=True)]
+        for block in range(self.num_blocks):
+            nodes = [(into, of_blocks[block]) for into, of_blocks in zip(paths_into, of_depths, strict=True)]
+            x = kept_or_recomputed(self.checkpoint_activations, _mixed, self, block, x, weights[block], nodes)
+        return x
+
+
+@cache
+def mixing_jointly(space: type[TopologySearch]) -> type[TopologySearch]:
+    """Return the class of such spaces with the forward pass of `JointMixing`."""
+    return type(space.__name__, (JointMixing, space), {})
+
+
+def _mixed(
+    space: JointMixing,
+    block: int,
+    x: list[torch.Tensor],
+    weights: torch.Tensor,
+    nodes: Sequence[tuple[slice, Sequence[Composed] | None]],
+) -> list[torch.Tensor]:
+    """Return a block's feature maps, of those of the block before.
+
+    Args:
+        weights: (paths, operations).
+        nodes: for each, the paths into it, and what is composed of their operations.
+    """
+    outputs = []
+    for into, parts in nodes:
+        paths = range(into.start, into.stop)
+        cells = [space.cell_tree[str((block, path))] for path in paths]
+        images = [x[space.paths[path][0]] for path in paths]
+        outputs.append(mix(cells, images, weights[into], parts))
+    return outputs
+
+
+def _composed(
+    space: JointMixing, into: slice, image: torch.Tensor, weights: torch.Tensor
+) -> Sequence[Sequence[Composed] | None]:
+    """Compose what the paths ``into`` a depth hold, where that pays for maps like ``image``; return it by block."""
+    if not pays(image):
+        return [None] * space.num_blocks
+    paths = range(into.start, into.stop)
+    cells = [space.cell_tree[str((block, path))] for block in range(space.num_blocks) for path in paths]
+    parts = composed(cells, weights[:, into].flatten(0, 1), cells_together(len(paths), image.device))
+    if parts is None:
+        return [None] * space.num_blocks
+    in_a_block = len(parts) // space.num_blocks
+    return [parts[start : start + in_a_block] for start in range(0, len(parts), in_a_block)]
 
 
 def mix(

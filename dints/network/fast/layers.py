@@ -53,20 +53,18 @@ _HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
-def accelerated(network: nn.Module) -> nn.Module:
-    """Return ``network``, its layers of the kinds above made ours; parameters and state dict stay the same."""
-    for module in network.modules():
-        if type(module) is nn.Conv3d and _is_plain(module):
-            module.__class__ = Convolution
-        elif type(module) is nn.InstanceNorm3d and not module.track_running_stats:
-            module.__class__ = InstanceNorm
-        elif type(module) is nn.Upsample and _is_doubling(module):
-            module.__class__ = Upsample
-        elif type(module) is nn.Upsample and module.scale_factor == 1:
-            module.__class__ = nn.Identity
-        elif isinstance(module, FactorizedIncreaseBlock):
-            module.__class__ = Increase
-    return network
+def accelerate_layer(module: nn.Module) -> None:
+    """Make a layer of the kinds above ours, by its class; its parameters stay the same."""
+    if type(module) is nn.Conv3d and _is_plain(module):
+        module.__class__ = Convolution
+    elif type(module) is nn.InstanceNorm3d and not module.track_running_stats:
+        module.__class__ = InstanceNorm
+    elif type(module) is nn.Upsample and _is_doubling(module):
+        module.__class__ = Upsample
+    elif type(module) is nn.Upsample and module.scale_factor == 1:
+        module.__class__ = nn.Identity
+    elif isinstance(module, FactorizedIncreaseBlock):
+        module.__class__ = Increase
 
 
 def _is_plain(convolution: nn.Conv3d) -> bool:
