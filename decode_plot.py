@@ -11,77 +11,129 @@ beside the picture, can be rendered again by "dot -Tpng graph.gv -o graph.png". 
 multiply-adds, activations and time are printed, and stand below the picture's title.
 """
 
-from __future__ import annotations
-
-import argparse
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from dints import data, network, options, running
-from dints.errors import UserError, exit_on_user_error
-
-if TYPE_CHECKING:
-    import graphviz
-
-    from dints.network.architecture import Architecture
+from dints.options import Settings, number, option, parse
+from dints.settings import MAX_BLOCKS, MAX_DEPTHS, XYZ, count
 
 
-def parse_args() -> argparse.Namespace:
-    parser = options.parser(__doc__)
-    drawn = parser.add_argument_group("what is drawn, one of the two").add_mutually_exclusive_group(required=True)
-    drawn.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="an arch file: search_code_<iteration>.pth, or a published one"
+@dataclass(frozen=True, kw_only=True)
+class DrawingSettings(Settings):
+    """Drawing: one of --checkpoint and --search_space."""
+
+    checkpoint: Path | None = option(
+        "an arch file: search_code_<iteration>.pth, or a published one",
+        default=None,
+        type=Path,
+        metavar="FILE",
     )
-    drawn.add_argument("--search_space", action="store_true", help="all nodes and all paths that a search chooses from")
-
-    space = parser.add_argument_group("size of the search space, with --search_space")
-    blocks, depths = options.number(int, 1, options.MAX_BLOCKS), options.number(int, 2, options.MAX_DEPTHS)
-    space.add_argument("--num_blocks", type=blocks, metavar="N", help="blocks, from left to right (default: 12)")
-    space.add_argument("--num_depths", type=depths, metavar="N", help="resolutions, from top to bottom (default: 4)")
-
-    add_cost(parser)
-    files = parser.add_argument_group(
-        "files: DIRECTORY/FILENAME.gv, the source, and DIRECTORY/FILENAME.FORMAT, the picture"
+    search_space: bool = option(
+        "draw all nodes and paths that a search chooses from", default=False
     )
-    files.add_argument("--directory", type=Path, default="./", help="made if absent")
-    files.add_argument("--filename", default="graph", help="without an ending")
-    files.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="of the picture")
-    args = parser.parse_args()
-    if not args.search_space and (args.num_blocks or args.num_depths):
-        parser.error("--num_blocks and --num_depths go with --search_space: an arch file has its own")
-    if Path(args.filename).suffix in (".gv", ".png", ".svg", ".pdf"):
-        parser.error(f"--filename {args.filename}: give it without its ending, and that as --format")
-    if args.cost and args.search_space:
-        parser.error("--cost goes with --checkpoint: a search space is no network yet")
-    settings = ("patch_size", "in_channels", "num_classes", "channel_mul", "device")
-    given = [f"--{name}" for name in settings if getattr(args, name) is not None]
-    if given and not args.cost:
-        parser.error(f"{', '.join(given)}: only with --cost")
-    return args
+    num_blocks: int | None = option(
+        "blocks of the search space (default: 12)",
+        default=None,
+        type=number(int, 1, MAX_BLOCKS),
+        metavar="N",
+    )
+    num_depths: int | None = option(
+        "resolutions of the search space (default: 4)",
+        default=None,
+        type=number(int, 2, MAX_DEPTHS),
+        metavar="N",
+    )
+    directory: Path = option("folder of the drawing", default=Path("./"), type=Path)
+    filename: str = option("of the source (.gv) and the picture, no ending", default="graph")
+    format: str = option("of the picture", default="png", choices=("png", "svg", "pdf"))
+
+    def complaints(self) -> Iterable[str]:
+        if self.search_space == (self.checkpoint is not None):
+            yield "give one of --checkpoint and --search_space"
+        if not self.search_space and (self.num_blocks or self.num_depths):
+            yield "--num_blocks and --num_depths go with --search_space: an arch file has its own"
+        if Path(self.filename).suffix in (".gv", ".png", ".svg", ".pdf"):
+            yield (
+                f"--filename {self.filename}: give it without its ending, and that as --format"
+            )
 
 
-def add_cost(parser: argparse.ArgumentParser) -> None:
-    """Add --cost and its settings; None where a setting is not given."""
-    add = parser.add_argument_group("what the network costs").add_argument
-    at_least_1 = options.number(int, 1)
-    add("--cost", action="store_true", help="count it for a batch of one patch, in fp32, and time a forward pass")
-    add(
-        "--patch_size",
-        type=at_least_1,
+@dataclass(frozen=True, kw_only=True)
+class CostSettings(Settings):
+    """Cost."""
+
+    cost: bool = option(
+        "count parameters, multiply-adds and activations for a batch of one patch, in fp32, and "
+        "time a forward pass",
+        default=False,
+    )
+    patch_size: tuple[int, ...] | None = option(
+        "voxels of the input (default: that of the arch file's task if it is known, else 96 96 96)",
+        default=None,
+        type=count,
         nargs=3,
-        metavar=options.XYZ,
-        help="of the input, voxels (default: that of the arch file's task if it is known, else 96 96 96)",
+        metavar=XYZ,
     )
-    add("--in_channels", type=at_least_1, metavar="N", help="image channels (default: the known task's, else 1)")
-    add("--num_classes", type=at_least_1, metavar="N", help="background included (default: the known task's, else 2)")
-    add(
-        "--channel_mul",
-        type=options.number(float, 0.0625),
-        help="times 32, 64, ... channels (default: the width that it was judged at, else 1)",
+    in_channels: int | None = option(
+        "image channels (default: the known task's, else 1)",
+        default=None,
+        type=count,
+        metavar="N",
     )
-    add("--device", choices=("auto", "cuda", "cpu"), help="that is timed (default: auto, a GPU where there is one)")
+    num_classes: int | None = option(
+        "background included (default: the known task's, else 2)",
+        default=None,
+        type=count,
+        metavar="N",
+    )
+    channel_mul: float | None = option(
+        "times 32, 64, ... channels (default: the width that it was judged at, else 1)",
+        default=None,
+        type=number(float, 0.0625),
+    )
+    device: str | None = option(
+        "that is timed (default: auto, a GPU where there is one)",
+        default=None,
+        choices=("auto", "cuda", "cpu"),
+    )
+
+    def complaints(self) -> Iterable[str]:
+        names = ("patch_size", "in_channels", "num_classes", "channel_mul", "device")
+        given = [f"--{name}" for name in names if getattr(self, name) is not None]
+        if given and not self.cost:
+            yield f"{', '.join(given)}: only with --cost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotSettings(Settings):
+    """What decode_plot.py goes by."""
+
+    drawing: DrawingSettings
+    cost: CostSettings
+
+    def complaints(self) -> Iterable[str]:
+        if self.cost.cost and self.drawing.search_space:
+            yield "--cost goes with --checkpoint: a search space is no network yet"
+
+
+def parse_args(argv: list[str] | None = None) -> PlotSettings:
+    return parse(PlotSettings, __doc__, argv)
+
+
+if __name__ == "__main__":  # before the imports below take seconds
+    SETTINGS = parse_args()
+
+import logging
+
+import graphviz
+
+from dints.data.tasks import TASKS
+from dints.errors import UserError, exit_on_user_error
+from dints.network.architecture import Architecture, load_architecture, paths
+from dints.network.cost import cost
+from dints.network.drawing import draw_architecture, draw_search_space
+from dints.running.processes import started
 
 
 def plot_graph(
@@ -98,46 +150,48 @@ def plot_graph(
     Args:
         codepath: arch file, ours or a published one.
         code2in, code2out: source and target depth of each path of a block. They follow from the file's number of
-            depths; published callers that pass them may go on doing so.
+            depths; published callers pass them.
 
     Raises:
         UserError: as `load_architecture` and `draw_architecture`, or ``code2in``/``code2out`` are not the file's.
     """
-    architecture = network.architecture.load_architecture(codepath)
-    sources, targets = zip(*network.architecture.paths(architecture.num_depths), strict=True)
+    architecture = load_architecture(codepath)
+    sources, targets = zip(*paths(architecture.num_depths), strict=True)
     for name, given, expected in (("code2in", code2in, sources), ("code2out", code2out, targets)):
         if given is not None and [int(depth) for depth in given] != list(expected):
             raise UserError(
                 f"{name} is {[int(depth) for depth in given]}, but the {architecture.num_depths} depths of {codepath} "
                 f"make it {list(expected)}: leave {name} out"
             )
-    return network.drawing.draw_architecture(architecture, filename, directory, format, caption)
+    return draw_architecture(architecture, filename, directory, format, caption)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(settings: PlotSettings) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    files = {"filename": args.filename, "directory": args.directory, "format": args.format}
-    if args.search_space:
-        network.drawing.draw_search_space(args.num_blocks or 12, args.num_depths or 4, **files)
-    else:
-        caption = cost_lines(network.architecture.load_architecture(args.checkpoint), args) if args.cost else []
-        plot_graph(args.checkpoint, **files, caption=caption)
+    given = settings.drawing
+    files = {"filename": given.filename, "directory": given.directory, "format": given.format}
+    if given.search_space:
+        draw_search_space(given.num_blocks or 12, given.num_depths or 4, **files)
+        return
+    architecture = load_architecture(given.checkpoint)
+    caption = cost_lines(architecture, settings.cost) if settings.cost.cost else []
+    plot_graph(given.checkpoint, **files, caption=caption)
 
 
-def cost_lines(architecture: Architecture, args: argparse.Namespace) -> list[str]:
-    """Print what the architecture's network costs with the settings in ``args``, and return these lines."""
+def cost_lines(architecture: Architecture, settings: CostSettings) -> list[str]:
+    """Print the cost of the architecture's network, and return these lines."""
     channels, classes, patch_size = 1, 2, (96, 96, 96)
     name = architecture.info.get("task")
-    if isinstance(name, str) and name in data.tasks.TASKS:
-        task = data.tasks.TASKS[name]
+    if isinstance(name, str) and name in TASKS:
+        task = TASKS[name]
         channels, classes, patch_size = task.num_channels, task.num_classes, task.patch_size
-    with running.processes.started(args.device or "auto") as processes:
-        lines = network.cost.cost(
+    with started(settings.device or "auto") as processes:
+        lines = cost(
             architecture,
-            args.in_channels or channels,
-            args.num_classes or classes,
-            tuple(args.patch_size or patch_size),
-            args.channel_mul or architecture.channel_mul,
+            settings.in_channels or channels,
+            settings.num_classes or classes,
+            settings.patch_size or patch_size,
+            settings.channel_mul or architecture.channel_mul,
             device=processes.device,
         ).lines()
     print("\n".join(lines), flush=True)
@@ -145,4 +199,4 @@ def cost_lines(architecture: Architecture, args: argparse.Namespace) -> list[str
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main, parse_args())
+    exit_on_user_error(main, SETTINGS)

@@ -8,91 +8,123 @@ DeepMind's surface-distance defines them; volumes; lesions found and missed. OUT
 is printed, have the means over the cases with bootstrap intervals. PyTorch is not needed.
 """
 
-from __future__ import annotations
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
-import argparse
+from dints.options import Settings, number, option, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings(Settings):
+    """Scoring."""
+
+    prediction: Path = option(
+        "folder of the segmentations, .nii or .nii.gz", common=True, type=Path
+    )
+    reference: Path = option("folder of the references, of the same names", common=True, type=Path)
+    output_root: Path = option(
+        "folder for scores.csv and summary.json",
+        common=True,
+        default=Path("evaluation"),
+        type=Path,
+    )
+    labels: Path | None = option(
+        "dataset.json whose labels name the classes (default: those in the references)",
+        default=None,
+        type=Path,
+    )
+    tolerance_mm: float = option(
+        "distance in mm within which surfaces count as one", default=1.0, type=number(float, 0, 1e6)
+    )
+    lesion_iou: float = option(
+        "intersection over union from which a lesion is detected; 0: by any voxel in common",
+        default=0.0,
+        type=number(float, 0, 1),
+    )
+    seed: int = option("of the bootstrap's resampling", default=0, type=number(int, 0))
+    allow_missing: bool = option(
+        "count references without a prediction as predicted empty (default: an error)",
+        default=False,
+    )
+    predicted_only: bool = option(
+        "leave references without a prediction out, as those of other folds (default: an error)",
+        default=False,
+    )
+
+    def complaints(self) -> Iterable[str]:
+        if self.allow_missing and self.predicted_only:
+            yield "--allow_missing and --predicted_only: give one of them"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(Settings):
+    """What evaluate.py goes by."""
+
+    scoring: ScoringSettings
+
+
+def parse_args(argv: list[str] | None = None) -> EvaluateSettings:
+    return parse(EvaluateSettings, __doc__, argv)
+
+
+if __name__ == "__main__":  # before the imports below take seconds
+    SETTINGS = parse_args()
+
 import json
 import logging
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from dints import data, evaluation, files, options
+from dints import files
+from dints.data.formats import read_class_names
 from dints.errors import UserError, exit_on_user_error
-
-if TYPE_CHECKING:
-    from dints.evaluation.masks import Pair
+from dints.evaluation.masks import Pair, classes_of, labels_in, pair_files
+from dints.evaluation.scores import score_case
+from dints.evaluation.summary import markdown, scores_table, summarise
 
 log = logging.getLogger("evaluate")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = options.parser(__doc__)
-    add = parser.add_argument
-    add("--prediction", type=Path, required=True, help="folder of the segmentations, .nii or .nii.gz")
-    add("--reference", type=Path, required=True, help="folder of the references, of the same names")
-    add("--output_root", type=Path, default=Path("evaluation"), help="folder for scores.csv and summary.json")
-    add("--labels", type=Path, help="dataset.json whose labels name the classes (default: those in the references)")
-    add(
-        "--tolerance_mm",
-        type=options.number(float, 0, 1e6),
-        default=1.0,
-        help="within which surfaces count as one, in mm",
-    )
-    add(
-        "--lesion_iou",
-        type=options.number(float, 0, 1),
-        default=0.0,
-        help="intersection over union from which a lesion is detected; 0: by any voxel in common",
-    )
-    add("--seed", type=options.number(int, 0), default=0, help="of the bootstrap's resampling")
-    missing = parser.add_argument_group(
-        "references without a prediction are an error, unless"
-    ).add_mutually_exclusive_group()
-    missing.add_argument("--allow_missing", action="store_true", help="they count as predicted empty")
-    missing.add_argument("--predicted_only", action="store_true", help="they are left out, as those of other folds")
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> None:
+def main(settings: EvaluateSettings) -> None:
+    given = settings.scoring
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for folder in (args.prediction, args.reference):
-        if args.output_root.resolve() == folder.resolve():
+    for folder in (given.prediction, given.reference):
+        if given.output_root.resolve() == folder.resolve():
             raise UserError(
-                f"--output_root {args.output_root} holds masks and perhaps their scores: give another folder"
+                f"--output_root {given.output_root} holds masks and perhaps their scores: give another folder"
             )
-    if args.labels is not None and not args.labels.is_file():
-        raise UserError(f"--labels {args.labels} is no file: give a dataset.json")
-    names = None if args.labels is None else data.formats.read_class_names(args.labels)
-    pairs = evaluation.masks.pair_files(
-        args.prediction, args.reference, allow_missing=args.allow_missing, predicted_only=args.predicted_only
+    if given.labels is not None and not given.labels.is_file():
+        raise UserError(f"--labels {given.labels} is no file: give a dataset.json")
+    names = None if given.labels is None else read_class_names(given.labels)
+    pairs = pair_files(
+        given.prediction, given.reference, allow_missing=given.allow_missing, predicted_only=given.predicted_only
     )
     classes = check(pairs, names)
-    files.check_folder(args.output_root, "--output_root")
+    files.check_folder(given.output_root, "--output_root")
+    limits = {"tolerance_mm": given.tolerance_mm, "lesion_iou": given.lesion_iou}
     rows = []
     for pair in tqdm(pairs, desc="scoring", unit="case", disable=None):
-        settings = {"tolerance_mm": args.tolerance_mm, "lesion_iou": args.lesion_iou}
-        rows += evaluation.scores.score_case(pair.name, *pair.read(), classes, **settings)
-    summary = evaluation.summary.summarise(rows, args.seed)
+        rows += score_case(pair.name, *pair.read(), classes, **limits)
+    summary = summarise(rows, given.seed)
     missing = [pair.name for pair in pairs if pair.prediction is None]
     facts = {
-        "prediction": str(args.prediction),
-        "reference": str(args.reference),
-        "predicted_only": args.predicted_only,
+        "prediction": str(given.prediction),
+        "reference": str(given.reference),
+        "predicted_only": given.predicted_only,
         "num_cases": len(pairs),
         "num_missing": len(missing),
         "missing": missing,
-        **settings,
-        "seed": args.seed,
+        **limits,
+        "seed": given.seed,
     }
-    files.write_atomically(args.output_root / "scores.csv", evaluation.summary.scores_table(rows))
+    files.write_atomically(given.output_root / "scores.csv", scores_table(rows))
     content = json.dumps({**facts, **summary}, indent=2, allow_nan=False)
-    files.write_atomically(args.output_root / "summary.json", content + "\n")
-    print(evaluation.summary.markdown(summary))
+    files.write_atomically(given.output_root / "summary.json", content + "\n")
+    print(markdown(summary))
     if missing:
         print(f"\n{len(missing)} of {len(pairs)} cases have no prediction and count as empty")
-    log.info("scores are in %s", args.output_root)
+    log.info("scores are in %s", given.output_root)
 
 
 def check(pairs: list[Pair], names: tuple[str, ...] | None) -> dict[int, str]:
@@ -100,9 +132,9 @@ def check(pairs: list[Pair], names: tuple[str, ...] | None) -> dict[int, str]:
     found = []
     for pair in tqdm(pairs, desc="checking", unit="case", disable=None, leave=False):
         reference, prediction, _ = pair.read()
-        found.append((evaluation.masks.labels_in(reference), evaluation.masks.labels_in(prediction)))
-    return evaluation.masks.classes_of(pairs, found, names)
+        found.append((labels_in(reference), labels_in(prediction)))
+    return classes_of(pairs, found, names)
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main, parse_args())
+    exit_on_user_error(main, SETTINGS)

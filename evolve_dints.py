@@ -14,8 +14,12 @@ candidates.csv has all results. With several processes, each trains candidates o
 from dints.options import course, parse
 from dints.settings import EvolveSettings, RetrainingSettings
 
+def parse_args(argv: list[str] | None = None) -> EvolveSettings:
+    return parse(EvolveSettings, __doc__, argv)
+
+
 if __name__ == "__main__":  # before the imports below take seconds
-    SETTINGS = parse(EvolveSettings, __doc__)
+    SETTINGS = parse_args()
 
 import dataclasses
 import logging

@@ -17,8 +17,12 @@ CVPR 2021.
 from dints.options import course, parse
 from dints.settings import ArchSettings, SearchSettings, recipe_line
 
+def parse_args(argv: list[str] | None = None) -> SearchSettings:
+    return parse(SearchSettings, __doc__, argv)
+
+
 if __name__ == "__main__":  # before the imports below take seconds
-    SETTINGS = parse(SearchSettings, __doc__)
+    SETTINGS = parse_args()
 
 import logging
 from pathlib import Path

@@ -13,8 +13,12 @@ infer_dints.py needs nothing else.
 from dints.options import course, parse
 from dints.settings import TrainSettings, recipe_line
 
+def parse_args(argv: list[str] | None = None) -> TrainSettings:
+    return parse(TrainSettings, __doc__, argv)
+
+
 if __name__ == "__main__":  # before the imports below take seconds
-    SETTINGS = parse(TrainSettings, __doc__)
+    SETTINGS = parse_args()
 
 import dataclasses
 import logging

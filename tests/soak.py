@@ -44,7 +44,7 @@ from dints.network.model_file import save_model  # noqa: E402
 from dints.running import run_folder  # noqa: E402
 from dints.running.precision import Precision  # noqa: E402
 from dints.running.processes import Processes  # noqa: E402
-from dints.training.checkpoint import Checkpoint, find_state  # noqa: E402
+from dints.running.checkpoint import Checkpoint, find_state  # noqa: E402
 
 LAUNCHER = ("bash", str(CHECKOUT / "search_dints.sh"))
 FP32, ALONE = Precision("fp32", torch.device("cpu")), Processes(0, 1, torch.device("cpu"))

@@ -14,11 +14,11 @@ import infer_dints
 import search_dints
 import train_dints
 from dints import options
-from dints.candidates import proposals
+from dints.evolution import proposals
 from dints.data.augmentation import CHAINS, chosen
 from dints.network import architecture
 from dints.recipes import RECIPES
-from dints.training.curves import KINDS
+from dints.running.curves import KINDS
 
 TRAIN = ["--arch_ckpt", "arch.pth", "--root", "data", "--output_root", "run"]
 SEARCH = TRAIN[2:]

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dints import files
+from dints.errors import Stopped, UserError
 from dints.evolution.proposals import Candidate
 from dints.evolution.trainings import Result
-from dints.errors import Stopped, UserError
-from dints.running.processes import Processes
 from dints.running.checkpoint import compare
+from dints.running.processes import Processes
 from dints.running.stop_signal import StopSignal
 from dints.running.tables import CANDIDATES, write_rows
 

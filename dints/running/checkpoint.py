@@ -16,12 +16,12 @@ import torch
 
 from dints import files, torch_files
 from dints.errors import UserError, cut, shown
+from dints.running.differences import differences
 from dints.running.failures import lacks_memory
 from dints.running.precision import Precision
 from dints.running.processes import Processes
-from dints.running.run_folder import LATEST, PREVIOUS
-from dints.running.differences import differences
 from dints.running.progress import Progress
+from dints.running.run_folder import LATEST, PREVIOUS
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dints.errors import cut, shown
 
 MOST_NAMES = 3  # that are listed of many
-MOST_VALUES = 8  # of a list that is shown whole
+FEW = 3  # texts of a list that is shown whole
 
 
 def differences(name: str, was: object, now: object) -> Iterator[str]:
@@ -16,23 +16,18 @@ def differences(name: str, was: object, now: object) -> Iterator[str]:
         for key in sorted({*was, *now}, key=str):
             if was.get(key) != now.get(key):
                 yield from differences(f"{name} {cut(str(key))}", was.get(key), now.get(key))
-    elif _is_long(was) or _is_long(now):
-        yield _of_names(name, was, now) if _are_names(was, now) else f"{name} changed"
+    elif _hold(str, was, now) and max(len(was), len(now)) > FEW:
+        yield _of_names(name, was, now)
+    elif _hold((list, tuple), was, now):
+        yield f"{name} changed"
     else:
         yield f"{cut(name)} was {shown(was)} and is {shown(now)}"
 
 
-def _is_long(value: object) -> bool:
-    nested = (list, tuple, dict)
-    return isinstance(value, (list, tuple)) and (
-        len(value) > MOST_VALUES or any(isinstance(item, nested) for item in value)
-    )
-
-
-def _are_names(*values: object) -> bool:
-    return all(
-        isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-        for value in values
+def _hold(kind: type | tuple[type, ...], *values: object) -> bool:
+    """Tell whether they are lists of such items, not all of them empty."""
+    return all(isinstance(value, (list, tuple)) for value in values) and any(values) and all(
+        isinstance(item, kind) for value in values for item in value
     )
 
 

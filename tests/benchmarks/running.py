@@ -37,9 +37,9 @@ from dints.network.space import SearchSpace  # noqa: E402
 from dints.running.precision import Precision  # noqa: E402
 from dints.running.processes import Processes, started  # noqa: E402
 from dints.training import steps  # noqa: E402
-from dints.training.checkpoint import Checkpoint, find_state  # noqa: E402
+from dints.running.checkpoint import Checkpoint, find_state  # noqa: E402
 from dints.training.losses import EpochLoss  # noqa: E402
-from dints.training.stops import Requests, Stops  # noqa: E402
+from dints.running.stop_signal import Requests, Stops  # noqa: E402
 
 TASK, FP32 = TASKS["Task07_Pancreas"], Precision("fp32", torch.device("cpu"))
 CHANNEL_MUL = {"published": 0.5, "small": 0.125}

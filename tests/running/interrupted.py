@@ -34,7 +34,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 import torch  # noqa: E402  the checkout comes first on the path
 import torch._dynamo  # noqa: E402  which the first optimizer imports, for half of a run's time
 
-from dints import candidates, data, errors, network, running, training  # noqa: E402
+from dints import data, errors, network, running, training  # noqa: E402
 
 STAGES = {name: importlib.import_module(name) for name in ("search_dints", "train_dints", "infer_dints")}
 for wing in (candidates, data, network, running, training):

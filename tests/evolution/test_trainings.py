@@ -14,7 +14,7 @@ from states import assert_equal, rows, without_measured
 
 import search_dints
 from dints import network, training
-from dints.candidates import proposals, trainings
+from dints.evolution import proposals, trainings
 from dints.errors import UserError
 from dints.network import unsearched
 from dints.network.architecture import load_architecture

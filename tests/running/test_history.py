@@ -17,10 +17,10 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dints.errors import UserError
+from dints.running.history import History
+from dints.running.progress import Progress
+from dints.running.tables import ACCURACY, LOSSES, read_rows
 from dints.training import curves
-from dints.training.history import History
-from dints.training.progress import Progress
-from dints.training.tables import ACCURACY, LOSSES, read_rows
 from dints.training.validation import Scores
 
 CLASSES = ("background", "left atrium", "lesion")
@@ -125,7 +125,7 @@ def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, cap
     def full_disk(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written: No space left on device")
 
-    monkeypatch.setattr("dints.training.curves.draw_all", full_disk)
+    monkeypatch.setattr("dints.running.curves.draw_all", full_disk)
     history, progress = History(tmp_path, CLASSES, 0, True), Progress(0, 10, 10, 30.0, 3.0)
     history.add_validation(progress, None)
     history.close()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from dints.running.tables import ACCURACY, CANDIDATES, LOSSES, write_rows
 from dints.training import curves
-from dints.training.tables import ACCURACY, CANDIDATES, LOSSES, write_rows
 
 Pictures = dict[str, list[Axes]]
 SEARCH = {

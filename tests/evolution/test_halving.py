@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from architectures import chain
 
-from dints.candidates import trainings
-from dints.candidates.halving import Ledger, Rung, best, open_folder, rungs
-from dints.candidates.proposals import Candidate
-from dints.candidates.trainings import Result, divided
+from dints.evolution import trainings
+from dints.evolution.halving import Ledger, Rung, best, open_folder, rungs
+from dints.evolution.proposals import Candidate
+from dints.evolution.trainings import Result, divided
 from dints.errors import Stopped, UserError
 from dints.running.processes import Processes
 from dints.training import curves
-from dints.training.curves import draw_candidates
-from dints.training.tables import read_rows
+from dints.running.curves import draw_candidates
+from dints.running.tables import read_rows
 
 CPU = torch.device("cpu")
 BF16, FP32 = {"precision": "bf16", "channel_step": 8}, {"precision": "fp32", "channel_step": 1}

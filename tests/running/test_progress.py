@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dints.errors import Stopped
+from dints.running.progress import Progress, remark_on_dice
 from dints.training import progress as module
-from dints.training.progress import Progress, remark_on_dice
 
 
 def test_progress_counts_steps_and_epochs():

@@ -10,8 +10,8 @@ import torch
 from architectures import chain, everything
 from architectures import random_architecture as some_architecture
 
-from dints.candidates import proposals
-from dints.candidates.proposals import CHANGES, KINDS, Limits, memory_of_share, mutants, mutated, proposed
+from dints.evolution import proposals
+from dints.evolution.proposals import CHANGES, KINDS, Limits, memory_of_share, mutants, mutated, proposed
 from dints.errors import UserError
 from dints.network.architecture import Architecture, from_codes
 from dints.network.cost import cost
