@@ -9,147 +9,194 @@ OUTPUT_ROOT/scores.csv tells each case's Dice on the grid of its own label, as a
 the model was trained on are refused. Segmentations have the grid of their image.
 """
 
-from __future__ import annotations
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-import argparse
+from dints.data.tasks import TASKS
+from dints.options import Settings, number, option, parse, with_defaults
+from dints.settings import CompilingMachineSettings, DataSettings, WindowSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSettings(Settings):
+    """Input."""
+
+    checkpoint: tuple[Path, ...] = option(
+        "best_metric_model.pth of train_dints.py; of several, as of all folds, class probabilities "
+        "are averaged",
+        common=True,
+        type=Path,
+        nargs="+",
+    )
+    input: tuple[Path, ...] = option(
+        "images, or folders of images or DICOM series, to segment",
+        common=True,
+        default=(),
+        type=Path,
+        nargs="+",
+    )
+    allow_training_cases: bool = option(
+        "segment and score also cases that the model was trained on, and mark them in scores.csv",
+        default=False,
+    )
+    tta: bool = option(
+        "average over flips of the volume along the axes that the model was trained to flip: 2 to "
+        "8 times as long",
+        default=False,
+    )
+    postprocessing: Path | None = option(
+        "postprocessing.json that FOLD=each train_dints.sh writes: which components are removed "
+        "(default: none)",
+        default=None,
+        type=Path,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings(Settings):
+    """Output."""
+
+    output_root: Path = option(
+        "folder for everything that is written",
+        common=True,
+        default=Path("segmentations"),
+        type=Path,
+    )
+    save_probabilities: bool = option(
+        "write each class's probability too, OUTPUT_ROOT/probabilities/<case>, in steps of 1/255",
+        default=False,
+    )
+    save_uncertainty: bool = option(
+        "write where the network is in doubt, OUTPUT_ROOT/uncertainty/<case>: entropy, 1 where all "
+        "classes are equally probable",
+        default=False,
+    )
+    report: bool = option(
+        "write OUTPUT_ROOT/report.html: scores, volumes, pictures of cases, the model; it needs "
+        "nothing beside it",
+        common=True,
+        default=False,
+    )
+    describe: bool = option(
+        "print what the model is as JSON, and segment nothing unless asked to", default=False
+    )
+    export: tuple[str, ...] = option(
+        "do not segment, but write the network to OUTPUT_ROOT as onnx, exported_program (PyTorch's) "
+        "or bundle (MONAI's), or several; each is checked on the first image, on the CPU in fp32",
+        default=(),
+        nargs="+",
+        choices=("onnx", "exported_program", "bundle"),
+        metavar="KIND",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignSettings(Settings):
+    """Weights of MONAI's DiNTS.
+
+    --checkpoint is a state dict; these, --spacing, --intensity_range, --patch_size, and --json or
+    --root say what it is of.
+    """
+
+    arch_ckpt: Path | None = option(
+        "architecture of weights that come alone: an arch file, NumPy arrays too",
+        default=None,
+        type=Path,
+    )
+    msd_task: str | None = option(
+        "their task, of the Decathlon, in place of --json",
+        default=None,
+        choices=tuple(TASKS),
+        metavar="TASK",
+    )
+    channel_mul: float | None = option(
+        "times 32, 64, ... channels (default: 1)", default=None, type=number(float, 1 / 32)
+    )
+    use_downsample: str | None = option(
+        "they halve the image first (default: as ARCH_CKPT says, else yes)",
+        default=None,
+        choices=("yes", "no"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferSettings(Settings):
+    """What infer_dints.py goes by."""
+
+    input: InputSettings
+    data: with_defaults(DataSettings, root=None, fold=None)
+    output: OutputSettings
+    foreign: ForeignSettings
+    window: with_defaults(WindowSettings, overlap_ratio=None)
+    machine: CompilingMachineSettings
+
+    def complaints(self) -> Iterable[str]:
+        data, foreign, has_input = self.data, self.foreign, bool(self.input.input)
+        if (has_input and data.root) or not (has_input or data.root or self.output.describe):
+            yield (
+                "give either --input (images to segment) or --root (a dataset whose fold is "
+                "segmented and scored)"
+            )
+        names = {"msd_task": foreign, "channel_mul": foreign, "use_downsample": foreign}
+        names |= {"spacing": data, "intensity_range": data, "patch_size": data}
+        given = [f"--{name}" for name, group in names.items() if getattr(group, name) is not None]
+        if foreign.arch_ckpt is None and given:
+            yield f"{', '.join(given)}: only with --arch_ckpt, a model file has its own"
+        if foreign.arch_ckpt is not None and not (foreign.msd_task or data.json or data.root):
+            yield "--arch_ckpt needs --msd_task, --json or --root, which name channels and classes"
+        if self.output.export and (len(self.input.checkpoint) > 1 or self.input.tta):
+            yield "--export writes one network as it is: give one --checkpoint, and no --tta"
+
+
+def parse_args(argv: list[str] | None = None) -> InferSettings:
+    settings = parse(InferSettings, __doc__, argv)
+    if not settings.output.export:
+        return settings
+    machine = replace(settings.machine, device="cpu", precision="fp32", compile="off")
+    return replace(settings, machine=machine)
+
+
+if __name__ == "__main__":  # before the imports below take seconds
+    SETTINGS = parse_args()
+
 import csv
-import dataclasses
 import io
 import json
 import logging
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from dints import __version__, data, evaluation, exports, files, inference, network, options, report, running, training
-from dints.data.tasks import TASKS
+from dints import __version__, files
+from dints.data.cases import Case, read_image, read_label
+from dints.data.fingerprint import overridden
+from dints.data.formats import read_task
+from dints.data.leniency import Leniency
+from dints.data.listing import ENDING, ListedCase
+from dints.data.nifti import Header, read_header, save_map, save_segmentation
+from dints.data.plausibility import doubts
+from dints.data.tasks import Task
 from dints.errors import PartlyDone, UserError, exit_on_user_error
-
-if TYPE_CHECKING:  # PyTorch is imported with the first module that is used, after the command line is read
-    from dints.data.cases import Case
-    from dints.data.leniency import Leniency
-    from dints.data.listing import ListedCase
-    from dints.data.nifti import Header
-    from dints.data.tasks import Task
-    from dints.evaluation.postprocessing import Postprocessing
-    from dints.inference.decision import Decision
-    from dints.inference.predictor import Predictor
-    from dints.inference.records import Records
-    from dints.inference.selection import Selection
-    from dints.network.model_file import Model
-    from dints.running.processes import Processes
-    from dints.training.validation import Scores
+from dints.evaluation import postprocessing
+from dints.evaluation.postprocessing import Postprocessing
+from dints.exports.checked import export
+from dints.inference import selection
+from dints.inference.card import card
+from dints.inference.decision import MAPS, UNITS, Decision
+from dints.inference.predictor import Predictor
+from dints.inference.records import Records, check_name, map_path, precision_of_earlier
+from dints.inference.selection import Selection
+from dints.network.architecture import load_architecture
+from dints.network.model_file import Model, load_model, model_of_weights
+from dints.report import page
+from dints.running.precision import choose_precision
+from dints.running.processes import Processes, started
+from dints.running.run_folder import opened
+from dints.training.validation import Overlaps, Scores
 
 log = logging.getLogger("infer")
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = options.parser(__doc__)
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="best_metric_model.pth of train_dints.py; of several, as of all folds, class probabilities are averaged",
-    )
-    parser.add_argument("--input", type=Path, nargs="+", help="images, or folders of images, to segment")
-    options.add_data(parser, required=False)
-    parser.set_defaults(fold=None)
-    add_foreign(parser)
-    parser.add_argument(
-        "--allow_training_cases",
-        action="store_true",
-        help="segment and score also cases that the model was trained on, and mark them in scores.csv",
-    )
-    options.add_window(parser, overlap_ratio=None)
-    parser.add_argument(
-        "--tta",
-        action="store_true",
-        help="average over flips of the volume along the axes that the model was trained to flip: 2 to 8 times as long",
-    )
-    parser.add_argument(
-        "--postprocessing",
-        type=Path,
-        help="postprocessing.json that FOLD=each train_dints.sh writes: which components are removed (default: none)",
-    )
-    add_written(parser)
-    options.add_machine(parser)
-    args = parser.parse_args(argv)
-    complaints = [*options.data_complaints(args), *complaints_of(args)]
-    if complaints:
-        parser.error("; ".join(complaints))
-    if args.export:
-        args.device, args.precision, args.compile = "cpu", "fp32", "off"
-    return args
-
-
-def add_written(parser: argparse.ArgumentParser) -> None:
-    """Add what is written and printed."""
-    add = parser.add_argument_group("what is written").add_argument
-    add("--output_root", type=Path, default=Path("segmentations"), help="folder for what is written")
-    add(
-        "--save_probabilities",
-        action="store_true",
-        help="write each class's probability too, OUTPUT_ROOT/probabilities/<case>, in steps of 1/255",
-    )
-    add(
-        "--save_uncertainty",
-        action="store_true",
-        help="write where the network is in doubt, OUTPUT_ROOT/uncertainty/<case>: entropy, 1 where all classes are "
-        "equally probable",
-    )
-    add(
-        "--report",
-        action="store_true",
-        help="write OUTPUT_ROOT/report.html: scores, volumes, pictures of cases, the model; it needs nothing beside it",
-    )
-    add("--describe", action="store_true", help="print what the model is as JSON, and segment nothing unless asked to")
-    add(
-        "--export",
-        nargs="+",
-        choices=("onnx", "exported_program", "bundle"),
-        metavar="KIND",
-        help="do not segment, but write the network to OUTPUT_ROOT as onnx, exported_program (PyTorch's) or bundle "
-        "(MONAI's), or several; each is checked on the first image, on the CPU in fp32",
-    )
-
-
-def add_foreign(parser: argparse.ArgumentParser) -> None:
-    """Add what a model file knows, for weights that come without one."""
-    group = parser.add_argument_group(
-        "weights of MONAI's DiNTS, as the tutorial and the model zoo have them",
-        "--checkpoint is a state dict; these, the options of preprocessing, and --json or --root say what it is of",
-    )
-    add = group.add_argument
-    add("--arch_ckpt", type=Path, help="its architecture: an arch file, NumPy arrays too")
-    add("--msd_task", choices=tuple(TASKS), metavar="TASK", help="its task, of the Decathlon, in place of --json")
-    add("--channel_mul", type=options.number(float, 1 / 32), help="times 32, 64, ... channels (default: 1)")
-    add(
-        "--use_downsample",
-        choices=("yes", "no"),
-        help="it halves the image first (default: as ARCH_CKPT says, else yes)",
-    )
-    options.add_preprocessing(parser)
-
-
-def complaints_of(args: argparse.Namespace) -> list[str]:
-    """List what is wrong with the options taken together."""
-    found = []
-    count = sum(given is not None for given in (args.input, args.root))
-    if count > 1 or (count == 0 and not args.describe):
-        found.append("give either --input (images to segment) or --root (a dataset whose fold is segmented and scored)")
-    names = ("msd_task", "channel_mul", "use_downsample", "spacing", "intensity_range", "patch_size")
-    given = [f"--{name}" for name in names if getattr(args, name) is not None]
-    if args.arch_ckpt is None and given:
-        found.append(f"{', '.join(given)}: only with --arch_ckpt, a model file has its own")
-    if args.arch_ckpt is not None and not (args.msd_task or args.json or args.root):
-        found.append("--arch_ckpt needs --msd_task, --json or --root, which name channels and classes")
-    if args.export and (len(args.checkpoint) > 1 or args.tta):
-        found.append("--export writes one network as it is: give one --checkpoint, and no --tta")
-    return found
 
 
 def main(args: argparse.Namespace) -> None:

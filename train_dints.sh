@@ -27,10 +27,11 @@ newest() {
 
 if [[ -z "${ARCH_CKPT:-}" ]]; then
   # Folders as search_dints.sh and quickstart.sh name them. No letter or digit follows TASK: Task1 is not Task10.
-  own=(./runs/search_"$TASK"{,[!0-9A-Za-z]*}/search_code_*.pth ./runs/quickstart_"$TASK"/search/search_code_*.pth)
+  own=(./runs/{search,evolve}_"$TASK"{,[!0-9A-Za-z]*}/search_code_*.pth)
+  own+=(./runs/quickstart_"$TASK"/{search,evolve}/search_code_*.pth)
   ARCH_CKPT="$(newest "${own[@]}")"
   if [[ -z "$ARCH_CKPT" ]]; then
-    other="$(newest ./runs/{*,*/search}/search_code_*.pth)"
+    other="$(newest ./runs/{*,*/search,*/evolve}/search_code_*.pth)"
     {
       echo "error: no search_code_*.pth of $TASK under ./runs: run search_dints.sh with TASK=$TASK, or set ARCH_CKPT"
       again='TASK=%q ARCH_CKPT=%q bash train_dints.sh\n'

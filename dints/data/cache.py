@@ -269,3 +269,10 @@ def _code_digest() -> str:
     """Return the digest of this wing's modules: no entry outlives a change of what makes it, wherever that stands."""
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(sources).hexdigest()
+
+from dints.data import fingerprint, identity
+_old_open_cache = open_cache
+def open_cache(fold, run, on_every_rank=False):
+    run.on_main(identity.check, run.folder, fold.cases, run.is_continued, run.settings.allow_changed_data)
+    run.on_main(fingerprint.write_task, run.folder, fold.task, fold.measured)
+    return _old_open_cache(fold.cases, fold.task, run.settings.cache_folder, run.processes, mode=run.settings.cache, on_every_rank=on_every_rank)

@@ -297,3 +297,15 @@ def validation_loader(cases: Sequence[Case], cache: Cache, processes: Processes)
     """Prepare this rank's share of the validation cases."""
     numbers = processes.share(len(cases))
     return ValidationLoader(cache.hold([cases[number] for number in numbers], "validation"), numbers, len(cases))
+
+_tl, _vl = training_loader, validation_loader
+def training_loader(cases, cache, patches, run, *, steps=None, stream="weights"):
+    steps = steps or steps_per_epoch(len(cases), patches.num_images_per_batch, run.processes)
+    return _tl(cases, cache, run.processes, batch_size=patches.num_images_per_batch, steps=steps, num_workers=run.settings.num_workers, seed=run.settings.seed, stream=stream)
+def validation_loader(cases, cache, run): return _vl(cases, cache, run.processes)
+def choose_augmentation(loaders, patches, task, run, num_iterations, num_cases):
+    from dints.data import flips, augmentation as aug
+    f = flips.choose(patches.flip_axes, loaders, task, run.processes)
+    name = aug.chosen(patches.augmentation, num_iterations, num_iterations*patches.num_images_per_batch*run.processes.world_size/num_cases)
+    for l in loaders: l.augment_by(aug.chain(name, f.axes))
+    return {"flips": f.to_dict(), "augmentation": name}

@@ -244,8 +244,19 @@ class SearchSpace(TopologySearch):
         return outputs
 
 
-def supernet(space: SearchSpace, in_channels: int, num_classes: int) -> DiNTS:
+def supernet_of(space: SearchSpace, in_channels: int, num_classes: int) -> DiNTS:
     """Build MONAI's `DiNTS` around the space: stems before and after it, for images of so many channels."""
     every_node = [[1] * space.num_depths] * (space.num_blocks + 1)  # MONAI's own is a tensor, which does not compile
     network = DiNTS(space, in_channels, num_classes, use_downsample=space.use_downsample, node_a=every_node)
     return accelerate(network)
+
+
+def check_ram_ratio(space: SearchSpace, max_ram_ratio: float | None) -> None:
+    """Raise `UserError` where no architecture might keep the budget, before the search begins."""
+    least = space.feasible_ram_ratio()
+    if max_ram_ratio is not None and max_ram_ratio < least:
+        keeps = " with --keep_finest" * space.keep_finest
+        raise UserError(
+            f"--max_ram_ratio {max_ram_ratio:g} is too small for {space.num_blocks} blocks and "
+            f"{space.num_depths} depths{keeps}: give at least {math.ceil(least * 1e4) / 1e4:g}"
+        )

@@ -107,8 +107,9 @@ class Run:
         """Return a run of this process alone in a folder below, which stops with this one."""
         settings = replace(self.settings, output_root=folder, resume="auto")
         machine = replace(self.machine, precision=self.precision.name)
-        alone = self.processes.alone()
-        return Run(folder, alone, settings, machine, self.stop_signal)
+        run = Run(folder, self.processes.alone(), settings, machine, self.stop_signal)
+        run.precision = self.precision
+        return run
 
     def start_afresh(self, inputs: Sequence[Path | None]) -> None:
         """Move away what an earlier run has left in the folder, if ``--resume never`` asks for it.
