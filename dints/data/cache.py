@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,14 +22,16 @@ import torch
 from tqdm import tqdm
 
 from dints import files
-from dints.data.cases import Case, Prepared, prepare, read_image, read_label
+from dints.data.cases import Prepared, prepare, read_image, read_label, resampling_of
 from dints.data.crops import CropMasks
-from dints.data.identity import digest
-from dints.data.leniency import Leniency
+from dints.data.dataset import Fold
+from dints.data.fingerprint import write_task
+from dints.data.identity import check_identity, digest
+from dints.data.listing import Case
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.running import machine
-from dints.running.processes import Processes
+from dints.running.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,6 @@ class Cache:
     mode: str
     folder: Path
     task: Task
-    leniency: Leniency
     num_threads: int
 
     def hold(self, cases: Sequence[Case], what: str) -> Sequence[Prepared]:
@@ -67,7 +69,7 @@ class Cache:
         if self.mode == "disk":
             return CasesOnDisk(self._for_each(self._store, cases, what))
         self._for_each(self._check, cases, what)
-        return CasesMadeAnew(cases, self._prepare)
+        return CasesFromFiles(cases, self._prepare)
 
     def _for_each(self, function: Callable, cases: Sequence[Case], what: str) -> list:
         if not cases:
@@ -78,11 +80,11 @@ class Cache:
             return list(tqdm(pool.imap(function, cases), what, len(cases), unit="case", leave=False, disable=silent))
 
     def _prepare(self, case: Case) -> Prepared:
-        return prepare(case, self.task, self.leniency)
+        return prepare(case, self.task)
 
     def _check(self, case: Case) -> None:
-        read_image(case.images, self.leniency)
-        read_label(case.label, self.task)
+        read_image(case)
+        read_label(case.label_header, self.task)
 
     def _store(self, case: Case) -> Path:
         """Return the entry of a case, written unless it is there; one process writes it, the others wait."""
@@ -104,8 +106,8 @@ class Cache:
         The headers count as they were read: a file that changed since makes an entry that no later run takes.
         """
         facts = [self.task.spacing, self.task.intensity, self.task.num_channels, self.task.num_classes]
-        facts += [header.nifti.binaryblock for header in (*case.images, case.label)]
-        facts += [astuple(self.leniency), _code_digest(), [self._digest(path) for path in case.files]]
+        facts += [header.nifti.binaryblock for header in (*case.headers, case.label_header)]
+        facts += [astuple(case.options), _code_digest(), [self._digest(path) for path in case.files]]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
     def _digest(self, path: str) -> str:
@@ -120,33 +122,28 @@ class Cache:
         return found[-1]
 
 
-def open_cache(
-    cases: Sequence[Case],
-    task: Task,
-    folder: Path,
-    processes: Processes,
-    *,
-    mode: str = "auto",
-    leniency: Leniency = Leniency(),
-    on_every_rank: bool = False,
-) -> Cache:
-    """Choose where the cases of a run are kept, and say how much memory that takes and how much there is.
+def open_cache(fold: Fold, run: Run, on_every_rank: bool = False) -> Cache:
+    """Check that a resumed run learns from the same files, and choose where its prepared cases are kept.
+
+    Says how much memory that takes and how much there is, and writes the task into the run folder.
 
     Args:
-        cases: of all ranks, for training and validation.
-        folder: for ``disk``.
-        mode: ``ram``, ``disk``, ``none``, or ``auto``, which chooses.
-        on_every_rank: each rank will hold all of them, and not its share.
+        on_every_rank: each rank will hold all of the cases, and not its share.
 
     Raises:
-        UserError: what ``mode`` asks for does not fit.
+        UserError: a file was replaced, or the cache that ``--cache`` asks for does not fit.
     """
-    voxels = [max(int(np.prod(case.shape)), int(np.prod(case.resampling(task).shape))) for case in cases]
+    settings, processes, task = run.settings, run.processes, fold.task
+    run.on_main(check_identity, run.folder, fold.cases, run.is_continued, settings.allow_changed_data)
+    run.on_main(write_task, run.folder, task, fold.measured)
+    grids = [(case.shape, resampling_of(case, task).shape) for case in fold.cases]
+    voxels = [max(math.prod(shape) for shape in shapes) for shapes in grids]
     needed = int(sum(voxels) * (2 * task.num_channels + 1 + task.num_classes / 8))
     needed = needed * (processes.world_size if on_every_rank else 1) // processes.num_nodes
-    mode = processes.on_main(_choose_mode, mode, len(cases), needed, folder.absolute(), processes.num_nodes)
+    folder = settings.cache_folder.absolute()
+    mode = run.on_main(_choose_mode, settings.cache, len(voxels), needed, folder, processes.num_nodes)
     at_once = max(1, WORKING_MEMORY // (max(voxels, default=1) * task.num_channels * WORKING_BYTES))
-    return Cache(mode, folder.absolute(), task, leniency, min(machine.cores_per_process(), at_once))
+    return Cache(mode, folder, task, min(machine.cores_per_process(), at_once))
 
 
 def _choose_mode(mode: str, num_cases: int, needed: int, folder: Path, num_nodes: int) -> str:
@@ -203,7 +200,7 @@ class CasesOnDisk(Sequence):
         return _map_entry(self.entries[index])
 
 
-class CasesMadeAnew(Sequence):
+class CasesFromFiles(Sequence):
     """Cases that are prepared each time that they are asked for."""
 
     def __init__(self, cases: Sequence[Case], prepare_case: Callable[[Case], Prepared]):
@@ -269,10 +266,3 @@ def _code_digest() -> str:
     """Return the digest of this wing's modules: no entry outlives a change of what makes it, wherever that stands."""
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(sources).hexdigest()
-
-from dints.data import fingerprint, identity
-_old_open_cache = open_cache
-def open_cache(fold, run, on_every_rank=False):
-    run.on_main(identity.check, run.folder, fold.cases, run.is_continued, run.settings.allow_changed_data)
-    run.on_main(fingerprint.write_task, run.folder, fold.task, fold.measured)
-    return _old_open_cache(fold.cases, fold.task, run.settings.cache_folder, run.processes, mode=run.settings.cache, on_every_rank=on_every_rank)

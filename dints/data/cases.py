@@ -11,9 +11,8 @@ import torch
 
 from dints.data.crops import CropMasks, crop_masks
 from dints.data.grid import Resampling, in_c_order
-from dints.data.leniency import Leniency
-from dints.data.listing import ListedCase
-from dints.data.nifti import Header, read_header, read_voxels
+from dints.data.listing import Case, ReadOptions
+from dints.data.nifti import Header, read_voxels
 from dints.data.tasks import MAX_CLASSES, Task
 from dints.errors import UserError
 from dints.running.machine import threads
@@ -22,38 +21,6 @@ log = logging.getLogger(__name__)
 
 AFFINE_TOLERANCE = 1e-3  # by which a label's affine may differ from its image's, an entry
 MAX_GRID = 1 << 31  # voxels of a case on the task's grid; a whole body at 1 mm has a quarter of them
-
-
-@dataclass(frozen=True)
-class Case:
-    """A volume to learn from or to segment, its headers read.
-
-    Attributes:
-        name: as in `ListedCase`.
-        images: one file that holds all channels, or one file a channel, in order.
-        label: None where there is none.
-    """
-
-    name: str
-    images: tuple[Header, ...]
-    label: Header | None = None
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Paths of the images, then of the label where there is one."""
-        return tuple(header.path for header in (*self.images, *([] if self.label is None else [self.label])))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.images[0].shape
-
-    @property
-    def num_channels(self) -> int:
-        return sum(image.num_channels for image in self.images)
-
-    def resampling(self, task: Task) -> Resampling:
-        """Return the way from the files' voxels to the task's grid."""
-        return Resampling(self.shape, self.images[0].affine, task.spacing)
 
 
 @dataclass(frozen=True)
@@ -73,77 +40,63 @@ class Prepared:
     centres: np.ndarray
 
 
-def open_cases(listed: Sequence[ListedCase], task: Task, leniency: Leniency) -> list[Case]:
-    """Read the headers of all cases at the same time, each of them once for the whole run.
+def resampling_of(case: Case, task: Task) -> Resampling:
+    """Return the way from the files' voxels to the task's grid."""
+    return Resampling(case.shape, case.affine, task.spacing)
+
+
+def check_cases(cases: Sequence[Case], task: Task) -> None:
+    """Read all headers, and hold each case's against each other and against the task.
 
     Raises:
-        UserError: some cases cannot be trained on; they are counted, and the first one's fault is told.
+        UserError: some cases cannot be trained on; they are counted, and the first one's fault is named.
     """
-    results = try_to_open(listed, task, leniency)
-    _raise_first([result for result in results if isinstance(result, UserError)], len(listed))
-    return results
-
-
-def try_to_open(
-    listed: Sequence[ListedCase], task: Task, leniency: Leniency, check: Callable[[Case], None] = lambda case: None
-) -> list[Case | UserError]:
-    """Do as `open_cases`, and return for each case that cannot be used what is wrong with it.
-
-    Args:
-        check: raises `UserError` for a case that the caller cannot use, before the task is looked at.
-    """
-
-    def attempt(case: ListedCase) -> Case | UserError:
-        try:
-            opened = open_case(case)
-            check(opened)
-            check_case(opened, task, leniency)
-            return opened
-        except UserError as error:
-            return error
-
-    with threads(8) as pool:  # they wait for the disk more than they compute
-        return pool.map(attempt, listed)
-
-
-def open_case(listed: ListedCase) -> Case:
-    """Read the headers of a case's files, each one readable by itself."""
-    images = tuple(read_header(path) for path in listed.images)
-    return Case(listed.name, images, None if listed.label is None else read_header(listed.label))
-
-
-def check_cases(cases: Sequence[Case], task: Task, leniency: Leniency) -> None:
-    """Raise `UserError` as `open_cases`, for cases that are open already."""
-    faults = [next(case_faults(case, task, leniency), None) for case in cases]
-    _raise_first([UserError(fault) for fault in faults if fault is not None], len(cases))
-
-
-def check_case(case: Case, task: Task, leniency: Leniency) -> None:
-    """Raise the first of `case_faults` as a `UserError`."""
-    for fault in case_faults(case, task, leniency):
-        raise UserError(fault)
-
-
-def _raise_first(faults: Sequence[UserError], num_cases: int) -> None:
+    faults = [fault for fault in first_faults(cases, task) if fault is not None]
     if len(faults) > 1:
         raise UserError(
-            f"{len(faults)} of {num_cases} cases cannot be used (search_dints.py --check lists them), for example "
+            f"{len(faults)} of {len(cases)} cases cannot be used (search_dints.py --check lists them), for example "
             f"{faults[0]}"
         )
     for fault in faults:
         raise fault
 
 
-def case_faults(case: Case, task: Task, leniency: Leniency) -> Iterator[str]:
+def first_faults(
+    cases: Sequence[Case], task: Task, check: Callable[[Case], None] = lambda case: None
+) -> list[UserError | None]:
+    """Return for each case its first fault, of which `check_cases` would tell; None where it can be used.
+
+    Args:
+        check: raises `UserError` for a case that the caller cannot use, before the task is looked at.
+    """
+
+    def attempt(case: Case) -> UserError | None:
+        try:
+            check(case)
+            check_case(case, task)
+        except UserError as error:
+            return error
+
+    with threads(8) as pool:  # they wait for the disk more than they compute
+        return pool.map(attempt, cases)
+
+
+def check_case(case: Case, task: Task) -> None:
+    """Raise the first of `case_faults` as a `UserError`."""
+    for fault in case_faults(case, task):
+        raise UserError(fault)
+
+
+def case_faults(case: Case, task: Task) -> Iterator[str]:
     """Yield what a case's headers say against training on it."""
-    first = case.images[0]
+    first, label = case.headers[0], case.label_header
     if case.num_channels != task.num_channels:
         yield (
             f"{first.path} has {case.num_channels} channel{'' if case.num_channels == 1 else 's'} of shape "
             f"{first.shape}; {task.name} has {task.num_channels}: mend or remove the case, or the channels in "
             "dataset.json"
         )
-    grid = case.resampling(task).shape
+    grid = resampling_of(case, task).shape
     if np.prod(grid, dtype=object) > MAX_GRID or max(grid) == 1 < max(first.shape):
         yield (
             f"{first.path} would become {' x '.join(map(str, grid))} voxels at a spacing of "
@@ -151,46 +104,47 @@ def case_faults(case: Case, task: Task, leniency: Leniency) -> Iterator[str]:
             f"{' x '.join(f'{size:.4g}' for size in first.spacing)} mm: mend its header, give another --spacing, or "
             "remove the case"
         )
-    for other in [*case.images[1:], *([] if case.label is None else [case.label])]:
+    for other in [*case.headers[1:], *([] if label is None else [label])]:
         if other.shape != first.shape:
             yield (
                 f"{other.path} has shape {other.shape}, but its image {first.path} has {first.shape}: "
                 "mend or remove the case"
             )
-        elif not leniency.trust_shapes and np.abs(other.affine - first.affine).max() > AFFINE_TOLERANCE:
+        elif not case.options.trust_shapes and np.abs(other.affine - first.affine).max() > AFFINE_TOLERANCE:
             yield (
                 f"{other.path} lies elsewhere than its image {first.path} (their affines differ by up to "
                 f"{np.abs(other.affine - first.affine).max():.3g}): mend or remove the case, or give --trust_shapes to "
                 "take the image's place for both"
             )
-    if case.label is not None and case.label.num_channels != 1:
-        yield (f"{case.label.path} has {case.label.num_channels} channels, and a label has 1: mend or remove the case")
+    if label is not None and label.num_channels != 1:
+        yield (f"{label.path} has {label.num_channels} channels, and a label has 1: mend or remove the case")
 
 
-def read_image(images: Sequence[Header], leniency: Leniency) -> tuple[np.ndarray, int]:
-    """Read the voxels (channels, x, y, z) of a case's image files as they hold them; tell how many were replaced.
+def read_image(case: Case) -> tuple[np.ndarray, int]:
+    """Read the voxels (channels, x, y, z) of a case's image files as they hold them; count those that were replaced.
 
     Raises:
         UserError: a file is damaged, or has voxels that are not finite.
     """
-    files, replaced = [], 0
-    for header in images:
-        voxels = read_voxels(header)
-        if voxels.dtype.kind == "f":
-            with np.errstate(over="ignore"):
-                voxels = voxels.astype(np.float32, copy=False)
-            bad = ~np.isfinite(voxels)
-            count = int(bad.sum())
-            if count and leniency.replace_nonfinite is None:
-                raise UserError(
-                    f"{header.path} has {count} NaN or infinite voxels: mend or remove the case, or give "
-                    "--replace_nonfinite VALUE"
-                )
-            if count:
-                voxels = np.where(bad, np.float32(leniency.replace_nonfinite), voxels)
-                replaced += count
-        files.append(voxels)
-    return files[0] if len(files) == 1 else np.concatenate(files), replaced
+    files, counts = zip(*(read_image_file(header, case.options) for header in case.headers), strict=True)
+    return files[0] if len(files) == 1 else np.concatenate(files), sum(counts)
+
+
+def read_image_file(header: Header, options: ReadOptions) -> tuple[np.ndarray, int]:
+    """Read one image file as `read_image`."""
+    voxels = read_voxels(header)
+    if voxels.dtype.kind != "f":
+        return voxels, 0
+    with np.errstate(over="ignore"):
+        voxels = voxels.astype(np.float32, copy=False)
+    bad = ~np.isfinite(voxels)
+    count = int(bad.sum())
+    if count and options.replace_nonfinite is None:
+        raise UserError(
+            f"{header.path} has {count} NaN or infinite voxels: mend or remove the case, or give "
+            "--replace_nonfinite VALUE"
+        )
+    return np.where(bad, np.float32(options.replace_nonfinite), voxels) if count else voxels, count
 
 
 def read_label(header: Header, task: Task) -> np.ndarray:
@@ -240,19 +194,20 @@ def normalise(image: np.ndarray, task: Task) -> np.ndarray:
     return image
 
 
-def prepare(case: Case, task: Task, leniency: Leniency) -> Prepared:
+def prepare(case: Case, task: Task) -> Prepared:
     """Read and preprocess a case with a label.
 
     Raises:
         UserError: a file is damaged, or its voxels cannot be learned from.
     """
-    resampling = case.resampling(task)
-    voxels, replaced = read_image(case.images, leniency)
+    resampling = resampling_of(case, task)
+    voxels, replaced = read_image(case)
     if replaced:
-        log.warning("%s: %d NaN or infinite voxels become %g", case.name, replaced, leniency.replace_nonfinite)
+        log.warning("%s: %d NaN or infinite voxels become %g", case.name, replaced, case.options.replace_nonfinite)
     image = in_c_order(preprocess_image(voxels, resampling, task), torch.float16)
     del voxels
-    label = in_c_order(resampling.apply(read_label(case.label, task)[None], nearest=True), torch.uint8)[0]
+    label = resampling.apply(read_label(case.label_header, task)[None], nearest=True)
+    label = in_c_order(label, torch.uint8)[0]
     return Prepared(image, label, crop_masks(label, task.num_classes), class_centres(label, task.num_classes))
 
 

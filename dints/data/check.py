@@ -7,23 +7,22 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from dints.data.cases import Case, case_faults, read_image, read_label
+from dints.data.cases import case_faults, read_image_file, read_label, resampling_of
+from dints.data.dataset import overridden
 from dints.data.formats import read_dataset
 from dints.data.grid import Resampling
-from dints.data.leniency import Leniency
-from dints.data.listing import ListedCase, split_fold
+from dints.data.listing import Case, ReadOptions, split_fold
 from dints.data.nifti import Header, read_header
-from dints.data.opening import overridden
 from dints.data.tasks import TASKS, Task
 from dints.errors import UserError
 from dints.running.machine import cores_per_process, threads
 from dints.running.processes import start_logging
+from dints.settings import DataSettings
 
 AT_ONCE = 4  # cases in memory, however many cores there are
 FAR = 5  # times the median, or a fifth of it, is unusual
@@ -57,38 +56,26 @@ class Report:
             return None
 
 
-def check(
-    root: str | Path,
-    description: str | Path | None = None,
-    key: str = "training",
-    *,
-    fold: int | str = 0,
-    num_folds: int = 5,
-    allow_outside_root: bool = False,
-    leniency: Leniency = Leniency(),
-    **overrides: Sequence[float] | None,
-) -> None:
+def check(settings: DataSettings) -> None:
     """Print what is in a dataset and what is wrong with it.
-
-    Args:
-        fold, num_folds: of the training that is planned.
-        root, description, key, allow_outside_root, leniency, overrides: as for `open_dataset`.
 
     Raises:
         UserError: a training on it would be refused or wrong.
     """
     start_logging()
-    task, cases = read_dataset(root, description, key, allow_outside_root)
-    num_folds = min(num_folds, len(cases)) if fold != "all" else 1
+    task, cases = read_dataset(settings.root, settings.json, settings.json_key)
+    options = ReadOptions(settings.trust_shapes, settings.replace_nonfinite)
+    cases = [replace(case, options=options) for case in cases]
+    num_folds = min(settings.num_folds, len(cases)) if settings.fold != "all" else 1
     folds = [number for number in range(num_folds) for _ in split_fold(cases, num_folds, number)[1]]
-    text, is_good = check_dataset(cases, folds, overridden(task, **overrides), leniency, cores_per_process())
+    text, is_good = check_dataset(cases, folds, overridden(task, settings), cores_per_process())
     print(text, flush=True)
     if not is_good:
-        raise UserError(f"{root} is not fit for training: mend what is listed above")
+        raise UserError(f"{settings.root} is not fit for training: correct the faults that are listed above")
 
 
 def check_dataset(
-    cases: Sequence[ListedCase], folds: Sequence[int], task: Task, leniency: Leniency, num_threads: int
+    cases: Sequence[Case], folds: Sequence[int], task: Task, num_threads: int
 ) -> tuple[str, bool]:
     """Read every case, and tell what is wrong with which and what they are like.
 
@@ -99,23 +86,23 @@ def check_dataset(
         the findings and the summary, for people; whether a training would go right.
     """
     with threads(min(num_threads, AT_ONCE)) as pool:
-        judged = pool.imap(lambda case: judge_case(case, task, leniency), cases)
+        judged = pool.imap(lambda case: judge_case(case, task), cases)
         reports = list(tqdm(judged, "checking", len(cases), unit="case", leave=False, disable=None))
     _compare_voxels(cases, folds, reports)
     whole = _judge_whole(reports, task)
-    _compare_grids(cases, reports, whole, task, leniency)
+    _compare_grids(cases, reports, whole, task)
     text = "\n".join([*_findings(cases, reports, whole), *_summary(reports, task)])
     return text, not (whole.errors or any(report.errors for report in reports))
 
 
-def judge_case(case: ListedCase, task: Task, leniency: Leniency) -> Report:
+def judge_case(case: Case, task: Task) -> Report:
     """Find all faults of one case: a file is judged though another one of the case is damaged."""
     report = Report()
     images = [report.attempt(read_header, path) for path in case.images]
     label = report.attempt(read_header, case.label)
     if label is not None and None not in images:
-        _judge_headers(Case(case.name, tuple(images), label), task, leniency, report)
-    digests = [_judge_image(image, leniency, report) for image in images if image is not None]
+        _judge_headers(case, task, report)
+    digests = [_judge_image(image, case.options, report) for image in images if image is not None]
     if label is not None and label.num_channels == 1:
         _judge_label(label, task, report)
     if len(digests) == len(images) and None not in digests:
@@ -123,16 +110,17 @@ def judge_case(case: ListedCase, task: Task, leniency: Leniency) -> Report:
     return report
 
 
-def _judge_headers(case: Case, task: Task, leniency: Leniency, report: Report) -> None:
+def _judge_headers(case: Case, task: Task, report: Report) -> None:
     report.case = case
-    report.errors += case_faults(case, task, leniency)
-    strict = case_faults(case, task, replace(leniency, trust_shapes=False))
+    report.errors += case_faults(case, task)
+    options = replace(case.options, trust_shapes=False)
+    strict = case_faults(replace(case, options=options), task)
     report.warnings += [fault for fault in strict if fault not in report.errors]
 
 
-def _judge_image(header: Header, leniency: Leniency, report: Report) -> str | None:
+def _judge_image(header: Header, options: ReadOptions, report: Report) -> str | None:
     """Read and judge one file's voxels; return their digest."""
-    image = report.attempt(read_image, [header], leniency)
+    image = report.attempt(read_image_file, header, options)
     if image is None:
         return None
     voxels, replaced = image
@@ -161,7 +149,7 @@ def _judge_label(header: Header, task: Task, report: Report) -> None:
         report.warnings.append(f"{header.path} has no foreground: look at the label")
 
 
-def _compare_voxels(cases: Sequence[ListedCase], folds: Sequence[int], reports: Sequence[Report]) -> None:
+def _compare_voxels(cases: Sequence[Case], folds: Sequence[int], reports: Sequence[Report]) -> None:
     """Tell cases with the same voxels: an error across folds, where one is validated on what it is trained on."""
     first: dict[str, int] = {}
     for number, report in enumerate(reports):
@@ -179,7 +167,7 @@ def _compare_voxels(cases: Sequence[ListedCase], folds: Sequence[int], reports: 
 
 
 def _compare_grids(
-    cases: Sequence[ListedCase], reports: Sequence[Report], whole: Report, task: Task, leniency: Leniency
+    cases: Sequence[Case], reports: Sequence[Report], whole: Report, task: Task
 ) -> None:
     """Judge what only the median tells: which cases are far from it, and are impossible at its spacing."""
     read = [(case.images[0], report) for case, report in zip(cases, reports, strict=True) if report.case is not None]
@@ -197,9 +185,9 @@ def _compare_grids(
                     f"{_times(median, form)}: look at its header"
                 )
     for _, report in read:
-        faults = case_faults(report.case, task, leniency)
+        faults = case_faults(report.case, task)
         report.errors += [fault for fault in faults if fault not in report.errors]
-    thin = [(path, report, grid) for path, report in read if min(grid := report.case.resampling(task).shape) < THIN]
+    thin = [(path, report, grid) for path, report in read if min(grid := resampling_of(report.case, task).shape) < THIN]
     if len(thin) > max(1, len(read) // 2):  # as thick slices make it, and no header is wrong
         whole.warnings.append(
             f"{len(thin)} of {len(reports)} cases have fewer than {THIN} voxels along an axis of the task's grid, for "
@@ -212,7 +200,7 @@ def _compare_grids(
 
 def _grids(reports: Sequence[Report]) -> tuple[list[Sequence[int]], list[np.ndarray]]:
     """Return voxels, and mm between them, along x, y and z of the patient (RAS)."""
-    images = [report.case.images[0] for report in reports]
+    images = [report.case.headers[0] for report in reports]
     turned = [Resampling(image.shape, image.affine, None) for image in images]
     return [grid.shape for grid in turned], [np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in turned]
 
@@ -232,7 +220,7 @@ def _judge_whole(reports: Sequence[Report], task: Task) -> Report:
     return whole
 
 
-def _findings(cases: Sequence[ListedCase], reports: Sequence[Report], whole: Report) -> Iterator[str]:
+def _findings(cases: Sequence[Case], reports: Sequence[Report], whole: Report) -> Iterator[str]:
     """Yield a table, errors first; paths are told from the folder that all files are in."""
     folder = os.path.commonpath([os.path.dirname(path) for case in cases for path in case.files])
     named = [("all", whole), *((case.name, report) for case, report in zip(cases, reports, strict=True))]
@@ -254,7 +242,7 @@ def _summary(reports: Sequence[Report], task: Task) -> Iterator[str]:
     read = [report for report in reports if report.case is not None]
     rows = [("", "cases", "smallest", "median", "largest")]
     if read:
-        images, labels = [r.case.images[0] for r in read], [r.case.label for r in read]
+        images, labels = [r.case.headers[0] for r in read], [r.case.label_header for r in read]
         yield f"orientation: {_tally(''.join(nib.aff2axcodes(image.affine)) for image in images)}"
         yield f"images: {_tally(map(_type, images))}; labels: {_tally(map(_type, labels))}"
         shapes, spacings = _grids(read)

@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dints import files
-from dints.data.cases import Case, read_image, read_label
-from dints.data.leniency import Leniency
+from dints.data.cases import read_image, read_label, resampling_of
+from dints.data.listing import Case
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.running.machine import threads
@@ -60,7 +60,7 @@ class Fingerprint:
 
 
 def fingerprint(
-    cases: Sequence[Case], task: Task, leniency: Leniency, folders: Sequence[Path], num_threads: int
+    cases: Sequence[Case], task: Task, folders: Sequence[Path], num_threads: int
 ) -> Fingerprint:
     """Take what one of ``folders`` holds of the same dataset, or else measure all cases.
 
@@ -76,12 +76,12 @@ def fingerprint(
         if known is not None and known.dataset == digest:
             log.info("spacing, window and patch size are those in %s", folder / FILE)
             return known
-    spacing = np.median([_spacing(case.resampling(task).affine) for case in cases], axis=0)
+    spacing = np.median([_spacing(resampling_of(case, task).affine) for case in cases], axis=0)
     spacing = tuple(round(float(size), 4) for size in spacing)
-    shapes = [case.resampling(replace(task, spacing=spacing)).shape for case in cases]
+    shapes = [resampling_of(case, replace(task, spacing=spacing)).shape for case in cases]
     intensity = None
     if task.modality == "CT":
-        intensity = _window(cases, task, leniency, num_threads)
+        intensity = _window(cases, task, num_threads)
     shape = tuple(int(size) for size in np.median(shapes, axis=0))
     return Fingerprint(digest, len(cases), spacing, shape, intensity)
 
@@ -100,7 +100,7 @@ def use_downsample(choice: str, cases: Sequence[Case], task: Task) -> bool:
     """
     if choice != "auto":
         return choice == "yes"
-    voxels = int(np.median([np.prod(case.resampling(task).shape) for case in cases]))
+    voxels = int(np.median([np.prod(resampling_of(case, task).shape) for case in cases]))
     log.info(
         "volumes have %d voxels in the median: the network works at %s resolution (up to %d at full; --use_downsample)",
         voxels,
@@ -134,12 +134,12 @@ def _spacing(affine: np.ndarray) -> np.ndarray:
     return np.linalg.norm(affine[:3, :3], axis=0)
 
 
-def _window(cases: Sequence[Case], task: Task, leniency: Leniency, num_threads: int) -> tuple[float, float]:
+def _window(cases: Sequence[Case], task: Task, num_threads: int) -> tuple[float, float]:
     """Measure percentiles of the foreground's intensities; every case counts alike."""
 
     def sample(case: Case) -> np.ndarray:
-        foreground = read_label(case.label, task).ravel() > 0
-        image, _ = read_image(case.images, leniency)
+        foreground = read_label(case.label_header, task).ravel() > 0
+        image, _ = read_image(case)
         values = np.concatenate([channel.ravel()[foreground] for channel in image])
         return values[:: max(1, len(values) // SAMPLES)].astype(np.float32)
 

@@ -14,7 +14,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from dints.data.loaders import TrainingLoader
+from dints.data.cases import Prepared
 from dints.data.tasks import Task
 from dints.running.processes import Processes
 
@@ -43,22 +43,24 @@ class Flips:
         return {"axes": list(self.axes), "reasons": list(self.reasons)}
 
 
-def choose(choice: Sequence[str], loaders: Sequence[TrainingLoader], task: Task, processes: Processes) -> Flips:
+def choose_flips(
+    choice: Sequence[str], cases: Sequence[Prepared], task: Task, processes: Processes
+) -> Flips:
     """Choose the axes along which patches are to be flipped.
 
     Args:
         choice: ``all``, ``none`` or ``auto``, or names of axes.
-        loaders: of the training cases, which ``auto`` measures; every rank must call it.
+        cases: this rank's training cases, which ``auto`` measures; every rank must call it.
     """
     if "auto" in choice:
-        flips = allowed(processes.sum(sides_of(loaders, task, processes)).cpu().numpy(), task)
+        flips = allowed(processes.sum(sides_of(cases, task, processes)).cpu().numpy(), task)
         for reason in flips.reasons:
             log.info("%s", reason)
         return flips
     return Flips(tuple(axis for axis in ALL if "all" in choice or AXES[axis] in choice))
 
 
-def sides_of(loaders: Sequence[TrainingLoader], task: Task, processes: Processes) -> torch.Tensor:
+def sides_of(cases: Sequence[Prepared], task: Task, processes: Processes) -> torch.Tensor:
     """Count on which side of each other the classes lie in this rank's cases: (pairs, 3 axes, 2 sides).
 
     Pairs are those of `class_pairs`; the sides are: the first one's centre beyond the second one's along the axis, or
@@ -66,10 +68,9 @@ def sides_of(loaders: Sequence[TrainingLoader], task: Task, processes: Processes
     """
     pairs = np.array(class_pairs(task), np.int64).reshape(-1, 2)
     counts = torch.zeros(len(pairs), 3, 2, dtype=torch.float64)
-    for loader in loaders:
-        for case in loader.own_cases():
-            ahead = case.centres[pairs[:, 0]] - case.centres[pairs[:, 1]]  # NaN where one is absent: on neither side
-            counts += torch.from_numpy(np.stack([ahead > 0, ahead <= 0], -1))
+    for case in cases:
+        ahead = case.centres[pairs[:, 0]] - case.centres[pairs[:, 1]]  # NaN where one is absent: on neither side
+        counts += torch.from_numpy(np.stack([ahead > 0, ahead <= 0], -1))
     return counts.to(processes.device)
 
 

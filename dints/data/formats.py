@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dints.data.listing import ENDING, ListedCase, check_files
+from dints.data.listing import ENDING, Case, check_files
 from dints.data.tasks import MAX_CLASSES, TASKS, Task
 from dints.errors import UserError
 
@@ -26,7 +26,7 @@ class Description:
     Attributes:
         content: what the file holds.
         source: its path, for messages.
-        root: the folder that the paths in it are relative to, and that they may not leave.
+        root: the folder that the paths in it are relative to.
         key: where a case list of the Decathlon's form is.
         needs_labels: in a list of that form, an entry without a label is an error.
     """
@@ -48,8 +48,7 @@ def read_dataset(
     root: str | Path,
     description: str | Path | None = None,
     key: str = "training",
-    allow_outside_root: bool = False,
-) -> tuple[Task, list[ListedCase]]:
+) -> tuple[Task, list[Case]]:
     """Read what a dataset is and which labelled cases it has; all their files are checked to exist.
 
     Channels and classes are what the description says. Spacing, intensity and patch size are the table's where the
@@ -60,15 +59,14 @@ def read_dataset(
         root: the dataset's folder.
         description: ``<root>/dataset.json`` unless another file is named.
         key: name of the list of labelled cases in it, in the Decathlon's form.
-        allow_outside_root: let files lie outside ``root``.
 
     Raises:
-        UserError: the description is malformed; files are missing, outside ``root`` or no NIfTI files (all counted, the
+        UserError: the description is malformed; files are missing or no NIfTI files (all counted, the
             first named); or one file is listed twice.
     """
     described = _described(root, description, key)
     task = _task_of(described)
-    cases = _cases_of(described, allow_outside_root)
+    cases = _cases_of(described)
     return replace(task, channel_files=task.channel_files or len(cases[0].images) > 1), cases
 
 
@@ -89,15 +87,14 @@ def list_cases(
     root: str | Path,
     description: str | Path | None = None,
     key: str = "training",
-    allow_outside_root: bool = False,
-) -> list[ListedCase]:
+) -> list[Case]:
     """Read a dataset's cases alone: the description need not say what channels and classes there are.
 
     In the Decathlon's form they may lack labels, or be image paths alone, as those of its ``test`` list are. Args and
     errors are those of `read_dataset`.
     """
     described = replace(_described(root, description, key), needs_labels=False)
-    return _cases_of(described, allow_outside_root)
+    return _cases_of(described)
 
 
 def described_classes(root: str | Path, description: str | Path | None = None) -> tuple[str, ...] | None:
@@ -167,10 +164,10 @@ def _folders_in(folder: Path) -> list[str]:
         return []
 
 
-def _cases_of(description: Description, allow_outside_root: bool) -> list[ListedCase]:
+def _cases_of(description: Description) -> list[Case]:
     (read_cases,) = [form.cases for form in FORMS if form.fits(description)][:1]
     cases = read_cases(description)
-    check_files(cases, description.source, description.root, allow_outside_root)
+    check_files(cases, description.source, description.root)
     return cases
 
 
@@ -184,10 +181,10 @@ class Form:
     """
 
     fits: Callable[[Description], bool]
-    cases: Callable[[Description], list[ListedCase]]
+    cases: Callable[[Description], list[Case]]
 
 
-def _cases_of_decathlon(description: Description) -> list[ListedCase]:
+def _cases_of_decathlon(description: Description) -> list[Case]:
     """Read a list of ``{"image": path or paths, "label": path}``."""
     content, source, key = description.content, description.source, description.key
     entries = content.get(key)
@@ -210,7 +207,7 @@ def _cases_of_decathlon(description: Description) -> list[ListedCase]:
     return listed
 
 
-def _cases_of_nnunet_object(description: Description) -> list[ListedCase]:
+def _cases_of_nnunet_object(description: Description) -> list[Case]:
     """Read ``"dataset": {case: {"images": paths, "label": path}}``."""
     entries, source = description.content["dataset"], description.source
     if not isinstance(entries, dict) or not entries:
@@ -230,7 +227,7 @@ def _cases_of_nnunet_object(description: Description) -> list[ListedCase]:
     return listed
 
 
-def _cases_of_nnunet_folders(description: Description) -> list[ListedCase]:
+def _cases_of_nnunet_folders(description: Description) -> list[Case]:
     """List every ``labelsTr/<case>.nii.gz``, with ``imagesTr/<case>_0000.nii.gz`` and so on for each channel."""
     source, root = description.source, description.root
     ending = description.content.get("file_ending", ".nii.gz")
@@ -366,9 +363,9 @@ def _numbered(description: Description, key: str) -> tuple[str, ...]:
 # The files of the cases.
 
 
-def _case(name: str, images: Sequence[str], label: str | None, root: Path, place: str) -> ListedCase:
+def _case(name: str, images: Sequence[str], label: str | None, root: Path, place: str) -> Case:
     label = None if label is None else str(root / label)
-    return ListedCase(name, tuple(str(root / image) for image in images), label, place)
+    return Case(name, tuple(str(root / image) for image in images), label, place)
 
 
 def _is_file_name(name: str) -> bool:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dints import files
-from dints.data.cases import Case
+from dints.data.listing import Case
 from dints.errors import UserError
 from dints.running.machine import threads
 
@@ -36,7 +36,7 @@ def digest(path: str, noted: Sequence | None) -> list:
     return [*state, files.digest(path)]
 
 
-def check(folder: Path, cases: Sequence[Case], is_continued: bool, allow_changed: bool) -> None:
+def check_identity(folder: Path, cases: Sequence[Case], is_continued: bool, allow_changed: bool) -> None:
     """Note the content of all files of the cases in the run's folder, or hold it against what is noted there.
 
     Args:
@@ -53,13 +53,13 @@ def check(folder: Path, cases: Sequence[Case], is_continued: bool, allow_changed
     changed = [key for key in found if key in known and known[key][-1][: files.DIGITS] != found[key][-1]]
     changes = noted.get("changes", [])
     if changed:
-        told = f"{len(changed)} files of the data are not as they were when the run began, for example the {changed[0]}"
+        fault = f"{len(changed)} files of the data are not as they were when the run began, for example the {changed[0]}"
         if not allow_changed:
             raise UserError(
-                f"{told} ({of_files[changed[0]]}): put them back, give --allow_changed_data to go on with these, or "
+                f"{fault} ({of_files[changed[0]]}): put them back, give --allow_changed_data to continue with these, or "
                 "--resume never to start afresh"
             )
-        log.warning("%s: the run goes on with these, not to the result that it would have had", told)
+        log.warning("%s: the run continues with these, not to the result that it would have had", fault)
         changes = [*changes, changed]
     files.write_atomically(folder / NAME, json.dumps({"files": found, "changes": changes}, indent=1))
 
@@ -71,8 +71,8 @@ def _files(cases: Sequence[Case]) -> dict[str, str]:
         seen[case.name] += 1
         name = case.name if seen[case.name] == 1 else f"{case.name} ({seen[case.name]})"  # folders may share names
         for number, image in enumerate(case.images):
-            found[f"image of {name}" + f", channel {number}" * (len(case.images) > 1)] = image.path
-        found[f"label of {name}"] = case.label.path
+            found[f"image of {name}" + f", channel {number}" * (len(case.images) > 1)] = image
+        found[f"label of {name}"] = case.label
     return found
 
 

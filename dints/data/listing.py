@@ -8,34 +8,75 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
+import numpy as np
+
+from dints.data.nifti import Header, read_header
 from dints.errors import UserError
 
 ENDING = re.compile(r"(?<=[^/])\.nii(\.gz)?\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class ListedCase:
-    """A volume to learn from or to segment, as a dataset lists it.
+class ReadOptions:
+    """Faults of files that a user lets pass.
+
+    Attributes:
+        trust_shapes: a label's affine may differ from its image's; the image's is taken.
+        replace_nonfinite: NaN and infinite voxels of images become this value.
+    """
+
+    trust_shapes: bool = False
+    replace_nonfinite: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A volume to learn from or to segment. Headers are read when they are first asked for, and kept.
 
     Attributes:
         name: of its segmentation's file, without ending; two cases share it where their image files share a name.
         images: absolute paths: one file that holds all channels, or one file a channel, in order.
         label: absolute path, if there is one.
         place: where it is listed, for messages.
+        options: by which its files are read.
     """
 
     name: str
     images: tuple[str, ...]
     label: str | None = None
     place: str = ""
+    options: ReadOptions = ReadOptions()
 
     @property
     def files(self) -> tuple[str, ...]:
         """The images, then the label where there is one."""
         return self.images if self.label is None else (*self.images, self.label)
+
+    @cached_property
+    def headers(self) -> tuple[Header, ...]:
+        """Headers of the image files; it raises `UserError` where one cannot be read."""
+        return tuple(read_header(path) for path in self.images)
+
+    @cached_property
+    def label_header(self) -> Header | None:
+        return None if self.label is None else read_header(self.label)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along x, y and z of the image files."""
+        return self.headers[0].shape
+
+    @property
+    def affine(self) -> np.ndarray:
+        """(4, 4), of the image files."""
+        return self.headers[0].affine
+
+    @property
+    def num_channels(self) -> int:
+        return sum(header.num_channels for header in self.headers)
 
 
 def split_fold(cases: Sequence, num_folds: int, fold: int | str, least_training: int = 0) -> tuple[list, list]:
@@ -80,30 +121,21 @@ def _cases(count: int) -> str:
     return f"{count} case{'' if count == 1 else 's'}"
 
 
-def check_names(cases: Sequence[ListedCase]) -> None:
+def check_names(cases: Sequence[Case]) -> None:
     """Refuse two cases of one name, where the cases of all folds are told by their names."""
     ((name, count),) = Counter(case.name for case in cases).most_common(1)
     if count > 1:
         raise UserError(f"{count} cases are called {name}: rename all but one of them, so that each can be scored")
 
 
-def check_files(cases: Sequence[ListedCase], source: str | Path, root: str | Path, allow_outside_root: bool) -> None:
-    """Refuse files that are no NIfTI files, leave ``root``, are missing, or are listed twice."""
+def check_files(cases: Sequence[Case], source: str | Path, root: str | Path) -> None:
+    """Refuse files that are no NIfTI files, are missing, or are listed twice."""
     files = [file for case in cases for file in case.files]
     wrong = [file for file in files if not ENDING.search(file)]
     if wrong:
         raise UserError(
             f"{len(wrong)} of the {len(files)} files that {source} lists do not end in .nii or .nii.gz, for example "
             f"{wrong[0]}: convert them to NIfTI"
-        )
-    root = Path(root).absolute()
-    real = _real_paths(files)
-    inside = os.path.join(os.path.realpath(root), "")
-    outside = [file for file in files if not real[file].startswith(inside)]
-    if outside and not allow_outside_root:
-        raise UserError(
-            f"{len(outside)} of the {len(files)} files that {source} lists are outside --root {root}, for example "
-            f"{outside[0]} (really {real[outside[0]]}): move them there, or allow this with --allow_outside_root"
         )
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
@@ -114,7 +146,7 @@ def check_files(cases: Sequence[ListedCase], source: str | Path, root: str | Pat
             f"{len(missing)} of the {len(files)} files that {source} lists are not under --root {root}, "
             f"for example {', '.join(missing[:3])}: {remedy}"
         )
-    _check_unique(cases, source, real)
+    _check_unique(cases, source, _real_paths(files))
 
 
 def _real_paths(files: Sequence[str]) -> dict[str, str]:
@@ -135,7 +167,7 @@ def _real_paths(files: Sequence[str]) -> dict[str, str]:
     return {file: real(file) for file in files}
 
 
-def _check_unique(cases: Sequence[ListedCase], source: str | Path, real: dict[str, str]) -> None:
+def _check_unique(cases: Sequence[Case], source: str | Path, real: dict[str, str]) -> None:
     """Refuse a file that is listed twice: the case would be validated on what it was trained on."""
     first: dict[str, str] = {}  # where each file was first listed
     for case in cases:

@@ -14,12 +14,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from dints.data import augmentation
 from dints.data.augmentation import Step
 from dints.data.cache import Cache
-from dints.data.cases import Case, Prepared
+from dints.data.cases import Prepared
 from dints.data.crops import cut_patch
+from dints.data.flips import choose_flips
+from dints.data.listing import Case
 from dints.data.tasks import Task
 from dints.running.machine import cores_per_process
 from dints.running.processes import STOP_SIGNALS, Processes
+from dints.running.run import Run
 from dints.running.seeds import permutation, seed_from
+from dints.settings import PatchSettings
 
 SECONDS_TO_HEAR_OF_A_DEATH = 2.0
 AHEAD = 2  # batches that each worker prepares before they are asked for
@@ -211,19 +215,6 @@ def augmented(patches: Patches, device: torch.device, steps: Sequence[Step]) -> 
     return {"image": torch.stack(images), "label": torch.stack(labels), "cases": names}
 
 
-class ShareOfWaiting:
-    """Tells the share of an epoch's time in which batches were waited for."""
-
-    def __init__(self, *loaders: TrainingLoader):
-        self.loaders = loaders
-        self.seconds = 0.0
-
-    def take(self, seconds: float) -> float:
-        """Return it since the last call, in an epoch whose steps took so many ``seconds``; 0 if there were none."""
-        before, self.seconds = self.seconds, sum(loader.seconds_waited for loader in self.loaders)
-        return (self.seconds - before) / seconds if seconds else 0.0
-
-
 def steps_per_epoch(num_cases: int, batch_size: int, processes: Processes) -> int:
     """Return in how many steps all ranks together see every case at least once."""
     return max(1, -(-num_cases // (batch_size * processes.world_size)))
@@ -246,32 +237,58 @@ def bytes_ahead(task: Task, batch_size: int, num_workers: int | None, device_typ
 def training_loader(
     cases: Sequence[Case],
     cache: Cache,
-    processes: Processes,
+    settings: PatchSettings,
+    run: Run,
     *,
-    batch_size: int,
-    steps: int,
-    num_workers: int | None = None,
-    seed: int = 0,
+    steps: int | None = None,
     stream: str = "weights",
 ) -> TrainingLoader:
     """Prepare this rank's share of ``cases``, and give batches of augmented patches.
 
-    Rank r of N holds cases r, r + N, ...; with fewer cases than ranks some ranks hold the same one. An epoch has
-    ``steps`` batches on every rank, with cases seen again where the shares are uneven.
+    Rank r of N holds cases r, r + N, ...; with fewer cases than ranks some ranks hold the same one.
 
     Args:
-        num_workers: processes that prepare batches; None: what is left of this process's share of cores when one
-            computes the network, at most 6.
+        steps: batches of an epoch on every rank, with cases seen again where the shares are uneven;
+            None: as many as all ranks together need to see every case.
         stream: tells apart the random draws of loaders that share a seed.
     """
-    num_workers = workers(num_workers)
+    processes, batch_size, seed = run.processes, settings.num_images_per_batch, run.seed
+    steps = steps or steps_per_epoch(len(cases), batch_size, processes)
     numbers = list(processes.share(len(cases))) or [processes.rank % len(cases)]
     own = [cases[number] for number in numbers]
     held = cache.hold(own, stream)
-    stream = f"{stream}/{processes.rank}"
-    samples = TrainingSamples(held, [case.name for case in own], numbers, cache.task.patch_size, seed, stream)
+    stream, names = f"{stream}/{processes.rank}", [case.name for case in own]
+    samples = TrainingSamples(held, names, numbers, cache.task.patch_size, seed, stream)
     sampler = EpochSampler(len(numbers), steps * batch_size, seed, stream)
+    num_workers = workers(run.settings.num_workers)
     return TrainingLoader(samples, sampler, batch_size, num_workers, processes.device)
+
+
+def choose_augmentation(
+    loaders: Sequence[TrainingLoader],
+    settings: PatchSettings,
+    task: Task,
+    run: Run,
+    num_iterations: int,
+    num_cases: int,
+) -> dict[str, object]:
+    """Choose the flips and the chain by which the loaders' patches are augmented.
+
+    Args:
+        loaders: of the training cases, which ``--flip_axes auto`` measures; every rank must call it.
+        num_iterations: of the training, by all ranks.
+        num_cases: that these iterations see.
+
+    Returns:
+        both, as plain values for the model file.
+    """
+    own = [case for loader in loaders for case in loader.own_cases()]
+    flips = choose_flips(settings.flip_axes, own, task, run.processes)
+    patches = num_iterations * settings.num_images_per_batch * run.processes.world_size
+    name = augmentation.chosen(settings.augmentation, num_iterations, patches / num_cases)
+    for loader in loaders:
+        loader.augment_by(augmentation.chain(name, flips.axes))
+    return {"flips": flips.to_dict(), "augmentation": name}
 
 
 class ValidationLoader:
@@ -293,19 +310,8 @@ class ValidationLoader:
             }
 
 
-def validation_loader(cases: Sequence[Case], cache: Cache, processes: Processes) -> ValidationLoader:
+def validation_loader(cases: Sequence[Case], cache: Cache, run: Run) -> ValidationLoader:
     """Prepare this rank's share of the validation cases."""
-    numbers = processes.share(len(cases))
-    return ValidationLoader(cache.hold([cases[number] for number in numbers], "validation"), numbers, len(cases))
-
-_tl, _vl = training_loader, validation_loader
-def training_loader(cases, cache, patches, run, *, steps=None, stream="weights"):
-    steps = steps or steps_per_epoch(len(cases), patches.num_images_per_batch, run.processes)
-    return _tl(cases, cache, run.processes, batch_size=patches.num_images_per_batch, steps=steps, num_workers=run.settings.num_workers, seed=run.settings.seed, stream=stream)
-def validation_loader(cases, cache, run): return _vl(cases, cache, run.processes)
-def choose_augmentation(loaders, patches, task, run, num_iterations, num_cases):
-    from dints.data import flips, augmentation as aug
-    f = flips.choose(patches.flip_axes, loaders, task, run.processes)
-    name = aug.chosen(patches.augmentation, num_iterations, num_iterations*patches.num_images_per_batch*run.processes.world_size/num_cases)
-    for l in loaders: l.augment_by(aug.chain(name, f.axes))
-    return {"flips": f.to_dict(), "augmentation": name}
+    numbers = run.processes.share(len(cases))
+    held = cache.hold([cases[number] for number in numbers], "validation")
+    return ValidationLoader(held, numbers, len(cases))

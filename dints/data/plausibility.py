@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dints.data.cases import Case, Prepared
+from dints.data.cases import Prepared
+from dints.data.listing import Case
 from dints.data.nifti import Header
 from dints.data.tasks import Task
 
@@ -37,7 +38,7 @@ def ranges_of(cases: Sequence[Case], prepared: Sequence[Prepared], task: Task) -
     Args:
         prepared: some of them, for intensities; only CT has comparable ones.
     """
-    spacing, extent = zip(*(sizes(case.images[0]) for case in cases), strict=True)
+    spacing, extent = zip(*(sizes(case.headers[0]) for case in cases), strict=True)
     found = {"spacing": _range(np.array(spacing)), "extent": _range(np.array(extent))}
     if task.intensity is not None:
         chosen = range(0, len(prepared), -(-len(prepared) // CASES))
@@ -58,9 +59,9 @@ def intensities(image: np.ndarray) -> np.ndarray:
     return np.array([image.mean(), image.std()])
 
 
-def doubts(case: Case, ranges: Ranges) -> list[str]:
-    """Tell what in a case's header is unlike the training cases."""
-    header, found = case.images[0], []
+def unusual(case: Case, ranges: Ranges) -> list[str]:
+    """List facts of a case's header that are unlike the training cases."""
+    header, found = case.headers[0], []
     if int(header.nifti["sform_code"]) == int(header.nifti["qform_code"]) == 0:
         found.append("its header does not say where it lies (no sform or qform): right and left may be exchanged")
     for key, values in zip(("spacing", "extent"), sizes(header), strict=True):
@@ -72,8 +73,8 @@ def doubts(case: Case, ranges: Ranges) -> list[str]:
     return found
 
 
-def doubts_of_intensities(image: np.ndarray, ranges: Ranges) -> list[str]:
-    """Tell what in a preprocessed image is unlike the training cases: a CT's, for no other has comparable units."""
+def unusual_intensities(image: np.ndarray, ranges: Ranges) -> list[str]:
+    """List facts of a preprocessed image that are unlike the training cases: a CT's, for no other has comparable units."""
     if "intensity" not in ranges:
         return []
     found = []
