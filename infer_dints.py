@@ -170,13 +170,12 @@ import numpy as np
 from tqdm import tqdm
 
 from dints import __version__, files
-from dints.data.cases import Case, read_image, read_label
-from dints.data.fingerprint import overridden
+from dints.data.cases import read_image, read_label
+from dints.data.dataset import overridden
 from dints.data.formats import read_task
-from dints.data.leniency import Leniency
-from dints.data.listing import ENDING, ListedCase
+from dints.data.listing import ENDING, Case, ReadOptions
 from dints.data.nifti import Header, read_header, save_map, save_segmentation
-from dints.data.plausibility import doubts
+from dints.data.plausibility import unusual
 from dints.data.tasks import Task
 from dints.errors import PartlyDone, UserError, exit_on_user_error
 from dints.evaluation import postprocessing
@@ -199,250 +198,305 @@ from dints.training.validation import Overlaps, Scores
 log = logging.getLogger("infer")
 
 
-def main(args: argparse.Namespace) -> None:
-    if args.describe:
-        cards = [inference.card.card(model) for model in load_models(args)]
+def main(settings: InferSettings) -> None:
+    if settings.output.describe:
+        cards = [card(model) for model in load_models(settings)]
         print(json.dumps(cards if len(cards) > 1 else cards[0], indent=2))
-    if args.input is None and args.root is None:
+    if not settings.input.input and settings.data.root is None:
         return
+    machine = settings.machine
     with (
-        running.processes.started(args.device, args.timeout_minutes) as processes,
-        running.run_folder.opened(args.output_root, processes) as folder,
+        started(machine.device, machine.timeout_minutes) as processes,
+        opened(settings.output.output_root, processes) as folder,
     ):
-        infer(args, processes, folder)
+        infer(settings, processes, folder)
 
 
-def infer(args: argparse.Namespace, processes: Processes, folder: Path) -> None:
-    models = load_models(args)
-    precision = chosen_precision(args.precision, models, processes, folder)
-    settings = {**options.window(args), "mirrored": args.tta, "compile": args.compile}
-    predictor = inference.predictor.Predictor(models, args.device, precision, **settings)
-    task, leniency = predictor.task, options.leniency(args)
-    selection = processes.on_main(volumes_to_segment, args, predictor)
-    if args.export:
-        processes.on_main(exports.checked.export, args.export, predictor, selection.first_file(), folder)
+def infer(settings: InferSettings, processes: Processes, folder: Path) -> None:
+    """Segment the cases that the settings select, and score those with a label."""
+    models = load_models(settings)
+    predictor = open_predictor(settings, models, processes, folder)
+    task, output = predictor.task, settings.output
+    selected = processes.on_main(select, settings, predictor)
+    if output.export:
+        processes.on_main(export, output.export, predictor, selected.first_file(), folder)
         return
-    outputs = processes.on_main(inference.selection.segmentation_paths, selection.cases, folder)
-    postprocessing = processes.on_main(chosen_postprocessing, args.postprocessing, task)
-    processes.on_main(inference.selection.remove_converted, folder)
+    paths = processes.on_main(selection.segmentation_paths, selected.cases, folder)
+    removal = processes.on_main(read_postprocessing, settings.input.postprocessing, task)
+    processes.on_main(selection.remove_converted, folder)
     facts = {"searched_on": [model.architecture.searched_on for model in predictor.models]}
-    records = inference.records.Records(folder, settings_of(args, predictor, postprocessing), facts)
-    maps = [name for name in inference.decision.MAPS if getattr(args, f"save_{name}")]
-    manner = Manner(predictor, postprocessing, records, leniency, maps)
+    records = Records(folder, facts_of_segmentation(settings, predictor, removal), facts)
+    maps = [name for name in MAPS if getattr(output, f"save_{name}")]
+    batch = Batch(predictor, removal, records, maps)
     try:
-        cases = processes.on_main(selection.opened, task, models[0].channels, leniency)
-        log.info("%d volumes, %s in %s", len(cases), processes.device.type, precision)
-        processes.on_main(records.start, outputs)
-        scores, faults = segment_cases(selection, cases, outputs, manner, processes)
+        faults = processes.on_main(selected.faults, task, models[0].channels)
+        name = predictor.precision.name
+        log.info("%d volumes, %s in %s", len(faults), processes.device.type, name)
+        processes.on_main(records.start, paths)
+        scores, failed = batch.segment_all(selected.cases, faults, paths, processes)
         if processes.is_main:
-            records.write_run(outputs)
-        if len(faults) == len(cases):
-            others = "" if len(cases) == 1 else f"none of the {len(cases)} cases can be segmented, for example "
-            raise UserError(others + next(iter(faults.values())))
-        if processes.is_main and any(case.label is not None for case in selection.cases):
-            trained_on = predictor.training_cases & {case.name for case in selection.cases}
-            marked = trained_on if args.allow_training_cases else None
-            write_scores(folder / "scores.csv", scores, outputs, task, marked)
-            print(scores.describe(task.class_names) + f", {len(trained_on)} training cases among them" * bool(marked))
-        if processes.is_main and args.report:
-            page = report.page.write(folder, cases, outputs, predictor.models, args.checkpoint, leniency)
-            log.info("the report is %s", page)
+            records.write_run(paths)
+        if len(failed) == len(paths):
+            others = ""
+            if len(paths) > 1:
+                others = f"none of the {len(paths)} cases can be segmented, for example "
+            raise UserError(others + next(iter(failed.values())))
+        if processes.is_main:
+            report_scores(settings, selected.cases, scores, paths, predictor)
+        if processes.is_main and output.report:
+            cases = [fault or case for case, fault in zip(selected.cases, faults, strict=True)]
+            written = page.write(folder, cases, paths, models, settings.input.checkpoint)
+            log.info("the report is %s", written)
     finally:
         if processes.is_main:
-            inference.selection.remove_converted(folder)
+            selection.remove_converted(folder)
     log.info("segmentations are in %s", folder)
-    if faults:
-        name, fault = next(iter(faults.items()))
+    if failed:
+        name, fault = next(iter(failed.items()))
         raise PartlyDone(
-            f"{len(faults)} of {len(cases)} cases are not segmented ({folder / 'run.json'} lists them), for example "
-            f"{name}: {fault}"
+            f"{len(failed)} of {len(paths)} cases are not segmented ({folder / 'run.json'} lists "
+            f"them), for example {name}: {fault}"
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Manner:
-    """How each case of a batch is segmented, and what is written of it.
+@dataclass(frozen=True)
+class Batch:
+    """Segments one case after another, and writes the masks and maps.
 
     Attributes:
-        records: of what is done.
         maps: that are written beside a segmentation, of `dints.inference.decision.MAPS`.
     """
 
     predictor: Predictor
     postprocessing: Postprocessing
     records: Records
-    leniency: Leniency
     maps: list[str]
 
+    def segment_all(
+        self,
+        cases: list[Case],
+        faults: list[UserError | None],
+        outputs: list[Path],
+        processes: Processes,
+    ) -> tuple[Scores, dict[str, str]]:
+        """Segment this rank's share of the cases.
 
-def segment_cases(
-    selection: Selection, cases: list[Case | UserError], outputs: list[Path], manner: Manner, processes: Processes
-) -> tuple[Scores, dict[str, str]]:
-    """Segment this rank's share of the cases; return the scores of all ranks' cases, and why some have none."""
-    overlaps, faults = training.validation.Overlaps(len(cases), manner.predictor.task.num_classes, processes), {}
-    share = processes.share(len(cases))
-    for number in tqdm(share, desc="segmenting", unit="volume", disable=None if processes.is_main else True):
-        listed, output = selection.cases[number], outputs[number]
-        paths = [output, *(inference.records.map_path(output, name) for name in manner.maps)]
-        try:
-            labels, reference = segmented(listed, cases[number], paths, manner)
-        except UserError as error:
-            faults[output.name] = str(error)
-            manner.records.note_failed(listed, paths, str(error))
-            log.warning("%s is left out: %s", output.name, error)
-            continue
-        if reference is not None:
-            overlaps.add(number, labels, reference)
-    processes.wait_for_all("segmented")  # shares take unequal times
-    faults = {name: fault for of_rank in processes.gather(faults) for name, fault in of_rank.items()}
-    return overlaps.scores(), faults
+        Returns:
+            the scores of all ranks' cases; the reasons of those that failed.
+        """
+        task, failed = self.predictor.task, {}
+        overlaps = Overlaps(len(cases), task.num_classes, processes)
+        silent = None if processes.is_main else True
+        share = processes.share(len(cases))
+        for number in tqdm(share, desc="segmenting", unit="volume", disable=silent):
+            case, output = cases[number], outputs[number]
+            paths = [output, *(map_path(output, name) for name in self.maps)]
+            try:
+                labels, reference = self.segment_case(case, faults[number], paths)
+            except UserError as error:
+                failed[output.name] = str(error)
+                self.records.note_failed(case, paths, str(error))
+                log.warning("%s is left out: %s", output.name, error)
+                continue
+            if reference is not None:
+                overlaps.add(number, labels, reference)
+        processes.wait_for_all("segmented")  # shares take unequal times
+        of_ranks = processes.gather(failed)
+        failed = {name: fault for of_rank in of_ranks for name, fault in of_rank.items()}
+        return overlaps.scores(), failed
+
+    def segment_case(
+        self, case: Case, fault: UserError | None, paths: list[Path]
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Segment a case, unless that is done, and write its segmentation and maps.
+
+        Args:
+            paths: of its segmentation, and of the maps that are written beside it.
+
+        Returns:
+            Its labels and those of its reference, (x, y, z); neither where there is no reference.
+
+        Raises:
+            UserError: it cannot be segmented, or not scored.
+        """
+        check_name(paths[0])
+        if fault is not None:
+            raise fault
+        task, label = self.predictor.task, case.label_header
+        # First, so that a bad one costs no segmentation.
+        reference = None if label is None else read_label(label, task)
+        for remark in unusual(case, self.predictor.ranges):
+            log.warning("%s is unusual: %s", paths[0].name, remark)
+        start = time.monotonic()
+        if self.records.is_done(case, paths):
+            if reference is None:
+                return None, None
+            return read_label(read_header(str(paths[0])), task), reference
+        decision = self.decide(case)
+        labels = self.postprocessing.apply(decision.labels, case.headers[0].spacing)
+        decision = replace(decision, labels=labels)
+        self.records.forget(paths[0])  # not before there is something to take its place
+        self.save(decision, case.headers[0], paths)
+        self.records.note_done(case, paths, time.monotonic() - start)
+        return labels, reference
+
+    def decide(self, case: Case) -> Decision:
+        """Segment a case's image on its file's own grid."""
+
+        def read() -> np.ndarray:
+            voxels, replaced = read_image(case)
+            if replaced:
+                log.warning("%s: %d NaN or infinite voxels are replaced", case.images[0], replaced)
+            return voxels
+
+        return self.predictor.segment(read, case.affine, case.name, self.maps)
+
+    def save(self, decision: Decision, image: Header, paths: list[Path]) -> None:
+        """Write a segmentation, and after it the maps beside it."""
+        save_segmentation(decision.labels, image, paths[0])
+        for path, name in zip(paths[1:], self.maps, strict=True):
+            values = getattr(decision, name)
+            values = values if values.ndim == 3 else np.moveaxis(values, 0, -1)
+            save_map(values, image, path, UNITS)
 
 
-def segmented(
-    listed: ListedCase, case: Case | UserError, paths: list[Path], manner: Manner
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Segment a case, unless that is done, and write what was wanted of it.
-
-    Args:
-        paths: of its segmentation, and of the maps that are wanted beside it.
-
-    Returns:
-        Its labels and those of its reference, (x, y, z); neither where there is no reference.
-
-    Raises:
-        UserError: it cannot be segmented, or not scored.
-    """
-    inference.records.check_name(paths[0])
-    if isinstance(case, UserError):
-        raise case
-    predictor, records, maps = manner.predictor, manner.records, manner.maps
-    # First, so that a bad one costs no segmentation.
-    reference = None if case.label is None else data.cases.read_label(case.label, predictor.task)
-    for doubt in data.plausibility.doubts(case, predictor.ranges):
-        log.warning("%s is unusual: %s", paths[0].name, doubt)
-    start = time.monotonic()
-    if records.is_done(listed, paths):
-        if reference is None:
-            return None, None
-        return data.cases.read_label(data.nifti.read_header(str(paths[0])), predictor.task), reference
-    decision = segment(case, predictor, manner.leniency, maps)
-    labels = manner.postprocessing.apply(decision.labels, case.images[0].spacing)
-    decision = dataclasses.replace(decision, labels=labels)
-    records.forget(paths[0])  # not before there is something to take its place
-    save(decision, case.images[0], paths, maps)
-    records.note_done(listed, paths, time.monotonic() - start)
-    return labels, reference
+def load_models(settings: InferSettings) -> list[Model]:
+    """Read the model files; or weights alone, with the settings that say what they are of."""
+    paths, foreign = settings.input.checkpoint, settings.foreign
+    if foreign.arch_ckpt is None:
+        return [load_model(path) for path in paths]
+    architecture = load_architecture(foreign.arch_ckpt)
+    if foreign.use_downsample is not None:
+        is_halved = foreign.use_downsample == "yes"
+        architecture = replace(architecture, use_downsample=is_halved)
+    width = foreign.channel_mul or architecture.channel_mul
+    task = foreign_task(settings)
+    return [model_of_weights(path, architecture, width, task) for path in paths]
 
 
-def load_models(args: argparse.Namespace) -> list[Model]:
-    """Read the model files; or weights alone, as of what the options say."""
-    if args.arch_ckpt is None:
-        return [network.model_file.load_model(path) for path in args.checkpoint]
-    architecture = network.architecture.load_architecture(args.arch_ckpt)
-    if args.use_downsample is not None:
-        architecture = dataclasses.replace(architecture, use_downsample=args.use_downsample == "yes")
-    width = architecture.channel_mul if args.channel_mul is None else args.channel_mul
-    task = foreign_task(args)
-    return [network.model_file.model_of_weights(path, architecture, width, task) for path in args.checkpoint]
-
-
-def foreign_task(args: argparse.Namespace) -> Task:
+def foreign_task(settings: InferSettings) -> Task:
     """Return the task of weights that come without one."""
-    if args.msd_task is not None:
-        task = TASKS[args.msd_task]
+    data, name = settings.data, settings.foreign.msd_task
+    if name is not None:
+        task = TASKS[name]
     else:
-        task = data.formats.read_task(args.json.parent if args.root is None else args.root, args.json)
+        task = read_task(data.json.parent if data.root is None else data.root, data.json)
         if task.name not in TASKS:
-            task = dataclasses.replace(task, spacing=(1.0, 1.0, 1.0))  # as in the published experiments
-    changes = {"spacing": args.spacing, "intensity": args.intensity_range, "patch_size": args.patch_size}
-    task = data.opening.overridden(task, **changes)
+            task = replace(task, spacing=(1.0, 1.0, 1.0))  # as in the published experiments
+    task = overridden(task, data)
     if task.modality == "CT" and task.intensity is None:
-        raise UserError(f"{task.name} is CT: give the window that the weights were trained with, --intensity_range")
+        raise UserError(
+            f"{task.name} is CT: give the window that the weights were trained with, "
+            "--intensity_range"
+        )
     return task
 
 
-def chosen_precision(name: str, models: list[Model], processes: Processes, folder: Path) -> str:
-    """Choose the precision, of all ranks alike; ``auto`` is that of the folder's earlier batch by the same models."""
+def open_predictor(
+    settings: InferSettings, models: list[Model], processes: Processes, folder: Path
+) -> Predictor:
+    """Make the predictor, in a precision that all ranks choose alike.
+
+    ``auto`` is that of the folder's earlier batch by the same models, if there was one.
+    """
+    machine, window = settings.machine, settings.window
+    name = machine.precision
     if name == "auto" and processes.device.type == "cpu":
         digests = [model.digest for model in models]
-        name = processes.on_main(inference.records.precision_of_earlier, folder, digests) or name
-    return running.precision.choose_precision(name, processes).name
+        name = processes.on_main(precision_of_earlier, folder, digests) or name
+    return Predictor(
+        models,
+        machine.device,
+        choose_precision(name, processes).name,
+        overlap=window.overlap_ratio,
+        batch_size=window.num_sw_batch_size,
+        mirrored=settings.input.tta,
+        compile=machine.compile,
+    )
 
 
-def chosen_postprocessing(path: Path | None, task: Task) -> Postprocessing:
-    """Read what is removed from segmentations: nothing, where no file is given."""
+def read_postprocessing(path: Path | None, task: Task) -> Postprocessing:
+    """Read which components are removed from segmentations: none, where no file is given."""
     if path is None:
-        return evaluation.postprocessing.Postprocessing.nothing(task.class_names)
-    return evaluation.postprocessing.read(path, task.class_names)
+        return Postprocessing.nothing(task.class_names)
+    return postprocessing.read(path, task.class_names)
 
 
-def settings_of(args: argparse.Namespace, predictor: Predictor, postprocessing: Postprocessing) -> dict[str, object]:
-    """Gather what segmentations depend on beside their images; of models the content, wherever their files lie."""
-    settings = {
+def facts_of_segmentation(
+    settings: InferSettings, predictor: Predictor, removal: Postprocessing
+) -> dict[str, object]:
+    """Gather all that segmentations depend on beside their images; models by their content."""
+    facts = {
         "models": [model.digest for model in predictor.models],
         "version": __version__,
         "precision": predictor.precision.name,
         "overlap": predictor.window.overlap,
         "mirrored_axes": list(predictor.axes),
-        "replace_nonfinite": args.replace_nonfinite,
+        "replace_nonfinite": settings.data.replace_nonfinite,
     }
-    return settings | ({"postprocessing": postprocessing.to_dict()} if postprocessing.removes else {})
+    return facts | ({"postprocessing": removal.to_dict()} if removal.removes else {})
 
 
-def segment(case: Case, predictor: Predictor, leniency: Leniency, maps: list[str]) -> Decision:
-    """Segment a case's image on its file's own grid."""
-
-    def read() -> np.ndarray:
-        voxels, replaced = data.cases.read_image(case.images, leniency)
-        if replaced:
-            log.warning("%s: %d NaN or infinite voxels are replaced", case.images[0].path, replaced)
-        return voxels
-
-    return predictor.segment(read, case.images[0].affine, case.name, maps)
-
-
-def save(decision: Decision, image: Header, paths: list[Path], maps: list[str]) -> None:
-    """Write a segmentation, and after it the maps that are wanted beside it."""
-    data.nifti.save_segmentation(decision.labels, image, paths[0])
-    for path, name in zip(paths[1:], maps, strict=True):
-        values = getattr(decision, name)
-        values = values if values.ndim == 3 else np.moveaxis(values, 0, -1)
-        data.nifti.save_map(values, image, path, inference.decision.UNITS)
-
-
-def volumes_to_segment(args: argparse.Namespace, predictor: Predictor) -> Selection:
+def select(settings: InferSettings, predictor: Predictor) -> Selection:
     """List the cases under ``--root`` to score, or the images of ``--input``."""
-    if args.input is not None:
-        channels = predictor.models[0].channels
-        return inference.selection.given_images(args.input, predictor.task, channels, args.output_root)
-    inference.selection.check_classes(args.root, args.json, predictor.task)
-    return inference.selection.cases_to_score(
-        args.root,
-        args.json,
-        args.json_key,
-        args.allow_outside_root,
-        **options.folds(args),
-        trained_on=predictor.training_cases,
-        validated_on=predictor.validation_cases,
-        allow_training_cases=args.allow_training_cases,
-    )
+    data, task = settings.data, predictor.task
+    if settings.input.input:
+        images, channels = settings.input.input, predictor.models[0].channels
+        output_root = settings.output.output_root
+        selected = selection.given_images(images, task, channels, output_root)
+    else:
+        selection.check_classes(data.root, data.json, task)
+        selected = selection.cases_to_score(
+            data.root,
+            data.json,
+            data.json_key,
+            fold=data.fold,
+            num_folds=data.num_folds,
+            trained_on=predictor.training_cases,
+            validated_on=predictor.validation_cases,
+            allow_training_cases=settings.input.allow_training_cases,
+        )
+    options = ReadOptions(data.trust_shapes, data.replace_nonfinite)
+    return replace(selected, cases=[replace(case, options=options) for case in selected.cases])
 
 
-def write_scores(path: Path, scores: Scores, outputs: list[Path], task: Task, trained_on: set[str] | None) -> None:
+def report_scores(
+    settings: InferSettings,
+    cases: list[Case],
+    scores: Scores,
+    outputs: list[Path],
+    predictor: Predictor,
+) -> None:
+    """Write scores.csv and print the mean, if any of the cases has a label."""
+    if all(case.label is None for case in cases):
+        return
+    trained_on = predictor.training_cases & {case.name for case in cases}
+    marked = trained_on if settings.input.allow_training_cases else None
+    path = settings.output.output_root / "scores.csv"
+    write_scores(path, scores, outputs, predictor.task, marked)
+    remark = f", {len(trained_on)} training cases among them" * bool(marked)
+    print(scores.describe(predictor.task.class_names) + remark)
+
+
+def write_scores(
+    path: Path, scores: Scores, outputs: list[Path], task: Task, trained_on: set[str] | None
+) -> None:
     """Write a row per case: Dice of each class, empty where the case does not have the class.
 
     Args:
-        trained_on: names of cases that the model was trained on; None where there is no need to mark them.
+        trained_on: cases that the model was trained on; None where there is no need to mark them.
     """
     text = io.StringIO(newline="")
     table = csv.writer(text)
-    table.writerow(["case", *task.class_names[1:], *(["trained_on"] if trained_on is not None else [])])
+    marks = ["trained_on"] if trained_on is not None else []
+    table.writerow(["case", *task.class_names[1:], *marks])
     for output, dice in zip(outputs, scores.dice.tolist(), strict=True):
-        name = data.listing.ENDING.sub("", output.name)
+        name = ENDING.sub("", output.name)
         marks = [] if trained_on is None else ["yes" if name in trained_on else "no"]
-        table.writerow([output.name, *("" if value != value else f"{value:.6f}" for value in dice), *marks])
+        values = ("" if value != value else f"{value:.6f}" for value in dice)
+        table.writerow([output.name, *values, *marks])
     files.write_atomically(path, text.getvalue())
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main, parse_args())
+    exit_on_user_error(main, SETTINGS)

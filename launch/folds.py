@@ -45,7 +45,7 @@ REFUSED = {
     "--resume": "leave it out, and set another OUTPUT_ROOT to start afresh",
 }
 # Options of a training, with their number of values, that are also those of segmenting its cases, and of scoring them.
-OF_SCORES = {"--json": 1, "--json_key": 1, "--allow_outside_root": 0, "--trust_shapes": 0}
+OF_SCORES = {"--json": 1, "--json_key": 1, "--trust_shapes": 0}
 OF_MASKS = {"--replace_nonfinite": 1, "--num_sw_batch_size": 1, "--device": 1, "--precision": 1}
 OF_MASKS |= {"--timeout_minutes": 1, **OF_SCORES}
 LAUNCH = 'set -euo pipefail; source "$1"; shift; launch "$@"'
@@ -134,8 +134,7 @@ class Folds:
             UserError: it is malformed, has two cases of one name, or fewer cases than folds.
         """
         given = self.given(OF_SCORES)
-        key, is_allowed = given.get("--json_key", "training"), given.get("--allow_outside_root", False)
-        listed = list_cases(self.data_root, given.get("--json"), key, is_allowed)
+        listed = list_cases(self.data_root, given.get("--json"), given.get("--json_key", "training"))
         check_names(listed)
         split_fold(listed, self.num_folds, 0)
         return [case.name for case in listed]

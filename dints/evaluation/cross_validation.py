@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dints import files
 from dints.data.formats import read_dataset
-from dints.data.listing import ENDING, ListedCase, check_names
+from dints.data.listing import ENDING, Case, check_names
 from dints.errors import UserError, exit_on_user_error
 from dints.evaluation.choice import Choice, Parts, choose_checked, class_means, mean, parts_of
 from dints.evaluation.masks import Pair, labels_in
@@ -47,7 +47,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--root", type=Path, required=True, help="folder of the dataset")
     add("--json", type=Path, dest="description", help="its description (default: ROOT/dataset.json)")
     add("--json_key", default="training", dest="key", help="list of labelled cases in it (default: %(default)s)")
-    add("--allow_outside_root", action="store_true", help="read files that lie outside ROOT")
     add(
         "--trust_shapes", action="store_true", help="where a label has its image's shape, believe that it has its place"
     )
@@ -70,7 +69,6 @@ def cross_validate(
     *,
     description: Path | None = None,
     key: str = "training",
-    allow_outside_root: bool = False,
     trust_shapes: bool = False,
     tolerance_mm: float = 1.0,
     seed: int = 0,
@@ -78,7 +76,7 @@ def cross_validate(
     """Score and choose as the module says, and return the table.
 
     Args:
-        root, description, key, allow_outside_root: as `read_dataset` takes them.
+        root, description, key: as `read_dataset` takes them.
         trust_shapes: as `Pair` does.
 
     Raises:
@@ -86,7 +84,7 @@ def cross_validate(
     """
     if num_folds < 2:
         raise UserError(f"--num_folds {num_folds}: give 2 or more, as many as were trained")
-    task, listed = read_dataset(root, description, key, allow_outside_root)
+    task, listed = read_dataset(root, description, key)
     folds = pairs_of_folds(listed, output_root, num_folds, trust_shapes)
     seen, unseen = folds_of_searches(output_root, num_folds, task.name)
     rows, parts = score(folds, task.class_names, tolerance_mm)
@@ -126,7 +124,7 @@ def score(
 
 
 def pairs_of_folds(
-    listed: Sequence[ListedCase], output_root: Path, num_folds: int, trust_shapes: bool
+    listed: Sequence[Case], output_root: Path, num_folds: int, trust_shapes: bool
 ) -> list[list[Pair]]:
     """Find each fold's segmentations with their references, as infer_dints.py noted them in its ``run.json``."""
     check_names(listed)

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dints import exports, files
-from dints.data.cases import Case, check_case, open_case, read_image
-from dints.data.leniency import Leniency
-from dints.data.listing import ListedCase
+from dints import files
+from dints.data.cases import check_case, read_image
+from dints.data.listing import Case
 from dints.data.nifti import read_header, read_voxels
 from dints.errors import UserError
-from dints.exports import bundle, onnx_file, program
+from dints.exports import bundle, onnx_file, predict_onnx, program
 from dints.inference.predictor import Predictor
 
 log = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class Check:
         print(f"{path}: {1 - different / size:.4%} equal to the network, {counts} differ")
 
 
-def export(kinds: Sequence[str], predictor: Predictor, listed: ListedCase, folder: Path) -> None:
+def export(kinds: Sequence[str], predictor: Predictor, case: Case, folder: Path) -> None:
     """Write exports of a predictor's one network into a folder; each is read again, and checked on a case.
 
     Args:
@@ -74,8 +73,7 @@ def export(kinds: Sequence[str], predictor: Predictor, listed: ListedCase, folde
     if "onnx" in kinds:
         onnx_file.check_packages()
     (model,), overlap = predictor.models, predictor.window.overlap
-    case = open_case(listed)
-    check_case(case, model.task, Leniency())
+    check_case(case, model.task)
     check = Check(case, _segmented(predictor, case))
     if not check.expected.any():
         log.warning("%s holds nothing that the network finds, which checks little: give another case", case.name)
@@ -96,7 +94,7 @@ def export(kinds: Sequence[str], predictor: Predictor, listed: ListedCase, folde
 
 
 def _segmented(predictor: Predictor, case: Case) -> np.ndarray:
-    decision = predictor.segment(lambda: read_image(case.images, Leniency())[0], case.images[0].affine, case.name)
+    decision = predictor.segment(lambda: read_image(case)[0], case.affine, case.name)
     return decision.labels
 
 
@@ -105,7 +103,7 @@ def _write_onnx(path: Path, content: bytes, check: Check) -> None:
     with files.replacing(path) as file:
         file.write(content)
         file.flush()
-        check.accept(exports.predict_onnx.segment([image.path for image in check.case.images], file.name), path)
+        check.accept(predict_onnx.segment(list(check.case.images), file.name), path)
     files.write_atomically(path.with_name(script.name), script.read_bytes())
 
 
@@ -120,7 +118,7 @@ def _write_program(path: Path, content: bytes, check: Check, predictor: Predicto
 
 def _run_bundle(folder: Path, case: Case, output: Path) -> np.ndarray:
     """Return the labels that the bundle in a folder writes of a case, once MONAI has verified it."""
-    images = [os.path.abspath(image.path) for image in case.images]
+    images = [os.path.abspath(image) for image in case.images]
     places = {"config_file": f"{folder}/configs/inference.json", "meta_file": f"{folder}/configs/metadata.json"}
     settings = {
         "bundle_root": str(folder),

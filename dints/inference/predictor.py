@@ -120,8 +120,8 @@ class Predictor:
         resampling = Resampling(image.shape[1:], affine, self.task.spacing)
         prepared = np.ascontiguousarray(preprocess_image(image, resampling, self.task))
         del image
-        for doubt in plausibility.doubts_of_intensities(prepared, self.ranges):
-            log.warning("%s is unusual: %s", name, doubt)
+        for remark in plausibility.unusual_intensities(prepared, self.ranges):
+            log.warning("%s is unusual: %s", name, remark)
         if not self.axes and slabs.fits(resampling.shape, self.window, resampling):
             return slabs.segmented(prepared, self.networks, self.window, self.precision, resampling, maps)
         probabilities = self._probabilities(prepared)

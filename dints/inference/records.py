@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dints import files
-from dints.data.listing import ListedCase
+from dints.data.listing import Case
 from dints.errors import UserError
 from dints.inference.decision import MAPS
 
@@ -73,11 +73,11 @@ class Records:
             )
         self.write_run([])
 
-    def key(self, case: ListedCase) -> str:
+    def key(self, case: Case) -> str:
         """Name all that the case's segmentation depends on: settings, and the content of its images."""
         return self._digest(*map(files.digest, case.images))
 
-    def is_done(self, case: ListedCase, outputs: Sequence[Path]) -> bool:
+    def is_done(self, case: Case, outputs: Sequence[Path]) -> bool:
         """Tell whether the segmentation, and what is written beside it, is there, of these images by these settings.
 
         Args:
@@ -88,13 +88,13 @@ class Records:
             return False
         return all(path.is_file() for path in outputs) and note.get("written") == list(map(files.digest, outputs))
 
-    def note_done(self, case: ListedCase, outputs: Sequence[Path], seconds: float) -> None:
+    def note_done(self, case: Case, outputs: Sequence[Path], seconds: float) -> None:
         """Note a segmentation that has been written, and what lies beside it."""
         written = list(map(files.digest, outputs))
         facts = {"key": self.key(case), "settings": self._digest(), "written": written}
         self._write(outputs[0], state="done", file=outputs[0].name, seconds=round(seconds, 3), **facts)
 
-    def note_failed(self, case: ListedCase, outputs: Sequence[Path], reason: str) -> None:
+    def note_failed(self, case: Case, outputs: Sequence[Path], reason: str) -> None:
         """Note why there is no segmentation; an older one is removed, unless it is what this run would have made."""
         with suppress(UserError):  # the image cannot be read
             if self.is_done(case, outputs):

@@ -12,10 +12,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dints.data import dicom
-from dints.data.cases import Case, try_to_open
+from dints.data.cases import first_faults
 from dints.data.formats import described_classes, list_cases
-from dints.data.leniency import Leniency
-from dints.data.listing import ENDING, ListedCase, split_fold
+from dints.data.listing import ENDING, Case, split_fold
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.inference.decision import MAPS
@@ -35,11 +34,11 @@ class Selection:
         series: the folder of the series for each such file, by its path.
     """
 
-    cases: list[ListedCase]
+    cases: list[Case]
     series: dict[str, Path] = field(default_factory=dict)
 
-    def opened(self, task: Task, channels: str, leniency: Leniency) -> list[Case | UserError]:
-        """Convert the DICOM series, and read all headers; return what is wrong with cases that cannot be used.
+    def faults(self, task: Task, channels: str) -> list[UserError | None]:
+        """Convert the DICOM series, and read all headers; return the fault of each case that cannot be used.
 
         Args:
             channels: that the model takes, for messages.
@@ -50,10 +49,10 @@ class Selection:
                 dicom.write_nifti(folder, Path(image))
             except UserError as error:
                 faults[image] = error
-        cases = try_to_open(self.cases, task, leniency, lambda case: _check_channels(case, task, channels))
-        return [faults.get(listed.images[0], case) for listed, case in zip(self.cases, cases, strict=True)]
+        found = first_faults(self.cases, task, lambda case: _check_channels(case, task, channels))
+        return [faults.get(case.images[0], fault) for case, fault in zip(self.cases, found, strict=True)]
 
-    def first_file(self) -> ListedCase:
+    def first_file(self) -> Case:
         """Return the first case that is there as a file.
 
         Raises:
@@ -104,8 +103,8 @@ def given_images(paths: Sequence[Path], task: Task, channels: str, output_root: 
     if task.channel_files:
         cases = cases_of_channels(images, task, channels)
     else:
-        cases = [ListedCase(ENDING.sub("", image.name), (str(image),)) for image in images]
-    return Selection([*cases, *(ListedCase(ENDING.sub("", Path(image).name), (image,)) for image in series)], series)
+        cases = [Case(ENDING.sub("", image.name), (str(image),)) for image in images]
+    return Selection([*cases, *(Case(ENDING.sub("", Path(image).name), (image,)) for image in series)], series)
 
 
 def remove_converted(output_root: Path) -> None:
@@ -131,7 +130,7 @@ def images_in(folder: Path, output_root: Path) -> list[Path]:
     ]
 
 
-def cases_of_channels(images: Sequence[Path], task: Task, channels: str) -> list[ListedCase]:
+def cases_of_channels(images: Sequence[Path], task: Task, channels: str) -> list[Case]:
     """List the cases that ``<case>_0000``, ``<case>_0001``, ... make together, a file a channel."""
     found = defaultdict(dict)
     for image in images:
@@ -149,7 +148,7 @@ def cases_of_channels(images: Sequence[Path], task: Task, channels: str) -> list
                 f"--input {case} has the files {numbers}, and the model takes {channels}: give {_form(task, case.name)}"
             )
     return [
-        ListedCase(case.name, tuple(files_of_case[channel] for channel in range(task.num_channels)))
+        Case(case.name, tuple(files_of_case[channel] for channel in range(task.num_channels)))
         for case, files_of_case in found.items()
     ]
 
@@ -166,7 +165,7 @@ def _check_channels(case: Case, task: Task, channels: str) -> None:
     """Raise `UserError` where an image has other channels than the model takes."""
     if case.num_channels != task.num_channels:
         raise UserError(
-            f"{case.images[0].path} has {case.num_channels} channel{'' if case.num_channels == 1 else 's'}, and the "
+            f"{case.images[0]} has {case.num_channels} channel{'' if case.num_channels == 1 else 's'}, and the "
             f"model takes {channels}: give {_form(task, case.name)}"
         )
 
@@ -185,7 +184,6 @@ def cases_to_score(
     root: Path,
     description: Path | None,
     key: str,
-    allow_outside_root: bool,
     *,
     fold: int | str | None,
     num_folds: int,
@@ -196,13 +194,13 @@ def cases_to_score(
     """List the model's validation cases, or those of ``fold``; of a dataset that it knows nothing of, all cases.
 
     Args:
-        root, description, key, allow_outside_root: as for `dints.data.formats.list_cases`.
+        root, description, key: as for `dints.data.formats.list_cases`.
         trained_on, validated_on: names of the model's cases.
 
     Raises:
         UserError: the model was trained on some of them, or does not know what it was trained on.
     """
-    listed = list_cases(root, description, key, allow_outside_root)
+    listed = list_cases(root, description, key)
     known = {*trained_on, *validated_on}
     if fold is not None:
         training_cases, validation_cases = split_fold(listed, num_folds, fold)
@@ -229,7 +227,7 @@ def cases_to_score(
     return Selection(selected)
 
 
-def segmentation_paths(selected: Sequence[ListedCase], folder: Path) -> list[Path]:
+def segmentation_paths(selected: Sequence[Case], folder: Path) -> list[Path]:
     """Return where each case's segmentation goes: under its name; never onto another case's, nor onto an input."""
     names = Counter(case.name + ENDING.search(case.images[0])[0] for case in selected)
     inputs = {Path(path).resolve() for case in selected for path in case.files}

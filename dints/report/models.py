@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dints.data.opening import describe
+from dints.data.dataset import describe
 from dints.errors import UserError
 from dints.network.cost import Cost, cost
 from dints.network.drawing import architecture_svg

@@ -21,8 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dints import __version__, files
-from dints.data.cases import Case
-from dints.data.leniency import Leniency
+from dints.data.listing import Case
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.evaluation.summary import summarise
@@ -48,12 +47,11 @@ def write(
     outputs: Sequence[Path],
     models: Sequence[Model],
     model_paths: Sequence[Path],
-    leniency: Leniency,
 ) -> Path:
     """Write ``report.html`` of a batch into its folder, which has ``run.json`` and the segmentations, and return it.
 
     Args:
-        cases: as `dints.data.cases.try_to_open` returns them.
+        cases: the fault in the place of one that could not be used.
         outputs: the file of each one's segmentation.
         model_paths: the files of ``models``, whose folders may hold tables of their training.
 
@@ -66,13 +64,13 @@ def write(
         notes = {output.name: run["cases"][output.name] for output in outputs}
         done = [pair for pair in zip(cases, outputs, strict=True) if notes[pair[1].name].get("state") == "done"]
         batch = Batch(
-            _looked_at(done, models[0], leniency),
+            _looked_at(done, models[0]),
             models,
             seconds=[notes[output.name].get("seconds") for _, output in done],
             failures=[(name, note["reason"]) for name, note in notes.items() if note.get("state") == "failed"],
             settings=run["settings"],
         )
-        leaf = partial(_leafed, done, models[0].task, leniency)
+        leaf = partial(_pictured, done, models[0].task)
         files.write_atomically(path, render(batch, model_facts.about(models, model_paths), leaf))
     except (MemoryError, OSError, RuntimeError, ValueError, UserError) as error:
         raise UserError(
@@ -114,14 +112,14 @@ class Batch:
         return trained_on & {result.name for result in self.results}
 
 
-def _looked_at(done: Sequence[tuple[Case, Path]], model: Model, leniency: Leniency) -> list[Result]:
+def _looked_at(done: Sequence[tuple[Case, Path]], model: Model) -> list[Result]:
     ranges = model.info.get("ranges", {})
     bar = tqdm(done, desc="report", unit="case", disable=None)
-    return [results.look_at(case, output, model.task, leniency, ranges) for case, output in bar]
+    return [results.look_at(case, output, model.task, ranges) for case, output in bar]
 
 
-def _leafed(done: Sequence[tuple[Case, Path]], task: Task, leniency: Leniency, number: int) -> Overlay:
-    return results.leafed(*done[number], task, leniency, MOST_PLANES)
+def _pictured(done: Sequence[tuple[Case, Path]], task: Task, number: int) -> Overlay:
+    return results.picture_of(*done[number], task, MOST_PLANES)
 
 
 def render(batch: Batch, about: Sequence[model_facts.About], leaf: Callable[[int], Overlay]) -> str:
@@ -196,7 +194,7 @@ def remarks_on(batch: Batch) -> list[list[str]]:
     for result, of_volumes in zip(batch.results, unusual, strict=True):
         false = [f"{row.label} was found where the reference has none" for row in result.rows if row.false_positive]
         missed = [f"{row.label} was missed" for row in result.rows if math.isinf(row.hausdorff95_mm)]
-        remarks.append([*result.doubts, *missed, *false, *of_volumes])
+        remarks.append([*result.remarks, *missed, *false, *of_volumes])
     return remarks
 
 

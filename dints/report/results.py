@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from dints.data import plausibility
-from dints.data.cases import Case, normalise, read_image, read_label
-from dints.data.leniency import Leniency
+from dints.data.cases import normalise, read_image, read_label
+from dints.data.listing import Case
 from dints.data.nifti import read_header
 from dints.data.tasks import Task
 from dints.evaluation.scores import NAN, Row, score_case
@@ -29,13 +29,13 @@ class Result:
     Attributes:
         rows: its scores, a row a class; empty where there is no reference.
         volumes: ml of each foreground class, as segmented.
-        doubts: what is unlike the training cases.
+        remarks: what is unlike the training cases.
     """
 
     name: str
     rows: tuple[Row, ...]
     volumes: tuple[float, ...]
-    doubts: tuple[str, ...]
+    remarks: tuple[str, ...]
     overlay: Overlay
 
     @property
@@ -50,7 +50,7 @@ class Result:
         return 1.0 if math.isnan(mean) else mean
 
 
-def look_at(case: Case, output: Path, task: Task, leniency: Leniency, ranges: plausibility.Ranges) -> Result:
+def look_at(case: Case, output: Path, task: Task, ranges: plausibility.Ranges) -> Result:
     """Read a case's image, its label if it has one, and its segmentation, and compare them.
 
     Args:
@@ -60,32 +60,32 @@ def look_at(case: Case, output: Path, task: Task, leniency: Leniency, ranges: pl
     Raises:
         UserError: a file is missing or damaged.
     """
-    image, prediction, reference = _read(case, output, task, leniency)
-    header, classes = case.images[0], dict(enumerate(task.class_names[1:], start=1))
+    image, prediction, reference = _read(case, output, task)
+    header, classes = case.headers[0], dict(enumerate(task.class_names[1:], start=1))
     rows = []
     if reference is not None:
         rows = score_case(case.name, reference, prediction, header.spacing, classes, tolerance_mm=TOLERANCE_MM)
     counts = np.bincount(prediction.ravel("K"), minlength=task.num_classes)[1:]
     volumes = counts * math.prod(header.spacing) / 1000
-    doubts = plausibility.doubts(case, ranges)
+    remarks = plausibility.unusual(case, ranges)
     if "intensity" in ranges:  # of the file's own voxels: resampling hardly changes their mean and spread
         sampled = image[:, ::2, ::2, ::2].astype(np.float32)
-        doubts += plausibility.doubts_of_intensities(normalise(sampled, task), ranges)
+        remarks += plausibility.unusual_intensities(normalise(sampled, task), ranges)
     picture = overlay(image, prediction, reference, header.affine, task)
-    return Result(case.name, tuple(rows), tuple(volumes.tolist()), tuple(doubts), picture)
+    return Result(case.name, tuple(rows), tuple(volumes.tolist()), tuple(remarks), picture)
 
 
-def leafed(case: Case, output: Path, task: Task, leniency: Leniency, most_planes: int) -> Overlay:
+def picture_of(case: Case, output: Path, task: Task, most_planes: int) -> Overlay:
     """Return a case's picture of many planes; arguments and errors are those of `look_at`."""
-    volumes = _read(case, output, task, leniency)
-    return overlay(*volumes, case.images[0].affine, task, most_planes)
+    volumes = _read(case, output, task)
+    return overlay(*volumes, case.headers[0].affine, task, most_planes)
 
 
-def _read(case: Case, output: Path, task: Task, leniency: Leniency) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def _read(case: Case, output: Path, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return image (channels, x, y, z), segmentation and label (x, y, z)."""
-    image, _ = read_image(case.images, leniency)
+    image, _ = read_image(case)
     prediction = read_label(read_header(str(output)), task)
-    return image, prediction, None if case.label is None else read_label(case.label, task)
+    return image, prediction, None if case.label is None else read_label(case.label_header, task)
 
 
 def unusual_volumes(volumes: np.ndarray, class_names: Sequence[str]) -> list[list[str]]:
