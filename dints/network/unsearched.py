@@ -82,27 +82,9 @@ def all_paths(num_blocks: int, num_depths: int, operations: Sequence[str] = PUBL
     return _convolutional(np.ones((num_blocks, 3 * num_depths - 2), dtype=np.int64), operations, "all_paths")
 
 
-def random_architecture(
-    num_blocks: int,
-    num_depths: int,
-    low: float,
-    high: float,
-    generator: np.random.Generator,
-    operations: Sequence[str] = PUBLISHED,
-    keep_finest: bool = False,
-) -> Architecture:
-    """Draw uniformly from the connected architectures whose `ram_ratio` is from ``low`` to ``high``.
-
-    Two are the same if they have the same active paths with the same operations on them.
-
-    Args:
-        keep_finest: draw only from those that keep the path along depth 0 active in every block.
-
-    Raises:
-        UserError: a size is out of range, or no architecture is found in the band; the message names what is possible.
-    """
-    draws = random_architectures(num_blocks, num_depths, low, high, generator, operations, keep_finest)
-    return next(draws)
+def random_architecture(num_blocks: int, num_depths: int, low: float, high: float, *settings, **more) -> Architecture:
+    """Draw one architecture as `random_architectures` does, with the same arguments."""
+    return next(random_architectures(num_blocks, num_depths, low, high, *settings, **more))
 
 
 def random_architectures(
@@ -114,7 +96,16 @@ def random_architectures(
     operations: Sequence[str] = PUBLISHED,
     keep_finest: bool = False,
 ) -> Iterator[Architecture]:
-    """Draw as `random_architecture` does, one after another without end; most of the work is done once."""
+    """Draw without end, uniformly from the connected architectures whose `ram_ratio` is from ``low`` to ``high``.
+
+    Two are the same if they have the same active paths with the same operations on them.
+
+    Args:
+        keep_finest: draw only from those that keep the path along depth 0 active in every block.
+
+    Raises:
+        UserError: a size is out of range, or no architecture is found in the band; the message names what is possible.
+    """
     operations = _checked(num_blocks, num_depths, operations)
     choice = _Choice(num_blocks, num_depths, operations, keep_finest)
     possible = (

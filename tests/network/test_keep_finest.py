@@ -62,7 +62,6 @@ def test_regularisers_are_monais_where_the_path_is_sure_and_do_not_move_it(size)
         "ram_ratio": usage / theirs.get_ram_cost_usage(INPUT, full=True),
     }
     found = search_dints.regularisers(ours, INPUT, "published")
-    torch.testing.assert_close(ours.get_ram_cost_usage(INPUT), usage, rtol=1e-9, atol=0)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=0, msg=name.__add__)
         moved, expected_moves = (
