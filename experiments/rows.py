@@ -28,10 +28,9 @@ from dints.network.architecture import (
     load_architecture,
     save_architecture,
 )
-from dints.network.cost import counts, step_mib
+from dints.network.cost import counts, fitting_channel_mul, step_mib
 from dints.network.found import FoundNetwork
 from dints.network.operations import PUBLISHED
-from dints.network.unsearched import fitting_channel_mul
 from dints.torch_files import load_safely
 
 HERE = Path(__file__).resolve().parent

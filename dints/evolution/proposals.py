@@ -17,7 +17,7 @@ import numpy as np
 from dints.errors import UserError
 from dints.network import unsearched
 from dints.network.architecture import Architecture, from_codes, paths
-from dints.network.cost import cost
+from dints.network.cost import cost, fitting_channel_mul
 from dints.network.operations import OPERATIONS
 from dints.network.step_memory import within_supernet
 from dints.running.seeds import seed_from
@@ -89,7 +89,7 @@ class Limits:
             UserError: the memory does not hold even its narrowest network, or its patches cannot be halved so often.
         """
         batch_size, in_channels, *patch_size = self.input_shape
-        widest = unsearched.fitting_channel_mul(
+        widest = fitting_channel_mul(
             architecture, self.memory_mib, in_channels, self.num_classes, tuple(patch_size), batch_size
         )
         channels = round(32 * widest)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 import statistics
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,6 +23,7 @@ from dints.network.found import FoundNetwork, check_patch_size, count_parameters
 from dints.running.failures import lacks_memory
 
 MIB = 2**20
+MAX_CHANNELS = 2**31  # at the first level, up to which `fitting_channel_mul` looks
 BYTES_A_PARAMETER = 16  # of a training in fp32: weight, gradient, SGD's momentum and moving average
 
 
@@ -141,6 +144,44 @@ def step_mib(parameters: int, activation_mib: float) -> float:
         parameters, activation_mib: of `counts`.
     """
     return activation_mib + BYTES_A_PARAMETER * parameters / MIB
+
+
+def fitting_channel_mul(
+    architecture: Architecture,
+    memory_mib: float,
+    in_channels: int,
+    num_classes: int,
+    patch_size: tuple[int, int, int],
+    batch_size: int = 1,
+) -> float:
+    """Return the largest ``channel_mul``, in steps of 1/32, at which a training step stays within ``memory_mib``.
+
+    Counted as by `dints.step_mib_of`. In steps of 1/32 every feature map has a whole number of channels, and
+    all of them grow in proportion to the width: two widths give the activations of all, three the parameters.
+
+    Raises:
+        UserError: even the smallest is too large, the patch size does not fit, or a number is out of range.
+    """
+    if not 0 < memory_mib < math.inf:
+        raise UserError(f"--memory_mib is {memory_mib:g}: give a positive number of MiB")
+    one, two = (cost(architecture, in_channels, num_classes, patch_size, steps / 32, batch_size) for steps in (1, 2))
+    if one.step_mib > memory_mib:
+        raise UserError(
+            f"--memory_mib {memory_mib:g} is too small: at the smallest channel_mul, 1/32, a training step takes "
+            f"{one.step_mib:.4g} MiB; give at least that, or a smaller --patch_size or --num_images_per_batch"
+        )
+    with torch.device("meta"):
+        third = FoundNetwork(architecture, in_channels, num_classes, 3 / 32)
+    bend = count_parameters(third) - 2 * two.parameters + one.parameters
+
+    def step_mib_at(steps: int) -> float:  # exact: all are multiples of a byte
+        before, pairs = steps - 1, (steps - 1) * (steps - 2) // 2
+        parameters = one.parameters + before * (two.parameters - one.parameters) + pairs * bend
+        activation_mib = one.activation_mib + before * (two.activation_mib - one.activation_mib)
+        return step_mib(parameters, activation_mib)
+
+    widths = range(1, min(2 + int((memory_mib - one.step_mib) / (two.step_mib - one.step_mib)), MAX_CHANNELS))
+    return bisect_right(widths, memory_mib, key=step_mib_at) / 32
 
 
 def activation_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> int:

@@ -59,7 +59,7 @@ class SearchSpace(TopologySearch):
         use_downsample: bool = True,
         keep_finest: bool = False,
     ):
-        self.operations, self.keep_finest, self.channel_mul = check_names(operations), keep_finest, channel_mul
+        self.operations, self.keep_finest = check_names(operations), keep_finest
         with contextlib.redirect_stdout(io.StringIO()):  # MONAI prints its advice about patch sizes
             super().__init__(
                 channel_mul,
@@ -116,31 +116,13 @@ class SearchSpace(TopologySearch):
         ends, starts = probs[:-1] @ self.child_ends, probs[1:] @ self.child_starts
         return -(ends * torch.log(starts + 1e-5) + (1 - ends) * torch.log(1 - starts + 1e-5)).sum()
 
-    def get_ram_cost_usage(self, in_size: tuple[int, ...], full: bool = False) -> torch.Tensor:
-        """Return the expected size in MiB of the feature maps that a step keeps.
-
-        Args:
-            in_size: shape of the network's input, (batch, channels, *spatial).
-            full: as if every path were active; the operations keep their probabilities and their gradient.
-        """
-        active = torch.ones_like(self.log_alpha_a) if full else self.get_prob_a()[1]
-        return (active * self._expected_costs() * self._sizes(in_size)).sum() * 32 / 8 / 1024**2
-
-    def _sizes(self, in_size: tuple[int, ...]) -> torch.Tensor:
-        """Return (paths,): numbers in the feature map that each path leads to."""
-        spatial = np.array(in_size[-self._spatial_dims :])
-        voxels = [(spatial // 2**depth).prod() for depth in range(self.num_depths)]
-        # MONAI halves the size once for the stem's downsampling, not once per axis; so do we, to get its values.
-        sizes = in_size[0] * np.array(voxels) * self.filter_nums[: self.num_depths] / 2 ** int(self.use_downsample)
-        return self._of_depths(sizes.tolist())
-
     def ram_ratio(
         self, in_size: tuple[int, ...], budget: str = "published", path_probs: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the expected memory as a share of a budget, with its gradient.
 
         Args:
-            in_size: as for `get_ram_cost_usage`.
+            in_size: shape of the network's input, (batch, channels, *spatial).
             budget: ``published``: every path active with the present operations, which therefore cancel (all networks
                 with all paths read the same); ``fixed``: every path active with its dearest operation, a constant, so
                 that operations count.
@@ -150,6 +132,14 @@ class SearchSpace(TopologySearch):
         sizes = self._sizes(in_size) if budget == "published" else self._of_depths(self.depth_sizes)
         memory = self._expected_costs() * sizes
         return (path_probs * memory).sum() / (memory.sum() if budget == "published" else self.dearest_memory)
+
+    def _sizes(self, in_size: tuple[int, ...]) -> torch.Tensor:
+        """Return (paths,): numbers in the feature map that each path leads to."""
+        spatial = np.array(in_size[-self._spatial_dims :])
+        voxels = [(spatial // 2**depth).prod() for depth in range(self.num_depths)]
+        # MONAI halves the size once for the stem's downsampling, not once per axis; so do we, to get its values.
+        sizes = in_size[0] * np.array(voxels) * self.filter_nums[: self.num_depths] / 2 ** int(self.use_downsample)
+        return self._of_depths(sizes.tolist())
 
     def _expected_costs(self) -> torch.Tensor:
         """Return (blocks, paths): feature maps that a path keeps, its output and its operations' expected ones."""

@@ -1,36 +1,33 @@
-"""Make architectures without a search: what a searched one has to beat, and a start for those who do not search.
+"""Make architectures without a search: baselines for searched ones, and a start for those who do not search.
 
     python -m dints.network.unsearched --output_root runs/unsearched --u_shaped_skip --num_blocks 9 --num_depths 3
     python -m dints.network.unsearched --output_root runs/unsearched --random 5 --ram_ratio 0.2 0.3 --seed 0
-    python -m dints.network.unsearched --output_root runs/unsearched --all_paths --memory_mib 8000 --patch_size 96 96 96
 
-Each is an arch file for train_dints.py. A U shape and all paths hold 3x3x3 convolutions, and --u_shaped_skip makes the
-U's long paths skip connections. Random ones are drawn uniformly from all connected architectures whose memory is within
-a band, as a share of every path active with its dearest operation: the share that a search with --ram_budget fixed and
---max_ram_ratio goes by. With --memory_mib it is also told which width (--channel_mul) fills that memory, so that
-architectures can be compared at equal memory.
+Each is an arch file for train_dints.py. A U shape and all paths hold 3x3x3 convolutions, and
+--u_shaped_skip makes the U's long paths skip connections. Random ones are drawn uniformly from all
+connected architectures whose memory is within a band, as a share of every path active with its
+dearest operation: the share of a search's --ram_budget fixed and --max_ram_ratio.
 
-Nearly all architectures have about the same memory, so that waiting for one in a band far from it would be in vain.
-Therefore they are drawn with probabilities proportional to exp(tilt * memory), whose bulk the tilt moves to the band;
-what falls into it is then kept with probability exp(-tilt * memory), up to a factor, which makes all equal again.
+Nearly all architectures have about the same memory: rejection alone would never reach a band far
+from it. Therefore they are drawn with probabilities proportional to exp(tilt * memory), whose bulk
+the tilt moves to the band. Draws within it are then kept with probability exp(-tilt * memory), up
+to a factor, which makes all equal again.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy.optimize import brentq
 from scipy.special import logsumexp, softmax
 
-from dints import __version__, network  # the package: MONAI's import waits until a network is costed
+from dints import __version__
 from dints.errors import UserError, exit_on_user_error
 from dints.network import decoding
 from dints.network.architecture import Architecture, depth_sizes, from_codes, paths, save_architecture
@@ -38,7 +35,6 @@ from dints.network.operations import OPERATIONS, PUBLISHED, check_names
 
 CONVOLUTION, SKIP = "conv_3x3x3", "skip_connect"
 MAX_BLOCKS, MAX_DEPTHS = 1000, 6  # at 7 depths a block has half a million children
-MAX_CHANNELS = 2**31  # at the first level, that a width is looked for up to
 MAX_DRAWS, BATCH = 100_000, 500
 # Only the smallest or largest are left at this tilt, and logarithms of probabilities are still right to 7 digits.
 MAX_TILT = 1e9
@@ -86,27 +82,9 @@ def all_paths(num_blocks: int, num_depths: int, operations: Sequence[str] = PUBL
     return _convolutional(np.ones((num_blocks, 3 * num_depths - 2), dtype=np.int64), operations, "all_paths")
 
 
-def random_architecture(
-    num_blocks: int,
-    num_depths: int,
-    low: float,
-    high: float,
-    generator: np.random.Generator,
-    operations: Sequence[str] = PUBLISHED,
-    keep_finest: bool = False,
-) -> Architecture:
-    """Draw uniformly from the connected architectures whose `ram_ratio` is from ``low`` to ``high``.
-
-    Two are the same if they have the same active paths with the same operations on them.
-
-    Args:
-        keep_finest: draw only from those that keep the path along depth 0 active in every block.
-
-    Raises:
-        UserError: a size is out of range, or no architecture is found in the band; the message names what is possible.
-    """
-    draws = random_architectures(num_blocks, num_depths, low, high, generator, operations, keep_finest)
-    return next(draws)
+def random_architecture(num_blocks: int, num_depths: int, low: float, high: float, *settings, **more) -> Architecture:
+    """Draw one architecture as `random_architectures` does, with the same arguments."""
+    return next(random_architectures(num_blocks, num_depths, low, high, *settings, **more))
 
 
 def random_architectures(
@@ -118,7 +96,16 @@ def random_architectures(
     operations: Sequence[str] = PUBLISHED,
     keep_finest: bool = False,
 ) -> Iterator[Architecture]:
-    """Draw as `random_architecture` does, one after another without end; most of the work is done once."""
+    """Draw without end, uniformly from the connected architectures whose `ram_ratio` is from ``low`` to ``high``.
+
+    Two are the same if they have the same active paths with the same operations on them.
+
+    Args:
+        keep_finest: draw only from those that keep the path along depth 0 active in every block.
+
+    Raises:
+        UserError: a size is out of range, or no architecture is found in the band; the message names what is possible.
+    """
     operations = _checked(num_blocks, num_depths, operations)
     choice = _Choice(num_blocks, num_depths, operations, keep_finest)
     possible = (
@@ -157,47 +144,6 @@ def least_ram_ratio(
 ) -> float:
     """Return the `ram_ratio` of the smallest architecture that `random_architecture` may draw."""
     return _Choice(num_blocks, num_depths, _checked(num_blocks, num_depths, operations), keep_finest).least_ratio
-
-
-def fitting_channel_mul(
-    architecture: Architecture,
-    memory_mib: float,
-    in_channels: int,
-    num_classes: int,
-    patch_size: tuple[int, int, int],
-    batch_size: int = 1,
-) -> float:
-    """Return the largest ``channel_mul``, in steps of 1/32, at which a training step stays within ``memory_mib``.
-
-    Counted as by `dints.network.cost.step_mib`. In steps of 1/32 every feature map has a whole number of channels, and
-    all of them grow in proportion to the width: two widths give the activations of all, three the parameters.
-
-    Raises:
-        UserError: even the smallest is too large, the patch size does not fit, or a number is out of range.
-    """
-    if not 0 < memory_mib < math.inf:
-        raise UserError(f"--memory_mib is {memory_mib:g}: give a positive number of MiB")
-    one, two = (
-        network.cost.cost(architecture, in_channels, num_classes, patch_size, steps / 32, batch_size)
-        for steps in (1, 2)
-    )
-    if one.step_mib > memory_mib:
-        raise UserError(
-            f"--memory_mib {memory_mib:g} is too small: at the smallest channel_mul, 1/32, a training step takes "
-            f"{one.step_mib:.4g} MiB; give at least that, or a smaller --patch_size or --num_images_per_batch"
-        )
-    with torch.device("meta"):
-        third = network.found.FoundNetwork(architecture, in_channels, num_classes, 3 / 32)
-    bend = network.found.count_parameters(third) - 2 * two.parameters + one.parameters
-
-    def step_mib(steps: int) -> float:  # exact: all are multiples of a byte
-        before, pairs = steps - 1, (steps - 1) * (steps - 2) // 2
-        parameters = one.parameters + before * (two.parameters - one.parameters) + pairs * bend
-        activation_mib = one.activation_mib + before * (two.activation_mib - one.activation_mib)
-        return network.cost.step_mib(parameters, activation_mib)
-
-    widths = range(1, min(2 + int((memory_mib - one.step_mib) / (two.step_mib - one.step_mib)), MAX_CHANNELS))
-    return bisect_right(widths, memory_mib, key=step_mib) / 32
 
 
 class _Choice:
@@ -369,70 +315,49 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="write u_shaped_skip_<blocks>x<depths>.pth, a U whose long paths are skip connections",
     )
     kind.add_argument("--all_paths", action="store_true", help="write all_paths_<blocks>x<depths>.pth")
-    kind.add_argument(
-        "--random", type=int, metavar="N", help="write random_<seed>_<number>.pth, numbers from 0 to N - 1"
-    )
+    kind.add_argument("--random", type=int, metavar="N", help="write random_<seed>_<number>.pth, N of them")
     add("--ram_ratio", type=float, nargs=2, metavar=("LOW", "HIGH"), help="band of the random ones' memory, up to 1")
     add("--keep_finest", action="store_true", help="random ones: keep the path along depth 0 in every block")
+    add("--seed", type=int, default=0, help="random ones: a number's architecture does not depend on N (default: 0)")
     add(
         "--use_downsample",
         choices=("yes", "no"),
         default="yes",
         help="whether the network halves the image before its first node, as published (default: %(default)s)",
     )
-    add("--seed", type=int, help="of the random ones; a number's architecture does not depend on N (default: 0)")
     add("--num_blocks", type=int, default=12, help="blocks, one after another (default: %(default)s)")
     add("--num_depths", type=int, default=4, help="resolutions, each half of the last (default: %(default)s)")
     add("--operations", nargs="+", metavar="NAME", default=PUBLISHED, help="of a path (default: the published five)")
-    add(
-        "--memory_mib",
-        type=float,
-        help="tell which channel_mul fills so many MiB in a training step: activations, 16 bytes a parameter, fp32",
-    )
-    add("--patch_size", type=int, nargs=3, metavar=("X", "Y", "Z"), help="of the input, voxels; with --memory_mib")
-    add("--num_channels", type=int, default=1, help="of the image (default: %(default)s)")
-    add("--num_classes", type=int, default=2, help="background included (default: %(default)s)")
-    add("--num_images_per_batch", type=int, default=1, help="with --memory_mib (default: %(default)s)")
     args = parser.parse_args(argv)
     if (args.random is None) != (args.ram_ratio is None):
         parser.error("--random and --ram_ratio go together")
-    if args.random is None and (args.keep_finest or args.seed is not None):
-        parser.error("--keep_finest and --seed go with --random")
-    if (args.memory_mib is None) != (args.patch_size is None):
-        parser.error("--memory_mib and --patch_size go together")
-    for name, least in (("random", 1), ("seed", 0), ("num_channels", 1), ("num_classes", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}")
+    if args.seed < 0 or args.random is not None and args.random < 1:
+        parser.error("--seed must be at least 0, and --random at least 1")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     sizes = {"num_blocks": args.num_blocks, "num_depths": args.num_depths, "operations": args.operations}
-    if args.random is None:
-        kinds = {
-            "u_shaped": u_shaped,
-            "u_shaped_skip": partial(u_shaped, skip_connections=True),
-            "all_paths": all_paths,
-        }
-        (kind,) = (name for name in kinds if getattr(args, name))
-        makers = {f"{kind}_{args.num_blocks}x{args.num_depths}": partial(kinds[kind], **sizes)}
+    size = f"{args.num_blocks}x{args.num_depths}"
+    if args.u_shaped or args.u_shaped_skip:
+        name = "u_shaped_skip" if args.u_shaped_skip else "u_shaped"
+        makers = {f"{name}_{size}": partial(u_shaped, **sizes, skip_connections=args.u_shaped_skip)}
+    elif args.all_paths:
+        makers = {f"all_paths_{size}": partial(all_paths, **sizes)}
     else:
-        (low, high), seed = args.ram_ratio, args.seed or 0
-        make = partial(_numbered, seed, low=low, high=high, keep_finest=args.keep_finest, **sizes)
-        makers = {f"random_{seed}_{number}": partial(make, number) for number in range(args.random)}
-    files = {args.output_root / f"{name}.pth": make for name, make in makers.items()}
-    _refuse_existing(files)
-    for path, make in files.items():
+        low, high = args.ram_ratio
+        make = partial(_numbered, args.seed, low=low, high=high, keep_finest=args.keep_finest, **sizes)
+        makers = {f"random_{args.seed}_{number}": partial(make, number) for number in range(args.random)}
+    for name, make in makers.items():
+        path = args.output_root / f"{name}.pth"
+        if path.exists():
+            raise UserError(f"{path} exists: name another --output_root or --seed, or remove the file")
         architecture = replace(make(), use_downsample=args.use_downsample == "yes")
         architecture.info["version"] = __version__
-        line = f"{path}: {_describe(architecture, args.num_channels, args.num_classes)}"
-        if args.memory_mib is not None:
-            shape = args.num_channels, args.num_classes, tuple(args.patch_size), args.num_images_per_batch
-            channel_mul = fitting_channel_mul(architecture, args.memory_mib, *shape)
-            line += f"; channel_mul {channel_mul:g} fills {args.memory_mib:g} MiB"
         save_architecture(path, architecture)
-        print(line, flush=True)
+        active, ratio = architecture.arch_code_a, architecture.info["ram_ratio"]
+        print(f"{path}: ram ratio {ratio:.4f}, {active.sum()} of {active.size} paths", flush=True)
 
 
 def _numbered(seed: int, number: int, **settings) -> Architecture:
@@ -440,22 +365,6 @@ def _numbered(seed: int, number: int, **settings) -> Architecture:
     architecture = random_architecture(generator=np.random.default_rng([seed, number]), **settings)
     architecture.info.update(seed=seed, number=number)
     return architecture
-
-
-def _refuse_existing(files: Iterable[Path]) -> None:
-    existing = [str(path) for path in files if path.exists()]
-    if existing:
-        raise UserError(f"{existing[0]} exists: name another --output_root or another --seed, or remove the file")
-
-
-def _describe(architecture: Architecture, in_channels: int, num_classes: int) -> str:
-    """Tell people how large the architecture is; parameters are those at channel_mul 1."""
-    with torch.device("meta"):  # has shapes but no numbers
-        parameters = network.found.count_parameters(network.found.FoundNetwork(architecture, in_channels, num_classes))
-    return (
-        f"ram ratio {architecture.info['ram_ratio']:.4f}, {architecture.arch_code_a.sum()} of "
-        f"{architecture.arch_code_a.size} paths, {parameters:,} parameters at channel_mul 1"
-    )
 
 
 if __name__ == "__main__":

@@ -45,14 +45,14 @@ def message_of(path: Path, **wanted) -> str:
     return message
 
 
-@pytest.mark.parametrize("num_depths", [2, 3, 4, 5])
+@pytest.mark.parametrize("num_depths", [2, 5])
 def test_paths_are_those_of_monai(num_depths):
     one_block = torch.zeros(1, 3 * num_depths - 2).numpy()
     space = TopologyInstance([one_block, one_block], num_blocks=1, num_depths=num_depths)
     assert paths(num_depths) == list(zip(space.arch_code2in, space.arch_code2out, strict=True))
 
 
-@pytest.mark.parametrize("size", [(1, 2), (5, 3), (12, 4), (2, 6)], ids=str)
+@pytest.mark.parametrize("size", [(1, 2), (12, 4), (2, 6)], ids=str)
 def test_what_is_saved_is_loaded(tmp_path, size):
     saved = with_max(random_architecture(1, *size), info=INFO)
     save_architecture(tmp_path / "code.pth", saved)
@@ -64,17 +64,11 @@ def test_what_is_saved_is_loaded(tmp_path, size):
     assert content.keys() == {*ARRAYS, *INFO, "operations", "use_downsample"}
     assert content["operations"] == list(loaded.operations) == list(PUBLISHED)
     assert content["use_downsample"] is loaded.use_downsample is True
+    full = replace(saved, use_downsample=False)
+    assert full.codes() != saved.codes()  # another network, whose runs are other runs
+    save_architecture(tmp_path / "full.pth", full)
+    assert load_architecture(tmp_path / "full.pth").use_downsample is False
     assert all(isinstance(content[key], torch.Tensor) for key in ARRAYS)
-
-
-def test_full_resolution_is_saved_and_loaded(tmp_path):
-    half = random_architecture(1, 3, 3)
-    full = replace(half, use_downsample=False)
-    assert full.codes() != half.codes()  # another network, with which no run of the one goes on
-    save_architecture(tmp_path / "code.pth", full)
-    assert load_architecture(tmp_path / "code.pth").use_downsample is False
-    torch.save({**full.to_dict(), "use_downsample": 2}, tmp_path / "code.pth")
-    assert "'use_downsample' is not True or False" in message_of(tmp_path / "code.pth")
 
 
 def published(architecture: Architecture, dtype: type = np.float64) -> dict:
@@ -130,7 +124,7 @@ def test_monais_own_instance_reads_a_file_of_ours_as_the_page_says(tmp_path):
 
 @pytest.mark.fault("legacy NumPy files")
 @pytest.mark.skipif(int(np.__version__[0]) < 2, reason="the files are made from what NumPy 2 writes")
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int32, np.uint8, bool, ">i8"], ids=str)
+@pytest.mark.parametrize("dtype", [np.float64, np.uint8, bool, ">i8"], ids=str)
 @ZIPPED
 @pytest.mark.parametrize("save", [save_as_numpy_1, save_as_numpy_2])
 def test_published_files_load_and_what_we_make_of_them_needs_no_allow_list(tmp_path, save, zipped, dtype):
@@ -156,19 +150,12 @@ class Payload:
         return os.system, (f"touch {self.marker}",)
 
 
-class Evaluated(Payload):
-    def __reduce__(self):
-        return eval, (f"__import__('os').mkdir({str(self.marker)!r})",)
-
-
 @pytest.mark.fault("malicious pickle")
-@pytest.mark.parametrize("payload", [Payload, Evaluated])
 @pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle", "inside an array", "beside good arrays"])
-def test_a_malicious_file_runs_nothing(tmp_path, form, payload):
+def test_a_malicious_file_runs_nothing(tmp_path, form):
     file, marker = tmp_path / "code.pth", tmp_path / "it_ran"
-    malicious = payload(marker)
-    wanted = "eval" if payload is Evaluated else "posix.system"
-    fault = f"asks for {wanted} while loading; only tensors and NumPy arrays"
+    malicious = Payload(marker)
+    fault = "asks for posix.system while loading; only tensors and NumPy arrays"
     if form == "plain pickle":
         file.write_bytes(pickle.dumps({"node_a": malicious}, protocol=2))
     elif form == "inside an array":
@@ -188,7 +175,7 @@ def test_a_malicious_file_runs_nothing(tmp_path, form, payload):
 
 @pytest.mark.fault("truncated, empty or foreign file")
 @ZIPPED
-@pytest.mark.parametrize("keep", [1, 10, 64, 0.25, 0.5, 0.75, 0.9, -1])
+@pytest.mark.parametrize("keep", [10, 0.5, -1])
 def test_a_truncated_file_is_refused(tmp_path, keep, zipped):
     file = tmp_path / "code.pth"
     torch.save(random_architecture(0, 12, 4).to_dict(), file, _use_new_zipfile_serialization=zipped)
@@ -205,17 +192,13 @@ def test_a_truncated_file_is_refused(tmp_path, keep, zipped):
         (Path.mkdir, "is a folder"),
         (Path.touch, "is damaged or not a PyTorch file"),
         (lambda path: path.write_text("node_a: [[1, 0], [1, 0]]\n" * 100), "is damaged or not a PyTorch file"),
-        (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1000)), "is damaged or not a PyTorch file"),
         (lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)), "is damaged or not a PyTorch file"),
         (lambda path: torch.save([1, 2], path), "holds a list where a dictionary is expected"),
-        (lambda path: torch.save(torch.ones(3), path), "holds a Tensor where a dictionary is expected"),
         (lambda path: torch.save(torch.nn.Linear(1, 1).state_dict(), path), "has no 'node_a'"),
         (lambda path: torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)).save(path), "not a PyTorch file"),
         (lambda path: np.savez(path.open("wb"), **{key: GOOD[key] for key in ARRAYS}), "not a PyTorch file"),
-        (lambda path: np.save(path.open("wb"), GOOD["node_a"]), "not a PyTorch file"),
     ],
-    ids=["missing", "folder", "empty", "text", "picture", "empty zip", "list", "tensor", "state dict", "script"]
-    + ["npz", "npy"],
+    ids=["missing", "folder", "empty", "text", "empty zip", "list", "state dict", "script", "npz"],
 )
 def test_a_foreign_file_is_refused(tmp_path, make, fault):
     make(tmp_path / "code.pth")
@@ -230,7 +213,7 @@ def entry(key: str, index: tuple[int, int], value: float) -> dict:
 
 
 GOOD = {**chain(0, 1, 1, 0, num_depths=3).to_dict(), "arch_code_a_max": torch.zeros(3, 7)}
-LEVEL_1, UP_1 = 3, 1  # the paths of depth 1 to itself, and to depth 0
+LEVEL_1 = 3  # the path of depth 1 to itself
 
 
 @pytest.mark.fault("missing key, codes, rows, paths, nodes")
@@ -243,27 +226,18 @@ LEVEL_1, UP_1 = 3, 1  # the paths of depth 1 to itself, and to depth 0
         (entry("arch_code_c", (1, 3), 1.7), "'arch_code_c' holds 1.7 where only whole numbers"),
         (entry("arch_code_a", (1, 3), 0.5), "'arch_code_a' holds 0.5 where only whole numbers"),
         (entry("arch_code_a", (1, 3), 2), "'arch_code_a' holds 2; values are 0 to 1"),
-        (entry("arch_code_a_max", (1, 3), -1), "'arch_code_a_max' holds -1; values are 0 to 1"),
-        (entry("node_a", (0, 0), 3), "'node_a' holds 3; values are 0 to 1"),
-        *((entry(key, (0, 0), np.nan), f"'{key}' holds nan where only whole numbers") for key in ARRAYS),
-        (entry("node_a", (3, 2), -np.inf), "'node_a' holds -inf where only whole numbers"),
-        (entry("arch_code_c", (1, 3), 1e300), "'arch_code_c' holds 1e+300 where only whole numbers"),
+        (entry("node_a", (0, 0), np.nan), "'node_a' holds nan where only whole numbers"),
+        ({**GOOD, "use_downsample": 2}, "'use_downsample' is not True or False"),
         ({**GOOD, "arch_code_c": torch.full((3, 7), 2**64 - 1, dtype=torch.uint64)}, "holds 1.84467e+19 where only"),
-        ({**GOOD, "arch_code_c": torch.full((3, 7), -(2**63))}, "holds -9223372036854775808; values are 0 to 4"),
         (entry("arch_code_a", (1, LEVEL_1), 0), "block 1 has no active path"),
         (entry("arch_code_a", (2, 0), 1), "block 1 ends at depths [1], but block 2 starts from [0, 1]"),
-        (entry("arch_code_a", (1, UP_1), 1), "block 1 ends at depths [0, 1], but block 2 starts from [1]"),
         (entry("node_a", (0, 1), 1), "row 0 of 'node_a' activates depths [0, 1], but the paths use [0]"),
-        (entry("node_a", (2, 1), 0), "row 2 of 'node_a' activates depths [], but the paths use [1]"),
-        (entry("node_a", (3, 2), 1), "row 3 of 'node_a' activates depths [0, 2], but the paths use [0]"),
-        ({**GOOD, "node_a": GOOD["node_a"].T}, "'node_a' has shape (3, 4), but 'arch_code_a' of 3 blocks and 3 depths"),
         ({**GOOD, "node_a": GOOD["node_a"][1:]}, "'node_a' has shape (3, 3), but .* asks for (4, 3)"),
-        ({**GOOD, "arch_code_c": torch.ones(5, 7)}, "'arch_code_c' has shape (5, 7), but .* asks for (3, 7)"),
         ({**GOOD, "arch_code_c": torch.ones(3, 7, 5)}, "'arch_code_c' has shape (3, 7, 5), but .* asks for (3, 7)"),
         ({**GOOD, "arch_code_a_max": torch.ones(3, 4)}, "'arch_code_a_max' has shape (3, 4), but .* asks for (3, 7)"),
         *(
             ({**GOOD, "arch_code_a": torch.ones(shape)}, f"'arch_code_a' has shape {shape}, not (blocks, 3 * depths")
-            for shape in ((), (7,), (0, 7), (3, 0), (3, 1), (3, 8), (3, 7, 1))
+            for shape in ((), (0, 7), (3, 1), (3, 8))
         ),
         # One number in the file, and 8 GB in memory were it taken as it is
         ({**GOOD, "arch_code_a": torch.zeros(1).expand(10**9, 7)}, "has shape (1000000000, 7), too large for an"),
@@ -271,7 +245,6 @@ LEVEL_1, UP_1 = 3, 1  # the paths of depth 1 to itself, and to depth 0
             {**GOOD, "arch_code_a": torch.ones(1, 3 * 17 - 2)},
             "it has 1 blocks and 17 depths, more than the 1000 and 16",
         ),
-        ({**GOOD, "arch_code_a": torch.ones(1001, 4)}, "it has 1001 blocks and 2 depths, more than the 1000 and 16"),
         *(
             ({**GOOD, "node_a": value}, "'node_a' is not an array of numbers")
             for value in (
@@ -303,7 +276,7 @@ def test_a_file_with_any_bytes_changed_loads_or_is_refused(tmp_path, numpy, zipp
     content = published(architecture) if numpy else architecture.to_dict()
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
     whole, refused = file.read_bytes(), 0
-    for _ in range(200):
+    for _ in range(100):
         damaged = bytearray(whole)
         for place in rng.integers(len(whole), size=rng.integers(1, 4)):
             damaged[place] = rng.choice([0, 255, rng.integers(256)])
@@ -313,7 +286,7 @@ def test_a_file_with_any_bytes_changed_loads_or_is_refused(tmp_path, numpy, zipp
         except UserError as error:
             refused += 1
             assert str(file) in str(error) and "\n" not in str(error)
-    assert 60 < refused < 200
+    assert 30 < refused < 100
 
 
 @pytest.mark.fault("other blocks or depths")

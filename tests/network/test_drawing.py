@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from architectures import random_architecture
 
 from dints.errors import UserError
@@ -46,9 +45,7 @@ def node_width(source: str, row: int, depth: int) -> str:
 
 
 @needs_dot
-@pytest.mark.parametrize(
-    ("num_blocks", "num_depths"), [(1, 2), (1, 5), (3, 5), (4, 2), (6, 3), (12, 4)], ids=lambda size: str(size)
-)
+@pytest.mark.parametrize(("num_blocks", "num_depths"), [(1, 5), (4, 2), (12, 4)])
 def test_drawing_holds_the_architecture(tmp_path, num_blocks, num_depths):
     architecture = random_architecture(num_blocks, num_blocks, num_depths)
     if num_blocks == 4:
@@ -120,20 +117,17 @@ def test_each_format_is_written_beside_its_source(tmp_path, ending, magic):
 @pytest.mark.parametrize(
     ("info", "title"),
     [
-        ({}, "DiNTS architecture"),
         (
             {"task": "Task04_Hippocampus", "factor_ram_cost": 0.8, "iter_num": 1234567, "best_dsc": 0.85},
             "DiNTS architecture · Task04_Hippocampus · RAM factor 0.8 · iteration 1234567 · supernet's best Dice 0.850",
         ),
-        ({"iter_num": torch.tensor(5), "best_dsc": -1}, "DiNTS architecture · iteration 5"),
-        ({"task": None, "iter_num": "many", "best_dsc": torch.ones(2), "factor_ram_cost": [1]}, "DiNTS architecture"),
+        ({"task": None, "iter_num": "many", "best_dsc": -1, "factor_ram_cost": [1]}, "DiNTS architecture"),
         ({"task": r'a "b" \n <c>'}, r"DiNTS architecture · a \"b\" \\n <c>"),
     ],
 )
 def test_title_and_caption_say_what_the_file_knows(tmp_path, info, title):
-    graph = draw_architecture(
-        random_architecture(0, 2, 2, info), "titled", tmp_path, "svg", caption=["1.5 M <weights>"]
-    )
+    architecture = random_architecture(0, 2, 2, info)
+    graph = draw_architecture(architecture, "titled", tmp_path, "svg", caption=["1.5 M <weights>"])
     assert f'label="{title}\\l"' in graph.source
     assert "1.5 M &lt;weights&gt;</text>" in (tmp_path / "titled.svg").read_text()
 

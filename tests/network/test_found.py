@@ -42,7 +42,7 @@ ARCHITECTURES = {
     "down and up": chain(0, 1, 2, 1, 0, num_depths=3, operation=4),
     "up": chain(2, 1, 0, num_depths=4, operation=0),
     "all inputs, finest output": connected(np.array([[1, 1, 0, 0]]), np.full((1, 4), 3)),
-    **{f"random {seed}": random_architecture(seed, 3, 3) for seed in range(3)},
+    "random 1": random_architecture(1, 3, 3),
     "random, 4 depths": random_architecture(7, 4, 4),
     **{
         f"full resolution, {name}": replace(architecture, use_downsample=False)
@@ -88,9 +88,10 @@ def test_it_is_monais_network(architecture):
         assert not expected[name].any(), name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_in_fp32_it_is_as_exact_as_monais(architecture):
+@pytest.mark.parametrize("name", ["all paths, 4 depths", "random, 4 depths", "full resolution, all paths"])
+def test_in_fp32_it_is_as_exact_as_monais(name):
     """Where a norm has few voxels, which digits are lost depends on the processor; how many, on the network."""
+    architecture = ARCHITECTURES[name]
     theirs, ours = both_networks(architecture)
     kinds = ((theirs, torch.float32), (ours, torch.float32), (theirs, torch.float64))
     rounded, found, exact = (scores_and_gradients(net, architecture.num_depths, dtype) for net, dtype in kinds)
@@ -122,22 +123,10 @@ def test_it_exports():
     torch.testing.assert_close(exported.module()(image), network(image), rtol=1e-4, atol=1e-5)
 
 
-def test_it_prints_nothing(capsys):
-    FoundNetwork(everything(1, 2), 1, 2, SMALL)
-    assert capsys.readouterr() == ("", "")
-
-
 def on_meta(architecture: Architecture, *settings) -> FoundNetwork:
     """Make the network without memory for its weights."""
     with torch.device("meta"):
         return FoundNetwork(architecture, *settings)
-
-
-def test_a_network_of_the_published_size_has_the_parameters_that_train_in_monais():
-    architecture = random_architecture(0, 12, 4)
-    with torch.device("meta"):
-        expected = without_unused_stems(monai_network(architecture, 1, 2, 1.0).state_dict(), architecture)
-    assert count_parameters(on_meta(architecture, 1, 2)) == sum(value.numel() for value in expected.values())
 
 
 def test_parameters_of_a_stand_in_for_the_published_architecture():
@@ -158,25 +147,14 @@ def test_parameters_of_the_published_architecture():
     assert count_parameters(on_meta(architecture, 1, 2)) <= 152_365_000
 
 
-@pytest.mark.parametrize(
-    ("num_depths", "patch_size"),
-    [
-        (3, (16, 16, 16)),
-        (3, (8, 8, 16)),
-        (3, (48, 8, 24)),
-        (4, (32, 32, 32)),
-        (4, (16, 32, 16)),
-        (4, (96, 96, 96)),
-        (4, (80, 48, 16)),
-    ],
-)
+@pytest.mark.parametrize(("num_depths", "patch_size"), [(3, (8, 8, 16)), (4, (32, 32, 32)), (4, (80, 48, 16))], ids=str)
 def test_patch_sizes_that_fit(num_depths, patch_size):
     check_patch_size(patch_size, num_depths)
     scores = on_meta(everything(1, num_depths), 1, 2, SMALL)(torch.zeros(1, 1, *patch_size, device="meta"))
     assert scores.shape == (1, 2, *patch_size)
 
 
-@pytest.mark.parametrize("num_depths", [2, 3, 4])
+@pytest.mark.parametrize("num_depths", [2, 4])
 def test_at_full_resolution_patch_sizes_are_halved_once_less(num_depths):
     full = replace(everything(1, num_depths), use_downsample=False)
     step = 2 ** (num_depths - 1)
@@ -196,15 +174,10 @@ def test_at_full_resolution_patch_sizes_are_halved_once_less(num_depths):
     ("num_depths", "patch_size", "suggestion"),
     [
         (3, (8, 8, 8), (16, 16, 16)),
-        (3, (30, 32, 32), (32, 32, 32)),
         (3, (4, 4, 20), (8, 8, 16)),
         (3, (32, 32, 0), (32, 32, 8)),
         (4, (16, 16, 16), (32, 32, 32)),
-        (4, (24, 32, 32), (32, 32, 32)),
-        (4, (96, 96, 90), (96, 96, 96)),
-        (4, (9, 1, 20), (32, 32, 32)),
         (4, (-32, 32, 32), (16, 32, 32)),
-        (5, (96, 96, 48), (96, 96, 64)),
     ],
 )
 def test_patch_sizes_that_do_not_fit(num_depths, patch_size, suggestion):

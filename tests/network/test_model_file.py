@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -50,66 +49,55 @@ def model_content(tmp_path: Path) -> dict:
     return torch.load(tmp_path / "m.pth", weights_only=True)
 
 
+def of_task(key: str, *values: object) -> list[tuple]:
+    """Return changes of an entry of the task, each with the fault that is reported."""
+    fault = rf"is damaged: .*\({key} .*; give another"
+    return [(lambda c, value=value: c["task"].update({key: value}), fault) for value in values]
+
+
+def of_file(fault: str, **changes: object) -> tuple:
+    return lambda c: c.update(changes), fault
+
+
 @pytest.mark.fault("missing key, codes, rows, paths, nodes")
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        *((lambda c, key=key: c.pop(key), "is not a model file") for key in ("state_dict", "architecture", "task")),
+        (lambda c: c.pop("state_dict"), "is not a model file"),
         (lambda c: c["architecture"].pop("arch_code_c"), "has no 'arch_code_c'"),
-        (lambda c: c.update(architecture=None), "holds a NoneType where a dictionary"),
+        of_file("holds a NoneType where a dictionary", architecture=None),
         (lambda c: c["architecture"]["arch_code_a"].zero_(), "block 0 has no active path"),
         (lambda c: c["state_dict"].pop("stem_finals.1.bias"), "lacks 1 tensors"),
-        (lambda c: c.update(state_dict=3), "does not hold network weights"),
         (lambda c: c["architecture"].update(operations=["conv_9x9x9"]), "names the operation 'conv_9x9x9'"),
         (lambda c: c["task"].pop("class_names"), "is damaged: its task and channel_mul 0.0625 .*class_names"),
         (lambda c: c["task"].update(colour="red"), "is damaged: .*colour"),
-        *(
-            (lambda c, key=key, value=value: c["task"].update({key: value}), rf"is damaged: .*\({key} .*; give another")
-            for key, value in (
-                *(("name", value) for value in (None, 5)),
-                *(("modality", value) for value in ("US", None)),
-                *(("num_channels", value) for value in ("two", -1, 0, 1.5, True)),
-                *(("class_names", value) for value in (None, [], ["background"], ["a", 5], "abc", ["a"] * 256)),
-                *(("spacing", value) for value in (1, [1.0, 1.0], [1.0, 0.0, 1.0], [1.0, -1.0, 1.0], "111")),
-                *(("spacing", value) for value in ([1.0, math.nan, 1.0], [1.0, math.inf, 1.0], [1.0, "1", 1.0])),
-                *(("intensity", value) for value in (0, [1.0], [1.0, 1.0], [2.0, 1.0], [0.0, math.inf], [None, 1.0])),
-                *(("patch_size", value) for value in (None, 96, [32, 32], [32.0, 32.0, 32.0], ["a", "b", "c"])),
-                ("channel_files", "no"),
-            )
-        ),
+        *of_task("name", None),
+        *of_task("modality", "US"),
+        *of_task("num_channels", "two", 0, True),
+        *of_task("class_names", None, ["background"], ["a", 5], ["a"] * 256),
+        *of_task("spacing", 1, [1.0, 0.0, 1.0], [1.0, math.nan, 1.0], [1.0, "1", 1.0]),
+        *of_task("intensity", [1.0], [2.0, 1.0], [0.0, math.inf]),
+        *of_task("patch_size", 96, [32, 32], [32.0, 32.0, 32.0]),
+        *of_task("channel_files", "no"),
         (
             lambda c: c["task"].update(patch_size=[30, 32, 32]),
             "is damaged: .*patch_size 30 32 32 does not fit 4 depths",
         ),
-        (lambda c: c["task"].update(patch_size=[-32, 0, 32]), "is damaged: .*patch_size -32 0 32 does not fit 4"),
-        (lambda c: c.update(task=[]), "is damaged: .*list"),
-        (lambda c: c.update(task=None), "is damaged: .*NoneType"),
-        *(
-            (lambda c, value=value: c.update(channel_mul=value), rf"is damaged: its .*{re.escape(repr(value))}")
-            for value in ("x", None, [1], 0.0, -1.0, math.nan, math.inf, 1e300)
-        ),
-        *(
-            (lambda c, key=key: c.update({key: endless()}), rf"is damaged: its {key} .*\[\[")
-            for key in ("dice", "iteration", "fold", "data", "ranges", "training_cases")
-        ),
-        *(
-            (lambda c, axes=axes: c.update(flips={"axes": axes}), "is damaged: its flips are {'axes': ")
-            for axes in ([[1]], 5, [3], None, ["0"])
-        ),
-        (lambda c: c.update(flips=5), "is damaged: its flips are 5"),
-        (lambda c: c.update(flips={"axes": endless()}), "is damaged: its flips is"),
-        (lambda c: c.update(overlap_ratio="x" * 10**5), "is damaged: its overlap_ratio is"),
-        (lambda c: c.update(version=torch.zeros(3)), "is damaged: its version is tensor"),
+        of_file("is damaged: .*list", task=[]),
+        of_file("is damaged: its .*'x'", channel_mul="x"),
+        of_file("is damaged: its .*nan", channel_mul=math.nan),
+        of_file(r"is damaged: its .*1e\+300", channel_mul=1e300),
+        of_file("has [0-9]+ tensors of another shape", channel_mul=100.0),  # before memory for it is asked for
+        of_file(r"is damaged: its dice .*\[\[", dice=endless()),
+        of_file(r"is damaged: its ranges .*\[\[", ranges=endless()),
+        of_file("is damaged: its training_cases are no list of names", training_cases=[5]),
+        of_file("is damaged: its flips are {'axes': ", flips={"axes": [3]}),
+        of_file("is damaged: its flips are 5", flips=5),
+        of_file("is damaged: its overlap_ratio is", overlap_ratio="x" * 10**5),
+        of_file("is damaged: its version is tensor", version=torch.zeros(3)),
         (lambda c: c["task"].update(name=endless()), "is damaged: .*name"),
         (lambda c: c["task"].update({"x" * 10**6: 1}), "is damaged: .*xxx"),
-        (lambda c: c["task"].update(class_names=["x" * 10**6, 5]), "is damaged: .*class_names"),
-        (lambda c: c["task"].update(spacing=endless()), "is damaged: .*spacing"),
-        # Before memory for such a network is asked for
-        *(
-            (lambda c, value=value: c.update(channel_mul=value), "has [0-9]+ tensors of another shape")
-            for value in (1.0, 100.0)
-        ),
     ],
 )
 def test_what_describes_no_network_is_refused(tmp_path, change, fault):
@@ -122,7 +110,7 @@ def test_what_describes_no_network_is_refused(tmp_path, change, fault):
 
 
 @pytest.mark.fault("truncated, empty or foreign file")
-@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
+@pytest.mark.parametrize("keep", [0, 100, 0.99])
 def test_a_truncated_file_is_no_model(tmp_path, keep):
     torch.save(model_content(tmp_path), tmp_path / "model.pth")
     whole = (tmp_path / "model.pth").read_bytes()

@@ -44,6 +44,10 @@ def twins(seed: int, spread: float, *size: int) -> tuple[TopologySearch, SearchS
     return theirs, ours
 
 
+def monais_ratio(space: TopologySearch) -> torch.Tensor:
+    return space.get_ram_cost_usage(INPUT) / space.get_ram_cost_usage(INPUT, full=True)
+
+
 def searched_values(space: TopologySearch) -> dict[str, torch.Tensor]:
     children, path_probs = space.get_prob_a(child=True)
     return {
@@ -51,8 +55,7 @@ def searched_values(space: TopologySearch) -> dict[str, torch.Tensor]:
         "paths": path_probs,
         "paths alone": space.get_prob_a()[1],
         "topology": space.get_topology_entropy(children),
-        "ram": space.get_ram_cost_usage(INPUT),
-        "ram full": space.get_ram_cost_usage(INPUT, full=True),
+        "ram ratio": ratio(INPUT) if (ratio := getattr(space, "ram_ratio", None)) else monais_ratio(space),
     }
 
 
@@ -69,12 +72,12 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> 
     torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=tolerance, atol=atol)
 
 
-@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
-@pytest.mark.parametrize("size", [(2, 2), (1, 3), (7, 3), (12, 4), (7, 3, False)], ids=str)
+@pytest.mark.parametrize("spread", [0.01, 4.0])
+@pytest.mark.parametrize("size", [(2, 2), (1, 3), (12, 4), (7, 3, False)], ids=str)
 def test_probabilities_and_regularisers_are_monais(size, spread):
     theirs, ours = twins(size[0], spread, *size)
     expected = searched_values(theirs.double())
-    assert expected["ram full"] > expected["ram"] > 0
+    assert 1 > expected["ram ratio"] > 0
     if size[0] == 1:  # no two blocks to agree
         assert expected.pop("topology") == searched_values(ours)["topology"] == 0
     expected_gradients = {name: gradients(theirs, value) for name, value in expected.items()}
@@ -92,8 +95,7 @@ def test_probabilities_and_regularisers_are_monais(size, spread):
     ("size", "spread", "seeds"),
     [
         ((1, 2), 1.0, 5),
-        *((size, spread, 3) for size in ((2, 2), (12, 2)) for spread in (0.01, 1.0, 5.0)),
-        *((size, spread, 1) for size in ((2, 3), (12, 3)) for spread in (0.01, 1.0, 5.0)),
+        *((size, spread, 2) for size in ((12, 2), (12, 3)) for spread in (0.01, 1.0, 5.0)),
         *(((2, 4), spread, 1) for spread in (0.01, 1.0, 5.0)),  # at 12 blocks MONAI's matrix has 2 GB
     ],
     ids=str,
@@ -105,15 +107,9 @@ def test_what_is_decoded_is_what_monai_decodes(size, spread, seeds):
             np.testing.assert_array_equal(found, expected)
 
 
-@cache
-def space_of(num_blocks: int, num_depths: int) -> SearchSpace:
-    """Make ours alone: MONAI's of 5 depths would need minutes and gigabytes."""
-    return SearchSpace(num_blocks=num_blocks, num_depths=num_depths, channel_mul=SMALL)
-
-
 @pytest.mark.parametrize("size", [(1, 2), (12, 4), (3, 5)], ids=str)
 def test_decode_finds_the_architecture_that_the_alphas_spell(size):
-    space = space_of(*size)
+    space = SearchSpace(SMALL, *size)
     for seed in range(5):
         wanted = random_architecture(seed, *size)
         with torch.no_grad():
@@ -126,10 +122,10 @@ def test_decode_finds_the_architecture_that_the_alphas_spell(size):
         assert found.info.keys() == {"task", "ram_ratio"} and found.info["task"] == "Task09_Spleen"
 
 
-@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0, 40.0])
+@pytest.mark.parametrize("spread", [0.01, 5.0, 40.0])
 @pytest.mark.parametrize("size", [(12, 4), (3, 5)], ids=str)
 def test_whatever_is_decoded_is_a_network(size, spread):
-    space = space_of(*size)
+    space = SearchSpace(SMALL, *size)
     for seed in range(5):
         torch.manual_seed(seed)
         with torch.no_grad():
@@ -193,7 +189,7 @@ def test_extreme_alphas(row):
         assert all(gradient.isfinite().all() for gradient in gradients(space, value)), name
 
 
-def test_state_dict_moves_both_ways():
+def test_state_dict_moves_both_ways_and_nothing_is_printed(capsys):
     size = {"num_blocks": 2, "num_depths": 3, "channel_mul": SMALL}
     theirs, ours = DiNTS(quiet(TopologySearch, **size), 1, 2), supernet(SearchSpace(**size), 1, 2)
     for source, destination in ((theirs, ours), (ours, theirs)):
@@ -202,10 +198,6 @@ def test_state_dict_moves_both_ways():
         destination.load_state_dict(source.state_dict(), strict=True)
         for name, value in source.state_dict().items():
             assert torch.equal(destination.state_dict()[name], value), name
-
-
-def test_it_prints_nothing(capsys):
-    SearchSpace(num_blocks=1, num_depths=2, channel_mul=SMALL).decode()
     assert capsys.readouterr() == ("", "")
 
 
@@ -218,15 +210,33 @@ def test_everything_follows_to_another_device():
 
 @pytest.mark.slow
 def test_the_supernet_compiles_as_one_graph():
-    assert_one_graph(supernet(space_of(1, 2), 1, 2), torch.randn(1, 1, 16, 16, 16))
+    assert_one_graph(supernet(SearchSpace(SMALL, 1, 2), 1, 2), torch.randn(1, 1, 16, 16, 16))
 
 
-def test_without_weights_it_decodes_as_before():
-    space = SearchSpace(0.25, 3, 3)
-    space.log_alpha_a.data.normal_(0, 3)
-    space.log_alpha_c.data.normal_(0, 3)
-    budget = 1.2 * space.feasible_ram_ratio()
-    before = [space.architecture(share).codes() for share in (None, budget)]
-    kept = space.without_weights()
-    assert {name for name, _ in kept.named_parameters()} == {"log_alpha_a", "log_alpha_c"}
-    assert [kept.architecture(share).codes() for share in (None, budget)] == before
+@pytest.mark.parametrize("budget", ["published", "fixed"])
+def test_gradients_of_the_share_of_memory(budget):
+    space = SearchSpace(SMALL, 2, 2).double()
+    torch.manual_seed(0)
+    alphas = [torch.randn_like(alpha).requires_grad_() for alpha in (space.log_alpha_a, space.log_alpha_c)]
+
+    def ratio(log_alpha_a: torch.Tensor, log_alpha_c: torch.Tensor) -> torch.Tensor:
+        space._parameters.update(log_alpha_a=log_alpha_a, log_alpha_c=log_alpha_c)
+        return space.ram_ratio((1, 1, 32, 32, 32), budget)
+
+    assert torch.autograd.gradcheck(ratio, alphas)
+    assert all(gradient.abs().max() > 1e-3 for gradient in torch.autograd.grad(ratio(*alphas), alphas))
+
+
+def test_operations_count_in_the_fixed_budget_alone():
+    """All paths active with one operation each: the published share is the same for all, the fixed one is not."""
+    space = SearchSpace(SMALL, 2, 3)
+    shares = {"published": [], "fixed": []}
+    with torch.no_grad():
+        space.log_alpha_a.fill_(30)
+        for operation in range(5):
+            space.log_alpha_c.fill_(-30)[..., operation] = 30
+            for budget, values in shares.items():
+                values.append(space.ram_ratio((1, 1, 32, 32, 32), budget).item())
+    assert shares["published"] == pytest.approx([1] * 5)
+    skip, conv3d, *p3d = shares["fixed"]
+    assert skip < conv3d < p3d[0] and p3d == pytest.approx([1, 1, 1])

@@ -10,7 +10,6 @@ from itertools import islice, product
 
 import numpy as np
 import pytest
-import torch
 from architectures import connected
 from architectures import random_architecture as any_architecture
 from scipy.stats import chi2
@@ -19,13 +18,10 @@ from dints import __version__
 from dints.errors import UserError
 from dints.network import unsearched
 from dints.network.architecture import Architecture, load_architecture, paths
-from dints.network.cost import cost
-from dints.network.found import FoundNetwork, count_parameters
 from dints.network.operations import PUBLISHED
 from dints.network.space import SearchSpace
 from dints.network.unsearched import (
     all_paths,
-    fitting_channel_mul,
     main,
     ram_ratio,
     random_architecture,
@@ -34,7 +30,7 @@ from dints.network.unsearched import (
 )
 
 TWO = ("skip_connect", "conv_3x3x3")
-SIZES = [(1, 2), (2, 2), (4, 4), (5, 4), (9, 3), (12, 4), (12, 6)]
+SIZES = [(1, 2), (4, 4), (9, 3), (12, 6)]
 
 
 def ends(architecture: Architecture) -> list[list[tuple[int, int]]]:
@@ -46,14 +42,6 @@ def ends(architecture: Architecture) -> list[list[tuple[int, int]]]:
 def codes(architecture: Architecture) -> tuple[int, ...]:
     """Return an operation per path, -1 where there is none."""
     return tuple(np.where(architecture.arch_code_a, architecture.arch_code_c, -1).flatten().tolist())
-
-
-def is_network(architecture: Architecture, size: int) -> bool:
-    """Tell whether a small network of it computes scores of the image's size."""
-    torch.manual_seed(0)
-    network = FoundNetwork(architecture, in_channels=2, num_classes=3, channel_mul=1 / 32)
-    scores = network(torch.randn(1, 2, size, size, size))
-    return scores.shape == (1, 3, size, size, size) and bool(scores.isfinite().all())
 
 
 def test_the_u_shape_of_five_blocks_and_three_depths():
@@ -78,7 +66,6 @@ def test_its_long_paths_may_be_skip_connections():
     ]
     assert skipping == [[], [(0, 0)], [(0, 0), (1, 1)], [(0, 0), (1, 1)], [(0, 0)], []]
     assert not plain.arch_code_c.any()  # conv_3x3x3 on all, as before
-    assert is_network(architecture, 16)
     with pytest.raises(UserError, match="lacks skip_connect"):
         u_shaped(6, 3, ("conv_3x3x3",), skip_connections=True)
 
@@ -109,11 +96,6 @@ def test_all_paths_are_active():
     assert all_paths(4, 3).arch_code_a.tolist() == [[1] * 7] * 4
 
 
-def test_they_are_networks():
-    assert is_network(u_shaped(5, 3), 16) and is_network(u_shaped(3, 4), 32) and is_network(all_paths(2, 2), 8)
-    assert is_network(random_architecture(3, 3, 0.1, 0.3, np.random.default_rng(0)), 16)
-
-
 @pytest.mark.parametrize("names", [PUBLISHED, TWO, ("conv_1x3x3", "skip_connect")], ids=len)
 def test_memory_is_that_of_a_search_space(names):
     for size, width in (((2, 2), 1 / 32), ((3, 4), 3 / 32), ((2, 5), 1 / 16)):
@@ -141,7 +123,7 @@ def every_architecture() -> dict[tuple[int, ...], float]:
 
 
 @pytest.mark.parametrize("keep_finest", [False, True])
-@pytest.mark.parametrize("band", [(0, 0.25), (0.3, 0.4), (0.6, 0.65), (0.8, 1)], ids=str)
+@pytest.mark.parametrize("band", [(0, 0.25), (0.6, 0.65), (0.8, 1)], ids=str)
 def test_every_architecture_in_the_band_is_drawn_equally_often(band, keep_finest):
     wanted = {
         combination
@@ -159,7 +141,7 @@ def test_every_architecture_in_the_band_is_drawn_equally_often(band, keep_finest
 
 
 @pytest.mark.parametrize("keep_finest", [False, True])
-@pytest.mark.parametrize("band", [(0.04, 0.05), (0.1, 0.12), (0.47, 0.5), (0.75, 0.76), (0.95, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("band", [(0.04, 0.05), (0.47, 0.5), (1, 1)], ids=str)
 def test_tails_of_the_published_size_are_reached(band, keep_finest):
     generator = np.random.default_rng(1)
     draws = random_architectures(12, 4, *band, generator, keep_finest=keep_finest)
@@ -179,21 +161,11 @@ def test_the_smallest_and_a_ratio_that_was_drawn_are_bands_too(keep_finest):
     assert again.info["ram_ratio"] == ratio
 
 
-def test_a_generators_state_decides():
-    def drawn(seed: int) -> tuple[int, ...]:
-        return codes(random_architecture(12, 4, 0.3, 0.4, np.random.default_rng(seed)))
-
-    assert drawn(0) == drawn(0) != drawn(1)
-    generator = np.random.default_rng(0)
-    first, second = (codes(random_architecture(12, 4, 0.3, 0.4, generator)) for _ in range(2))
-    assert first == drawn(0) != second
-
-
 def test_bad_bands_are_refused_with_what_is_possible():
     def draw(low: float, high: float, keep_finest: bool = False) -> None:
         random_architecture(12, 4, low, high, np.random.default_rng(0), keep_finest=keep_finest)
 
-    for band in ((0.4, 0.3), (1.01, 2), (-1, 0), (0, 0.0006), (float("nan"), 1), (0, float("nan"))):
+    for band in ((0.4, 0.3), (1.01, 2), (0, 0.0006), (float("nan"), 1)):
         with pytest.raises(UserError, match=r"is no band .* ratios from 0\.00063 to 1 are possible"):
             draw(*band)
     with pytest.raises(UserError, match=r"is no band .*, the finest path kept, ratios from 0\.04 to 1 are possible"):
@@ -218,47 +190,21 @@ def test_sizes_and_operations_are_refused_by_name():
             make(3, 3, ("conv_3x3x3", "conv_9"))
 
 
-def test_the_channel_mul_that_fills_a_memory():
-    architecture, shape = u_shaped(3, 2), (1, 2, (16, 8, 8))
-
-    def mib(steps: int, batch_size: int) -> float:
-        counted = cost(architecture, *shape, steps / 32, batch_size)
-        of_weights = 4 * 4 * counted.parameters / 2**20  # fp32: weight, gradient, momentum, moving average
-        assert counted.step_mib == counted.activation_mib + of_weights
-        return counted.activation_mib + of_weights
-
-    assert fitting_channel_mul(architecture, mib(1, 1), *shape) == 1 / 32
-    assert fitting_channel_mul(architecture, mib(9, 2), *shape, batch_size=2) == 9 / 32
-    for batch_size in (1, 2):  # exactly, where weights take most of it too
-        assert fitting_channel_mul(architecture, mib(41, batch_size), *shape, batch_size) == 41 / 32
-        assert fitting_channel_mul(architecture, mib(41, batch_size) - 2**-20, *shape, batch_size) == 40 / 32
-    with pytest.raises(UserError, match=rf"smallest channel_mul, 1/32, a training step takes {mib(1, 1):.4g} MiB"):
-        fitting_channel_mul(architecture, 0.999 * mib(1, 1), *shape)
-    for memory in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="--memory_mib is .*: give a positive number"):
-            fitting_channel_mul(architecture, memory, *shape)
-
-
-def test_the_command_writes_and_tells(tmp_path, capsys):
+def test_the_command_writes_each_kind(tmp_path, capsys):
     small = ["--output_root", str(tmp_path / "made"), "--num_blocks", "3", "--num_depths", "2"]
-    memory = cost(u_shaped(3, 2), 2, 3, (16, 8, 8), 5 / 32, 2).step_mib
-    filled = ["--memory_mib", str(memory), "--patch_size", "16", "8", "8", "--num_images_per_batch", "2"]
-    main([*small, "--u_shaped", *filled, "--num_channels", "2", "--num_classes", "3"])
+    main([*small, "--u_shaped"])
     made = load_architecture(tmp_path / "made" / "u_shaped_3x2.pth")
     assert codes(made) == codes(u_shaped(3, 2)) and made.info == {**u_shaped(3, 2).info, "version": __version__}
-    said = capsys.readouterr().out
-    assert said.startswith(
-        f"{tmp_path / 'made' / 'u_shaped_3x2.pth'}: ram ratio {ram_ratio(made):.4f}, 6 of 12 paths, "
-    )
-    assert f" {count_parameters(FoundNetwork(made, 2, 3)):,} parameters at channel_mul 1; channel_mul 0.15625 " in said
+    said = f"{tmp_path / 'made' / 'u_shaped_3x2.pth'}: ram ratio {ram_ratio(made):.4f}, 6 of 12 paths\n"
+    assert capsys.readouterr().out == said
     with pytest.raises(UserError, match=r"u_shaped_3x2\.pth exists"):
         main([*small, "--u_shaped"])
     main([*small, "--u_shaped_skip"])
-    assert codes(load_architecture(tmp_path / "made" / "u_shaped_skip_3x2.pth")) == codes(
-        u_shaped(3, 2, skip_connections=True)
-    )
-    main([*small, "--all_paths", "--operations", "conv_3x3x3"])
-    assert load_architecture(tmp_path / "made" / "all_paths_3x2.pth").operations == ("conv_3x3x3",)
+    skip = load_architecture(tmp_path / "made" / "u_shaped_skip_3x2.pth")
+    assert codes(skip) == codes(u_shaped(3, 2, skip_connections=True))
+    main([*small, "--all_paths", "--operations", "conv_3x3x3", "--use_downsample", "no"])
+    every = load_architecture(tmp_path / "made" / "all_paths_3x2.pth")
+    assert every.operations == ("conv_3x3x3",) and not every.use_downsample
 
 
 def test_the_command_numbers_random_ones(tmp_path):
@@ -272,38 +218,18 @@ def test_the_command_numbers_random_ones(tmp_path):
     assert list(three) == [f"random_7_{number}.pth" for number in range(3)]
     assert codes(three["random_7_0.pth"]) == codes(one["random_7_0.pth"])
     assert len(set(map(codes, three.values()))) == 3
-    full = write("full", 2, "--keep_finest", "--use_downsample", "no")
-    assert list(full) == ["random_0_0.pth", "random_0_1.pth"]
-    for number, architecture in enumerate(full.values()):
-        assert not architecture.use_downsample and one["random_7_0.pth"].use_downsample
-        assert architecture.arch_code_a[:, 0].all() and 0.1 <= architecture.info["ram_ratio"] <= 0.2
-        assert architecture.info == {
-            "unsearched": "random",
-            "ram_ratio": ram_ratio(architecture),
-            "ram_ratio_band": [0.1, 0.2],
-            "keep_finest": True,
-            "seed": 0,
-            "number": number,
-            "version": __version__,
-        }
-    with pytest.raises(UserError, match=r"random_7_0\.pth exists"):
-        write("three", 4, "--seed", "7")
-    assert len(list((tmp_path / "three").iterdir())) == 3
+    (drawn,) = write("finest", 1, "--keep_finest").values()
+    assert drawn.arch_code_a[:, 0].all() and 0.1 <= drawn.info["ram_ratio"] <= 0.2
+    facts = {"unsearched": "random", "ram_ratio_band": [0.1, 0.2], "keep_finest": True, "seed": 0, "number": 0}
+    assert drawn.info == {**facts, "ram_ratio": ram_ratio(drawn), "version": __version__}
 
 
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
         ([], "one of the arguments --u_shaped --u_shaped_skip --all_paths --random is required"),
-        (["--u_shaped", "--all_paths"], "not allowed with"),
         (["--random", "1"], "--random and --ram_ratio go together"),
-        (["--u_shaped", "--ram_ratio", "0", "1"], "--random and --ram_ratio go together"),
-        (["--u_shaped", "--keep_finest"], "--keep_finest and --seed go with --random"),
-        (["--all_paths", "--seed", "0"], "--keep_finest and --seed go with --random"),
-        (["--u_shaped", "--memory_mib", "9"], "--memory_mib and --patch_size go together"),
-        (["--random", "0", "--ram_ratio", "0", "1"], "--random must be at least 1"),
-        (["--random", "1", "--ram_ratio", "0", "1", "--seed", "-1"], "--seed must be at least 0"),
-        (["--u_shaped", "--num_classes", "0"], "--num_classes must be at least 1"),
+        (["--random", "0", "--ram_ratio", "0", "1"], "and --random at least 1"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, complaint, tmp_path, capsys):
@@ -312,7 +238,7 @@ def test_flags_that_do_not_go_together(flags, complaint, tmp_path, capsys):
     assert complaint in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
-def test_the_command_ends_with_one_line_and_help_waits_for_no_monai(tmp_path):
+def test_the_command_ends_with_one_line_and_waits_for_no_monai(tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", unsearched.__name__, "--output_root", str(tmp_path)]
     refused = subprocess.run([*command, "--u_shaped", "--num_depths", "1"], capture_output=True, text=True)
     *imported, said = refused.stderr.splitlines()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from architectures import chain, everything
+from architectures import chain
 from monai.networks.nets.dints import DiNTS, TopologySearch
 from published import network as monai_network
 from published import quiet
@@ -68,10 +68,7 @@ def without(state: dict, key: str) -> dict:
 BIAS = "stem_finals.1.bias"
 MISFITS = {
     "another path": (lambda fit: state_of(chain(2, 2, 1, num_depths=4)), "lacks 6 tensors .*, for example dints_space"),
-    "more paths": (lambda fit: state_of(everything(2, 4)), "has [0-9]+ tensors that the network lacks, .* dints_space"),
     "more classes": (lambda fit: state_of(UP, 2, 4), r"has 2 tensors of another shape, .*1.weight \(4, 2, .* not \(3"),
-    "more channels": (lambda fit: state_of(UP, 3), r"has 1 tensors of another shape, .*2.* \(8, 3, .* not \(8, 2"),
-    "wider": (lambda fit: state_of(UP, 2, 3, 1 / 8), "has [0-9]+ tensors of another shape"),
     "a supernet": (lambda fit: our_supernet().state_dict(), "lacks [0-9]+ tensors that the network has"),
     "one missing": (lambda fit: without(fit, BIAS), f"lacks 1 tensors .*{BIAS}"),
     **{
@@ -79,17 +76,15 @@ MISFITS = {
             lambda fit, key=key: {**fit, key: torch.ones(2)},
             f"has 1 tensors that the network lacks, .*example {key}",
         )
-        for key in ("head.bias", "stem_down.2.mod.9.bias", "stem_down.4.mod.1.weight")
+        for key in ("head.bias", "stem_down.2.mod.9.bias")
     },
     "a long name": (lambda fit: {**fit, "x" * 10**6: torch.ones(2)}, r"has 1 tensors .* example x+\.\.\.; give"),
     "NaN": (lambda fit: {**fit, BIAS: torch.tensor([0, math.nan, 0])}, f"are NaN or infinite in 1 .* {BIAS}: give"),
-    "infinite": (lambda fit: {**fit, BIAS: torch.tensor([0, 0, -math.inf])}, "are NaN or infinite in 1 tensors"),
 }
 NO_WEIGHTS = [
-    *(None, [1], {}, torch.ones(2), {"state_dict": 5}, {"state_dict": {}}, {"state_dict": [1]}),
-    *({"parts": {}}, {"parts": {"network": 5}}, {"parts": {"network": {}}}, {"parts": 5}),
+    *(None, {}, {"state_dict": 5}, {"parts": {"network": {}}}, {"parts": 5}),
     *({"epoch": 5, BIAS: torch.zeros(3)}, {5: torch.ones(2), BIAS: torch.zeros(3)}),
-    *({BIAS: torch.zeros(3).to(dtype)} for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn)),
+    *({BIAS: torch.zeros(3).to(dtype)} for dtype in (torch.int64, torch.float8_e4m3fn)),
     *({BIAS: value} for value in (torch.zeros(3, device="meta"), torch.zeros(3).to_sparse())),
 ]
 

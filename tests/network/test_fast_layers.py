@@ -8,49 +8,35 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 
-import published
 import pytest
 import torch
 import torch.nn.functional as F
 from architectures import chain, everything
 from monai.networks.blocks.dints_block import FactorizedIncreaseBlock
-from monai.networks.nets.dints import DiNTS, TopologySearch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tracing import assert_one_graph
 
-import search_dints
-from dints.data.tasks import TASKS
 from dints.network.fast import layers
 from dints.network.fast.acceleration import accelerate
-from dints.network.fast.layers import Convolution, InstanceNorm, convolve, convolve_side_by_side
+from dints.network.fast.layers import Convolution, InstanceNorm, Upsample, convolve, convolve_side_by_side
 from dints.network.found import FoundNetwork
 from dints.network.space import SearchSpace, supernet
-from dints.network.weights import fitting_state
-from dints.running.precision import Precision
-from dints.running.processes import Processes
-from dints.training import steps
 
 # Batch, input and output channels, kernel, stride, spatial size, and how that is computed in fp32.
 SHAPES = {
     "many voxels": (1, 16, 16, (3, 3, 3), 1, (16, 16, 16), "oneDNN"),
     "batch of two": (2, 16, 16, (3, 3, 3), 1, (16, 16, 16), "oneDNN without AVX-512"),
     "pads the first axis": (1, 32, 32, (3, 3, 1), 1, (16, 8, 16), "oneDNN"),
-    "pads the first and last axis": (1, 32, 32, (3, 1, 3), 1, (8, 16, 16), "oneDNN"),
-    "does not pad the first axis": (1, 32, 32, (1, 3, 3), 1, (8, 16, 16), "oneDNN"),
-    "one row of the kernel": (1, 64, 64, (3, 1, 1), 1, (16, 16, 8), "oneDNN"),
     "stem": (1, 16, 32, (3, 3, 3), 2, (32, 32, 32), "oneDNN"),
     "few voxels, many weights": (1, 80, 160, (3, 3, 3), 1, (2, 4, 2), "product"),
-    "few voxels, two images": (2, 80, 80, (3, 1, 3), 1, (2, 4, 2), "product"),
     "few voxels, stride": (3, 40, 80, (3, 3, 3), 2, (5, 4, 3), "product"),
     "few voxels in each of many images": (6, 64, 64, (3, 3, 3), 1, (4, 4, 2), "oneDNN without AVX-512"),
     "few voxels, few weights": (1, 8, 8, (3, 3, 3), 1, (4, 4, 4), "PyTorch"),
     "one voxel in the kernel": (1, 32, 64, (1, 1, 1), 1, (16, 16, 16), "PyTorch"),
     "one voxel in the kernel, stride": (2, 16, 8, (1, 1, 1), 2, (9, 8, 7), "PyTorch"),
-    "two planes": (1, 32, 32, (3, 3, 3), 1, (2, 16, 16), "oneDNN"),
     "odd sizes": (1, 17, 23, (3, 3, 3), 1, (13, 15, 17), "oneDNN"),
 }
-MANY_AND_FEW_VOXELS = pytest.mark.parametrize("size", [(16, 16, 16), (2, 2, 2)], ids=["many voxels", "few voxels"])
 
 
 @pytest.fixture(params=[True, False], ids=["AVX-512", "AVX2"])
@@ -116,25 +102,19 @@ def test_a_convolution_is_pytorchs_and_each_shape_goes_its_way(shape, has_avx512
     assert (way(plain, image), way(ours, image)) == ("PyTorch", expected if layers._HAS_ONEDNN else "PyTorch")
 
 
-@pytest.mark.parametrize(
-    "options", [{"bias": True}, {"groups": 2}, {"dilation": 2}, {"padding_mode": "circular"}], ids=str
-)
-def test_other_convolutions_stay_pytorchs(options):
-    plain, ours = pair(32, 32, (3, 3, 3), **options)
-    image = torch.randn(1, 32, 16, 16, 16)
-    assert way(ours, image) == "PyTorch"
-    assert torch.equal(ours(image), plain(image))
-
-
-@MANY_AND_FEW_VOXELS
-def test_other_types_and_places_stay_pytorchs(size):
-    _, ours = pair(64, 64, (3, 3, 3))
-    image = torch.randn(1, 64, *size)
-    with torch.backends.mkldnn.flags(enabled=False):
-        assert way(ours, image) == "PyTorch"
-    for there in (torch.float64, torch.bfloat16, "meta"):
-        assert way(copy.deepcopy(ours).to(there), image.to(there)) == "PyTorch"
-    assert ours(image[0]).shape == (64, *size)  # without a batch axis
+def test_other_convolutions_types_and_places_stay_pytorchs():
+    image = torch.randn(1, 64, 16, 16, 16)
+    for options in ({"bias": True}, {"groups": 2}, {"dilation": 2}, {"padding_mode": "circular"}):
+        plain, ours = pair(64, 64, (3, 3, 3), **options)
+        assert way(ours, image) == "PyTorch" and torch.equal(ours(image), plain(image))
+    for size in ((16, 16, 16), (2, 2, 2)):
+        _, ours = pair(64, 64, (3, 3, 3))
+        image = torch.randn(1, 64, *size)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert way(ours, image) == "PyTorch"
+        for there in (torch.float64, torch.bfloat16, "meta"):
+            assert way(copy.deepcopy(ours).to(there), image.to(there)) == "PyTorch"
+        assert ours(image[0]).shape == (64, *size)  # without a batch axis
 
 
 def assert_nearer(result: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor) -> None:
@@ -154,23 +134,6 @@ def test_under_autocast_products_stay_in_fp32(size, expected):
         result.float().square().sum().backward()
     assert ours.weight.grad.dtype == torch.float32
     assert_nearer(result, theirs, copy.deepcopy(plain).double()(image.double()))
-
-
-@pytest.mark.parametrize("size", [(2, 2, 2), (2, 16, 16), (1, 4, 4), (4, 4, 4)], ids=str)
-@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 3), (3, 1, 1), (1, 3, 3), (5, 5, 5)], ids=str)
-def test_gradients_in_bf16_are_right_where_pytorchs_are_what_lay_in_memory(size, kernel):
-    plain, ours = pair(16, 16, kernel)
-    image = torch.randn(1, 16, *size)
-    mix = torch.randn(1, 16, *size)
-    (expected,) = torch.autograd.grad((plain(image) * mix).sum(), plain.weight)
-    for _ in range(3):
-        unwritten = [torch.full_like(expected, torch.nan) for _ in range(4)]
-        del unwritten  # the next tensors get their memory
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            result = ours(image)
-        (found,) = torch.autograd.grad((result.float() * mix).sum(), ours.weight)
-        assert result.dtype == torch.bfloat16
-        assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 UNIT = 2**-9  # of bfloat16: the largest relative error of rounding a number to it
@@ -297,9 +260,6 @@ class Faulty(TorchDispatchMode):
     ("kernel", "stride", "size"),
     [
         ((3, 3, 3), 2, (4, 6, 2)),
-        ((3, 3, 3), 2, (8, 8, 1)),
-        ((3, 3, 3), (1, 1, 2), (2, 4, 2)),
-        ((3, 3, 3), 2, (2, 8, 4)),
         ((1, 1, 1), 2, (4, 6, 8)),
         ((1, 1, 1), 2, (3, 5, 1)),
         ((3, 1, 1), 1, (2, 4, 4)),
@@ -382,9 +342,8 @@ def test_a_compiler_is_given_no_faulty_kernel():
     assert (scores - network(image)).norm() < 0.1 * network(image).norm()
 
 
-@pytest.mark.parametrize("size", [(16, 8, 8), (4, 4, 4), (2, 2, 2), (2, 1, 2)], ids=str)
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 3, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("size", [(16, 8, 8), (4, 4, 4), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize(("batch", "kernel"), [(1, (3, 3, 3)), (2, (3, 3, 1)), (2, (1, 1, 1))], ids=str)
 def test_convolutions_side_by_side_are_those_one_by_one(size, batch, kernel, has_avx512):
     channels, groups = 40, 3
     torch.manual_seed(0)
@@ -447,25 +406,18 @@ def test_single_voxels_with_a_stride_and_padding():
     assert "clone.default" in operations.names or not layers._HAS_ONEDNN
 
 
-@pytest.mark.parametrize("size", [(2, 2, 2), (8, 8, 8), (5, 7, 11)], ids=str)
+@pytest.mark.parametrize("size", [(2, 2, 2), (5, 7, 11)], ids=str)
 def test_doubling_before_a_convolution(size):
     torch.manual_seed(0)
     plain = FactorizedIncreaseBlock(6, 3)
     ours = accelerate(copy.deepcopy(plain))
     image = torch.randn(2, 6, *size)
     assert_same(plain, ours, image, (tuple(plain.parameters()), tuple(ours.parameters())), tolerance=1e-4)
-    exact = copy.deepcopy(plain).double()
-    gradients = []
-    for block, kind in ((exact, torch.float64), (plain, torch.bfloat16), (ours, torch.bfloat16)):
-        given = image.bfloat16().to(kind).requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind is torch.bfloat16):
-            result = block(given)
-        assert result.is_contiguous() and result.dtype == kind
-        mix = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
-        wanted = [given, *block.parameters()]
-        gradients.append([result.detach(), *torch.autograd.grad((result * mix).sum(), wanted)])
-    for expected, theirs, found in zip(*gradients, strict=True):
-        errors = [(value - expected).norm() / expected.norm() for value in (found, theirs)]
+    mix = in_numbers_of_bfloat16(*plain(image).shape)
+    in_kind = ((torch.float32, plain), (torch.bfloat16, plain), (torch.bfloat16, ours))
+    results = [results_in(kind, block, image.bfloat16(), mix, [*block.parameters()]) for kind, block in in_kind]
+    for expected, theirs, found in zip(*results, strict=True):
+        errors = [(value.float() - expected).norm() / expected.norm() for value in (found, theirs)]
         assert errors[0] < max(1.5 * errors[1], 0.01)  # bfloat16 keeps 0.004
 
 
@@ -498,50 +450,6 @@ def test_gradients_of_doubling_as_on_a_gpu(as_on_gpu):
     assert torch.autograd.gradgradcheck(doubling(), image)
 
 
-def test_doubling_as_on_a_gpu_adds_nothing_in_place_and_keeps_no_volume(as_on_gpu):
-    """PyTorch's own backward pass adds to the gradient from many threads at once, in whatever order."""
-    kept = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor.untyped_storage().nbytes() // 4)
-        return tensor
-
-    image = torch.randn(1, 4, 6, 8, 10, requires_grad=True)
-    with Operations() as operations, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        doubling()(image).sum().backward()
-    assert {name for name in operations.names if "mm" in name} == {"mm.default", "bmm.default"}
-    assert not [name for name in operations.names if "upsample_trilinear" in name or "scatter" in name]
-    assert sorted(kept) == [2 * 6 * 6, 2 * 8 * 8, 2 * 10 * 10]  # the matrices
-
-
-def as_atomics_add(gradient: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
-    """Compute the gradient of doubling as GPUs do with atomics: each of 64 or so terms is rounded, and each sum."""
-    matrix = layers._doubling_of_volume(*size)
-    total = torch.zeros(*gradient.shape[:2], math.prod(size), dtype=gradient.dtype)
-    for share, of_voxel in zip(matrix, gradient.flatten(2).unbind(-1), strict=True):
-        total += (of_voxel.float()[..., None] * share).to(gradient.dtype)
-    return total.view(*gradient.shape[:2], *size)
-
-
-@pytest.mark.parametrize("size", [(6, 6, 6), (4, 3, 8)], ids=str)
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
-def test_doubling_in_two_bytes_is_nearer_than_atomics(size, kind, as_on_gpu):
-    torch.manual_seed(0)
-    image = torch.randn(1, 8, *size).to(kind).requires_grad_()
-    mix = torch.randn(1, 8, *(2 * count for count in size)).to(kind)
-    with torch.autocast("cpu", dtype=kind):
-        result = doubling()(image)
-        assert doubling()(image.float()).dtype == torch.float32  # as PyTorch has it
-    (found,) = torch.autograd.grad(result, image, mix)
-    exact = image.detach().double().requires_grad_()
-    expected = doubled_by_pytorch(exact)
-    (gradient,) = torch.autograd.grad(expected, exact, mix.double())
-    assert result.dtype == found.dtype == kind
-    errors = [((each - gradient).norm() / gradient.norm()).item() for each in (found, as_atomics_add(mix, size))]
-    assert errors[0] < 0.7 * errors[1]
-    assert (result - expected).norm() < torch.finfo(kind).eps * expected.norm()
-
-
 def test_the_matrices_are_kept_but_not_of_what_is_traced(as_on_gpu):
     layers._doubling.cache_clear()
     image, module = torch.randn(1, 1, 3, 3, 3), doubling()
@@ -553,99 +461,31 @@ def test_the_matrices_are_kept_but_not_of_what_is_traced(as_on_gpu):
     assert layers._doubling.cache_info().currsize == 1
 
 
-@pytest.mark.parametrize("kind", ["found network", "supernet"])
-def test_networks_as_on_a_gpu_are_monais(kind, as_on_gpu):
-    torch.manual_seed(0)
-    if kind == "supernet":
-        size = {"num_blocks": 2, "num_depths": 3, "channel_mul": 1 / 16}
-        theirs, ours = DiNTS(published.quiet(TopologySearch, **size), 2, 3), supernet(SearchSpace(**size), 2, 3)
-        ours.load_state_dict(theirs.state_dict())
-    else:
-        theirs, ours = published.network(everything(2, 3), 2, 3, 1 / 16), FoundNetwork(everything(2, 3), 2, 3, 1 / 16)
-        ours.load_state_dict(fitting_state(ours, theirs.state_dict(), "MONAI's", ours.unused_stems))
-    image, mix = torch.randn(2, 2, 16, 32, 16).double(), torch.randn(2, 3, 16, 32, 16).double()
-    found = []
-    for network in (theirs.double(), ours.double()):
-        with Operations() as operations:
-            scores = network(image)
-        (scores * mix).mean().backward()
-        found.append((scores, dict(network.named_parameters())))
-    assert "bmm.default" in operations.names
-    (expected, of_theirs), (scores, of_ours) = found
-    assert (scores - expected).norm() < 1e-9 * expected.norm()
-    for name, parameter in of_ours.items():
-        if parameter.grad is not None:
-            assert (parameter.grad - of_theirs[name].grad).norm() < 1e-9 * of_theirs[name].grad.norm(), name
-
-
-@pytest.mark.parametrize("name", ["fp32", "bf16"])
-def test_the_steps_of_both_stages_as_on_a_gpu(name, monkeypatch):
-    """They take the losses and gradients that they take with PyTorch's upsampling."""
-    cpu = torch.device("cpu")
-    alone, task = Processes(0, 1, cpu), replace(TASKS["Task07_Pancreas"], patch_size=(16, 16, 16))
-    settings = "--root . --output_root . --channel_mul 0.0625 --num_blocks 2 --num_depths 3 --patch_size 16 16 16"
-    shape = (2, task.num_channels, 16, 16, 16)
-    batch = {"image": torch.rand(shape), "label": torch.randint(0, 3, shape, dtype=torch.uint8), "cases": ["a", "b"]}
-    monkeypatch.setattr(layers, "_can_take", lambda image: False)
-    found = []
-    for on_gpu in (False, True):
-        monkeypatch.setattr(layers, "_is_on_gpu", lambda image, on_gpu=on_gpu: on_gpu)
-        torch.manual_seed(0)
-        searched = search_dints.Supernet(search_dints.parse_args(settings.split()), task, Precision(name, cpu), alone)
-        losses = [search_dints.weights_step(searched, batch), search_dints.architecture_step(searched, batch, 0.5)]
-        network = FoundNetwork(everything(2, 3), task.num_channels, task.num_classes, 1 / 16)
-        training = steps.weights_training(network, network.parameters(), Precision(name, cpu), alone, learning_rate=0.1)
-        losses.append(steps.weights_step(training, batch))
-        found.append(torch.stack([loss.detach().float() for loss in losses]))
-    torch.testing.assert_close(*found, rtol=1e-5 if name == "fp32" else 0.02, atol=0)
-
-
 def test_a_network_as_on_a_gpu_compiles_as_one_graph(as_on_gpu):
     torch.manual_seed(0)
     assert_one_graph(FoundNetwork(chain(0, 1, 0, num_depths=2), 1, 2, 1 / 16), torch.randn(1, 1, 8, 8, 8))
 
 
-@pytest.mark.parametrize("mode", ["trilinear", "nearest"])
-def test_upsampling_by_one_is_nothing(mode):
-    plain = nn.Upsample(scale_factor=1 / 2**0, mode=mode, align_corners=True if mode == "trilinear" else None)
-    image = torch.randn(2, 3, 5, 7, 11)
-    assert torch.equal(plain(image), image) and accelerate(copy.deepcopy(plain))(image) is image
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"scale_factor": 2, "mode": "trilinear"},
-        {"scale_factor": 2},
-        {"scale_factor": 0.5, "mode": "trilinear", "align_corners": True},
-        {"size": 8, "mode": "trilinear", "align_corners": True},
-    ],
-    ids=str,
-)
-def test_other_upsampling_stays_pytorchs(options):
-    assert type(accelerate(nn.Upsample(**options))) is nn.Upsample
-
-
-def test_only_the_class_of_a_layer_changes():
-    kinds = [nn.Conv3d(2, 2, 3), nn.Sequential(nn.Conv2d(2, 2, 3)), nn.ConvTranspose3d(2, 2, 3)]
-    kinds += [nn.InstanceNorm3d(2, affine=True), nn.InstanceNorm3d(2, track_running_stats=True), nn.InstanceNorm2d(2)]
-    network = nn.Sequential(*kinds)
+def test_which_layers_change_and_only_by_their_class():
+    doubling = {"mode": "trilinear", "align_corners": True}
+    expected = [
+        (nn.Conv3d(2, 2, 3), Convolution),
+        (nn.Sequential(nn.Conv2d(2, 2, 3)), nn.Sequential),
+        (nn.ConvTranspose3d(2, 2, 3), nn.ConvTranspose3d),
+        (nn.InstanceNorm3d(2, affine=True), InstanceNorm),
+        (nn.InstanceNorm3d(2, track_running_stats=True), nn.InstanceNorm3d),
+        (nn.InstanceNorm2d(2), nn.InstanceNorm2d),
+        (nn.Upsample(scale_factor=2, **doubling), Upsample),
+        (nn.Upsample(scale_factor=1 / 2**0, **doubling), nn.Identity),
+        (nn.Upsample(scale_factor=1, mode="nearest"), nn.Identity),
+        (nn.Upsample(scale_factor=2, mode="trilinear"), nn.Upsample),
+        (nn.Upsample(scale_factor=2), nn.Upsample),
+        (nn.Upsample(scale_factor=0.5, **doubling), nn.Upsample),
+        (nn.Upsample(size=8, **doubling), nn.Upsample),
+    ]
+    network = nn.Sequential(*(layer for layer, _ in expected))
     state, parameters = network.state_dict(), list(network.parameters())
     assert accelerate(network) is network
-    types = [nn.Sequential, nn.Conv2d, nn.ConvTranspose3d, InstanceNorm, nn.InstanceNorm3d, nn.InstanceNorm2d]
-    assert [type(layer) for layer in network.modules()][1:] == [Convolution, *types]
+    assert [type(layer) for layer in network] == [kind for _, kind in expected]
     assert network.state_dict().keys() == state.keys()
     assert all(mine is given for mine, given in zip(network.parameters(), parameters, strict=True))
-
-
-@MANY_AND_FEW_VOXELS
-def test_the_same_bits_every_time(size):
-    """A continued run must round as the first one did."""
-    _, ours = pair(64, 64, (3, 3, 3))
-    image = torch.randn(1, 64, *size)
-    gradients = []
-    for _ in range(3):
-        ours.zero_grad()
-        ours(image).square().sum().backward()
-        gradients.append(ours.weight.grad)
-    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])

@@ -1,0 +1,292 @@
+"""A fast network computes what the plain one does: values, gradients and state, in every way that it may compute."""
+
+from __future__ import annotations
+
+import copy
+import csv
+from functools import partial
+
+import pytest
+import torch
+from architectures import chain, everything, random_architecture
+from commands import search, train
+from torch import nn
+from tracing import assert_one_graph
+
+from dints.network import found
+from dints.network import space as space_module
+from dints.network.architecture import save_architecture
+from dints.network.cells import cell_of
+from dints.network.cost import activation_bytes
+from dints.network.fast import composition
+from dints.network.fast.acceleration import accelerate
+from dints.network.fast.composition import composed
+from dints.network.fast.mixing import cells_together, mix
+from dints.network.found import FoundNetwork
+from dints.network.operations import OPERATIONS, PUBLISHED, ActivatedConvolutions, Operation
+from dints.network.space import SearchSpace, supernet
+
+RANDOM = random_architecture(0, 4, 3)
+CHANNELS = 3
+
+
+def search_network() -> nn.Module:
+    network = supernet(SearchSpace(1 / 8, 3, 3), 1, 3)
+    for alpha in (network.dints_space.log_alpha_a, network.dints_space.log_alpha_c):
+        nn.init.normal_(alpha)
+    return network
+
+
+NETWORKS = {
+    "supernet": search_network,
+    "every path": lambda: FoundNetwork(everything(2, 3), 1, 3, 1 / 8),
+    "random": lambda: FoundNetwork(RANDOM, 1, 3, 1 / 8),
+    "one path a block": lambda: FoundNetwork(chain(0, 1, 2, 1, 0, num_depths=3), 1, 3, 1 / 8),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def make(request):
+    """Return a function that makes the network, always with the same weights."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return NETWORKS[request.param]()
+
+    return made
+
+
+@pytest.fixture
+def plain(make, monkeypatch) -> nn.Module:
+    with monkeypatch.context() as patch:
+        for module in (found, space_module):
+            patch.setattr(module, "accelerate", lambda network: network)
+        return make()
+
+
+def scores_and_gradients(network: nn.Module, kind: torch.dtype) -> dict[str, torch.Tensor]:
+    """Compute in this type, bfloat16 by autocast; of the weights, those that have a gradient."""
+    generator = torch.Generator().manual_seed(1)
+    image, noise = (torch.randn(2, channels, 16, 16, 16, generator=generator) for channels in (1, 3))
+    exact = torch.float64 if kind == torch.float64 else torch.float32
+    network = network.to(exact)
+    network.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+        scores = network(image.to(exact))
+    (scores.to(exact) * noise).mean().backward()
+    gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+    return {"scores": scores.detach(), **gradients}
+
+
+def assert_near(values: dict, expected: dict, tolerance: float) -> None:
+    assert values.keys() == expected.keys() and len(values) > 10
+    for name, value in values.items():
+        error, size = (value.double() - expected[name].double()).norm(), expected[name].double().norm()
+        assert error <= tolerance * size + 1e-12, f"{name}: {error / size:.1e}"
+
+
+@pytest.mark.parametrize("channels", [0, 4, 1000], ids="composed up to {} channels".format)
+def test_a_fast_network_is_the_plain_one(make, plain, channels, monkeypatch):
+    monkeypatch.setattr(composition, "MAX_CHANNELS_ON_CPU", channels)
+    fast = make()
+    kinds = {type(layer) for layer in plain.modules()} ^ {type(layer) for layer in fast.modules()}
+    assert kinds  # else the comparison shows nothing
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in fast.state_dict().items())
+    for kind, tolerance in ((torch.float64, 1e-8), (torch.float32, 5e-3)):
+        assert_near(scores_and_gradients(fast, kind), scores_and_gradients(plain, kind), tolerance)
+
+
+def test_in_bfloat16_it_is_as_near_to_fp32_as_the_plain_one(make, plain):
+    exact = scores_and_gradients(plain, torch.float64)
+    errors = []
+    for network in (make(), plain):
+        rounded = scores_and_gradients(network, torch.bfloat16)
+        errors.append(torch.stack([(rounded[name].double() - value).norm() for name, value in exact.items()]))
+    assert errors[0].norm() < 1.5 * errors[1].norm() + 0.02 * exact["scores"].norm()
+
+
+def test_as_on_a_gpu_it_is_the_plain_one(make, plain, as_on_gpu):
+    assert_near(scores_and_gradients(make(), torch.float64), scores_and_gradients(plain, torch.float64), 1e-8)
+
+
+def test_copies_are_fast_too_and_a_second_call_changes_nothing(make):
+    network, image = make(), torch.randn(1, 1, 16, 16, 16)
+    kinds = [type(module) for module in network.modules()]
+    copied = copy.deepcopy(accelerate(network))
+    assert [type(module) for module in copied.modules()] == kinds == [type(module) for module in network.modules()]
+    for weight in copied.parameters():
+        weight.data.add_(1e-3)
+    before = network(image)
+    assert not torch.equal(copied(image), before)
+    copied.load_state_dict(network.state_dict())
+    assert torch.equal(copied(image), before)
+
+
+class TestMixing:
+    """MONAI's sum of ``cell(image, weight)`` is the oracle."""
+
+    # Channels and edge of the input of a cell that leads to 4 channels of 8x8x8 voxels, by its change of resolution.
+    INPUTS = {-1: (2, 16), 0: (4, 8), 1: (8, 4)}
+
+    def cells(self, *rates: int) -> tuple[nn.ModuleList, list[torch.Tensor], torch.Tensor]:
+        """Make cells, an image for each, and weights of their operations."""
+        torch.manual_seed(0)
+        cells = nn.ModuleList([cell_of(PUBLISHED)(self.INPUTS[rate][0], 4, rate) for rate in rates])
+        images = [torch.randn(2, self.INPUTS[rate][0], *[self.INPUTS[rate][1]] * 3) for rate in rates]
+        return cells, images, torch.rand(len(rates), len(PUBLISHED))
+
+    def test_no_published_operation_is_computed_by_itself(self):
+        cells, images, weights = self.cells(-1, 0, 1)
+        called = []
+        for operation in (operation for cell in cells for operation in cell.op.ops):
+            operation.register_forward_hook(lambda module, *_: called.append(module))
+        mix(cells, images, weights)
+        assert called == []
+
+    def test_on_another_device_cells_are_taken_one_at_a_time(self):
+        cells, images, weights = self.cells(0, 0, 0)
+        sizes = []
+        for cell in cells.to("meta"):
+            cell.op.ops[1].acti.register_forward_hook(lambda module, given, _: sizes.append(tuple(given[0].shape)))
+        there = [image.to("meta") for image in images]
+        assert mix(cells, there, weights.to("meta")).shape == (2, 4, 8, 8, 8)
+        assert sizes == [(2, 4, 8, 8, 8)] * 3  # side by side, it would be one of 12 channels
+        assert cells_together(3, torch.device("cpu")) == 3 and cells_together(3, torch.device("cuda")) == 1
+
+    def test_under_autocast_the_type_is_the_images_and_the_error_is_monais(self):
+        cells, images, weights = self.cells(0, 1)
+
+        def one_by_one(images: list[torch.Tensor]) -> torch.Tensor:
+            return sum(cell(image, weight) for cell, image, weight in zip(cells, images, weights, strict=True))
+
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            lower = [image.bfloat16() for image in images]
+            expected, mixed = one_by_one(lower), mix(cells, lower, weights)
+        truth = one_by_one(images).detach()
+        assert mixed.dtype == torch.bfloat16
+        assert (mixed - truth).abs().max() < 2 * (expected - truth).abs().max()
+
+
+class TestComposition:
+    OTHERS = {
+        "dilated": partial(ActivatedConvolutions, kernels=[(3, 3, 3)], dilation=2),
+        "grouped": partial(ActivatedConvolutions, kernels=[(3, 3, 3)], groups=CHANNELS),
+        "twice": partial(ActivatedConvolutions, kernels=[(3, 3, 3), (3, 3, 3)]),  # together 5x5x5, and other borders
+        "small": partial(ActivatedConvolutions, kernels=[(1, 1, 1)]),
+        "three": partial(ActivatedConvolutions, kernels=[(3, 1, 1), (1, 3, 1), (1, 1, 3)]),
+    }
+
+    def cells(self, count: int, names: tuple[str, ...] = PUBLISHED) -> tuple[nn.ModuleList, list, torch.Tensor]:
+        """Make cells without a change of resolution, an image for each, and weights of their operations, in float64."""
+        torch.manual_seed(0)
+        cells = nn.ModuleList([cell_of(names)(CHANNELS, CHANNELS, 0) for _ in range(count)]).double()
+        for weight in cells.parameters():
+            nn.init.normal_(weight)
+        images = [torch.randn(2, CHANNELS, 5, 6, 7, dtype=torch.double, requires_grad=True) for _ in range(count)]
+        return cells, images, torch.rand(count, len(names), dtype=torch.double, requires_grad=True)
+
+    @pytest.mark.parametrize("together", [1, 3], ids=["one at a time, as on a GPU", "side by side"])
+    def test_a_mix_and_its_gradients_are_those_of_the_cells(self, together, monkeypatch):
+        monkeypatch.setattr("dints.network.fast.mixing.cells_together", lambda count, device: together)
+        cells, images, weights = self.cells(3)
+        wanted, results = [*images, weights, *cells.parameters()], []
+        parts = composed(cells, weights, together)
+        assert len(parts) == 3 // together and parts[0].operations == (1, 2, 3, 4)
+        for mixed in (
+            sum(cell(image, weight) for cell, image, weight in zip(cells, images, weights, strict=True)),
+            mix(cells, images, weights, parts),
+        ):
+            noise = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+            results.append([mixed, *torch.autograd.grad((mixed * noise).sum(), wanted)])
+        for expected, value in zip(*results, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+        # Else each of hundreds would be copied.
+        assert all(gradient.is_contiguous() for gradient in results[1][5:])
+
+    def test_zeros_beyond_the_border_are_composed_too(self):
+        """Of each pair by itself, and at every border: the image is as small as the kernel."""
+        for name in ("conv_3x3x1", "conv_3x1x3", "conv_1x3x3"):
+            (cell,), (image,), weights = self.cells(1, (name,))
+            (part,) = composed([cell], weights, 1)
+            small, chained = image[..., :3, :3, :3], list(cell.op.ops[0])[1:-1]
+            torch.testing.assert_close(
+                nn.functional.conv3d(small, part.kernels, padding=1), chained[1](chained[0](small))
+            )
+
+    @pytest.mark.parametrize("name", OTHERS)
+    def test_what_does_not_compose_to_3x3x3_is_computed_as_before(self, name, monkeypatch):
+        monkeypatch.setitem(OPERATIONS, name, Operation("", "", "", 3, self.OTHERS[name]))
+        cells, images, weights = self.cells(2, ("skip_connect", name, "conv_3x1x3"))
+        parts = composed(cells, weights, 2)
+        assert parts[0].operations == ((1, 2) if name == "three" else (2,))
+        expected = sum(cell(image, weight) for cell, image, weight in zip(cells, images, weights, strict=True))
+        torch.testing.assert_close(mix(cells, images, weights, parts), expected, rtol=1e-10, atol=1e-10)
+        cells, _, weights = self.cells(2, ("skip_connect",))
+        assert composed(cells, weights, 2) is None
+
+    def test_kernels_are_cast_once_to_what_autocast_computes_in(self):
+        cells, _, weights = self.cells(2)
+        cells, weights = cells.float(), weights.detach().float()
+        exact = composed(cells, weights, 1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = composed(cells, weights, 1)
+        for one, other in zip(exact, cast, strict=True):
+            assert other.kernels.dtype == torch.bfloat16 and other.scale.dtype == torch.float32
+            assert torch.equal(other.kernels, one.kernels.bfloat16())  # composed in fp32 all the same
+
+    def test_a_gpu_always_composes(self):
+        wide = torch.empty(1, 64, 4, 4, 4)
+        assert composition.pays(wide.to("meta")) and not composition.pays(wide)
+        assert composition.pays(torch.empty(1, 8, 4, 4, 4))
+
+
+def recomputing(network: nn.Module, wanted: bool = True) -> nn.Module:
+    (network if isinstance(network, FoundNetwork) else network.dints_space).checkpoint_activations = wanted
+    return network
+
+
+class TestRecomputation:
+    """With --checkpoint_activations a step keeps less and gives the same bits, whatever the architecture."""
+
+    @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+    def test_gradients_are_the_same_to_the_bit(self, make, kind):
+        kept, recomputed = (scores_and_gradients(recomputing(make(), wanted), kind) for wanted in (False, True))
+        assert kept.keys() == recomputed.keys()
+        assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+    def test_of_blocks_nothing_is_kept(self, make):
+        """The rest is the stems': of the one path a block three quarters."""
+        network = make().to("meta")
+        kept = [activation_bytes(recomputing(network, wanted), (1, 1, 32, 32, 32)) for wanted in (False, True)]
+        assert kept[1] < 0.8 * kept[0]
+
+    def test_nothing_is_computed_twice_without_gradients(self, make, monkeypatch):
+        network = recomputing(make())
+        monkeypatch.setattr(
+            "dints.network.fast.recomputation.checkpoint", lambda *_, **__: pytest.fail("computed twice")
+        )
+        with torch.no_grad():
+            network(torch.zeros(1, 1, 16, 16, 16))
+        with pytest.raises(pytest.fail.Exception, match="computed twice"):
+            network(torch.zeros(1, 1, 16, 16, 16))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["supernet", "random"])
+    def test_it_compiles_as_one_graph(self, name):
+        assert_one_graph(recomputing(NETWORKS[name]()), torch.randn(1, 1, 16, 16, 16))
+
+    @pytest.mark.parametrize("stage", ["search", "train"])
+    def test_a_stages_numbers_are_the_same_with_it(self, stage, phantom, tmp_path):
+        save_architecture(tmp_path / "arch.pth", RANDOM)
+        histories = []
+        for flags in ("", "--checkpoint_activations"):
+            folder, flags = tmp_path / f"run{len(histories)}", f"--num_epochs 2 --num_epochs_per_validation 2 {flags}"
+            if stage == "search":
+                search(phantom, folder, "--num_epochs_warmup 1", flags)
+            else:
+                train(phantom, folder, tmp_path / "arch.pth", flags)
+            with (folder / "loss_history.csv").open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            histories.append([(row["loss"], row.get("architecture_loss"), row.get("entropy_a")) for row in rows])
+        assert len(rows) == 2 and histories[0] == histories[1]
