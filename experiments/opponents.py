@@ -14,13 +14,14 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from monai.networks.nets import DynUNet, SegResNet
 from torch import nn
 
-from dints import network
 from dints.errors import exit_on_user_error
+from dints.network import model_file
 
 
 def dynunet(in_channels: int, num_classes: int, channel_mul: float) -> nn.Module:
@@ -52,20 +53,22 @@ def segresnet(in_channels: int, num_classes: int, channel_mul: float) -> nn.Modu
 OPPONENTS: dict[str, Callable[[int, int, float], nn.Module]] = {"dynunet": dynunet, "segresnet": segresnet}
 
 
-def take_place(name: str) -> None:
-    """Have every stage build the opponent where it would build the found network."""
+def take_place(name: str, stage: ModuleType) -> None:
+    """Have a stage build the opponent where it would build the discrete network."""
 
     def build(_architecture: object, in_channels: int, num_classes: int, channel_mul: float = 1.0) -> nn.Module:
         opponent = OPPONENTS[name](in_channels, num_classes, channel_mul)
         opponent.unused_stems = ()
         return opponent
 
-    network.found.FoundNetwork = network.model_file.FoundNetwork = build
+    for module in (stage, model_file):
+        if hasattr(module, "DiscreteNetwork"):
+            module.DiscreteNetwork = build
 
 
 if __name__ == "__main__":
     opponent, script, *arguments = sys.argv[1:]
     sys.argv = [script, *arguments]
-    take_place(opponent)
     stage = importlib.import_module(script.removesuffix(".py"))
+    take_place(opponent, stage)
     exit_on_user_error(stage.main, stage.parse_args(arguments))

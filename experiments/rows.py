@@ -11,7 +11,7 @@ import csv
 import shutil
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from opponents import OPPONENTS
 from torch import nn
 
-from dints.candidates.proposals import Limits, proposed
 from dints.data.tasks import TASKS, Task
+from dints.evolution.proposals import Limits, proposed
 from dints.network.architecture import (
     Architecture,
     architecture_from_dict,
@@ -73,7 +73,7 @@ RECIPES = {
 SHORT = [name for name in RECIPES if name != "published-augmentation"]  # short ones have it by the recommended recipe
 TIMES_AS_LONG = {"half-resolution": 0.59}
 # One validation, at the end: each training has the whole of its time.
-TRAINING = "--learning_rate 0.05 --learning_rate_scaling none --num_epochs 100 --num_epochs_per_validation 100"
+TRAINING = "--learning_rate 0.05 --num_epochs 100 --num_epochs_per_validation 100"
 TRAINING += " --overlap_ratio 0 --num_workers 0 --cache ram"
 
 EQUAL_ITERATIONS = 2000  # of trainings at equal memory
@@ -81,12 +81,10 @@ NUM_RANDOM = 8  # random architectures that they are compared with
 SPACE = "--num_blocks 5 --num_depths 3 --keep_finest"
 GRADIENT = "--channel_mul 0.25 --num_images_per_batch 2 --num_epochs 16 --num_epochs_warmup 6 --learning_rate_arch 0.02"
 GRADIENT += " --num_epochs_per_validation 16 --ram_budget fixed --factor_ram_cost 0.5"
-COMPETITION = "--candidate_iterations 800 --overlap_ratio 0.25 --num_workers 0 --cache ram"
-# Kinds of searches. The control has as many more candidates as the gradient search takes time.
-SEARCHES = {
-    "search": "--candidates 16 --proposals gradient by_hand random",
-    "control": "--candidates 24 --proposals by_hand random",
-}
+COMMON = "--overlap_ratio 0.25 --num_workers 0 --cache ram"
+COMPETITION = "--num_iterations 800"
+# Candidates of each kind of search. The control has as many more as the gradient search before the other takes time.
+SEARCHES = {"search": 16, "control": 24}
 BUDGETS = {30.0: ("search", "control"), 60.0: ("control",)}  # MiB, and the kinds of searches: the first told enough
 SEARCH_SEEDS, TRAINING_SEEDS = (0, 1, 2), (0, 1)
 
@@ -192,17 +190,22 @@ class Search:
     @property
     def finds(self) -> set[str]:
         """Names of the architectures that it leaves in `ARCHITECTURES`."""
-        searches_first = "gradient" in SEARCHES[self.kind].split()
-        return {self.name} | ({self._gradient} if searches_first else set())
+        return {self.name} | ({self._gradient} if self.kind == "search" else set())
 
     @property
     def _gradient(self) -> str:
         return f"gradient_fold{self.fold}_seed{self.seed}"
 
-    def commands(self, root: Path, folder: Path) -> list[list[object]]:
+    def commands(self, root: Path, folder: Path) -> Iterator[list[object]]:
+        """Yield the commands of the search; the second takes what the first has found."""
         data = ["--root", root, "--fold", self.fold, "--num_folds", NUM_FOLDS, "--seed", self.seed]
-        search = f"--recipe recommended {SPACE} {GRADIENT} {COMPETITION} {SEARCHES[self.kind]}".split()
-        return [["search_dints.py", *data, *search, "--memory_mib", self.memory_mib, "--output_root", folder]]
+        data += f"--recipe recommended {SPACE} {COMMON}".split()
+        given = []
+        if self.kind == "search":
+            yield ["search_dints.py", *data, *GRADIENT.split(), "--output_root", folder]
+            given = ["--arch_ckpt", *folder.glob("search_code_[0-9]*.pth")]
+        competition = [*COMPETITION.split(), "--candidates", SEARCHES[self.kind], "--memory_mib", self.memory_mib]
+        yield ["evolve_dints.py", *data, *competition, *given, "--output_root", folder]
 
     def result(self, folder: Path) -> dict:
         """Keep what was found as arch files, which are committed, and return the course of the competition."""
@@ -279,7 +282,7 @@ def random_architectures() -> list[Architecture]:
     task, seed = TASKS["Task04_Hippocampus"], 1000
     shape = BATCH_SIZE, task.num_channels, *task.patch_size
     limits = Limits(max(BUDGETS), 5, 3, PUBLISHED, False, True, shape, task.num_classes)
-    return [candidate.architecture for candidate in proposed(NUM_RANDOM, ["random"], limits, None, seed)]
+    return [candidate.architecture for candidate in proposed(NUM_RANDOM, ["random"], limits, (), seed)]
 
 
 @cache
