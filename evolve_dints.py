@@ -42,6 +42,7 @@ from dints.running.precision import choose_precision
 from dints.running.progress import remark_on_dice
 from dints.running.run import Run, open_run
 from dints.running.stop_signal import StopSignal
+from dints.training.losses import check_loss
 from dints.training.validation import open_validation
 
 log = logging.getLogger("evolve")
@@ -132,6 +133,7 @@ def prepare(settings: EvolveSettings) -> tuple[Fold, list[Architecture], Limits]
     """
     space, competition = settings.space, settings.competition
     operations = check_names(space.operations or PUBLISHED)
+    check_loss(competition.loss)
     given = [load_architecture(path) for path in competition.arch_ckpt]
     fold = open_fold(settings.data, [settings.run.output_root], least_training=2)
     task, batch_size = fold.task, settings.patches.num_images_per_batch

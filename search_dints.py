@@ -48,6 +48,7 @@ from dints.running.progress import remark_on_dice
 from dints.running.run import Run, open_run
 from dints.running.seeds import seed_everything
 from dints.training.cuda_graphs import check_cuda_graphs
+from dints.training.losses import check_loss
 from dints.training.steps import WeightsTrainer, adam, computing, frozen, step_if_finite, to_device
 from dints.training.validation import open_validation
 
@@ -272,6 +273,7 @@ def prepare(settings: SearchSettings) -> tuple[Fold, bool]:
     """
     space = settings.space
     operations = check_names(space.operations or PUBLISHED)
+    check_loss(settings.weights.loss)
     fold = open_fold(settings.data, [settings.run.output_root], least_training=2)
     is_halved = use_downsample(space.use_downsample, fold.cases, fold.task)
     check_patch_size(fold.task.patch_size, space.num_depths, is_halved)

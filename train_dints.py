@@ -42,6 +42,7 @@ from dints.running.progress import remark_on_dice
 from dints.running.run import Run, open_run
 from dints.running.seeds import seed_everything
 from dints.training.cuda_graphs import check_cuda_graphs
+from dints.training.losses import check_loss
 from dints.training.steps import WeightsTrainer
 from dints.training.validation import Scores, Validation, open_validation
 
@@ -194,6 +195,7 @@ def prepare(settings: TrainSettings) -> tuple[Architecture, float, Fold]:
     """
     path = settings.network.arch_ckpt
     architecture = load_architecture(path)
+    check_loss(settings.weights.loss)
     fold = open_fold(settings.data, [settings.run.output_root, path.parent])
     if settings.network.use_downsample is not None:
         choice = use_downsample(settings.network.use_downsample, fold.cases, fold.task)

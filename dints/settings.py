@@ -32,7 +32,6 @@ AUGMENTATION_HELP = (
     "random changes of patches beside flips: the published chain, or nnU-Net's; auto: that in "
     "trainings of 5000 iterations or more that see each case 60 times or more"
 )
-LOSSES = ("dice_ce",)  # `dints.training.losses`, likewise
 PROPOSALS = ("by_hand", "random")  # `dints.evolution.proposals`, likewise
 MAX_BLOCKS, MAX_DEPTHS = 1000, 16  # `dints.network.architecture`, likewise
 count = number(int, 1)
@@ -191,7 +190,7 @@ class WeightsSettings(Settings):
     loss: str = option(
         "segmentation loss, of the table in dints/training/losses.py",
         default="dice_ce",
-        choices=LOSSES,
+        metavar="NAME",
     )
     learning_rate_schedule: ClassVar[str] = "halvings"
     average_decay: ClassVar[float] = 0.0

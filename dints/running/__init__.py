@@ -1,1 +1,1 @@
-"""How a script runs on its machine: processes, device, precision, seeds and the run folder."""
+"""A script on its machine: processes, device, precision, seeds, and a run in its folder."""

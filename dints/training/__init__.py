@@ -1,1 +1,1 @@
-"""What both training stages do: a step of the weights, validation, and going on whatever stops them."""
+"""Training, as all stages do it: losses, a step of the weights, validation."""

@@ -11,6 +11,8 @@ import torch
 from monai.losses import DiceLoss
 from torch.nn import functional as F
 
+from dints.errors import UserError, shown
+
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Of the foreground classes, over the whole batch.
@@ -33,3 +35,9 @@ def dice_ce(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
 # Functions of class scores (batch, classes, *spatial), before softmax, and labels (batch, 1,
 # *spatial).
 LOSSES: dict[str, Loss] = {"dice_ce": dice_ce}
+
+
+def check_loss(name: str) -> None:
+    """Refuse the name of a loss that is not in the table."""
+    if name not in LOSSES:
+        raise UserError(f"--loss {shown(name)} is none of {', '.join(LOSSES)}")
