@@ -14,6 +14,7 @@ candidates.csv has all results. With several processes, each trains candidates o
 from dints.options import course, parse
 from dints.settings import EvolveSettings, RetrainingSettings
 
+
 def parse_args(argv: list[str] | None = None) -> EvolveSettings:
     return parse(EvolveSettings, __doc__, argv)
 
@@ -55,7 +56,9 @@ def evolve(settings: EvolveSettings, run: Run) -> None:
     run.start_afresh([*competition.arch_ckpt])
     machine = open_competition(settings, fold, given, run)
     limits = dataclasses.replace(limits, channel_step=machine["channel_step"])
-    ledger = Ledger(run.folder, run.processes, run.stop_signal, trainer(settings, fold, limits, run))
+    ledger = Ledger(
+        run.folder, run.processes, run.stop_signal, trainer(settings, fold, limits, run)
+    )
 
     first, *others = rungs(competition.candidates, competition.num_iterations)
     count = -(-first.count // 2)
@@ -110,13 +113,13 @@ def open_competition(
         the precision and the multiple of channels that its trainings have.
     """
     run.stop_signal = StopSignal(settings.run.warning_signal)
-    contents = {"task": fold.task.to_dict(), "cases": fold.names}
-    contents["given"] = [architecture.codes() for architecture in given]
+    codes = [architecture.codes() for architecture in given]
     machine = {
         "precision": choose_precision(settings.machine.precision, run.processes).name,
         "channel_step": CHANNEL_STEP[run.device.type],
     }
-    folder, configuration = run.folder / "candidates", {**course(settings), **contents}
+    configuration = course(settings) | fold.to_dict() | {"given": codes}
+    folder = run.folder / "candidates"
     known = run.on_main(open_folder, folder, configuration, machine, settings.run.resume)
     run.is_continued = known is not None
     machine = known or machine

@@ -17,6 +17,7 @@ CVPR 2021.
 from dints.options import course, parse
 from dints.settings import ArchSettings, SearchSettings, recipe_line
 
+
 def parse_args(argv: list[str] | None = None) -> SearchSettings:
     return parse(SearchSettings, __doc__, argv)
 
@@ -25,10 +26,12 @@ if __name__ == "__main__":  # before the imports below take seconds
     SETTINGS = parse_args()
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from monai.networks.nets.dints import DiNTS
+from torch import nn
 
 from dints.data.cache import open_cache
 from dints.data.check import check
@@ -37,9 +40,9 @@ from dints.data.fingerprint import use_downsample
 from dints.data.loaders import choose_augmentation, training_loader
 from dints.data.tasks import Task
 from dints.errors import exit_on_user_error
+from dints.network.arch_file import write_architecture
 from dints.network.architecture import DecodedCodes
 from dints.network.discrete import check_patch_size
-from dints.network.arch_file import write_architecture
 from dints.network.operations import PUBLISHED, check_names
 from dints.network.space import SearchSpace, check_ram_ratio, supernet_of
 from dints.network.step_memory import check_memory, within_supernet
@@ -53,91 +56,62 @@ from dints.training.steps import WeightsTrainer, adam, computing, frozen, step_i
 from dints.training.validation import open_validation
 
 log = logging.getLogger("search")
+LOSSES = "loss", "architecture_loss"  # columns of the history
 
 
 def search(settings: SearchSettings, run: Run) -> None:
     """Train the supernet's weights and, after a warm-up, its architecture, in turn."""
     fold, is_halved = run.on_main(prepare, settings)
-    task = fold.task
-    contents = {"task": task.to_dict(), "cases": fold.names}
-    run.begin({**course(settings), **contents}, inputs=[settings.space.checkpoint])
+    task, patches = fold.task, settings.patches
+    run.begin(course(settings) | fold.to_dict(), inputs=[settings.space.checkpoint])
     supernet = build_supernet(settings, task, is_halved, run)
     weights, arch = trainers(supernet, settings, task, run)
 
     cache = open_cache(fold, run)
     weights_cases, arch_cases = fold.halves(run.seed)
-    weights_loader = training_loader(weights_cases, cache, settings.patches, run, stream="weights")
-    steps, patches = len(weights_loader), settings.patches
-    arch_loader = training_loader(
-        arch_cases, cache, patches, run, steps=steps, stream="architecture"
-    )
+    weights_loader = training_loader(weights_cases, cache, patches, run, stream="weights")
+    steps = len(weights_loader)
+    arch_loader = training_loader(arch_cases, cache, patches, run, steps, stream="architecture")
     validation = open_validation(fold.validation, cache, settings.window, run)
     length = settings.length.scaled(steps)
     loaders, num_iterations = [weights_loader, arch_loader], length.num_epochs * steps
     choose_augmentation(loaders, patches, task, run, num_iterations, len(weights_cases))
-
-    decoded = DecodedCodes()  # before the epoch
-    parts = {"network": supernet, **weights.parts, **arch.parts, "decoded_before": decoded}
-    run.restore(losses=("loss", "architecture_loss"), class_names=task.class_names, **parts)
-    log.info("%s", recipe_line(settings, settings.weights.recipe))
-    sizes = len(weights_cases), len(arch_cases), len(fold.validation)
-    log.info("%s: cases %d + %d, validation %d", task.name, *sizes)
-    log.info("%d iterations an epoch on %s", steps, run.precision.describe(run.processes))
+    run.restore(LOSSES, task.class_names, network=supernet, **weights.parts, **arch.parts)
+    log_sizes(settings, [*map(len, (weights_cases, arch_cases, fold.validation))], steps, run)
 
     for epoch in run.epochs(length.num_epochs):
         warmed_up, progress = length.past_warmup(epoch)  # progress: 0 to 1
         weights.schedule(progress)
-        if run.progress.step == 0:
-            decoded.take(supernet.dints_space.architecture())
+        arch.start_epoch()
         for weights_batch, arch_batch in run.steps(
             weights_loader, arch_loader if warmed_up else None
         ):
             run.record("loss", weights.step(weights_batch), weights_batch)
             if warmed_up:
                 run.record("architecture_loss", arch.step(arch_batch, progress), arch_batch)
-        changes = decoded.changes(supernet.dints_space.architecture())
-        run.end_epoch(learning_rate=weights.learning_rate, **arch.statistics(), **changes)
+        run.end_epoch(learning_rate=weights.learning_rate, **arch.statistics())
 
         if length.is_validation_epoch(epoch):
             scores = validation(supernet)
             path = run.folder / f"search_code_{run.progress.iteration}.pth"
             run.note_validation(scores, path)
-            write_decoded(path, supernet.dints_space, settings, fold, run)
+            write_decoded(path, arch.space, settings, fold, run)
             run.end_validation(scores)
-    end(settings, supernet.dints_space, fold, run)
+    end(settings, arch.space, fold, run)
 
 
+@dataclass
 class ArchTrainer:
-    """Trains the probabilities of paths and operations by an Adam each, the weights being fixed.
+    """Trains the probabilities of paths and operations by an Adam each, the weights being fixed."""
 
-    Args:
-        weights: trains the supernet's weights; both minimise the same segmentation loss.
-        input_shape: (batch, channels, *patch_size) of a step.
-    """
-
-    def __init__(
-        self,
-        supernet: DiNTS,
-        settings: ArchSettings,
-        weights: WeightsTrainer,
-        run: Run,
-        input_shape: tuple[int, ...],
-    ):
-        self.settings, self.weights, self.run, self.input_shape = (
-            settings,
-            weights,
-            run,
-            input_shape,
-        )
-        self.space: SearchSpace = supernet.dints_space
-        self.alphas = [self.space.log_alpha_a, self.space.log_alpha_c]  # paths, operations
-        # Of one process: the gradients to average are a few hundred numbers, in one message.
-        with frozen(weights.weights):
-            self.network = computing(supernet, input_shape, run.precision, run.machine)
-        factor = weights.settings.factor(run.processes.world_size)
-        self.learning_rate = settings.learning_rate_arch * factor
-        self.optimizers = [adam([alpha], self.learning_rate) for alpha in self.alphas]
-        self.scaler = run.precision.scaler()
+    space: SearchSpace
+    network: nn.Module  # the supernet, as it computes in a step
+    optimizers: dict[str, torch.optim.Optimizer]  # by the parameter that each updates
+    scaler: torch.amp.GradScaler
+    decoded: DecodedCodes  # before the epoch
+    weights: WeightsTrainer  # both minimise one segmentation loss
+    settings: ArchSettings
+    input_shape: tuple[int, ...]  # (batch, channels, *patch_size)
 
     def step(self, batch: dict[str, torch.Tensor], progress: float) -> torch.Tensor:
         """Take one step on a batch; return the segmentation loss, which stays on the device.
@@ -146,41 +120,50 @@ class ArchTrainer:
         0.001 * L_topology), where progress is the share of the training after the warm-up that is
         done, and the weights of the terms are those of ``--loss_weights``.
         """
-        image, label = to_device(batch, self.run.device)
-        for optimizer in self.optimizers:
+        run = self.weights.run
+        image, label = to_device(batch, run.device)
+        for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-            # A state that was saved on another number of processes has that number's rate.
-            optimizer.param_groups[0]["lr"] = self.learning_rate
         with frozen(self.weights.weights):
-            with self.run.precision.autocast():
+            with run.precision.autocast():
                 scores = self.network(image)
             segmentation = self.weights.criterion(scores.float(), label)
             loss = segmentation + progress * self.loss()
             self.scaler.scale(loss).backward()
-        self.run.processes.average_gradients(self.alphas)
-        for optimizer, alpha in zip(self.optimizers, self.alphas, strict=True):
-            step_if_finite(optimizer, self.scaler, alpha.grad)
+        # Of one process until here: a few hundred gradients to average, in one message.
+        alphas = {name: getattr(self.space, name) for name in self.optimizers}
+        run.processes.average_gradients(list(alphas.values()))
+        for name, optimizer in self.optimizers.items():
+            step_if_finite(optimizer, self.scaler, alphas[name].grad)
         self.scaler.update()
         return segmentation.detach()
 
     def loss(self) -> torch.Tensor:
-        """Add up what the architecture minimises beside the segmentation loss."""
+        """Add up the terms that the architecture minimises beside the segmentation loss."""
         terms = regularisers(self.space, self.input_shape, self.settings.ram_budget)
         memory = (terms["ram_ratio"] - self.settings.factor_ram_cost).abs()
         values = terms["entropy_a"], terms["entropy_c"], memory, terms["topology"]
         return sum(w * value for w, value in zip(self.settings.loss_weights, values, strict=True))
 
     def statistics(self) -> dict[str, float]:
-        """Return the terms of `loss` as they are now, for the history."""
+        """Return the terms of `loss`, and the changes of the decoded network in the epoch."""
         terms = regularisers(self.space, self.input_shape, self.settings.ram_budget)
         values = {name: float(value.detach()) for name, value in terms.items()}
-        return {**values, "ram_target": self.settings.factor_ram_cost}
+        changes = self.decoded.changes(self.space.architecture())
+        return {**values, "ram_target": self.settings.factor_ram_cost, **changes}
+
+    def start_epoch(self) -> None:
+        """Note the decoded network; set the learning rate, which a restored state may not have."""
+        if self.weights.run.progress.step == 0:
+            self.decoded.take(self.space.architecture())
+        for optimizer in self.optimizers.values():
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"]
 
     @property
     def parts(self) -> dict[str, object]:
         """All that has state, for a checkpoint."""
-        first, second = self.optimizers
-        return {"optimizer_a": first, "optimizer_c": second, "arch_scaler": self.scaler}
+        optimizers = {f"optimizer_{name[-1]}": part for name, part in self.optimizers.items()}
+        return {**optimizers, "arch_scaler": self.scaler, "decoded_before": self.decoded}
 
 
 def regularisers(
@@ -226,12 +209,30 @@ def trainers(
     supernet: DiNTS, settings: SearchSettings, task: Task, run: Run
 ) -> tuple[WeightsTrainer, ArchTrainer]:
     """Make the trainers of weights and architecture: together they train every parameter once."""
-    space = supernet.dints_space
+    space: SearchSpace = supernet.dints_space
     is_arch = {id(space.log_alpha_a), id(space.log_alpha_c)}
     weights = [weight for weight in supernet.parameters() if id(weight) not in is_arch]
     input_shape = (settings.patches.num_images_per_batch, task.num_channels, *task.patch_size)
     trainer = WeightsTrainer(supernet, weights, settings.weights, run, input_shape)
-    return trainer, ArchTrainer(supernet, settings.arch, trainer, run, input_shape)
+
+    factor = settings.weights.factor(run.processes.world_size)
+    rate = settings.arch.learning_rate_arch * factor
+    optimizers = {
+        name: adam([getattr(space, name)], rate) for name in ("log_alpha_a", "log_alpha_c")
+    }
+    with frozen(weights):
+        network = computing(supernet, input_shape, run.precision, run.machine)
+    scaler, decoded = run.precision.scaler(), DecodedCodes()
+    arch = ArchTrainer(
+        space, network, optimizers, scaler, decoded, trainer, settings.arch, input_shape
+    )
+    return trainer, arch
+
+
+def log_sizes(settings: SearchSettings, sizes: list[int], steps: int, run: Run) -> None:
+    log.info("%s", recipe_line(settings, settings.weights.recipe))
+    log.info("cases %d + %d, validation %d", *sizes)
+    log.info("%d iterations an epoch on %s", steps, run.precision.describe(run.processes))
 
 
 def write_decoded(

@@ -13,6 +13,7 @@ infer_dints.py needs nothing else.
 from dints.options import course, parse
 from dints.settings import TrainSettings, recipe_line
 
+
 def parse_args(argv: list[str] | None = None) -> TrainSettings:
     return parse(TrainSettings, __doc__, argv)
 
@@ -53,9 +54,8 @@ def train(settings: TrainSettings, run: Run) -> None:
     """Retrain an architecture, and keep the network of the best validation."""
     architecture, width, fold = run.on_main(prepare, settings)
     task, patches = fold.task, settings.patches
-    contents = {"task": task.to_dict(), "cases": fold.names, "codes": architecture.codes()}
     inputs = [settings.network.arch_ckpt, settings.network.checkpoint]
-    run.begin({**course(settings), **contents}, inputs)
+    run.begin(course(settings) | fold.to_dict() | {"codes": architecture.codes()}, inputs)
     network = build(architecture, width, settings, task, run)
     input_shape = (patches.num_images_per_batch, task.num_channels, *task.patch_size)
     weights = WeightsTrainer(network, network.parameters(), settings.weights, run, input_shape)
@@ -69,7 +69,7 @@ def train(settings: TrainSettings, run: Run) -> None:
 
     facts = facts_of_training(settings, fold, loader, run) | augmented
     best = BestModel(weights.averaged, architecture, width, task, facts, run)
-    run.restore(losses=("loss",), class_names=task.class_names, network=network, **weights.parts)
+    run.restore(("loss",), task.class_names, network=network, **weights.parts)
     best.restore(validation, len(loader))
     log.info("%s", recipe_line(settings, settings.weights.recipe))
     sizes = len(fold.training), len(fold.validation)

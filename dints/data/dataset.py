@@ -45,6 +45,10 @@ class Fold:
         """The image files' names: which cases they are, wherever the dataset lies."""
         return [Path(image).name for case in self.cases for image in case.images]
 
+    def to_dict(self) -> dict[str, object]:
+        """Return task and cases as plain values, by which a run is known."""
+        return {"task": self.task.to_dict(), "cases": self.names}
+
     def halves(self, seed: int) -> tuple[list[Case], list[Case]]:
         """Shuffle the training cases; return those for the weights and those for the architecture.
 

@@ -56,8 +56,8 @@ def check_identity(folder: Path, cases: Sequence[Case], is_continued: bool, allo
         fault = f"{len(changed)} files of the data are not as they were when the run began, for example the {changed[0]}"
         if not allow_changed:
             raise UserError(
-                f"{fault} ({of_files[changed[0]]}): put them back, give --allow_changed_data to continue with these, or "
-                "--resume never to start afresh"
+                f"{fault} ({of_files[changed[0]]}): put them back, give --allow_changed_data to continue with "
+                "these, or --resume never to start afresh"
             )
         log.warning("%s: the run continues with these, not to the result that it would have had", fault)
         changes = [*changes, changed]

@@ -239,8 +239,8 @@ def training_loader(
     cache: Cache,
     settings: PatchSettings,
     run: Run,
-    *,
     steps: int | None = None,
+    *,
     stream: str = "weights",
 ) -> TrainingLoader:
     """Prepare this rank's share of ``cases``, and give batches of augmented patches.

@@ -144,7 +144,6 @@ class Run:
 
     def restore(
         self,
-        *,
         losses: Sequence[str] = (),
         class_names: Sequence[str] | None = None,
         **parts: object,

@@ -38,7 +38,7 @@ class WeightsTrainer:
         run: Run,
         input_shape: Sequence[int],
     ):
-        self.settings, self.precision = settings, run.precision
+        self.settings, self.precision, self.run = settings, run.precision, run
         self.weights = list(weights)
         trained = {id(weight) for weight in self.weights}
         self.others = [p for p in network.parameters() if id(p) not in trained]
