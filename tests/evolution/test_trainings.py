@@ -16,7 +16,6 @@ import search_dints
 from dints import network, training
 from dints.evolution import proposals, trainings
 from dints.errors import UserError
-from dints.network import unsearched
 from dints.network.architecture import load_architecture
 
 MEMORY = pytest.mark.fault("GPU or host memory exhausted")
@@ -28,7 +27,7 @@ LACKING = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 b
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch) -> None:
     """Draw nothing, measure no network's time, and give all candidates one width."""
-    monkeypatch.setattr(unsearched, "fitting_channel_mul", lambda *_: 5 / 32)
+    monkeypatch.setattr(proposals, "fitting_channel_mul", lambda *_: 5 / 32)
     cost = network.cost.cost
     monkeypatch.setattr(network.cost, "cost", lambda *settings, device=None: cost(*settings))
     monkeypatch.setattr(network.drawing, "draw_architecture", lambda *_, **__: None)
@@ -142,7 +141,7 @@ def test_on_a_gpu_channels_are_multiples_of_eight_and_stay_so_wherever_a_run_goe
 ):
     assert proposals.CHANNEL_STEP == {"cpu": 1, "cuda": 8}
     monkeypatch.setitem(proposals.CHANNEL_STEP, "cpu", 8)
-    monkeypatch.setattr(unsearched, "fitting_channel_mul", lambda *_: 13 / 32)
+    monkeypatch.setattr(proposals, "fitting_channel_mul", lambda *_: 13 / 32)
     search(phantom, tmp_path, ALONE, "--candidates 2")
     assert [row["channel_mul"] for row in table(tmp_path)] == ["0.25"] * 2
     assert json.loads((tmp_path / "candidates/settings.json").read_text())["channel_step"] == 8
