@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from dints.running import curves
 from dints.running.tables import ACCURACY, CANDIDATES, LOSSES, write_rows
-from dints.training import curves
 
 Pictures = dict[str, list[Axes]]
 SEARCH = {
@@ -123,7 +123,7 @@ def competed(folder: Path, *dices: tuple[str, int, float]) -> None:
 
 def test_candidates_below_the_axis_are_marked_with_their_dice_and_no_point_has_another(tmp_path, pictures):
     near = [("by_hand", 200, 0.86), ("by_hand", 400, 0.87), *(("mutant", 200, 0.85 + 0.001 * n) for n in range(8))]
-    far = [("random", 200, 0.5793), ("random", 200, 0.0), *(("gradient", 200, 0.1 * n) for n in range(1, 5))]
+    far = [("random", 200, 0.5793), ("random", 200, 0.0), *(("given", 200, 0.1 * n) for n in range(1, 5))]
     competed(tmp_path, *near, *far)
     (axes,) = pictures["candidates.png"]
     bottom, top = axes.get_ylim()
@@ -135,7 +135,7 @@ def test_candidates_below_the_axis_are_marked_with_their_dice_and_no_point_has_a
     assert {text.get_text() for text in axes.texts} == {"0.0000, 0.5793", "4: 0.1000 to 0.4000"}
     colours = {text.get_text(): text.get_color() for text in axes.texts}
     assert colours["0.0000, 0.5793"] == curves.KINDS["random"]
-    assert legend(axes) == ["gradient", "by hand", "random", "mutant"]
+    assert legend(axes) == ["given", "by hand", "random", "mutant"]
 
 
 def test_candidates_that_are_near_each_other_are_all_within_the_axis(tmp_path, pictures):

@@ -17,10 +17,10 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dints.errors import UserError
+from dints.running import curves
 from dints.running.history import History
 from dints.running.progress import Progress
 from dints.running.tables import ACCURACY, LOSSES, read_rows
-from dints.training import curves
 from dints.training.validation import Scores
 
 CLASSES = ("background", "left atrium", "lesion")
