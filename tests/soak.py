@@ -39,7 +39,7 @@ from states import assert_same_end, progress_of  # noqa: E402
 from dints.data.phantom import write_phantom  # noqa: E402
 from dints.data.tasks import Task  # noqa: E402
 from dints.errors import UserError  # noqa: E402
-from dints.network.found import FoundNetwork  # noqa: E402
+from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.network.model_file import save_model  # noqa: E402
 from dints.running import run_folder  # noqa: E402
 from dints.running.precision import Precision  # noqa: E402
@@ -282,7 +282,7 @@ def write_batch(folder: Path) -> None:
     task = Task("Toy", "CT", 1, ("background", "a"), spacing=None, intensity=(0.0, 1.0), patch_size=(16, 16, 16))
     torch.manual_seed(0)
     (folder / "in").mkdir(parents=True)
-    save_model(folder / "model.pth", FoundNetwork(architecture, 1, 2, 0.125), architecture, 0.125, task)
+    save_model(folder / "model.pth", DiscreteNetwork(architecture, 1, 2, 0.125), architecture, 0.125, task)
     for number in range(IMAGES):
         image = np.random.default_rng(number).random((64, 64, 64)).astype(np.float32)
         nib.save(nib.Nifti1Image(image, np.eye(4)), folder / f"in/{number:02}.nii.gz")

@@ -49,7 +49,7 @@ from dints.data.listing import ListedCase  # noqa: E402
 from dints.data.loaders import TrainingSamples, training_loader  # noqa: E402
 from dints.data.phantom import make_case  # noqa: E402
 from dints.data.tasks import TASKS  # noqa: E402
-from dints.network.found import FoundNetwork  # noqa: E402
+from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.running.machine import cores_per_process  # noqa: E402
 from dints.running.precision import choose_precision  # noqa: E402
 from dints.running.processes import Processes, started  # noqa: E402
@@ -248,7 +248,7 @@ def share_of_waiting(args: argparse.Namespace, folder: Path, processes: Processe
     loader = training_loader(
         cases, cache, processes, batch_size=2, steps=args.iterations, num_workers=args.num_workers, stream="bench"
     )
-    network = FoundNetwork(steps.typical_architecture(), 1, task.num_classes, args.channel_mul).to(processes.device)
+    network = DiscreteNetwork(steps.typical_architecture(), 1, task.num_classes, args.channel_mul).to(processes.device)
     model = compiled(network, args.compile, processes.device)
     training = weights_training(model, network.parameters(), precision, processes, learning_rate=0.025)
     ends, waits, start = [], [], time.perf_counter()  # at each iteration's end, since the first one's start

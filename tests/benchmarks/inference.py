@@ -27,9 +27,9 @@ from dints.data.leniency import Leniency  # noqa: E402
 from dints.data.nifti import read_header  # noqa: E402
 from dints.data.tasks import Task  # noqa: E402
 from dints.inference.predictor import Predictor  # noqa: E402
-from dints.network.found import FoundNetwork  # noqa: E402
+from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.network.model_file import Model  # noqa: E402
-from dints.network.unsearched import u_shaped  # noqa: E402
+from dints.network.baselines import u_shaped  # noqa: E402
 
 
 class Timed(nn.Module):
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     task = Task("Timed", modality, 1, ("background", "a", "b"), spacing=None, intensity=window, patch_size=patch)
     architecture = replace(u_shaped(9, 3, skip_connections=True), use_downsample=False)
     torch.manual_seed(0)
-    network = Timed(FoundNetwork(architecture, 1, 3, args.channel_mul))
+    network = Timed(DiscreteNetwork(architecture, 1, 3, args.channel_mul))
     for mirrored in (False, True):
         model = Model(network, architecture, task, {"overlap_ratio": 0.5, "flips": {"axes": [0, 1, 2]}})
         predictor = Predictor(model, "cpu", args.precision, mirrored=mirrored)

@@ -32,7 +32,7 @@ import torch.distributed as dist  # noqa: E402
 
 import search_dints  # noqa: E402
 from dints.data.tasks import TASKS  # noqa: E402
-from dints.network.found import FoundNetwork  # noqa: E402
+from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.network.space import SearchSpace  # noqa: E402
 from dints.running.precision import Precision  # noqa: E402
 from dints.running.processes import Processes, started  # noqa: E402
@@ -161,7 +161,7 @@ def retraining_of(processes: Processes) -> steps.WeightsTraining:
     with torch.no_grad():
         space.log_alpha_a.normal_(generator=generator)
         space.log_alpha_c.normal_(generator=generator)
-    network = FoundNetwork(space.architecture(), TASK.num_channels, TASK.num_classes, 0.5)
+    network = DiscreteNetwork(space.architecture(), TASK.num_channels, TASK.num_classes, 0.5)
     return steps.weights_training(network, network.parameters(), FP32, processes, learning_rate=0.025)
 
 

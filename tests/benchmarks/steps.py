@@ -38,7 +38,7 @@ import published  # noqa: E402  (the repository is no package: its root must be 
 import search_dints  # noqa: E402
 from dints.data.tasks import TASKS  # noqa: E402
 from dints.network.architecture import Architecture  # noqa: E402
-from dints.network.found import FoundNetwork  # noqa: E402
+from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.network.space import SearchSpace  # noqa: E402
 from dints.network.weights import fitting_state  # noqa: E402
 from dints.running import processes as running  # noqa: E402
@@ -203,7 +203,7 @@ def twin_networks(channel_mul: float, device: torch.device) -> tuple[torch.nn.Mo
     torch.manual_seed(0)
     architecture = typical_architecture()
     theirs = published.network(architecture, 1, TASK.num_classes, channel_mul)
-    ours = FoundNetwork(architecture, 1, TASK.num_classes, channel_mul)
+    ours = DiscreteNetwork(architecture, 1, TASK.num_classes, channel_mul)
     ours.load_state_dict(fitting_state(ours, theirs.state_dict(), "MONAI's network", ours.unused_stems))
     return theirs.to(device), ours.to(device)
 

@@ -13,7 +13,7 @@ from dints.errors import UserError
 from dints.network import cost as module
 from dints.network.cost import Cost, cost, fitting_channel_mul
 from dints.network.fast.layers import Convolution, InstanceNorm, Upsample
-from dints.network.found import FoundNetwork, count_parameters
+from dints.network.discrete import DiscreteNetwork, count_parameters
 
 CPU = torch.device("cpu")
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
@@ -49,7 +49,7 @@ def test_counts_by_hand():
     assert found.parameters == 1060 and found.gmac == 140_288e-9 and found.activation_mib == 27_304 / 2**20
 
 
-def run_for_real(network: FoundNetwork, image: torch.Tensor) -> tuple[int, int, int]:
+def run_for_real(network: DiscreteNetwork, image: torch.Tensor) -> tuple[int, int, int]:
     """Count parameters, multiply-adds and kept bytes of a forward pass on the CPU."""
     multiply_adds, kept = [], {}
 
@@ -82,7 +82,7 @@ def run_for_real(network: FoundNetwork, image: torch.Tensor) -> tuple[int, int, 
 def test_counts_are_those_of_a_real_run(architecture, channels, classes, patch_size, channel_mul, batch_size):
     image = torch.randn(batch_size, channels, *patch_size)
     found = cost(architecture, channels, classes, patch_size, channel_mul, batch_size)
-    network = FoundNetwork(architecture, channels, classes, channel_mul)
+    network = DiscreteNetwork(architecture, channels, classes, channel_mul)
     kept_on_cpu = run_for_real(network, image)[2]
     for layer in network.modules():  # back to PyTorch's own, as on a GPU
         if type(layer) in (Convolution, InstanceNorm, Upsample):

@@ -22,7 +22,7 @@ from dints.network.fast import composition
 from dints.network.fast.acceleration import accelerate
 from dints.network.fast.composition import composed
 from dints.network.fast.mixing import cells_together, mix
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.network.operations import OPERATIONS, PUBLISHED, ActivatedConvolutions, Operation
 from dints.network.space import SearchSpace, supernet
 
@@ -39,9 +39,9 @@ def search_network() -> nn.Module:
 
 NETWORKS = {
     "supernet": search_network,
-    "every path": lambda: FoundNetwork(everything(2, 3), 1, 3, 1 / 8),
-    "random": lambda: FoundNetwork(RANDOM, 1, 3, 1 / 8),
-    "one path a block": lambda: FoundNetwork(chain(0, 1, 2, 1, 0, num_depths=3), 1, 3, 1 / 8),
+    "every path": lambda: DiscreteNetwork(everything(2, 3), 1, 3, 1 / 8),
+    "random": lambda: DiscreteNetwork(RANDOM, 1, 3, 1 / 8),
+    "one path a block": lambda: DiscreteNetwork(chain(0, 1, 2, 1, 0, num_depths=3), 1, 3, 1 / 8),
 }
 
 
@@ -198,7 +198,7 @@ class TestComposition:
 
 
 def recomputing(network: nn.Module, wanted: bool = True) -> nn.Module:
-    (network if isinstance(network, FoundNetwork) else network.dints_space).checkpoint_activations = wanted
+    (network if isinstance(network, DiscreteNetwork) else network.dints_space).checkpoint_activations = wanted
     return network
 
 

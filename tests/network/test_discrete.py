@@ -1,4 +1,4 @@
-"""MONAI's `DiNTS` over a `TopologyInstance` is the oracle of the found network."""
+"""MONAI's `DiNTS` over a `TopologyInstance` is the oracle of the discrete network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tracing import assert_one_graph
 
 from dints.errors import UserError
 from dints.network.architecture import Architecture, load_architecture
-from dints.network.found import FoundNetwork, check_patch_size, count_parameters
+from dints.network.discrete import DiscreteNetwork, check_patch_size, count_parameters
 from dints.network.weights import fitting_state
 
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
@@ -54,10 +54,10 @@ ARCHITECTURES = {
 }
 
 
-def both_networks(architecture: Architecture) -> tuple[DiNTS, FoundNetwork]:
+def both_networks(architecture: Architecture) -> tuple[DiNTS, DiscreteNetwork]:
     """Build MONAI's network and ours, with equal weights."""
     torch.manual_seed(0)
-    theirs, ours = monai_network(architecture), FoundNetwork(architecture, 2, 3, SMALL)
+    theirs, ours = monai_network(architecture), DiscreteNetwork(architecture, 2, 3, SMALL)
     ours.load_state_dict(fitting_state(ours, theirs.state_dict(), "MONAI's", ours.unused_stems))
     return theirs, ours
 
@@ -111,21 +111,21 @@ def test_the_architectures_above_cover_what_can_be():
 @pytest.mark.parametrize("name", ["random 1", "down and up"])
 def test_it_compiles_as_one_graph(name):
     torch.manual_seed(0)
-    assert_one_graph(FoundNetwork(ARCHITECTURES[name], 2, 3, SMALL), torch.randn(1, 2, 16, 16, 16))
+    assert_one_graph(DiscreteNetwork(ARCHITECTURES[name], 2, 3, SMALL), torch.randn(1, 2, 16, 16, 16))
 
 
 def test_it_exports():
-    network = FoundNetwork(ARCHITECTURES["random 1"], 2, 3, SMALL).eval()
+    network = DiscreteNetwork(ARCHITECTURES["random 1"], 2, 3, SMALL).eval()
     image = torch.randn(1, 2, 16, 16, 16)
     exported = torch.export.export(network, (image,))
     assert not any("mkldnn" in str(node.target) for node in exported.graph.nodes)  # runs on any machine
     torch.testing.assert_close(exported.module()(image), network(image), rtol=1e-4, atol=1e-5)
 
 
-def on_meta(architecture: Architecture, *settings) -> FoundNetwork:
+def on_meta(architecture: Architecture, *settings) -> DiscreteNetwork:
     """Make the network without memory for its weights."""
     with torch.device("meta"):
-        return FoundNetwork(architecture, *settings)
+        return DiscreteNetwork(architecture, *settings)
 
 
 def test_parameters_of_a_stand_in_for_the_published_architecture():
