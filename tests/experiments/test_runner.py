@@ -21,9 +21,9 @@ import tables
 
 from dints.data.phantom import write_phantom
 from dints.network.architecture import load_architecture
+from dints.network.baselines import u_shaped
 from dints.network.cost import counts
 from dints.network.discrete import DiscreteNetwork
-from dints.network.baselines import u_shaped
 
 # MONAI's own layers in bf16 need at least 3 planes at the coarsest of 3 resolutions: dints/network/fast/layers.py.
 RECIPE = "--channel_mul 0.125 --patch_size 12 12 12 --spacing 6 6 6 --num_iterations 2"

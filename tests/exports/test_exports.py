@@ -32,8 +32,8 @@ from dints.exports import bundle, checked, onnx_file, predict_onnx, program
 from dints.inference.predictor import Predictor
 from dints.network import operations
 from dints.network.architecture import Architecture
-from dints.network.fast.acceleration import accelerate
 from dints.network.discrete import DiscreteNetwork
+from dints.network.fast.acceleration import accelerate
 from dints.network.model_file import load_model, save_model
 
 TASK = Task(

@@ -18,8 +18,6 @@ from dints import __version__
 from dints.errors import UserError
 from dints.network import baselines
 from dints.network.architecture import Architecture, load_architecture, paths
-from dints.network.operations import PUBLISHED
-from dints.network.space import SearchSpace
 from dints.network.baselines import (
     all_paths,
     main,
@@ -28,6 +26,8 @@ from dints.network.baselines import (
     random_architectures,
     u_shaped,
 )
+from dints.network.operations import PUBLISHED
+from dints.network.space import SearchSpace
 
 TWO = ("skip_connect", "conv_3x3x3")
 SIZES = [(1, 2), (4, 4), (9, 3), (12, 6)]

@@ -12,8 +12,8 @@ from torch import nn
 from dints.errors import UserError
 from dints.network import cost as module
 from dints.network.cost import Cost, cost, fitting_channel_mul
-from dints.network.fast.layers import Convolution, InstanceNorm, Upsample
 from dints.network.discrete import DiscreteNetwork, count_parameters
+from dints.network.fast.layers import Convolution, InstanceNorm, Upsample
 
 CPU = torch.device("cpu")
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels

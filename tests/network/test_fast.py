@@ -18,11 +18,11 @@ from dints.network import space as space_module
 from dints.network.architecture import save_architecture
 from dints.network.cells import cell_of
 from dints.network.cost import activation_bytes
+from dints.network.discrete import DiscreteNetwork
 from dints.network.fast import composition
 from dints.network.fast.acceleration import accelerate
 from dints.network.fast.composition import composed
 from dints.network.fast.mixing import cells_together, mix
-from dints.network.discrete import DiscreteNetwork
 from dints.network.operations import OPERATIONS, PUBLISHED, ActivatedConvolutions, Operation
 from dints.network.space import SearchSpace, supernet
 

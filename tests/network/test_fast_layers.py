@@ -17,10 +17,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tracing import assert_one_graph
 
+from dints.network.discrete import DiscreteNetwork
 from dints.network.fast import layers
 from dints.network.fast.acceleration import accelerate
 from dints.network.fast.layers import Convolution, InstanceNorm, Upsample, convolve, convolve_side_by_side
-from dints.network.discrete import DiscreteNetwork
 from dints.network.space import SearchSpace, supernet
 
 # Batch, input and output channels, kernel, stride, spatial size, and how that is computed in fp32.

@@ -19,8 +19,8 @@ from dints.errors import UserError
 from dints.network.architecture import load_architecture, save_architecture
 from dints.network.cells import cell_of
 from dints.network.cost import cost
-from dints.network.drawing import draw_architecture, draw_search_space
 from dints.network.discrete import DiscreteNetwork
+from dints.network.drawing import draw_architecture, draw_search_space
 from dints.network.model_file import load_model, save_model
 from dints.network.operations import OPERATIONS, PUBLISHED, ActivatedConvolutions, Operation, check_names
 from dints.network.space import SearchSpace, supernet
