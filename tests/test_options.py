@@ -181,7 +181,7 @@ def test_tables_that_help_does_not_import_are_those_of_the_settings():
     assert (*CHAINS, "auto") == settings.AUGMENTATIONS
     assert settings.PROPOSALS == proposals.KINDS and {*KINDS} == {*proposals.KINDS, "given", "mutant"}
     limits = architecture._MAX_BLOCKS, architecture._MAX_DEPTHS
-    assert (settings.MAX_BLOCKS, settings.MAX_DEPTHS) == limits
+    assert limits == (settings.MAX_BLOCKS, settings.MAX_DEPTHS)
 
 
 UNKNOWN = "unknown option"

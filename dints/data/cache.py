@@ -1,4 +1,5 @@
-"""Prepared cases between epochs and runs: in memory, in files that processes and later runs share, or made anew.
+"""Prepared cases between epochs and runs: in memory, in files that processes and later runs share, or prepared
+each time.
 
 A case takes 2 bytes a voxel and channel (float16), 1 for the label and at most 1/8 a class for the crop masks. Files
 are memory-mapped: only what is cut out of them is read, and the system keeps in memory what it has room for.
@@ -23,10 +24,10 @@ from tqdm import tqdm
 
 from dints import files
 from dints.data.cases import Prepared, prepare, read_image, read_label, resampling_of
+from dints.data.changes import check_unchanged, digest
 from dints.data.crops import CropMasks
 from dints.data.dataset import Fold
 from dints.data.fingerprint import write_task
-from dints.data.identity import check_identity, digest
 from dints.data.listing import Case
 from dints.data.tasks import Task
 from dints.errors import UserError
@@ -65,11 +66,11 @@ class Cache:
             UserError: a case cannot be read or learned from, or the folder cannot be written.
         """
         if self.mode == "ram":
-            return CasesInMemory(self._for_each(self._prepare, cases, what))
+            return PreparedCases(self._for_each(self._tensors, cases, what), _from_tensors)
         if self.mode == "disk":
-            return CasesOnDisk(self._for_each(self._store, cases, what))
+            return PreparedCases(self._for_each(self._store, cases, what), _map_entry)
         self._for_each(self._check, cases, what)
-        return CasesFromFiles(cases, self._prepare)
+        return PreparedCases(cases, self._prepare)
 
     def _for_each(self, function: Callable, cases: Sequence[Case], what: str) -> list:
         if not cases:
@@ -81,6 +82,10 @@ class Cache:
 
     def _prepare(self, case: Case) -> Prepared:
         return prepare(case, self.task)
+
+    def _tensors(self, case: Case) -> list[torch.Tensor]:
+        """Prepare a case; workers share tensors' memory, however they are started."""
+        return [torch.from_numpy(array) for array in _arrays(self._prepare(case))]
 
     def _check(self, case: Case) -> None:
         read_image(case)
@@ -134,7 +139,7 @@ def open_cache(fold: Fold, run: Run, on_every_rank: bool = False) -> Cache:
         UserError: a file was replaced, or the cache that ``--cache`` asks for does not fit.
     """
     settings, processes, task = run.settings, run.processes, fold.task
-    run.on_main(check_identity, run.folder, fold.cases, run.is_continued, settings.allow_changed_data)
+    run.on_main(check_unchanged, run.folder, fold.cases, run.is_continued, settings.allow_changed_data)
     run.on_main(write_task, run.folder, task, fold.measured)
     grids = [(case.shape, resampling_of(case, task).shape) for case in fold.cases]
     voxels = [max(math.prod(shape) for shape in shapes) for shapes in grids]
@@ -174,66 +179,47 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-class CasesInMemory(Sequence):
-    """Prepared cases as tensors, whose memory is shared with workers however these are started."""
+@dataclass(frozen=True)
+class PreparedCases(Sequence):
+    """Prepared cases; each is loaded when it is asked for.
 
-    def __init__(self, prepared: Sequence[Prepared]):
-        self.tensors = [tuple(map(torch.from_numpy, _arrays(case))) for case in prepared]
+    Attributes:
+        kept: of each case, its arrays in memory, its entry on disk, or its files.
+        load: makes a case of that.
+    """
 
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def __getitem__(self, index: int) -> Prepared:
-        return _from_arrays(*(tensor.numpy() for tensor in self.tensors[index]))
-
-
-class CasesOnDisk(Sequence):
-    """Prepared cases in entries of the cache folder; each is mapped when it is asked for, and no longer than needed."""
-
-    def __init__(self, entries: Sequence[Path]):
-        self.entries = entries
+    kept: Sequence
+    load: Callable[[object], Prepared]
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.kept)
 
     def __getitem__(self, index: int) -> Prepared:
-        return _map_entry(self.entries[index])
-
-
-class CasesFromFiles(Sequence):
-    """Cases that are prepared each time that they are asked for."""
-
-    def __init__(self, cases: Sequence[Case], prepare_case: Callable[[Case], Prepared]):
-        self.cases, self.prepare_case = cases, prepare_case
-
-    def __len__(self) -> int:
-        return len(self.cases)
-
-    def __getitem__(self, index: int) -> Prepared:
-        return self.prepare_case(self.cases[index])
+        return self.load(self.kept[index])
 
 
 ARRAYS = ("image", "label", "boxes", "starts", "bits", "centres")
 
 
-def _arrays(prepared: Prepared) -> tuple[np.ndarray, ...]:
+def _arrays(prepared: Prepared) -> list[np.ndarray]:
+    """Return the arrays of a case, in the order of `ARRAYS`."""
     masks = prepared.masks
-    return prepared.image, prepared.label, masks.boxes, masks.starts, masks.bits, prepared.centres
+    return [*(prepared.image, prepared.label, masks.boxes, masks.starts, masks.bits, prepared.centres)]
 
 
-def _from_arrays(
-    image: np.ndarray,
-    label: np.ndarray,
-    boxes: np.ndarray,
-    starts: np.ndarray,
-    bits: np.ndarray,
-    centres: np.ndarray,
-) -> Prepared:
+def _from_arrays(arrays: Sequence[np.ndarray]) -> Prepared:
+    image, label, boxes, starts, bits, centres = arrays
     return Prepared(image, label, CropMasks(boxes, starts, bits), centres)
 
 
+def _from_tensors(tensors: Sequence[torch.Tensor]) -> Prepared:
+    return _from_arrays([tensor.numpy() for tensor in tensors])
+
+
 def _map_entry(entry: Path) -> Prepared:
-    return _from_arrays(*(np.load(entry / f"{name}.npy", mmap_mode="r") for name in ARRAYS))  # noqa: TID251  a map is never unpickled
+    paths = [entry / f"{name}.npy" for name in ARRAYS]
+    # A map is never unpickled.
+    return _from_arrays([np.load(path, mmap_mode="r") for path in paths])  # noqa: TID251
 
 
 def _is_whole(entry: Path) -> bool:
@@ -263,6 +249,6 @@ def _write_entry(entry: Path, prepared: Prepared) -> None:
 
 
 def _code_digest() -> str:
-    """Return the digest of this wing's modules: no entry outlives a change of what makes it, wherever that stands."""
+    """Return the digest of this folder's modules: no entry outlives a change of what makes it, wherever that stands."""
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(sources).hexdigest()

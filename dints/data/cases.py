@@ -93,7 +93,7 @@ def case_faults(case: Case, task: Task) -> Iterator[str]:
     if case.num_channels != task.num_channels:
         yield (
             f"{first.path} has {case.num_channels} channel{'' if case.num_channels == 1 else 's'} of shape "
-            f"{first.shape}; {task.name} has {task.num_channels}: mend or remove the case, or the channels in "
+            f"{first.shape}; {task.name} has {task.num_channels}: fix or remove the case, or the channels in "
             "dataset.json"
         )
     grid = resampling_of(case, task).shape
@@ -101,23 +101,23 @@ def case_faults(case: Case, task: Task) -> Iterator[str]:
         yield (
             f"{first.path} would become {' x '.join(map(str, grid))} voxels at a spacing of "
             f"{' x '.join(f'{size:.4g}' for size in task.spacing)} mm; its own is "
-            f"{' x '.join(f'{size:.4g}' for size in first.spacing)} mm: mend its header, give another --spacing, or "
+            f"{' x '.join(f'{size:.4g}' for size in first.spacing)} mm: fix its header, give another --spacing, or "
             "remove the case"
         )
     for other in [*case.headers[1:], *([] if label is None else [label])]:
         if other.shape != first.shape:
             yield (
                 f"{other.path} has shape {other.shape}, but its image {first.path} has {first.shape}: "
-                "mend or remove the case"
+                "fix or remove the case"
             )
         elif not case.options.trust_shapes and np.abs(other.affine - first.affine).max() > AFFINE_TOLERANCE:
             yield (
                 f"{other.path} lies elsewhere than its image {first.path} (their affines differ by up to "
-                f"{np.abs(other.affine - first.affine).max():.3g}): mend or remove the case, or give --trust_shapes to "
+                f"{np.abs(other.affine - first.affine).max():.3g}): fix or remove the case, or give --trust_shapes to "
                 "take the image's place for both"
             )
     if label is not None and label.num_channels != 1:
-        yield (f"{label.path} has {label.num_channels} channels, and a label has 1: mend or remove the case")
+        yield (f"{label.path} has {label.num_channels} channels, and a label has 1: fix or remove the case")
 
 
 def read_image(case: Case) -> tuple[np.ndarray, int]:
@@ -141,7 +141,7 @@ def read_image_file(header: Header, options: ReadOptions) -> tuple[np.ndarray, i
     count = int(bad.sum())
     if count and options.replace_nonfinite is None:
         raise UserError(
-            f"{header.path} has {count} NaN or infinite voxels: mend or remove the case, or give "
+            f"{header.path} has {count} NaN or infinite voxels: fix or remove the case, or give "
             "--replace_nonfinite VALUE"
         )
     return np.where(bad, np.float32(options.replace_nonfinite), voxels) if count else voxels, count
@@ -169,7 +169,7 @@ def read_label(header: Header, task: Task) -> np.ndarray:
             )
         raise UserError(
             f"{header.path} holds the label {first}{others} in {int(wrong.sum())} voxels; {task.name} has the "
-            f"labels 0 to {task.num_classes - 1}: mend or remove the case, or the labels in dataset.json"
+            f"labels 0 to {task.num_classes - 1}: fix or remove the case, or the labels in dataset.json"
         )
     return label
 

@@ -74,9 +74,7 @@ def check(settings: DataSettings) -> None:
         raise UserError(f"{settings.root} is not fit for training: correct the faults that are listed above")
 
 
-def check_dataset(
-    cases: Sequence[Case], folds: Sequence[int], task: Task, num_threads: int
-) -> tuple[str, bool]:
+def check_dataset(cases: Sequence[Case], folds: Sequence[int], task: Task, num_threads: int) -> tuple[str, bool]:
     """Read every case, and tell what is wrong with which and what they are like.
 
     Args:
@@ -166,9 +164,7 @@ def _compare_voxels(cases: Sequence[Case], folds: Sequence[int], reports: Sequen
             )
 
 
-def _compare_grids(
-    cases: Sequence[Case], reports: Sequence[Report], whole: Report, task: Task
-) -> None:
+def _compare_grids(cases: Sequence[Case], reports: Sequence[Report], whole: Report, task: Task) -> None:
     """Judge what only the median tells: which cases are far from it, and are impossible at its spacing."""
     read = [(case.images[0], report) for case, report in zip(cases, reports, strict=True) if report.case is not None]
     if not read:

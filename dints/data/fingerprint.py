@@ -59,9 +59,7 @@ class Fingerprint:
         return replace(task, spacing=self.spacing, intensity=self.intensity, patch_size=self.patch_size)
 
 
-def fingerprint(
-    cases: Sequence[Case], task: Task, folders: Sequence[Path], num_threads: int
-) -> Fingerprint:
+def fingerprint(cases: Sequence[Case], task: Task, folders: Sequence[Path], num_threads: int) -> Fingerprint:
     """Take what one of ``folders`` holds of the same dataset, or else measure all cases.
 
     Args:

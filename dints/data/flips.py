@@ -43,9 +43,7 @@ class Flips:
         return {"axes": list(self.axes), "reasons": list(self.reasons)}
 
 
-def choose_flips(
-    choice: Sequence[str], cases: Sequence[Prepared], task: Task, processes: Processes
-) -> Flips:
+def choose_flips(choice: Sequence[str], cases: Sequence[Prepared], task: Task, processes: Processes) -> Flips:
     """Choose the axes along which patches are to be flipped.
 
     Args:

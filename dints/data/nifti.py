@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -26,7 +30,7 @@ SLACK = 64 << 20  # bytes after the voxels that a compressed file may have: a ch
 FARTHEST = 1e6
 # Of a header's code of a unit, metre and micrometre; mm (2), none (0) and codes that mean nothing are taken for mm.
 MM, UNIT_OF_LENGTH = {1: 1000.0, 3: 0.001}, 0b111
-QUIET = logging.Logger("nibabel", logging.CRITICAL)  # what it mends in a header is not worth a line that names no file
+QUIET = logging.Logger("nibabel", logging.CRITICAL)  # its repairs of headers need no line
 
 
 @dataclass(frozen=True)
@@ -67,61 +71,81 @@ def read_header(path: str) -> Header:
     """Read the header of a .nii or .nii.gz file; no voxel is read.
 
     Raises:
-        UserError: it is none, is not 3D, has no usable affine, or promises more voxels than the file can hold.
+        UserError: it is none, is not 3D, has no usable affine, or promises more voxels than the
+            file can hold.
     """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(HEADER_BYTES)
-            size = file.seek(0, 2)
-            if start[:2] == GZIP:
-                file.seek(0)
-                start = gzip.GzipFile(fileobj=file).read(HEADER_BYTES)
-                size *= GZIP_RATIO
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise _unreadable(path, f"its compression is damaged ({error})") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}; mend or replace the file") from error
+    with _opened(path) as file:
+        start = file.read(HEADER_BYTES)
+        ratio = GZIP_RATIO if isinstance(file, gzip.GzipFile) else 1
+        most = ratio * os.path.getsize(path)
     header = _parse_header(path, start)
-    if header.num_bytes > size:
-        dimensions = " x ".join(map(str, header.shape))
-        raise _unreadable(path, f"its header promises {dimensions} voxels, more than the file can hold")
+    if header.num_bytes > most:
+        shape = " x ".join(map(str, header.shape))
+        raise _unreadable(path, f"its header promises {shape} voxels, more than the file can hold")
     return header
 
 
 def read_voxels(header: Header) -> np.ndarray:
-    """Read the voxels (channels, x, y, z) of the file, in its own type, or scaled (``scl_slope``) as float32.
+    """Read the voxels (channels, x, y, z) of the file.
 
-    A compressed file is read to its end, so that damage anywhere in it is noticed.
+    They are of its own type, or scaled (``scl_slope``) as float32. A compressed file is read to its
+    end, so that damage anywhere in it is noticed.
 
     Raises:
         UserError: it is truncated or damaged, or the machine's memory does not suffice.
     """
     path, nifti = header.path, header.nifti
     try:
-        with open(path, "rb") as file:
-            is_compressed = file.read(2) == GZIP
-            file.seek(0)
-            content = file.read() if is_compressed else file.read(header.num_bytes)
-        if is_compressed:
-            content = _gunzip(path, content, header.num_bytes)
-        dtype = nifti.get_data_dtype()
+        with _opened(path) as file:
+            content = file.read(header.num_bytes)  # nibabel would check no checksum
+            if isinstance(file, gzip.GzipFile):
+                _read_to_end(file, header)
         if len(content) < header.num_bytes:
             raise _unreadable(path, f"it is truncated: {len(content)} of {header.num_bytes} bytes are there")
         count = header.num_channels * int(np.prod(header.shape))
-        voxels = np.frombuffer(content, dtype, count, header.offset).reshape((*header.shape, -1), order="F")
+        voxels = np.frombuffer(content, nifti.get_data_dtype(), count, header.offset)
+        voxels = voxels.reshape((*header.shape, -1), order="F")
         slope, intercept = nifti.get_slope_inter()
         if slope is not None and (slope, intercept) != (1, 0):
-            with np.errstate(over="ignore"):  # infinite voxels are told by who uses them
+            with np.errstate(over="ignore"):  # who uses them checks that they are finite
                 voxels = np.multiply(voxels, slope, dtype=np.float32, casting="unsafe")
                 voxels += np.float32(intercept or 0)
-        return np.moveaxis(voxels.astype(voxels.dtype.newbyteorder("="), copy=False), -1, 0)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}; mend or replace the file") from error
+        native = voxels.dtype.newbyteorder("=")
+        return np.moveaxis(voxels.astype(native, copy=False), -1, 0)
     except MemoryError as error:
         raise UserError(
-            f"{path} needs {header.num_bytes / 2**30:.1f} GiB of memory, which this machine does not have free: "
-            "lower --num_workers, or use a larger machine"
+            f"{path} needs {header.num_bytes / 2**30:.1f} GiB of memory, which this machine does "
+            "not have free: lower --num_workers, or use a larger machine"
         ) from error
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """Open a file, decompressed where it begins as a gzip file does, whatever its name is.
+
+    Raises:
+        UserError: here or in the block: it cannot be read, or its compression is damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            is_compressed = file.read(2) == GZIP
+        with gzip.open(path) if is_compressed else open(path, "rb") as file:
+            yield file
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise _unreadable(path, f"its compression is damaged ({error})") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be read: {reason}; fix or replace the file") from error
+
+
+def _read_to_end(file: BinaryIO, header: Header) -> None:
+    """Read on, for the checksum, and keep nothing; a small file can hold gigabytes of zeros."""
+    passed = 0
+    while part := len(file.read(CHUNK)):
+        passed += part
+        if passed > SLACK:
+            more = f"{SLACK >> 20} MiB and more follow the {header.num_bytes} bytes"
+            raise _unreadable(header.path, f"{more} that its header promises")
 
 
 def _unreadable(path: str, finding: str) -> UserError:
@@ -155,7 +179,7 @@ def _parse_header(path: str, start: bytes) -> Header:
     if len(shape) not in (3, 4) or min(shape) < 1:
         dimensions = " x ".join(map(str, shape))
         raise UserError(
-            f"{path} is a {len(shape)}D image ({dimensions}) where a volume of 3 dimensions is expected: mend or "
+            f"{path} is a {len(shape)}D image ({dimensions}) where a volume of 3 dimensions is expected: fix or "
             "remove the case"
         )
     if nifti.get_data_dtype().fields or nifti.get_data_dtype().kind not in "iufb":
@@ -164,7 +188,7 @@ def _parse_header(path: str, start: bytes) -> Header:
         )
     if not _spans_space(affine):
         raise UserError(
-            f"{path} has an affine whose axes span no volume ({affine[:3].tolist()}): mend its header, or remove the "
+            f"{path} has an affine whose axes span no volume ({affine[:3].tolist()}): fix its header, or remove the "
             "case"
         )
     origin = affine[:3, 3]
@@ -183,36 +207,6 @@ def _spans_space(affine: np.ndarray) -> bool:
         sizes = np.linalg.norm(affine[:3, :3], axis=0)
     is_sane = np.isfinite(affine).all() and sizes.min() > 1e-6 and sizes.max() < 1e6  # mm
     return bool(is_sane and abs(np.linalg.det(affine[:3, :3] / sizes)) > 1e-3)
-
-
-def _gunzip(path: str, content: bytes, limit: int) -> bytes:
-    """Return the first ``limit`` bytes; the rest is decompressed too, for its checksum, but not kept.
-
-    Raises:
-        UserError: it is damaged, or there is far more than ``limit``, which a small file can hold gigabytes of.
-    """
-    parts, kept, passed = [], 0, 0
-    while content[:2] == GZIP:  # one member after another
-        stream = zlib.decompressobj(31)
-        try:
-            while not stream.eof:
-                part = stream.decompress(content, max(limit - kept, CHUNK))
-                content = stream.unconsumed_tail
-                if not part and not content and not stream.eof:
-                    raise _unreadable(path, "its compressed data ends too early")
-                if kept < limit:
-                    parts.append(part)
-                    kept += len(part)
-                else:
-                    passed += len(part)
-                if passed > SLACK:
-                    raise _unreadable(
-                        path, f"{SLACK >> 20} MiB and more follow the {limit} bytes that its header promises"
-                    )
-        except zlib.error as error:
-            raise _unreadable(path, f"its compressed data is damaged ({error})") from error
-        content = stream.unused_data
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def save_segmentation(segmentation: np.ndarray, image: Header, path: Path) -> None:

@@ -74,7 +74,7 @@ def unusual(case: Case, ranges: Ranges) -> list[str]:
 
 
 def unusual_intensities(image: np.ndarray, ranges: Ranges) -> list[str]:
-    """List facts of a preprocessed image that are unlike the training cases: a CT's, for no other has comparable units."""
+    """List facts of a preprocessed image that are unlike the training cases; only CT has comparable units."""
     if "intensity" not in ranges:
         return []
     found = []

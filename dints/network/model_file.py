@@ -12,14 +12,14 @@ from dints import files, torch_files
 from dints.data.tasks import MAX_CLASSES, Task
 from dints.errors import UserError, cut, shown
 from dints.network.architecture import Architecture, architecture_from_dict
-from dints.network.found import FoundNetwork, check_patch_size
+from dints.network.discrete import DiscreteNetwork, check_patch_size
 from dints.network.weights import fitting_state, load_weights
 
 SIZES_OF_RANGES = {"spacing": 3, "extent": 3, "intensity": 2}  # of what `dints.data.plausibility` measures
 
 
 def save_model(
-    path: str | Path, network: FoundNetwork, architecture: Architecture, channel_mul: float, task: Task, **info
+    path: str | Path, network: DiscreteNetwork, architecture: Architecture, channel_mul: float, task: Task, **info
 ) -> None:
     """Write a model file, all that inference needs: weights, architecture, network settings, preprocessing."""
     content = {
@@ -44,7 +44,7 @@ class Model:
         digest: of the file.
     """
 
-    network: FoundNetwork
+    network: DiscreteNetwork
     architecture: Architecture
     task: Task
     info: dict
@@ -79,7 +79,7 @@ def load_model(path: str | Path) -> Model:
         _check_task(task, architecture)
         settings = architecture, task.num_channels, task.num_classes, content["channel_mul"]
         with torch.device("meta"):  # first without memory, which a damaged channel_mul would ask too much of
-            outline = FoundNetwork(*settings)
+            outline = DiscreteNetwork(*settings)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
         reason = cut(str(error).partition("\n")[0], 200)  # PyTorch adds its C++ stack
         raise UserError(
@@ -87,7 +87,7 @@ def load_model(path: str | Path) -> Model:
             f"({reason}); give another model file of train_dints.py"
         ) from error
     state = fitting_state(outline, content, path, outline.unused_stems)
-    network = FoundNetwork(*settings)
+    network = DiscreteNetwork(*settings)
     network.load_state_dict(state)
     info = {key: value for key, value in content.items() if key not in ("state_dict", "architecture", "task")}
     _check_info(info, path)
@@ -120,7 +120,7 @@ def model_of_weights(path: str | Path, architecture: Architecture, channel_mul: 
         UserError: they do not fit the architecture, or the architecture does not fit the task.
     """
     check_patch_size(task.patch_size, architecture.num_depths, architecture.use_downsample)
-    network = FoundNetwork(architecture, task.num_channels, task.num_classes, channel_mul)
+    network = DiscreteNetwork(architecture, task.num_channels, task.num_classes, channel_mul)
     load_weights(network, path, network.unused_stems)
     return Model(network, architecture, task, {"channel_mul": channel_mul}, files.digest(path))
 

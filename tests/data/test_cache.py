@@ -15,12 +15,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from dints.data.leniency import Leniency
 from toys import ALONE, TASK, make_case, open_pair, save
 
 from dints.data import cache as cache_module
 from dints.data.cache import Cache, open_cache
 from dints.data.cases import Case, Prepared, prepare
-from dints.data.leniency import Leniency
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.running import machine

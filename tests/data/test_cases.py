@@ -8,12 +8,12 @@ import nibabel as nib
 import numpy as np
 import published_data
 import pytest
+from dints.data.leniency import Leniency
 from monai.transforms import NormalizeIntensity, ScaleIntensityRange
 from toys import TASK, make_case, save, stored_mask
 
 from dints.data import phantom
 from dints.data.cases import normalise, open_case, prepare, preprocess_image
-from dints.data.leniency import Leniency
 from dints.data.listing import ListedCase
 from dints.data.nifti import read_voxels
 

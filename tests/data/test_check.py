@@ -10,12 +10,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from dints.data.leniency import Leniency
 from toys import save, write_dataset
 
 import search_dints
 from dints.data import check
 from dints.data.check import check_dataset
-from dints.data.leniency import Leniency
 from dints.data.listing import ListedCase
 from dints.data.tasks import Task
 from dints.errors import exit_on_user_error

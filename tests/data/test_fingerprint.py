@@ -9,11 +9,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from dints.data.opening import open_dataset
 from toys import measurable, save, write_dataset
 
 from dints.data import fingerprint
 from dints.data.fingerprint import write_task
-from dints.data.opening import open_dataset
 from dints.errors import UserError
 
 THREE = [((40, 40, 40), (1, 1, 3)), ((40, 70, 50), (1, 1, 4)), ((40, 50, 60), (2, 2, 5))]

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dints.data.leniency import Leniency
+from dints.data.opening import open_dataset
 from toys import ALONE, TASK, open_pair, save
 
 from dints.data import flips
 from dints.data.augmentation import chain
 from dints.data.cache import Cache
 from dints.data.cases import Case, class_centres
-from dints.data.leniency import Leniency
 from dints.data.listing import split_fold
 from dints.data.loaders import TrainingLoader, training_loader
-from dints.data.opening import open_dataset
 from dints.data.tasks import Task
 from dints.running.processes import Processes
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from dints.data.identity import NAME, check, digest
+from dints.data.leniency import Leniency
 
 from dints.data.cases import Case, open_cases
 from dints.data.formats import read_dataset
-from dints.data.identity import NAME, check, digest
-from dints.data.leniency import Leniency
 from dints.errors import UserError
 
 

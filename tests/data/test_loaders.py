@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dints.data.leniency import Leniency
 from toys import ALONE, TASK, make_case
 
 from dints.data import augmentation, loaders
 from dints.data.cache import Cache
 from dints.data.cases import Case, prepare
-from dints.data.leniency import Leniency
 from dints.data.loaders import EpochSampler, TrainingLoader, TrainingSamples, training_loader, validation_loader
 from dints.data.tasks import Task
 from dints.running.processes import Processes

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dints.data.opening import names, open_dataset
 from toys import ALONE, measurable, write_dataset
 
 import search_dints
@@ -18,7 +19,6 @@ from dints.data import nifti
 from dints.data.cache import open_cache
 from dints.data.cases import prepare
 from dints.data.loaders import training_loader, validation_loader
-from dints.data.opening import names, open_dataset
 from dints.data.tasks import TASKS
 from dints.errors import UserError
 

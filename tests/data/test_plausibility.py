@@ -7,13 +7,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from dints.data.leniency import Leniency
+from dints.data.opening import open_dataset
 
 from dints.data.cases import Prepared, open_cases, preprocess_image, read_image
 from dints.data.formats import list_cases
-from dints.data.leniency import Leniency
 from dints.data.listing import split_fold
 from dints.data.nifti import read_header, save_segmentation
-from dints.data.opening import open_dataset
 from dints.data.phantom import write_phantom
 from dints.data.plausibility import doubts, doubts_of_intensities, joined, ranges_of, sizes
 from dints.data.tasks import Task

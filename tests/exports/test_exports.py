@@ -32,8 +32,8 @@ from dints.exports import bundle, checked, onnx_file, predict_onnx, program
 from dints.inference.predictor import Predictor
 from dints.network import operations
 from dints.network.architecture import Architecture
+from dints.network.discrete import DiscreteNetwork
 from dints.network.fast.acceleration import accelerate
-from dints.network.found import FoundNetwork
 from dints.network.model_file import load_model, save_model
 
 TASK = Task(
@@ -53,7 +53,7 @@ AXES = {
 def model_file(path: Path, architecture: Architecture = STRAIGHT, task: Task = TASK) -> Path:
     """Write a model file with random weights."""
     torch.manual_seed(0)
-    network = FoundNetwork(architecture, task.num_channels, task.num_classes, 0.125)
+    network = DiscreteNetwork(architecture, task.num_channels, task.num_classes, 0.125)
     save_model(path, network, architecture, 0.125, task, overlap_ratio=0.25)
     return path
 
@@ -257,7 +257,7 @@ class TestBundle:
             parser.get_parsed_content(f"initialize#{number}")
         return parser.get_parsed_content("network")
 
-    def assert_same(self, found: torch.nn.Module, network: FoundNetwork) -> None:
+    def assert_same(self, found: torch.nn.Module, network: DiscreteNetwork) -> None:
         for shape in ((1, 2, 8, 8, 16), (4, 2, 8, 8, 16)):
             image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
             torch.testing.assert_close(found(image), scores(network, image), rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from architectures import chain, random_architecture
 from dints.data.tasks import TASKS
 from dints.errors import UserError
 from dints.network.architecture import architecture_from_dict, load_architecture
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import load_model, save_model
 from dints.network.operations import PUBLISHED
 
@@ -26,7 +26,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     # As loaded from a published file, whose best_dsc is a NumPy scalar.
     content = {**random_architecture(1, 3, 3).to_dict(), "best_dsc": np.float64(0.5), "task": "Task07_Pancreas"}
     architecture = architecture_from_dict(content, "published.pth")
-    network = FoundNetwork(architecture, 2, 3, SMALL)
+    network = DiscreteNetwork(architecture, 2, 3, SMALL)
     save_model(tmp_path / "model.pth", network, architecture, SMALL, TASK, dice=0.75)
     model = load_model(tmp_path / "model.pth")
     assert model.task == TASK and model.info == {"channel_mul": SMALL, "dice": 0.75}
@@ -45,7 +45,7 @@ def endless() -> list:
 
 def model_content(tmp_path: Path) -> dict:
     architecture = chain(2, 1, 0, num_depths=4, operation=0)
-    save_model(tmp_path / "m.pth", FoundNetwork(architecture, 2, 3, SMALL), architecture, SMALL, TASK)
+    save_model(tmp_path / "m.pth", DiscreteNetwork(architecture, 2, 3, SMALL), architecture, SMALL, TASK)
     return torch.load(tmp_path / "m.pth", weights_only=True)
 
 

@@ -27,7 +27,7 @@ import train_dints
 from dints.data.tasks import TASKS
 from dints.errors import UserError, exit_on_user_error
 from dints.network.architecture import save_architecture
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import save_model
 from dints.torch_files import load_safely
 
@@ -307,7 +307,7 @@ def test_an_architecture_of_another_size_is_not_trained(refused, flags, fault):
 @pytest.mark.parametrize("reader", ["weights to start from", "model"])
 def test_weights_of_another_network_are_refused(refused, reader, depths, settings, fault):
     channels, classes, channel_mul = settings
-    other = FoundNetwork(chain(*depths, num_depths=3), channels, classes, channel_mul)
+    other = DiscreteNetwork(chain(*depths, num_depths=3), channels, classes, channel_mul)
     save_model("file.pth", other, chain(0, 1, 0, num_depths=3), 0.125, TASKS["Task00_Phantom"])
     assert re.search(fault, refused(reader))
 
