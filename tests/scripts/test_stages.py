@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import ON_CPU, SPACE, TINY, copy_checkout, infer, run, search, train, words
+from commands import SPACE, TINY, infer, search, train, words
 from monai.networks.nets import DiNTS, TopologySearch
 from runs import begun
 from states import rows, scalars
@@ -28,7 +28,7 @@ from dints.inference.card import card
 from dints.network.architecture import load_architecture, save_architecture
 from dints.network.cost import Cost, cost
 from dints.network.model_file import load_model
-from dints.network.operations import OPERATIONS, PUBLISHED
+from dints.network.operations import OPERATIONS
 
 SEARCH = "--num_epochs 4 --num_epochs_warmup 2 --num_epochs_per_validation 2 --learning_rate_arch 0.1"
 TRAIN = "--num_epochs 3 --num_epochs_per_validation 2"
@@ -351,59 +351,23 @@ def test_a_run_without_any_dice_says_so_in_the_end(stage, phantom, code, tmp_pat
     assert caplog.messages[-1].startswith("there is no Dice: none of the 2 validation cases has any foreground")
 
 
-class TestOperations:
-    """``--operations`` of the search, and an operation that the table does not have yet."""
+@pytest.mark.slow
+def test_a_subset_of_operations_is_searched_drawn_retrained_and_segmented_with(phantom, tmp_path):
+    chosen = ("conv_1x3x3", "skip_connect")  # in an order that is not the table's
+    search(phantom, tmp_path / "search", SHORT, "--operations", *chosen)
+    (code,) = (tmp_path / "search").glob("search_code_*.pth")
+    found = load_architecture(code)
+    assert found.operations == chosen and torch.load(code, weights_only=True)["operations"] == list(chosen)
+    assert {0, 1} == set(found.arch_code_c[found.arch_code_a == 1].tolist())
+    source = decode_plot.plot_graph(code, directory=tmp_path).source
+    for name, operation in OPERATIONS.items():
+        assert (operation.meaning in source) == (name in chosen)
 
-    @pytest.mark.slow
-    def test_a_subset_is_searched_written_drawn_retrained_and_segmented_with(self, phantom, tmp_path):
-        chosen = ("conv_1x3x3", "skip_connect")  # in an order that is not the table's
-        search(phantom, tmp_path / "search", SHORT, "--operations", *chosen)
-        (code,) = (tmp_path / "search").glob("search_code_*.pth")
-        found = load_architecture(code)
-        assert found.operations == chosen and torch.load(code, weights_only=True)["operations"] == list(chosen)
-        assert {0, 1} == set(found.arch_code_c[found.arch_code_a == 1].tolist())
-        source = decode_plot.plot_graph(code, directory=tmp_path).source
-        for name, operation in OPERATIONS.items():
-            assert (operation.meaning in source) == (name in chosen)
-
-        model_file = train(phantom, tmp_path / "train", code, "--num_epochs 1") / "best_metric_model.pth"
-        model = load_model(model_file)
-        assert model.architecture.operations == chosen
-        assert any(".op.ops." in name and name.endswith(".conv_1") for name, _ in model.network.named_modules())
-        out = infer(tmp_path / "out", "--checkpoint", model_file, "--input", phantom / "imagesTs")
-        assert len(list(out.glob("*.nii.gz"))) == 2
-        (searched_on,) = json.loads((out / "run.json").read_text())["searched_on"]
-        assert searched_on == {"task": "Task00_Phantom", "fold": 0, "num_folds": 3}
-
-    @pytest.mark.slow
-    def test_a_sixth_is_one_entry_of_the_table(self, phantom, tmp_path):
-        """It goes through the scripts' command lines, in a copy of the checkout."""
-        copy, name, meaning = copy_checkout(tmp_path / "copy"), "dilated_3x3x3", "dilated convolution"
-        table = copy / "dints" / "network" / "operations.py"
-        text, end = table.read_text(), "}\nPUBLISHED = "
-        entry = (
-            f'    "{name}": Operation("dilated", "#E0D0F0", "{meaning}", 3, _convolutions((3, 3, 3), dilation=2)),\n'
-        )
-        assert text.count(end) == 1
-        table.write_text(text.replace(end, entry + end))
-
-        def script(*command: object) -> str:
-            done = run(*command, folder=copy)
-            assert done.returncode == 0, done.stderr
-            return done.stdout
-
-        data, names = ("--root", phantom), (*PUBLISHED, name)
-        code, model = tmp_path / "search" / "search_code_3.pth", tmp_path / "train" / "best_metric_model.pth"
-        searching = TINY, SPACE, SHORT, "--seed 1 --operations", *names
-        script("search_dints.py", *data, *searching, "--output_root", code.parent)
-        content = torch.load(code, weights_only=True)
-        assert content["operations"] == list(names)
-        assert 5 in content["arch_code_c"][content["arch_code_a"] == 1]
-        script("decode_plot.py --checkpoint", code, "--directory", tmp_path)
-        assert meaning in (tmp_path / "graph.gv").read_text()
-        script("train_dints.py", *data, TINY, "--num_epochs 1 --arch_ckpt", code, "--output_root", model.parent)
-        segmenting = "--num_folds 3", ON_CPU, "--output_root", tmp_path / "segmented"
-        said = script("infer_dints.py", *data, "--checkpoint", model, *segmenting)
-        assert said.startswith("Dice ") and len(list((tmp_path / "segmented").glob("*.nii.gz"))) == 2
-        with pytest.raises(UserError, match=f"names the operation '{name}', which this version does not have"):
-            load_architecture(code)  # in this checkout, whose table lacks it
+    model_file = train(phantom, tmp_path / "train", code, "--num_epochs 1") / "best_metric_model.pth"
+    model = load_model(model_file)
+    assert model.architecture.operations == chosen
+    assert any(".op.ops." in name and name.endswith(".conv_1") for name, _ in model.network.named_modules())
+    out = infer(tmp_path / "out", "--checkpoint", model_file, "--input", phantom / "imagesTs")
+    assert len(list(out.glob("*.nii.gz"))) == 2
+    (searched_on,) = json.loads((out / "run.json").read_text())["searched_on"]
+    assert searched_on == {"task": "Task00_Phantom", "fold": 0, "num_folds": 3}
