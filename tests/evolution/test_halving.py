@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from architectures import chain
+from runs import CPU
 
 from dints.errors import Stopped, UserError
 from dints.evolution import trainings
@@ -21,7 +22,6 @@ from dints.running import curves
 from dints.running.curves import draw_candidates
 from dints.running.processes import Processes
 from dints.running.tables import read_rows
-from runs import CPU
 
 BF16, FP32 = {"precision": "bf16", "channel_step": 8}, {"precision": "fp32", "channel_step": 1}
 CANDIDATES = [Candidate(f"random_{number}", "random", chain(0, 0, num_depths=2), 0.5) for number in range(6)]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import ALONE, CPU
 from states import progress_of
 
 import search_dints
@@ -23,7 +24,6 @@ from dints.running import checkpoint as module
 from dints.running.checkpoint import Checkpoint, find_state
 from dints.running.precision import Precision
 from dints.running.progress import Progress
-from runs import ALONE, CPU
 
 CONFIGURATION = {"num_epochs": 3, "seed": 0, "processes": 1}
 KILL = pytest.mark.fault("SIGKILL while saving")

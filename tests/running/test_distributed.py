@@ -13,6 +13,7 @@ from pathlib import Path
 import published
 import pytest
 import torch
+from runs import CPU, begun
 from states import assert_equal, rows
 
 from dints.data.cache import open_cache
@@ -21,7 +22,6 @@ from dints.network.model_file import load_model
 from dints.running.precision import Precision
 from dints.settings import DataSettings, WindowSettings
 from dints.training.validation import open_validation
-from runs import CPU, begun
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow

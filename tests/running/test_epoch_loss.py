@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from runs import ALONE
 
 from dints.errors import UserError
 from dints.running.epoch_loss import CHECK_EVERY, MAX_IN_A_ROW, EpochLoss
-from runs import ALONE
 
 pytestmark = pytest.mark.fault("non-finite loss on one rank")
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import begun
 from states import progress_of
 
 from dints.errors import Stopped
 from dints.running import progress
 from dints.running.processes import STOP_SIGNALS, Processes, started
 from dints.running.run import Run
-from runs import begun
 
 
 @pytest.fixture(autouse=True)

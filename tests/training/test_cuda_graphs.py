@@ -12,6 +12,7 @@ import pytest
 import torch
 from architectures import random_architecture
 from commands import search, train, words
+from runs import ALONE, CPU, begun
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,7 +27,6 @@ from dints.running.processes import Processes
 from dints.settings import RetrainingSettings, TrainingMachineSettings
 from dints.training import cuda_graphs
 from dints.training.steps import WeightsTrainer
-from runs import ALONE, CPU, begun
 
 TASK = Task("Toy", "CT", 1, ("background", "a", "b"), patch_size=(16, 16, 16))
 SPACE = "--root . --output_root . --channel_mul 0.125 --num_blocks 2 --num_depths 3 --patch_size 16 16 16"

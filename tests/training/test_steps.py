@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
+from runs import ALONE, begun
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dints.running.epoch_loss import EpochLoss
 from dints.settings import RetrainingSettings
 from dints.training.steps import MovingAverage, WeightsTrainer, scheduled, sgd
-from runs import ALONE, begun
 
 NONFINITE = pytest.mark.fault("non-finite loss on one rank")
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from monai.metrics import DiceMetric
 from monai.networks.utils import one_hot
+from runs import ALONE, CPU, begun
 from torch import nn
 
 from dints.running.processes import Processes
 from dints.training import validation
 from dints.training.validation import Scores, Validation, count_overlap, scores_from_counts
 from dints.training.windows import SlidingWindow
-from runs import ALONE, CPU, begun
 
 ABSENT = pytest.mark.fault("class absent from all validation cases")
 
