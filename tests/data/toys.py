@@ -13,7 +13,7 @@ import torch
 from dints.data.cache import Cache
 from dints.data.crops import CropMasks
 from dints.data.dataset import Fold, open_fold
-from dints.data.listing import Case, ReadOptions
+from dints.data.listing import Case
 from dints.data.tasks import Task
 from dints.running.processes import Processes
 from dints.settings import DataSettings
@@ -47,7 +47,6 @@ def make_case(
     shape: tuple[int, ...] = (20, 20, 20),
     num_channels: int = 1,
     seed: int = 0,
-    options: ReadOptions = ReadOptions(),
 ) -> Case:
     """Write noise, with a block of either foreground class."""
     label = np.zeros(shape, np.uint8)
@@ -56,7 +55,7 @@ def make_case(
     channels = () if num_channels == 1 else (num_channels,)
     image = np.random.default_rng(seed).normal(100, 60, (*shape, *channels)).astype(np.float32)
     paths = save(folder / "image.nii.gz", image), save(folder / "label.nii.gz", label)
-    return Case("case", paths[:1], paths[1], options=options)
+    return Case("case", paths[:1], paths[1])
 
 
 def cache_of(mode: str = "ram", folder: Path = Path("unused"), task: Task = TASK) -> Cache:
