@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import begun
+from small_run import begun
 from toys import ALONE, TASK, cache_of, make_case, save, voxels_of
 
 from dints.data import cache as cache_module
