@@ -127,27 +127,28 @@ def model_of_weights(path: str | Path, architecture: Architecture, channel_mul: 
 
 def _check_info(info: dict, path: str | Path) -> None:
     for key, value in info.items():
-        if not isinstance(key, str) or not torch_files.is_plain(value):
+        if not isinstance(key, str) or not torch_files.is_plain(value) or not _is_sound(key, value):
             raise UserError(f"{path} is damaged: its {cut(str(key))} is {shown(value)}; give another model file")
-    for key in ("training_cases", "validation_cases"):
-        names = info.get(key, [])
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{path} is damaged: its {key} are no list of names; give another model file")
-    try:
-        for name, (low, high) in dict(info.get("ranges", {})).items():
-            if len(low) != len(high) or len(low) != SIZES_OF_RANGES[name] or not _are((*low, *high), (int, float)):
-                raise ValueError(name)
-    except (TypeError, ValueError, LookupError) as error:
-        raise UserError(
-            f"{path} is damaged: its ranges are none ({cut(str(error))}); give another model file"
-        ) from error
-    flips = info.get("flips", {"axes": []})
-    axes = flips.get("axes") if isinstance(flips, dict) else None
-    if not isinstance(axes, (list, tuple)) or not all(type(axis) is int and axis in (0, 1, 2) for axis in axes):
-        raise UserError(f"{path} is damaged: its flips are {shown(flips)}; give another model file")
-    overlap = info.get("overlap_ratio", 0.5)
-    if not isinstance(overlap, float) or not 0 <= overlap < 1:
-        raise UserError(f"{path} is damaged: its overlap_ratio is {shown(overlap)}; give another model file")
+
+
+def _is_sound(key: str, value: object) -> bool:
+    """Tell whether an entry is what its readers take it for; entries without readers may be anything."""
+    if key in ("training_cases", "validation_cases"):
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    if key == "ranges":
+        return isinstance(value, dict) and all(_is_range(name, ends) for name, ends in value.items())
+    if key == "flips":
+        axes = value.get("axes") if isinstance(value, dict) else None
+        return isinstance(axes, (list, tuple)) and all(type(axis) is int and axis in (0, 1, 2) for axis in axes)
+    return key != "overlap_ratio" or (isinstance(value, float) and 0 <= value < 1)
+
+
+def _is_range(name: object, ends: object) -> bool:
+    """Tell whether they are the lowest and the highest values of a quantity in `SIZES_OF_RANGES`."""
+    if name not in SIZES_OF_RANGES or not isinstance(ends, (list, tuple)) or len(ends) != 2:
+        return False
+    count = SIZES_OF_RANGES[name]
+    return all(isinstance(end, (list, tuple)) and _are(tuple(end), (int, float), count) for end in ends)
 
 
 def _check_task(task: Task, architecture: Architecture) -> None:

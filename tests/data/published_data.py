@@ -34,7 +34,7 @@ from monai.transforms import (
 )
 from scipy import ndimage
 
-from dints.data.cases import Case
+from dints.data.listing import Case
 from dints.data.tasks import Task
 
 KEYS, MODES = ["image", "label"], ["bilinear", "nearest"]
@@ -43,8 +43,8 @@ DILATIONS = 48
 
 def files(case: Case) -> dict:
     """Return what the recipe is given."""
-    images = [image.path for image in case.images]
-    return {"image": images[0] if len(images) == 1 else images, "label": case.label.path}
+    images = list(case.images)
+    return {"image": images[0] if len(images) == 1 else images, "label": case.label}
 
 
 def caching(task: Task, masks_type: type = float) -> Compose:
@@ -57,14 +57,19 @@ def caching(task: Task, masks_type: type = float) -> Compose:
         resample = [Spacingd(KEYS, task.spacing, mode=MODES, align_corners=(True, True))]
     if task.intensity is not None:
         low, high = task.intensity
-        intensity = ScaleIntensityRanged(["image"], a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True)
+        intensity = ScaleIntensityRanged(
+            ["image"], a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True
+        )
     else:
         intensity = NormalizeIntensityd(["image"], nonzero=True, channel_wise=True)
 
     def class_masks(label) -> np.ndarray:
         masks = ((label == value).astype(label.dtype) for value in range(task.num_classes))
         return np.concatenate(
-            [ndimage.binary_dilation(mask, iterations=DILATIONS).astype(masks_type) for mask in masks]
+            [
+                ndimage.binary_dilation(mask, iterations=DILATIONS).astype(masks_type)
+                for mask in masks
+            ]
         )
 
     return Compose(
@@ -80,7 +85,9 @@ def caching(task: Task, masks_type: type = float) -> Compose:
             Lambdad(["label4crop"], class_masks, overwrite=True),
             EnsureTyped(KEYS),
             CastToTyped(["image"], dtype=torch.float32),
-            SpatialPadd([*KEYS, "label4crop"], task.patch_size, mode=["reflect", "constant", "constant"]),
+            SpatialPadd(
+                [*KEYS, "label4crop"], task.patch_size, mode=["reflect", "constant", "constant"]
+            ),
         ]
     )
 
@@ -101,9 +108,16 @@ def sampling(task: Task) -> Compose:
             Lambdad(["label4crop"], lambda masks: 0),
             RandRotated(KEYS, range_x=0.3, range_y=0.3, range_z=0.3, mode=MODES, prob=0.2),
             RandZoomd(
-                KEYS, min_zoom=0.8, max_zoom=1.2, mode=["trilinear", "nearest"], align_corners=[True, None], prob=0.16
+                KEYS,
+                min_zoom=0.8,
+                max_zoom=1.2,
+                mode=["trilinear", "nearest"],
+                align_corners=[True, None],
+                prob=0.16,
             ),
-            RandGaussianSmoothd(["image"], sigma_x=(0.5, 1.15), sigma_y=(0.5, 1.15), sigma_z=(0.5, 1.15), prob=0.15),
+            RandGaussianSmoothd(
+                ["image"], sigma_x=(0.5, 1.15), sigma_y=(0.5, 1.15), sigma_z=(0.5, 1.15), prob=0.15
+            ),
             RandScaleIntensityd(["image"], factors=0.3, prob=0.5),
             RandShiftIntensityd(["image"], offsets=0.1, prob=0.5),
             RandGaussianNoised(["image"], std=0.01, prob=0.15),

@@ -1,4 +1,4 @@
-"""What is measured of a dataset that the table does not know, and when it is measured again."""
+"""A dataset that the table does not know is measured, and measured again where it changed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from dints.data.opening import open_dataset
-from toys import measurable, save, write_dataset
+from toys import measurable, opened, save, write_dataset
 
 from dints.data import fingerprint
 from dints.data.fingerprint import write_task
@@ -19,58 +18,63 @@ from dints.errors import UserError
 THREE = [((40, 40, 40), (1, 1, 3)), ((40, 70, 50), (1, 1, 4)), ((40, 50, 60), (2, 2, 5))]
 
 
-def write(root: Path, shapes_and_spacings: list = THREE, channel: str = "CT", nnunet: bool = False) -> Path:
-    return write_dataset(root, measurable(shapes_and_spacings), [channel], ("background", "a", "b"), nnunet=nnunet)
+def write(root: Path, cases: list = THREE, channel: str = "CT", nnunet: bool = False) -> Path:
+    return write_dataset(root, measurable(cases), [channel], nnunet=nnunet)
 
 
 @pytest.mark.parametrize("nnunet", [False, True])
 def test_an_unknown_dataset_is_measured(tmp_path, nnunet):
-    dataset = open_dataset(write(tmp_path / "Mine", nnunet=nnunet))
-    task = dataset.task
+    fold = opened(write(tmp_path / "Mine", nnunet=nnunet))
+    task = fold.task
     assert (task.name, task.modality, task.channel_files) == ("Mine", "CT", nnunet)
     assert task.spacing == (1, 1, 4)
-    assert task.intensity == pytest.approx((0.005 * 999, 0.995 * 999), abs=0.1)  # the foreground is 0 to 999
-    # Voxels at that spacing: 40 40 30, 40 70 50, 79 99 75 (the distance of the outermost voxels and one more).
-    assert dataset.measured.shape == (40, 70, 50) and dataset.measured.num_cases == 3
+    # The foreground is 0 to 999.
+    assert task.intensity == pytest.approx((0.005 * 999, 0.995 * 999), abs=0.1)
+    # Voxels at that spacing: 40 40 30, 40 70 50, 79 99 75 (from outermost voxel to outermost one).
+    assert fold.measured.shape == (40, 70, 50) and fold.measured.num_cases == 3
     assert task.patch_size == (32, 64, 32)
 
 
 def test_mri_of_an_unknown_dataset_is_z_scored(tmp_path):
-    task = open_dataset(write(tmp_path / "Mine", channel="T1")).task
+    task = opened(write(tmp_path / "Mine", channel="T1")).task
     assert (task.modality, task.intensity, task.spacing) == ("MRI", None, (1, 1, 4))
 
 
 def test_spacing_is_measured_in_the_patients_axes(tmp_path):
     """It is the same in whatever order a file stores its axes."""
     root = write(tmp_path / "Mine", THREE[:2])
-    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("SAL"), [[0, 1], [1, 1], [2, 1]])
+    stored = nib.orientations.axcodes2ornt("SAL")
+    turn = nib.orientations.ornt_transform(stored, [[0, 1], [1, 1], [2, 1]])
     for path in root.rglob("case_1*.nii.gz"):
         nib.save(nib.load(path).as_reoriented(turn), path)
     assert nib.aff2axcodes(nib.load(root / "labelsTr/case_1.nii.gz").affine) != ("R", "A", "S")
-    assert open_dataset(root).task.spacing == (1, 1, 3.5)
+    assert opened(root).task.spacing == (1, 1, 3.5)
 
 
-def test_what_was_measured_is_kept_and_used_again(tmp_path, monkeypatch):
+def test_measurements_are_kept_and_used_again(tmp_path, monkeypatch):
     root = write(tmp_path / "Mine")
-    first = open_dataset(root, patch_size=(48, 48, 48))
+    first = opened(root, patch_size=(48, 48, 48))
     write_task(tmp_path / "search", first.task, first.measured)
     kept = json.loads((tmp_path / "search" / "task.json").read_text())
-    assert kept["task"]["patch_size"] == [48, 48, 48] and kept["fingerprint"]["spacing"] == [1, 1, 4]
+    assert kept["task"]["patch_size"] == [48, 48, 48]
+    assert kept["fingerprint"]["spacing"] == [1, 1, 4]
     monkeypatch.setattr(fingerprint, "read_image", lambda *_: pytest.fail("measured again"))
-    again = open_dataset(root, measured_in=[tmp_path / "none", tmp_path / "search"])
+    again = opened(root, [tmp_path / "none", tmp_path / "search"])
     assert again.measured == first.measured
-    assert again.task == replace(first.task, patch_size=(32, 64, 32))  # flags of another run are not taken over
+    # Flags of another run are not taken over.
+    assert again.task == replace(first.task, patch_size=(32, 64, 32))
 
 
 def test_the_measurements_of_another_dataset_are_not_used(tmp_path):
-    first = open_dataset(write(tmp_path / "Mine"))
-    write_task(tmp_path / "search", first.task, first.measured)
-    (tmp_path / "Mine").rename(tmp_path / "old")
-    other = open_dataset(write(tmp_path / "Mine", THREE[1:]), measured_in=[tmp_path / "search"])
+    root, run = tmp_path / "Mine", tmp_path / "search"
+    first = opened(write(root))
+    write_task(run, first.task, first.measured)
+    root.rename(tmp_path / "old")
+    other = opened(write(root, THREE[1:]), [run])
     assert other.task.spacing == (1.5, 1.5, 4.5)
-    for damaged in ("{", "[]", '{"fingerprint": {"dataset": 1}}', '{"fingerprint": null}'):
-        (tmp_path / "search" / "task.json").write_text(damaged)
-        assert open_dataset(tmp_path / "Mine", measured_in=[tmp_path / "search"]).task == other.task
+    for damaged in ("{", '{"fingerprint": {"dataset": 1}}', '{"fingerprint": null}'):
+        (run / "task.json").write_text(damaged)
+        assert opened(root, [run]).task == other.task
 
 
 def test_a_dataset_without_any_foreground_is_refused(tmp_path):
@@ -79,4 +83,4 @@ def test_a_dataset_without_any_foreground_is_refused(tmp_path):
         label = nib.load(path)
         save(path, np.zeros(label.shape, np.uint8), label.affine)
     with pytest.raises(UserError, match="no case has any foreground"):
-        open_dataset(root)
+        opened(root)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -13,23 +13,54 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dints.data.leniency import Leniency
-from toys import ALONE, TASK, make_case
+from runs import begun
+from toys import ALONE, TASK, cache_of, make_case
 
 from dints.data import augmentation, loaders
 from dints.data.cache import Cache
-from dints.data.cases import Case, prepare
-from dints.data.loaders import EpochSampler, TrainingLoader, TrainingSamples, training_loader, validation_loader
-from dints.data.tasks import Task
+from dints.data.cases import prepare
+from dints.data.listing import Case
+from dints.data.loaders import (
+    EpochSampler,
+    TrainingLoader,
+    TrainingSamples,
+    choose_augmentation,
+    training_loader,
+    validation_loader,
+)
 from dints.running.processes import Processes
+from dints.running.run import Run
+from dints.settings import PatchSettings
 
-
-def cache_of(mode: str = "ram", folder: Path = Path("unused"), task: Task = TASK) -> Cache:
-    return Cache(mode, folder, task, Leniency(), 1)
+MODES = ["ram", "disk", "none"]
 
 
 def rank_of(rank: int, world_size: int) -> Processes:
     return replace(ALONE, rank=rank, world_size=world_size)
+
+
+def run_of(processes: Processes, **settings: object) -> Run:
+    run = begun(**settings)
+    run.processes = processes  # loaders exchange nothing with other ranks
+    return run
+
+
+def settings_of(batch_size: int = 2, flip_axes: Sequence[str] = ("all",)) -> PatchSettings:
+    return PatchSettings(num_images_per_batch=batch_size, flip_axes=flip_axes)
+
+
+def loader_of(
+    cases: Sequence[Case],
+    cache: Cache | None = None,
+    processes: Processes = ALONE,
+    batch_size: int = 2,
+    steps: int | None = 3,
+    stream: str = "weights",
+    **settings: object,
+) -> TrainingLoader:
+    run = run_of(processes, **{"num_workers": 0, **settings})
+    cache, patches = cache or cache_of(), settings_of(batch_size)
+    return training_loader(cases, cache, patches, run, steps=steps, stream=stream)
 
 
 @pytest.fixture(scope="module")
@@ -41,86 +72,76 @@ def cases(tmp_path_factory) -> list[Case]:
 # Patches
 
 
-@pytest.mark.parametrize("num_channels", [1, 4])
 @pytest.mark.parametrize(
-    "shape", [(20, 20, 20), (16, 16, 16), (40, 9, 17), (5, 20, 4), (3, 4, 2), (20, 20, 1)], ids=str
+    ("shape", "num_channels"),
+    [((20, 20, 20), 4), ((40, 9, 17), 1), ((3, 4, 2), 1), ((20, 20, 1), 4)],
 )
 def test_patches_have_the_networks_shape_and_type(tmp_path, shape, num_channels):
     task = replace(TASK, num_channels=num_channels)
     case = make_case(tmp_path, shape, num_channels)
-    loader = training_loader([case], cache_of(task=task), ALONE, batch_size=3, steps=2, num_workers=0)
+    loader = loader_of([case], cache_of(task=task), batch_size=3)
     for epoch in range(3):  # so that each random transform is drawn
         for batch in loader.epoch(epoch):
-            assert batch["image"].shape == (3, num_channels, 16, 16, 16) and batch["image"].dtype == torch.float32
-            assert batch["label"].shape == (3, 1, 16, 16, 16) and batch["label"].dtype == torch.uint8
-            assert type(batch["image"]) is torch.Tensor and type(batch["label"]) is torch.Tensor
-            assert torch.isfinite(batch["image"]).all() and batch["label"].max() < 3
+            image, label = batch["image"], batch["label"]
+            assert image.shape == (3, num_channels, 16, 16, 16) and image.dtype == torch.float32
+            assert label.shape == (3, 1, 16, 16, 16) and label.dtype == torch.uint8
+            assert type(image) is torch.Tensor and type(label) is torch.Tensor
+            assert torch.isfinite(image).all() and label.max() < 3
             assert batch["cases"] == ["case"] * 3 and set(batch) == {"image", "label", "cases"}
 
 
+def tensors(batches) -> list[torch.Tensor]:
+    """Return images and labels of batches, in order."""
+    return [batch[key] for batch in batches for key in ("image", "label")]
+
+
 def patches(loader: TrainingLoader, epoch: int) -> list[torch.Tensor]:
-    """Return images and labels of an epoch, in order."""
-    return [tensor for batch in loader.epoch(epoch) for tensor in (batch["image"], batch["label"])]
+    return tensors(loader.epoch(epoch))
 
 
 def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return len(first) == len(second) > 0 and all(map(torch.equal, first, second))
 
 
-def loader_of(cases, cache=None, processes=ALONE, **options) -> TrainingLoader:
-    return training_loader(
-        cases, cache or cache_of(), processes, **{"batch_size": 2, "steps": 3, "num_workers": 0, **options}
-    )
-
-
 def test_patches_do_not_depend_on_workers_restart_or_cache(cases, tmp_path):
     straight = loader_of(cases)
     expected = [patches(straight, epoch) for epoch in range(3)]
     assert not same(expected[0], expected[1])
-    for num_workers in (1, 2):
-        loader = loader_of(cases, num_workers=num_workers)
-        assert all(same(patches(loader, epoch), expected[epoch]) for epoch in range(3))
-    restarted = loader_of(cases, num_workers=1)
-    assert same(patches(restarted, 2), expected[2])
+    loader = loader_of(cases, num_workers=2)
+    assert all(same(patches(loader, epoch), expected[epoch]) for epoch in range(3))
+    assert same(patches(loader_of(cases, num_workers=1), 2), expected[2])  # restarted
     for mode in ("disk", "none"):
-        other = loader_of(cases, cache=cache_of(mode, tmp_path))
+        other = loader_of(cases, cache_of(mode, tmp_path))
         assert same(patches(other, 1), expected[1])
 
 
-@pytest.mark.parametrize("mode", ["ram", "disk", "none"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("chain", augmentation.CHAINS)
-def test_workers_that_are_started_anew_give_the_same_patches(cases, tmp_path, mode, chain):
-    """As on Windows and macOS, where a worker is no copy of this process but gets everything in writing."""
-    loader = loader_of(cases, cache=cache_of(mode, tmp_path))
-    loader.augment_by(augmentation.chain(chain, (0, 2)))
-    sent = ForkingPickler.dumps((loader.loader.dataset, loader.loader.collate_fn, loaders._ignore_signals))
+def test_workers_that_are_not_forked_give_the_same_patches(cases, tmp_path, mode, chain):
+    """As on Windows and macOS, where a worker is no copy of this process but gets all in writing."""
+    loader = loader_of(cases, cache_of(mode, tmp_path)).loader
+    loader.dataset.steps = augmentation.chain(chain, (0, 2))
+    sent = ForkingPickler.dumps((loader.dataset, loader.collate_fn, loaders._ignore_signals))
     samples, make_batch, _ = ForkingPickler.loads(sent)
     for place in ((0, 0, 1), (3, 1, 4)):
-        expected = loader.loader.collate_fn([loader.loader.dataset[place]])
-        batch = make_batch([samples[place]])
-        assert all(torch.equal(batch[key], expected[key]) for key in ("image", "label"))
-
-
-def test_patches_do_not_depend_on_how_far_an_earlier_epoch_was_followed(cases):
-    loader = loader_of(cases, num_workers=1)
-    expected = [patches(loader, epoch) for epoch in range(2)]
-    next(loader.epoch(0))  # as when a run is interrupted
-    assert same(patches(loader, 1), expected[1]) and same(patches(loader, 0), expected[0])
-    batches = loader.epoch(1)
-    taken = [next(batches) for _ in range(3)]  # as the search takes its architecture's
-    assert same([tensor for batch in taken for tensor in (batch["image"], batch["label"])], expected[1])
+        expected = loader.collate_fn([loader.dataset[place]])
+        assert same(tensors([make_batch([samples[place]])]), tensors([expected]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_epoch_goes_on_in_its_middle(cases, workers):
-    expected = patches(loader_of(cases, num_workers=workers, steps=7), 3)  # two turns of five cases, and more
+def test_patches_do_not_depend_on_how_far_an_earlier_epoch_was_followed(cases, workers):
+    expected = patches(loader_of(cases, num_workers=workers, steps=7), 3)  # two turns, and more
     for step in (0, 1, 4, 7):
-        rest = [b[key] for b in loader_of(cases, steps=7).epoch(3, step) for key in ("image", "label")]
+        rest = tensors(loader_of(cases, steps=7).epoch(3, step))
         assert len(rest) == 2 * (7 - step) and all(map(torch.equal, rest, expected[2 * step :]))
+    loader = loader_of(cases, num_workers=workers, steps=7)
+    next(loader.epoch(0))  # as when a run is interrupted
+    batches = loader.epoch(3)
+    assert same(tensors(next(batches) for _ in range(7)), expected)  # as a search takes them
 
 
-def test_an_epoch_goes_on_where_the_last_one_ended(cases, monkeypatch):
-    """Workers are not started anew: what they prepared meanwhile is used."""
+def test_an_epoch_begins_where_the_last_one_ended(cases, monkeypatch):
+    """Workers are not started again: the batches that they prepared meanwhile are used."""
     loader, straight = loader_of(cases, num_workers=1), loader_of(cases)
     patches(loader, 0)
     monkeypatch.setattr(loader, "loader", None)
@@ -130,31 +151,23 @@ def test_an_epoch_goes_on_where_the_last_one_ended(cases, monkeypatch):
 def test_augmenting_where_the_network_is_gives_the_workers_patches(cases, monkeypatch):
     """On a GPU the main process does it; here on a CPU that is taken for one."""
     expected = patches(loader_of(cases), 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingSamples, "augmented_patches", lambda *_: pytest.fail("augmented by the worker"))
-        samples = loader_of(cases).loader.dataset
-        sampler = EpochSampler(5, 6, 0, "weights/0")
-        patch.setattr(TrainingLoader, "on_gpu", True, raising=False)
-        loader = TrainingLoader(samples, sampler, 2, 0, torch.device("meta"))
-        loader.device = ALONE.device
-        assert same(patches(loader, 0), expected)
+    monkeypatch.setattr(TrainingSamples, "augmented_patches", lambda *_: pytest.fail("by a worker"))
+    samples, sampler = loader_of(cases).loader.dataset, EpochSampler(5, 6, 0, "weights/0")
+    loader = TrainingLoader(samples, sampler, 2, 0, torch.device("meta"))
+    loader.device = ALONE.device
+    assert same(patches(loader, 0), expected)
 
 
 def test_waiting_is_measured(cases, monkeypatch):
-    loader = loader_of(cases)
-    waited = loaders.ShareOfWaiting(loader, loader_of(cases))
-    assert waited.take(1.0) == 0
-    clock = iter(range(100))
+    loader, clock = loader_of(cases), iter(range(100))
     monkeypatch.setattr(loaders.time, "perf_counter", lambda: next(clock))
     patches(loader, 0)
     assert loader.seconds_waited == 3  # a second for each batch
-    assert waited.take(10.0) == 0.3 and waited.take(10.0) == 0
 
 
 def test_after_an_error_the_batch_that_was_lost_comes_again(cases, monkeypatch):
-    """As when a training that lacked memory for it goes on from a save just before."""
-    expected = patches(loader_of(cases), 0)
-    loader = loader_of(cases)
+    """As when a training that lacked memory for it resumes from a save just before."""
+    expected, loader = patches(loader_of(cases), 0), loader_of(cases)
     batches, fetch = loader.epoch(0), loader._next
 
     def fails() -> None:
@@ -165,8 +178,7 @@ def test_after_an_error_the_batch_that_was_lost_comes_again(cases, monkeypatch):
     with monkeypatch.context() as failing, pytest.raises(MemoryError):
         failing.setattr(loader, "_next", fails)
         next(batches)
-    again = [tensor for batch in loader.epoch(0, 1) for tensor in (batch["image"], batch["label"])]
-    assert same(again, expected[2:])  # an image and a label a batch
+    assert same(tensors(loader.epoch(0, 1)), expected[2:])  # an image and a label a batch
 
 
 def lost_connection() -> Iterator[None]:
@@ -175,21 +187,22 @@ def lost_connection() -> Iterator[None]:
 
 
 @pytest.mark.fault("GPU or host memory exhausted")
-@pytest.mark.parametrize("told", [True, False])
-def test_what_pytorch_tells_of_a_killed_worker_a_moment_later_is_the_error(cases, monkeypatch, told):
+@pytest.mark.parametrize("is_heard", [True, False])
+def test_pytorchs_late_report_of_a_killed_worker_is_the_error(cases, monkeypatch, is_heard):
     loader = loader_of(cases)
     monkeypatch.setattr(loader, "_batches", lost_connection())
     monkeypatch.setattr(loader, "_place", (0, 0))
     monkeypatch.setattr(loaders, "SECONDS_TO_HEAR_OF_A_DEATH", 0.4)
 
-    def tell(*_):
+    def report(*_):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
-    before = signal.signal(signal.SIGCHLD, tell)
+    before = signal.signal(signal.SIGCHLD, report)
     try:
-        if told:
+        if is_heard:
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGCHLD)).start()
-        with pytest.raises(RuntimeError, match=r"\(pid 7\)" if told else r"\(pid unknown\) is gone: reset by peer"):
+        says = r"\(pid 7\)" if is_heard else r"\(pid unknown\) is gone: reset by peer"
+        with pytest.raises(RuntimeError, match=says):
             next(loader.epoch(0))
     finally:
         signal.signal(signal.SIGCHLD, before)
@@ -210,8 +223,8 @@ def places_of(sampler: EpochSampler, epoch: int) -> list[tuple[int, int, int]]:
     return [place for place, _ in zip(sampler, range(sampler.length), strict=False)]
 
 
-@pytest.mark.parametrize(("num_cases", "length"), [(1, 1), (1, 4), (5, 3), (5, 5), (5, 13), (20, 20)])
-def test_epoch_sampler_passes_over_all_cases_and_wraps(num_cases, length):
+@pytest.mark.parametrize(("num_cases", "length"), [(1, 4), (5, 3), (5, 5), (5, 13)])
+def test_an_epoch_passes_over_all_cases_and_wraps(num_cases, length):
     sampler = EpochSampler(num_cases, length, 0, "weights/0")
     for epoch in (0, 7):
         places = places_of(sampler, epoch)
@@ -224,32 +237,54 @@ def test_epoch_sampler_passes_over_all_cases_and_wraps(num_cases, length):
             assert {place[2] for place in turn} <= set(range(num_cases))
 
 
-def test_epoch_samplers_order_depends_on_seed_stream_and_epoch_only():
+def test_the_order_depends_on_seed_stream_and_epoch_only():
     def order(seed=0, stream="weights/0", epoch=3, length=40):
         return [index for _, _, index in places_of(EpochSampler(20, length, seed, stream), epoch)]
 
     assert order() == order() and order(length=17) == order()[:17]
-    orders = [order(), order(seed=1), order(stream="weights/1"), order(epoch=4)]
-    orders += [order()[20:], order(length=20)]  # two turns of one epoch
-    assert len({tuple(o[:20]) for o in orders}) == 5  # the last one is the first's beginning
+    orders = [order(), order(seed=1), order(stream="weights/1"), order(epoch=4), order()[20:]]
+    assert len({tuple(o[:20]) for o in orders}) == 5
+
+
+# Flips and augmentation
+
+
+def test_flips_and_chain_are_chosen_for_all_loaders(cases, tmp_path, caplog):
+    """Both are logged, and returned for the model file."""
+    halves = [loader_of(cases[:2]), loader_of(cases[2:], stream="architecture")]
+    published = tuple(step.name for step in augmentation.chain())
+    for iterations, name in ((6, "published"), (10**6, "nnunet")):
+        settings = replace(settings_of(flip_axes=("X", "Z")), augmentation="auto")
+        with caplog.at_level("INFO"):
+            found = choose_augmentation(halves, settings, TASK, begun(), iterations, len(cases))
+        assert found == {"flips": {"axes": [0, 2], "reasons": []}, "augmentation": name}
+        times = f"{iterations * 2 / 5:.0f} times"
+        assert (
+            f"augmentation: {name}, for {iterations} iterations see each case {times}"
+            in caplog.text
+        )
+        for loader in halves:
+            names = tuple(step.name for step in loader.loader.dataset.steps)
+            assert (names == published) == (name == "published")
+            drawn = [loader.loader.dataset[epoch, 0, 0][2]["flip"] for epoch in range(20)]
+            assert set().union(*drawn) == {0, 2}
 
 
 # Ranks
 
 
 @pytest.mark.parametrize(
-    ("num_cases", "world_size", "batch_size"), [(7, 1, 2), (7, 2, 2), (5, 3, 1), (2, 4, 2), (1, 2, 1)]
+    ("num_cases", "world_size", "batch_size"), [(7, 1, 2), (7, 2, 2), (5, 3, 1), (2, 4, 2)]
 )
 @pytest.mark.fault("unequal training steps per rank")
 def test_ranks_share_the_cases_and_take_equal_steps(monkeypatch, num_cases, world_size, batch_size):
     monkeypatch.setattr(Cache, "hold", lambda self, cases, what: cases)
     numbered = [Case(f"case{number}", ()) for number in range(num_cases)]
-    steps = loaders.steps_per_epoch(num_cases, batch_size, rank_of(0, world_size))
     of_ranks = [
-        loader_of(numbered, processes=rank_of(rank, world_size), batch_size=batch_size, steps=steps)
+        loader_of(numbered, None, rank_of(rank, world_size), batch_size, steps=None)
         for rank in range(world_size)
     ]
-    assert {len(loader) for loader in of_ranks} == {steps}
+    assert {len(loader) for loader in of_ranks} == {-(-num_cases // (world_size * batch_size))}
     held = [loader.loader.dataset.numbers for loader in of_ranks]
     for loader, numbers in zip(of_ranks, held, strict=True):
         assert loader.loader.dataset.cases == [numbered[number] for number in numbers]
@@ -258,27 +293,26 @@ def test_ranks_share_the_cases_and_take_equal_steps(monkeypatch, num_cases, worl
     assert set().union(*held) == set(range(num_cases))
     if num_cases >= world_size:
         assert sum(map(len, held)) == num_cases  # no case is prepared twice
-    assert steps == max(1, -(-num_cases // (world_size * batch_size)))
 
 
 def test_ranks_that_hold_the_same_case_draw_different_patches(cases):
-    of_ranks = [loader_of(cases[:1], processes=rank_of(rank, 2), steps=2) for rank in (0, 1)]
+    of_ranks = [loader_of(cases[:1], None, rank_of(rank, 2), steps=2) for rank in (0, 1)]
     first, second = (patches(loader, 0) for loader in of_ranks)
     assert len(first) == len(second) == 4
     assert not any(torch.equal(a, b) for a in first[::2] for b in second[::2])
 
 
-@pytest.mark.parametrize("mode", ["ram", "disk", "none"])
-def test_validation_cases_are_whole_and_numbered(cases, mode, tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+def test_validation_cases_are_whole_and_numbered(cases, mode, tmp_path: Path):
     numbers = []
     for rank in range(2):
-        loader = validation_loader(cases, cache_of(mode, tmp_path), rank_of(rank, 2))
+        loader = validation_loader(cases, cache_of(mode, tmp_path), run_of(rank_of(rank, 2)))
         assert len(loader) == (3, 2)[rank]
         for case in loader:
             assert case["image"].shape == case["label"].shape == (1, 1, 24, 26, 22)
             assert case["image"].dtype == torch.float32 and case["label"].dtype == torch.uint8
             numbers.append(case["number"])
-            expected = prepare(cases[numbers[-1]], TASK, Leniency())
+            expected = prepare(cases[numbers[-1]], TASK)
             assert np.array_equal(case["image"][0].numpy(), expected.image.astype(np.float32))
             assert np.array_equal(case["label"][0, 0].numpy(), expected.label)
     assert numbers == [0, 2, 4, 1, 3]
@@ -286,12 +320,18 @@ def test_validation_cases_are_whole_and_numbered(cases, mode, tmp_path):
 
 @pytest.mark.fault("fewer cases than ranks; a rank without validation cases")
 def test_a_rank_without_validation_cases_has_an_empty_loader(cases):
-    assert list(validation_loader(cases[:1], cache_of(), rank_of(1, 2))) == []
-    assert list(validation_loader([], cache_of(), ALONE)) == []
+    assert list(validation_loader(cases[:1], cache_of(), run_of(rank_of(1, 2)))) == []
+    assert list(validation_loader([], cache_of(), begun())) == []
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_the_number_of_workers_is_what_is_given_or_what_is_left_of_the_cores(cases, monkeypatch):
-    for cores, given, expected in ((64, None, 6), (64, 0, 0), (64, 9, 9), (4, None, 3), (1, None, 0)):
+def test_workers_are_as_many_as_given_or_as_cores_are_left(cases, monkeypatch):
+    for cores, given, expected in (
+        (64, None, 6),
+        (64, 0, 0),
+        (64, 9, 9),
+        (4, None, 3),
+        (1, None, 0),
+    ):
         monkeypatch.setattr(loaders, "cores_per_process", lambda cores=cores: cores)
         assert loader_of(cases[:1], num_workers=given).loader.num_workers == expected

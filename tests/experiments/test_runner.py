@@ -120,8 +120,9 @@ def test_what_a_failed_search_would_have_found_is_not_trained(monkeypatch, tmp_p
 def test_rows_are_run_once_and_their_lines_tell_what_was_measured(monkeypatch, tmp_path, capsys):
     """A search, the training of what it finds, and a training of an opponent by two processes."""
     write_phantom(tmp_path / "Task00_Phantom", 8, 1, shape=(24, 24, 24))
-    space = "--patch_size 16 16 16 --spacing 6 6 6 --candidates 4 --candidate_iterations 8 --proposals gradient random"
-    monkeypatch.setitem(rows.SEARCHES, "search", space)
+    monkeypatch.setitem(rows.SEARCHES, "search", 4)
+    monkeypatch.setattr(rows, "COMPETITION", "--num_iterations 8")
+    monkeypatch.setattr(rows, "COMMON", f"{rows.COMMON} --patch_size 16 16 16 --spacing 6 6 6")
     monkeypatch.setattr(rows, "GRADIENT", "--channel_mul 0.125 --num_epochs 2 --num_epochs_warmup 1")
     shutil.copy(rows.ARCHITECTURES / f"{rows.U}.pth", tmp_path)
     monkeypatch.setattr(rows, "ARCHITECTURES", tmp_path)

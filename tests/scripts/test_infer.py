@@ -519,8 +519,10 @@ class TestBatches:
 
     @pytest.fixture
     def segmented(self, monkeypatch) -> list[str]:
-        names, real = [], infer_dints.segment
-        monkeypatch.setattr(infer_dints, "segment", lambda case, *more: names.append(case.name) or real(case, *more))
+        names, real = [], infer_dints.Batch.decide
+        monkeypatch.setattr(
+            infer_dints.Batch, "decide", lambda batch, case: names.append(case.name) or real(batch, case)
+        )
         return names
 
     def states(self, out: Path) -> dict[str, str]:

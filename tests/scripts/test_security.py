@@ -279,19 +279,6 @@ def test_every_script_says_the_same_of_an_architecture(refused, name):
     assert in_model == message.replace("file.pth", "the architecture in file.pth")
 
 
-@pytest.mark.fault("other blocks or depths")
-@pytest.mark.parametrize(
-    ("flags", "fault"),
-    [
-        ("--num_blocks 2", "holds 3 blocks, but --num_blocks is 2"),
-        ("--num_blocks 3 --num_depths 4", "holds 3 depths, but --num_depths is 4"),
-    ],
-)
-def test_an_architecture_of_another_size_is_not_trained(refused, flags, fault):
-    torch.save(GOOD, "file.pth")
-    assert fault in refused("architecture that is trained", flags)
-
-
 @pytest.mark.fault("weights of another architecture")
 @pytest.mark.parametrize(
     ("depths", "settings", "fault"),
