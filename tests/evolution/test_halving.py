@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from architectures import chain
-from runs import CPU
+from small_run import CPU
 
 from dints.errors import Stopped, UserError
 from dints.evolution import trainings

@@ -8,7 +8,7 @@ import numpy as np
 import published
 import pytest
 import torch
-from runs import begun
+from small_run import begun
 
 import search_dints
 from dints.data.tasks import TASKS

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import ALONE, CPU
+from small_run import ALONE, CPU
 from states import progress_of
 
 import search_dints

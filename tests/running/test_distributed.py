@@ -13,7 +13,7 @@ from pathlib import Path
 import published
 import pytest
 import torch
-from runs import CPU, begun
+from small_run import CPU, begun
 from states import assert_equal, rows
 
 from dints.data.cache import open_cache

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from runs import ALONE
+from small_run import ALONE
 
 from dints.errors import UserError
 from dints.running.epoch_loss import CHECK_EVERY, MAX_IN_A_ROW, EpochLoss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import ALONE
+from small_run import ALONE
 
 from dints.errors import UserError
 from dints.running import machine, precision

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import begun
+from small_run import begun
 from states import place_of
 
 from dints.errors import Stopped

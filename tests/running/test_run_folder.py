@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from commands import search
-from runs import ALONE
+from small_run import ALONE
 
 from dints.errors import UserError
 from dints.running.run_folder import NOTE, opened, start_afresh

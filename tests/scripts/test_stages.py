@@ -14,7 +14,7 @@ import torch
 import yaml
 from commands import SPACE, TINY, infer, search, train, words
 from monai.networks.nets import DiNTS, TopologySearch
-from runs import begun
+from small_run import begun
 from states import rows
 
 import decode_plot

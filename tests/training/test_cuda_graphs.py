@@ -12,7 +12,7 @@ import pytest
 import torch
 from architectures import random_architecture
 from commands import search, train, words
-from runs import ALONE, CPU, begun
+from small_run import ALONE, CPU, begun
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from runs import ALONE, begun
+from small_run import ALONE, begun
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 

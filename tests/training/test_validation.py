@@ -10,7 +10,7 @@ import pytest
 import torch
 from monai.metrics import DiceMetric
 from monai.networks.utils import one_hot
-from runs import ALONE, CPU, begun
+from small_run import ALONE, CPU, begun
 from torch import nn
 
 from dints.running.processes import Processes
