@@ -144,7 +144,7 @@ class History:
         try:
             curves.draw_all(self.folder)
         except UserError as error:  # a picture is not worth a run: its numbers are in the tables
-            log.warning("the pictures are not drawn anew: %s", error)
+            log.warning("the pictures stay as they were: %s", error)
 
     def write_progress(self, progress: Progress) -> None:
         """Replace ``progress.yaml``."""

@@ -18,7 +18,6 @@ from dints.evolution import trainings
 from dints.evolution.halving import Ledger, Rung, best, open_folder, rungs
 from dints.evolution.proposals import Candidate
 from dints.evolution.trainings import Result, divided
-from dints.running import curves
 from dints.running.curves import draw_candidates
 from dints.running.processes import Processes
 from dints.running.tables import read_rows
@@ -99,14 +98,6 @@ class TestLedger:
         assert rows[0]["dice"] == "0.5" and rows[-1]["iterations"] == "200" and rows[0]["paths"] == "1"
         draw_candidates(tmp_path)
         assert (tmp_path / "candidates.png").stat().st_size > 5000
-
-    def test_the_picture_names_the_best_of_the_last_rung(self, tmp_path, monkeypatch):
-        of_run, drawn = ledger(tmp_path, Trainings()), []
-        of_run.results(CANDIDATES[:2], 100)
-        of_run.results(CANDIDATES[2:], 100)  # as mutants, which come after the others
-        monkeypatch.setattr(curves, "_save", lambda figure, path: drawn.append(figure))
-        draw_candidates(tmp_path)
-        assert drawn[0].axes[0].get_title(loc="left") == "the winner is random 5, Dice 0.5000"
 
     def test_does_nothing_twice(self, tmp_path):
         with pytest.raises(KeyboardInterrupt):

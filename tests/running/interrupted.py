@@ -170,25 +170,13 @@ def install(fault: dict, rank: int, struck: int) -> None:
         FAULTS[fault["place"]](range(first, fault.get("until", first) + 1), strike)
 
 
-def in_step(iterations: range, strike: Callable) -> None:
-    """Strike before steps of these numbers are computed."""
+def in_step(iterations: range, strike: Callable, only_if_all_is_kept: bool = False) -> None:
+    """Strike before steps of these numbers are computed, perhaps only of networks that keep all activations."""
 
     def steps(run, original, *loaders, until=None):
         for batch in original(run, *loaders, until=until):
-            if run.progress.iteration + 1 in iterations:
-                strike(batch)
-            yield batch
-
-    replace(Run, "steps", steps)
-
-
-def in_step_that_keeps_all(iterations: range, strike: Callable) -> None:
-    """Strike before such steps of networks that keep all activations are computed."""
-
-    def steps(run, original, *loaders, until=None):
-        for batch in original(run, *loaders, until=until):
-            keeps = not run.checkpoint.parts["network"].checkpoint_activations
-            if keeps and run.progress.iteration + 1 in iterations:
+            recomputes = only_if_all_is_kept and run.checkpoint.parts["network"].checkpoint_activations
+            if run.progress.iteration + 1 in iterations and not recomputes:
                 strike(batch)
             yield batch
 
@@ -249,7 +237,7 @@ def in_save(iterations: range, strike: Callable, half: str) -> None:
 
 FAULTS = {
     "step": in_step,
-    "step that keeps all": in_step_that_keeps_all,
+    "step that keeps all": functools.partial(in_step, only_if_all_is_kept=True),
     "validation": in_validation,
     "recorded": when_recorded,
     "caching": in_caching,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_run import begun
-from states import progress_of
+from states import place_of
 
 from dints.errors import Stopped
 from dints.running import progress
@@ -50,12 +50,6 @@ def ask_to_stop(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
 
 
-def place(folder: Path) -> tuple[int, int, int]:
-    """Return completed epochs, steps of the one after, and iteration of the state that was saved last."""
-    progress = progress_of(folder)
-    return progress["epoch"], progress["step"], progress["iteration"]
-
-
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_stops_after_the_step_that_is_running(tmp_path, number):
@@ -67,7 +61,7 @@ def test_a_signal_stops_after_the_step_that_is_running(tmp_path, number):
             done.append(batch)
     assert done == [0, 1, 2] and stopped.value.signal == number
     assert stopped.value.saved == f"after iteration 3, with its state in {tmp_path / 'latest.pth'}"
-    assert place(tmp_path) == (0, 3, 3)
+    assert place_of(tmp_path) == (0, 3, 3)
 
 
 def test_the_time_of_an_epoch_has_the_wait_for_its_last_steps(tmp_path, monkeypatch):
@@ -92,7 +86,7 @@ def test_a_validation_that_was_stopped_is_done_again(tmp_path, asked_at):
             seen.append(case)
             if case == asked_at:
                 ask_to_stop()
-    assert seen[-1] == asked_at and place(tmp_path) == (0, 3, 3)
+    assert seen[-1] == asked_at and place_of(tmp_path) == (0, 3, 3)
     run = restored(tmp_path)
     assert not list(run.steps(Batches("abc")))
     assert list(run.volumes("xyz")) == ["x", "y", "z"]
@@ -120,7 +114,7 @@ def test_a_worker_that_was_stopped_too_does_no_harm(tmp_path):
         run = restored(tmp_path / str(number))
         with pytest.raises(error):  # without a signal it is an error
             list(run.steps(Batches(batches(asked))))
-    assert place(tmp_path / "0") == (0, 1, 1)
+    assert place_of(tmp_path / "0") == (0, 1, 1)
 
 
 def test_a_save_in_the_middle_of_an_epoch_when_it_is_time(tmp_path):
@@ -128,7 +122,7 @@ def test_a_save_in_the_middle_of_an_epoch_when_it_is_time(tmp_path):
         (tmp_path / str(number)).mkdir()
         run = restored(tmp_path / str(number), save_minutes)
         for batch in run.steps(Batches(range(3))):
-            assert place(tmp_path / str(number)) == (0, saved[batch], saved[batch])
+            assert place_of(tmp_path / str(number)) == (0, saved[batch], saved[batch])
 
 
 def test_epochs_that_are_left_and_batches_of_two_loaders(tmp_path):
@@ -154,7 +148,7 @@ def test_an_error_in_the_loop_leaves_the_last_save(tmp_path):
         for _ in run.epochs(1):
             for batch in run.steps(Batches([1, 0])):
                 1 / batch
-    assert place(tmp_path) == (0, 1, 1)
+    assert place_of(tmp_path) == (0, 1, 1)
 
 
 def test_handlers_come_back_after_a_run(tmp_path):

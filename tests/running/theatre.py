@@ -1,4 +1,4 @@
-"""Small runs of the two training stages, with and without a fault, for the tests that stop and compare them."""
+"""Small runs of the stages that train, with and without a fault."""
 
 from __future__ import annotations
 
