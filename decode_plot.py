@@ -131,7 +131,6 @@ import graphviz
 from dints.data.tasks import TASKS
 from dints.errors import UserError, exit_on_user_error
 from dints.network.architecture import Architecture, load_architecture, paths
-from dints.network.cost import cost
 from dints.network.drawing import draw_architecture, draw_search_space
 from dints.running.processes import started
 
@@ -180,6 +179,8 @@ def main(settings: PlotSettings) -> None:
 
 def cost_lines(architecture: Architecture, settings: CostSettings) -> list[str]:
     """Print the cost of the architecture's network, and return these lines."""
+    from dints.network.cost import cost  # with it MONAI, for which a drawing does not wait
+
     channels, classes, patch_size = 1, 2, (96, 96, 96)
     name = architecture.info.get("task")
     if isinstance(name, str) and name in TASKS:

@@ -288,18 +288,18 @@ class Batch:
         overlaps = Overlaps(len(cases), task.num_classes, processes)
         silent = None if processes.is_main else True
         share = processes.share(len(cases))
-        for number in tqdm(share, desc="segmenting", unit="volume", disable=silent):
-            case, output = cases[number], outputs[number]
+        for index in tqdm(share, desc="segmenting", unit="volume", disable=silent):
+            case, output = cases[index], outputs[index]
             paths = [output, *(map_path(output, name) for name in self.maps)]
             try:
-                labels, reference = self.segment_case(case, faults[number], paths)
+                labels, reference = self.segment_case(case, faults[index], paths)
             except UserError as error:
                 failed[output.name] = str(error)
                 self.records.note_failed(case, paths, str(error))
                 log.warning("%s is left out: %s", output.name, error)
                 continue
             if reference is not None:
-                overlaps.add(number, labels, reference)
+                overlaps.add(index, labels, reference)
         processes.wait_for_all("segmented")  # shares take unequal times
         of_ranks = processes.gather(failed)
         failed = {name: fault for of_rank in of_ranks for name, fault in of_rank.items()}

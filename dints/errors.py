@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
 import os
 import reprlib
@@ -133,9 +132,6 @@ def _speaker() -> str:
 def _leave(message: str, code: int, tells: bool = True) -> None:
     if tells:
         tell(message)
-    if launcher.error_file() is not None:  # launch/agent.py does not start again what left a message
-        with open(launcher.error_file(), "w", encoding="utf-8") as file:
-            json.dump({"message": message}, file)
     _end(code)
 
 

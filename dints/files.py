@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from dints import system
 from dints.errors import UserError
 
@@ -93,29 +95,19 @@ def check_folder(folder: Path, flag: str) -> None:
 
 @contextmanager
 def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
-    """Hold a lock on the file at ``path``, which is made if need be; it goes with the process that holds it.
+    """Hold a lock on the file at ``path``, which is made if need be; it ends with the process that holds it.
 
     Raises:
         BlockingIOError: another process, or another part of this one, holds it, and ``wait`` is not set.
         OSError: the file cannot be made.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    _locks.add(file)
+    lock = FileLock(path)
     try:
-        system.lock(file, wait)
+        lock.acquire(blocking=wait)
+    except Timeout as error:
+        raise BlockingIOError(f"another process has locked {path}") from error
+    try:
         yield
     finally:
-        _unlock(file)
-
-
-_locks: set[int] = set()  # file descriptors of this process
-
-
-def _unlock(file: int) -> None:
-    _locks.discard(file)
-    os.close(file)
-
-
-# A worker shares its parent's locks, and would hold them for some seconds after the parent was killed.
-system.after_fork(lambda: [_unlock(file) for file in list(_locks)])
+        lock.release()

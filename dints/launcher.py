@@ -1,10 +1,15 @@
-"""What a launcher (torchrun or ``launch/agent.py``) tells each process; nothing else reads these variables."""
+"""A process and its launcher, torchrun: nothing else reads the variables that it sets."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Collection
 from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
 
 
 def rank() -> int:
@@ -27,21 +32,25 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def error_file() -> str | None:
-    """Return the file in which a process tells the launcher why it failed; None where no launcher asks for it."""
-    return os.environ.get("TORCHELASTIC_ERROR_FILE")
+def stop_with_launcher() -> None:
+    """Have SIGTERM stop this process, which saves, where its launcher dies without a word, as of SIGKILL.
+
+    Only Linux can do that.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def launches() -> list[str]:
-    """Name what may start this process again by itself: a launch of torchrun's or ``launch/agent.py``, a SLURM job.
+    """Name the launch and the SLURM job of this process, either of which may start it again by itself.
 
-    ``TORCHELASTIC_RUN_ID`` is no name: for several nodes it is a constant, and ``TORCHELASTIC_RESTART_COUNT`` differs
-    between nodes. Error files lie in a folder that each agent makes for itself, with a random name: PyTorch 2.11 to
-    2.13 call them <folder>/attempt_<restart>/<local rank>/error.json.
+    ``TORCHELASTIC_RUN_ID`` is no name: for several nodes it is a constant, and ``TORCHELASTIC_RESTART_COUNT``
+    differs between nodes. Error files lie in a folder that each launch makes for itself, with a random name:
+    PyTorch 2.11 to 2.13 call them <folder>/attempt_<restart>/<local rank>/error.json.
     """
     names = []
-    if error_file() is not None:
-        names.append(f"torchrun {Path(error_file()).parents[2].name}")
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        names.append(f"torchrun {Path(os.environ['TORCHELASTIC_ERROR_FILE']).parents[2].name}")
     if "SLURM_JOB_ID" in os.environ:
         names.append(_job())
     return names

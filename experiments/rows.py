@@ -29,7 +29,7 @@ from dints.network.architecture import (
     save_architecture,
 )
 from dints.network.cost import counts, fitting_channel_mul, step_mib
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.network.operations import PUBLISHED
 from dints.torch_files import load_safely
 
@@ -310,7 +310,7 @@ def counted(network: str, model: dict) -> dict[str, float]:
     if network in OPPONENTS:
         make = partial(OPPONENTS[network], *settings)
     else:
-        make = partial(FoundNetwork, architecture_from_dict(model["architecture"], network), *settings)
+        make = partial(DiscreteNetwork, architecture_from_dict(model["architecture"], network), *settings)
     return counts(make, (BATCH_SIZE, task.num_channels, *task.patch_size))
 
 

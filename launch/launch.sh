@@ -1,5 +1,5 @@
 # Sourced by search_dints.sh and train_dints.sh: starts a stage on the devices of one node or of several, with
-# launch/agent.py, which is torchrun but for signals and exit codes.
+# launch/torchrun.py, which is torchrun but for its exit codes.
 #
 # Environment (all optional; what else is set, as GLOO_SOCKET_IFNAME or NCCL_DEBUG, reaches the processes unchanged):
 #   NUM_GPUS_PER_NODE  processes on this node: its GPUs (of CUDA_VISIBLE_DEVICES, if that is set), or 1 where it has none,
@@ -9,8 +9,10 @@
 #   MASTER_ADDR        address of node 0 (127.0.0.1)
 #   MASTER_PORT        a free port there (29500)
 #   NODE_ADDR          this node's own address, where the others cannot find it by its name
-#   MAX_RESTARTS       how often the processes are started again, from the last save, after one of them died (3)
-#   SECONDS_TO_SAVE    how long a run may take to end after a signal, before it is killed (20)
+#   MAX_RESTARTS       how often the processes are started again, from the last save, after one of them failed, also of
+#                      bad input (0; under dints.sbatch 3)
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+#                      seconds that a run may take to end after a signal, before it is killed (20; torch 2.11: always 30)
 #   PYTHON             interpreter: the active environment's, else that of .venv beside the scripts, else python3
 # shellcheck shell=bash
 
@@ -65,7 +67,7 @@ require_data() {
 # require_numbers: leave where a variable that is one of these is no number. (Bash's arithmetic would run what is in it.)
 require_numbers() {
   local name
-  for name in NUM_GPUS_PER_NODE NUM_NODES NODE_RANK MAX_RESTARTS MASTER_PORT SECONDS_TO_SAVE OMP_NUM_THREADS; do
+  for name in NUM_GPUS_PER_NODE NUM_NODES NODE_RANK MAX_RESTARTS MASTER_PORT OMP_NUM_THREADS; do
     if [[ -n "${!name:-}" && ! "${!name}" =~ ^(0|[1-9][0-9]*)$ || "$name=${!name:-1}" =~ ^NUM_.*=0$ ]]; then
       printf 'error: %s is %q: give a whole number\n' "$name" "${!name}" >&2
       exit 1
@@ -81,8 +83,8 @@ launch() {
   gpus="$(count_gpus)"
   processes="${NUM_GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
   # -P: what is in launch/ shadows no other module.
-  local command=("$(choose_python)" -P "$here/launch/agent.py" "--nproc_per_node=$processes")
-  command+=("--max_restarts=${MAX_RESTARTS:-3}")
+  local command=("$(choose_python)" -P "$here/launch/torchrun.py" "--nproc_per_node=$processes")
+  command+=("--max_restarts=${MAX_RESTARTS:-0}")
   if ((nodes == 1)); then
     command+=(--standalone --local_addr=127.0.0.1)
   else
@@ -101,8 +103,9 @@ launch() {
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
   # With the store of the first start, every second restart of gloo fails.
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
-  # No C++ stack traces of nodes that do not answer. The agent drops what AGENT_ONLY names before it starts the stage.
-  if [[ -z "${TORCH_CPP_LOG_LEVEL+set}" ]]; then export TORCH_CPP_LOG_LEVEL=ERROR AGENT_ONLY=TORCH_CPP_LOG_LEVEL; fi
+  # No C++ stack traces of nodes that do not answer.
+  export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-20}"
   command+=("$here/$script" "$@")
   printf '%q ' "${command[@]}"
   echo

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evolve_dints
 import infer_dints
 import search_dints
 import train_dints
@@ -28,6 +29,13 @@ def search(root: Path, output_root: Path, *flags: object) -> Path:
     """Search in this process; return the run's folder."""
     arguments = words("--root", root, "--output_root", output_root, TINY, SPACE, *flags)
     search_dints.main(search_dints.parse_args(arguments))
+    return output_root
+
+
+def evolve(root: Path, output_root: Path, *flags: object) -> Path:
+    """Let architectures compete in this process; return the run's folder."""
+    arguments = words("--root", root, "--output_root", output_root, TINY, SPACE, *flags)
+    evolve_dints.main(evolve_dints.parse_args(arguments))
     return output_root
 
 

@@ -25,7 +25,7 @@ import search_dints
 from dints.data import augmentation, loaders
 from dints.data.tasks import TASKS
 from dints.inference import slabs
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.running.precision import Precision, choose_precision
 from dints.running.processes import Processes
 from dints.training import checkpoint, losses, steps, validation
@@ -47,8 +47,8 @@ def a_batch(num_images: int = 2) -> dict[str, torch.Tensor]:
     return {"image": torch.rand(shape), "label": torch.zeros(shape, dtype=torch.uint8), "cases": ["a", "b"]}
 
 
-def a_network() -> FoundNetwork:
-    return FoundNetwork(random_architecture(0, 4, 3), TASK.num_channels, TASK.num_classes, 0.125)
+def a_network() -> DiscreteNetwork:
+    return DiscreteNetwork(random_architecture(0, 4, 3), TASK.num_channels, TASK.num_classes, 0.125)
 
 
 def waits(gpu: Gpu, part: str) -> list[str]:

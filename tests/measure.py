@@ -1,38 +1,32 @@
-"""Prints what the house promises of its own code: sizes, who imports whom, who sees the command line, how texts open.
+"""Prints what this project promises of its own code: sizes, imports, command lines.
 
     python tests/measure.py
 
-test_structure.py holds the code to the hard promises.
+test_structure.py checks the hard promises.
 """
 
 from __future__ import annotations
 
 import ast
-import io
-import re
-import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-# From the ground up: a module imports from its own level and from those below. Two of one level do not know each other.
+# From the ground up: a module imports from its own group and from the levels below; two groups of one
+# level do not know each other.
 LEVELS = (
     ("ground",),
     ("running",),
     ("data",),
     ("network", "training", "evaluation"),
-    ("candidates", "inference"),
+    ("evolution", "inference"),
     ("exports", "report"),
     ("scripts",),
 )
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 BRANCHES = ast.If | ast.For | ast.While | ast.With | ast.Try | ast.Match
-# A text that begins so has no verb there: a genitive, another preposition, half a question.
-NO_SENTENCE = r"(Of|With|In|For|To|On|At|By|From|As|Without|Where|Whether|What|How|Its|Their)\b"
-# Nor has a function's, which is to say what the function does; a class, a module or a test may begin with a noun.
-NO_VERB = rf"{NO_SENTENCE}|(A|An|The|All|Each|Every)\b"
 
 
 @dataclass(frozen=True)
@@ -50,10 +44,10 @@ class Module:
     tree: ast.Module
 
     @property
-    def wing(self) -> str:
-        """Name the sub-package, ``scripts`` for what sees the command line, else ``ground``."""
+    def group(self) -> str:
+        """Name the sub-package, ``scripts`` for those, else ``ground``."""
         parts = self.name.split(".")
-        if parts[0] != "dints" or self.name == "dints.options":
+        if parts[0] != "dints":
             return "scripts"
         return parts[1] if len(parts) > 1 and parts[1] in chain(*LEVELS) else "ground"
 
@@ -81,26 +75,6 @@ def program() -> list[Module]:
     return modules("*.py", "dints/**/*.py", "launch/**/*.py")
 
 
-def lines_of_code(text: str) -> int:
-    """Count the lines that hold anything but blanks, comments and docstrings."""
-    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    counted = set()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in silent:
-            counted |= set(range(token.start[0], token.end[0] + 1))
-    for _, owner in texts(ast.parse(text)):
-        docstring = owner.body[0]
-        counted -= set(range(docstring.lineno, docstring.end_lineno + 1))
-    return len(counted)
-
-
-def texts(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
-    """Give every docstring with the node that it belongs to."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | FUNCTIONS) and (docstring := ast.get_docstring(node)):
-            yield docstring, node
-
-
 def length(function: FUNCTIONS) -> int:
     """Count the lines from ``def`` to the end."""
     return function.end_lineno - function.lineno + 1
@@ -115,11 +89,13 @@ def nesting(node: ast.AST) -> int:
     return deepest
 
 
-def sees_namespace(function: FUNCTIONS) -> bool:
-    """Tell whether a function takes the command line's Namespace."""
-    arguments = function.args
-    every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg)
-    return any(a.annotation is not None and "Namespace" in ast.unparse(a.annotation) for a in every if a is not None)
+def takes_namespace(function: FUNCTIONS) -> bool:
+    """Tell whether a function takes a command line's Namespace, or a parameter named ``args``."""
+    given = function.args
+    every = (*given.posonlyargs, *given.args, *given.kwonlyargs)
+    named = any(one.arg == "args" for one in every)
+    annotations = (one.annotation for one in every if one.annotation is not None)
+    return named or any("Namespace" in ast.unparse(annotation) for annotation in annotations)
 
 
 def imports(of: list[Module]) -> dict[str, set[str]]:
@@ -138,15 +114,27 @@ def imports(of: list[Module]) -> dict[str, set[str]]:
 
 
 def wrong_way(of: list[Module]) -> list[str]:
-    """List the imports that lead up, or sideways to another wing of the same level."""
-    wings = {module.name: module.wing for module in of}
-    level = {wing: number for number, names in enumerate(LEVELS) for wing in names}
+    """List the imports that lead up, or sideways to another group of the same level."""
+    groups = {module.name: module.group for module in of}
+    level = {group: number for number, names in enumerate(LEVELS) for group in names}
     return [
-        f"{module} ({wings[module]}) -> {imported} ({wings[imported]})"
+        f"{module} ({groups[module]}) -> {imported} ({groups[imported]})"
         for module, imports_of in imports(of).items()
         for imported in sorted(imports_of)
-        if wings[imported] != wings[module] and level[wings[imported]] >= level[wings[module]]
+        if groups[imported] != groups[module] and level[groups[imported]] >= level[groups[module]]
     ]
+
+
+def reached(script: str, of: list[Module], graph: dict[str, set[str]]) -> list[Module]:
+    """Return the modules that a script imports, directly or not, with their packages and itself."""
+    by_name = {module.name: module for module in of}
+    waiting, found = [script], {}
+    while waiting:
+        name = waiting.pop()
+        if name in by_name and name not in found:
+            found[name] = by_name[name]
+            waiting += [*graph[name], name.rpartition(".")[0]]
+    return list(found.values())
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
@@ -158,43 +146,39 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
-def opens_without_verb(docstring: str, owner: ast.AST) -> bool:
-    """Tell whether a text seems to open with no verb."""
-    does_something = isinstance(owner, FUNCTIONS) and not owner.name.startswith("test_")
-    return re.match(NO_VERB if does_something else NO_SENTENCE, docstring) is not None
-
-
 def takers_of_namespaces(of: list[Module]) -> list[str]:
-    """List the functions, outside the scripts and options.py, that see the command line's Namespace."""
-    package = [module for module in of if module.wing != "scripts"]
-    return [f"{m.name}.{name}" for m in package for name, node in m.functions() if sees_namespace(node)]
-
-
-def texts_without_verb(of: list[Module]) -> Iterator[str]:
-    """List the docstrings that seem to open with no verb."""
-    for module in of:
-        for docstring, owner in texts(module.tree):
-            if opens_without_verb(docstring, owner):
-                yield f"{module.path}:{owner.body[0].lineno} {docstring.splitlines()[0][:70]}"
+    """List the functions, but for those that parse command lines, that take a Namespace."""
+    outside = [module for module in of if module.name != "dints.options"]
+    return [f"{m.name}.{name}" for m in outside for name, node in m.functions() if takes_namespace(node)]
 
 
 def main() -> None:
-    code, tests = program(), modules("tests/**/*.py")
-    for what, of in (("program", code), ("tests", tests)):
-        lines = sum(module.text.count("\n") for module in of)
-        print(f"{what}: {len(of)} files, {lines} lines, {sum(lines_of_code(module.text) for module in of)} of code")
-    functions = [(length(node), nesting(node), f"{m.path} {name}") for m in code for name, node in m.functions()]
+    code, tests = program(), modules("tests/**/*.py", "benchmarks/**/*.py")
+    for title, of in (("program", code), ("tests and benchmarks", tests)):
+        print(f"{title}: {len(of)} files, {lines_of(of)} lines")
+    print("\nmodules that a script reaches, itself among them, and their lines")
+    graph = imports(code)
+    for module in code:
+        if module.path.parent == Path():
+            all_of_it = reached(module.name, code, graph)
+            print(f"{len(all_of_it):5} {lines_of(all_of_it):6} {module.name}")
+    functions = [
+        (length(node), nesting(node), f"{m.path} {name}") for m in code for name, node in m.functions()
+    ]
     print("\nlongest functions of the program, in lines")
     for count, _, name in sorted(functions, reverse=True)[:12]:
         print(f"{count:5} {name}")
     for title, found in (
         ("nested deeper than 3", [f"{depth} {name}" for _, depth, name in functions if depth > 3]),
-        ("functions of dints/ that take a Namespace, outside options.py", takers_of_namespaces(code)),
+        ("functions that take a Namespace", takers_of_namespaces(code)),
         ("imports that lead up or sideways", wrong_way(code)),
-        ("modules in a circle", circle(imports(code))),
-        ("docstrings that seem to open with no verb", list(texts_without_verb([*code, *tests]))),
+        ("modules in a circle", circle(graph)),
     ):
         print(f"\n{title}: {len(found)}", *found, sep="\n    ")
+
+
+def lines_of(of: list[Module]) -> int:
+    return sum(module.text.count("\n") for module in of)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def quiet(build, *args, **kwargs):
 def network(
     architecture: Architecture, in_channels: int, num_classes: int, channel_mul: float, cell: type[Cell] = Cell
 ) -> DiNTS:
-    """Build the found network as MONAI does; of other operations than MONAI's with another kind of cell."""
+    """Build the discrete network as MONAI does; of other operations than MONAI's with another kind of cell."""
     space = quiet(
         TopologyInstance,
         arch_code=[architecture.arch_code_a, architecture.arch_code_c],

@@ -17,6 +17,12 @@ def progress_of(folder: Path, name: str = "latest.pth") -> dict:
     return torch.load(folder / name, weights_only=True)["progress"]
 
 
+def place_of(folder: Path) -> tuple[int, int, int]:
+    """Return completed epochs, steps of the one after, and iteration of the last state."""
+    progress = progress_of(folder)
+    return progress["epoch"], progress["step"], progress["iteration"]
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

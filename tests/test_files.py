@@ -8,6 +8,8 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,46 @@ def test_a_folder_that_is_a_file_is_named_before_the_work(tmp_path, path):
 def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path):
     files.check_folder(tmp_path / "a/b", "--output_root")
     assert list((tmp_path / "a/b").iterdir()) == []
+
+
+def test_a_lock_is_one_threads_and_freed_whatever_happens(tmp_path):
+    order = []
+
+    def other() -> None:
+        with files.locked(tmp_path / "new" / "lock"):
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    with pytest.raises(ZeroDivisionError), files.locked(tmp_path / "new" / "lock"):
+        thread.start()
+        with pytest.raises(BlockingIOError), files.locked(tmp_path / "new" / "lock", wait=False):
+            pass
+        order.append("first")
+        raise ZeroDivisionError
+    thread.join(10)
+    assert order == ["first", "other"]
+
+
+@pytest.mark.fault("two runs in one output folder")
+def test_a_lock_ends_with_a_kill_though_a_forked_worker_lives_on(tmp_path):
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with files.locked(tmp_path / "lock"):
+            worker = os.fork()
+            if worker == 0:
+                time.sleep(30)
+                os._exit(0)
+            os.write(told, str(worker).encode())
+            time.sleep(30)
+    worker = int(os.read(ready, 20))
+    with pytest.raises(BlockingIOError), files.locked(tmp_path / "lock", wait=False):
+        pass
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.kill(worker, 0)
+    with files.locked(tmp_path / "lock", wait=False):
+        os.kill(worker, signal.SIGKILL)
 
 
 KINDS = {

@@ -38,6 +38,6 @@ def knows(monkeypatch: pytest.MonkeyPatch, task: Task) -> Callable[..., None]:
         **info: object,
     ) -> None:
         model = Model(network, architecture or chain(0, 0, num_depths=2), task, info, digest)
-        monkeypatch.setattr("dints.network.model_file.load_model", lambda path: model)
+        monkeypatch.setattr("infer_dints.load_model", lambda path: model)
 
     return use

@@ -3,13 +3,12 @@
     python without_posix.py SCRIPT [ARGUMENT ...] [then SCRIPT [ARGUMENT ...]] ...
 
 What Windows lacks of Python's own modules and functions is taken away before the script is imported; PyTorch, which is
-another one there, is imported before. In place of Windows' own `msvcrt` is one that locks as it does. What only Windows
-can show, its paths and how it starts workers, is not tried.
+another one there, is imported before, as are filelock and psutil. What only Windows can show, its paths and how it
+starts workers, is not tried.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import runpy
 import shutil
@@ -17,8 +16,10 @@ import signal
 import subprocess  # noqa: F401  it takes a machine with an msvcrt for Windows
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
+import filelock  # noqa: F401
+import psutil  # noqa: F401
 import torch  # noqa: F401
 
 MODULES = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
@@ -26,12 +27,6 @@ OF_OS = ("fork", "forkpty", "sysconf", "sched_getaffinity", "statvfs", "register
 OF_OS += ("getpgid", "O_DIRECTORY", "O_NOFOLLOW", "getuid", "geteuid", "getgid", "sync", "mkfifo", "chown")
 OF_OS += ("set_blocking",)
 SIGNALS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGQUIT", "SIGALRM", "SIGKILL", "SIGSTOP", "SIGCONT")
-
-
-def locking(file: int, mode: int, count: int) -> None:
-    """Lock as `msvcrt.locking`: an error at once where another has the lock."""
-    assert (mode, count) == (2, 1)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def hide() -> None:
@@ -45,8 +40,6 @@ def hide() -> None:
             if hasattr(owner, name):
                 delattr(owner, name)
     os.environ["USERNAME"] = "user"  # which Windows sets
-    sys.modules["msvcrt"] = ModuleType("msvcrt")
-    sys.modules["msvcrt"].locking, sys.modules["msvcrt"].LK_NBLCK = locking, 2
     opened = os.open
 
     def open_file(path: object, *rest: object, **more: object) -> int:

@@ -188,16 +188,18 @@ class Ledger:
     def _turns(self, what: str, count: int) -> Iterator[int]:
         """Yield numbers below ``count`` that no other rank gets, until all are given."""
         while (number := self.processes.board.add(f"{what}/taken", 1) - 1) < count:
-            if self.stop_signal.received is not None:
-                raise Stopped(self.stop_signal.received, f"before another candidate, with what is done in {self.folder}")
+            self._stop_if_asked("before another candidate")
             yield number
 
     def _wait_for(self, keys: Sequence[str]) -> None:
         """Wait until all ranks' results are there; no collective, for trainings may take longer than its timeout."""
         while not self.processes.board.check(list(keys)):
-            if self.stop_signal.received is not None:
-                raise Stopped(self.stop_signal.received, f"after its last candidate, with what is done in {self.folder}")
+            self._stop_if_asked("after its last candidate")
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _stop_if_asked(self, when: str) -> None:
+        if self.stop_signal.received is not None:
+            raise Stopped(self.stop_signal.received, f"{when}, with its results in {self.folder}")
 
     def _write(self, candidates: Sequence[Candidate], results: Mapping[str, Result]) -> None:
         """Add these trainings to the table, best first."""

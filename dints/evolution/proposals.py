@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from dints.errors import UserError
-from dints.network import unsearched
+from dints.network import baselines
 from dints.network.architecture import Architecture, from_codes, paths
 from dints.network.cost import cost, fitting_channel_mul
 from dints.network.operations import OPERATIONS
@@ -49,7 +49,7 @@ class Candidate:
 
     def described(self, dice: float, **info: object) -> Architecture:
         """Return the architecture with what is to be known about it later; train_dints.py goes by its width."""
-        ratio = unsearched.ram_ratio(self.architecture)
+        ratio = baselines.ram_ratio(self.architecture)
         facts = {"dice": dice, "ram_ratio": ratio, "channel_mul": self.channel_mul}
         return replace(self.architecture, info={**facts, "candidate": self.name, "kind": self.kind, **info})
 
@@ -203,13 +203,13 @@ class _Distinct:
 
 def _by_hand(limits: Limits) -> Iterator[Architecture]:
     blocks, depths = limits.num_blocks, limits.num_depths
-    lacking = {unsearched.CONVOLUTION, unsearched.SKIP} - {*limits.operations}
-    if unsearched.CONVOLUTION in lacking:
+    lacking = {baselines.CONVOLUTION, baselines.SKIP} - {*limits.operations}
+    if baselines.CONVOLUTION in lacking:
         return
-    skipping = partial(unsearched.u_shaped, skip_connections=not lacking)
+    skipping = partial(baselines.u_shaped, skip_connections=not lacking)
     for make, num_blocks, num_depths in (
         (skipping, blocks, depths),
-        (unsearched.u_shaped, blocks, depths),
+        (baselines.u_shaped, blocks, depths),
         (skipping, 2 * (depths - 1) + 5, depths),
         (skipping, blocks, depths - 1),
     ):
@@ -224,14 +224,14 @@ def _random(limits: Limits, generator: np.random.Generator) -> Iterator[Architec
     At equal memory the width goes down as the ratio goes up, so that this tries narrow ones and wide ones alike.
     """
     size = limits.num_blocks, limits.num_depths
-    least = unsearched.least_ram_ratio(*size, limits.operations, keep_finest=True)
+    least = baselines.least_ram_ratio(*size, limits.operations, keep_finest=True)
     settings = {"operations": limits.operations, "keep_finest": True}
     while True:
         high = np.exp(generator.uniform(*np.log((min(1.1 * least, 1.0), max(1.1 * least, DENSEST)))))
         try:
-            drawn = unsearched.random_architecture(*size, max(least, 0.95 * high), high, generator, **settings)
+            drawn = baselines.random_architecture(*size, max(least, 0.95 * high), high, generator, **settings)
         except UserError:  # a space so small that it has none of this density
-            drawn = unsearched.random_architecture(*size, least, 1.0, generator, **settings)
+            drawn = baselines.random_architecture(*size, least, 1.0, generator, **settings)
         yield replace(drawn, use_downsample=limits.use_downsample)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from dints.data.tasks import Task
-from dints.network.found import patch_step
+from dints.network.discrete import patch_step
 from dints.network.model_file import Model
 
 FACTS = "dints"  # what the facts below are called in a file

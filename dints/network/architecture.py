@@ -167,26 +167,13 @@ class DecodedCodes:
         self.codes = codes
 
 
-def load_architecture(path: str | Path, num_blocks: int | None = None, num_depths: int | None = None) -> Architecture:
+def load_architecture(path: str | Path) -> Architecture:
     """Load an arch file, ours or a published one (pickled NumPy arrays, ``code_a``/``code_c`` spelling included).
-
-    Args:
-        path: the file.
-        num_blocks, num_depths: what the caller's network has, if that is fixed; a file of another size is an error.
 
     Raises:
         UserError: the file is missing, damaged, not an architecture, or wants more than NumPy arrays unpickled.
     """
-    architecture = architecture_from_dict(torch_files.load_safely(path), str(path))
-    for what, wanted, found in (
-        ("blocks", num_blocks, architecture.num_blocks),
-        ("depths", num_depths, architecture.num_depths),
-    ):
-        if wanted is not None and wanted != found:
-            raise UserError(
-                f"{path} holds {found} {what}, but --num_{what} is {wanted}: drop the flag or name another file"
-            )
-    return architecture
+    return architecture_from_dict(torch_files.load_safely(path), str(path))
 
 
 def architecture_from_dict(content: object, source: str) -> Architecture:

@@ -1,4 +1,4 @@
-"""What a found network costs: parameters, multiply-adds, memory of a training step, time of a forward pass."""
+"""What a discrete network costs: parameters, multiply-adds, memory of a training step, time of a forward pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dints.errors import UserError
 from dints.network.architecture import Architecture
-from dints.network.found import FoundNetwork, check_patch_size, count_parameters
+from dints.network.discrete import DiscreteNetwork, check_patch_size, count_parameters
 from dints.running.failures import lacks_memory
 
 MIB = 2**20
@@ -104,7 +104,7 @@ def cost(
     settings = (architecture, in_channels, num_classes, channel_mul)
     input_shape = (batch_size, in_channels, *patch_size)
     try:
-        counted = counts(partial(FoundNetwork, *settings), input_shape)
+        counted = counts(partial(DiscreteNetwork, *settings), input_shape)
     except (OverflowError, RuntimeError, TypeError) as error:  # torch's three ways to say that a size has no 64 bits
         raise UserError(
             f"no network has in_channels {in_channels}, num_classes {num_classes}, channel_mul {channel_mul:g}, "
@@ -171,7 +171,7 @@ def fitting_channel_mul(
             f"{one.step_mib:.4g} MiB; give at least that, or a smaller --patch_size or --num_images_per_batch"
         )
     with torch.device("meta"):
-        third = FoundNetwork(architecture, in_channels, num_classes, 3 / 32)
+        third = DiscreteNetwork(architecture, in_channels, num_classes, 3 / 32)
     bend = count_parameters(third) - 2 * two.parameters + one.parameters
 
     def step_mib_at(steps: int) -> float:  # exact: all are multiples of a byte
@@ -207,7 +207,7 @@ def _measure(settings: tuple, input_shape: tuple[int, ...], device: torch.device
     name = device_name(device, torch.get_num_threads())
     try:
         with torch.random.fork_rng(devices=[]):  # both are drawn on the CPU
-            network = FoundNetwork(*settings).to(device)
+            network = DiscreteNetwork(*settings).to(device)
             image = torch.randn(input_shape).to(device)
         return {
             "device": name,

@@ -12,14 +12,14 @@ from dints import files, torch_files
 from dints.data.tasks import MAX_CLASSES, Task
 from dints.errors import UserError, cut, shown
 from dints.network.architecture import Architecture, architecture_from_dict
-from dints.network.found import FoundNetwork, check_patch_size
+from dints.network.discrete import DiscreteNetwork, check_patch_size
 from dints.network.weights import fitting_state, load_weights
 
 SIZES_OF_RANGES = {"spacing": 3, "extent": 3, "intensity": 2}  # of what `dints.data.plausibility` measures
 
 
 def save_model(
-    path: str | Path, network: FoundNetwork, architecture: Architecture, channel_mul: float, task: Task, **info
+    path: str | Path, network: DiscreteNetwork, architecture: Architecture, channel_mul: float, task: Task, **info
 ) -> None:
     """Write a model file, all that inference needs: weights, architecture, network settings, preprocessing."""
     content = {
@@ -44,7 +44,7 @@ class Model:
         digest: of the file.
     """
 
-    network: FoundNetwork
+    network: DiscreteNetwork
     architecture: Architecture
     task: Task
     info: dict
@@ -79,7 +79,7 @@ def load_model(path: str | Path) -> Model:
         _check_task(task, architecture)
         settings = architecture, task.num_channels, task.num_classes, content["channel_mul"]
         with torch.device("meta"):  # first without memory, which a damaged channel_mul would ask too much of
-            outline = FoundNetwork(*settings)
+            outline = DiscreteNetwork(*settings)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
         reason = cut(str(error).partition("\n")[0], 200)  # PyTorch adds its C++ stack
         raise UserError(
@@ -87,7 +87,7 @@ def load_model(path: str | Path) -> Model:
             f"({reason}); give another model file of train_dints.py"
         ) from error
     state = fitting_state(outline, content, path, outline.unused_stems)
-    network = FoundNetwork(*settings)
+    network = DiscreteNetwork(*settings)
     network.load_state_dict(state)
     info = {key: value for key, value in content.items() if key not in ("state_dict", "architecture", "task")}
     _check_info(info, path)
@@ -120,34 +120,35 @@ def model_of_weights(path: str | Path, architecture: Architecture, channel_mul: 
         UserError: they do not fit the architecture, or the architecture does not fit the task.
     """
     check_patch_size(task.patch_size, architecture.num_depths, architecture.use_downsample)
-    network = FoundNetwork(architecture, task.num_channels, task.num_classes, channel_mul)
+    network = DiscreteNetwork(architecture, task.num_channels, task.num_classes, channel_mul)
     load_weights(network, path, network.unused_stems)
     return Model(network, architecture, task, {"channel_mul": channel_mul}, files.digest(path))
 
 
 def _check_info(info: dict, path: str | Path) -> None:
     for key, value in info.items():
-        if not isinstance(key, str) or not torch_files.is_plain(value):
+        if not isinstance(key, str) or not torch_files.is_plain(value) or not _is_sound(key, value):
             raise UserError(f"{path} is damaged: its {cut(str(key))} is {shown(value)}; give another model file")
-    for key in ("training_cases", "validation_cases"):
-        names = info.get(key, [])
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{path} is damaged: its {key} are no list of names; give another model file")
-    try:
-        for name, (low, high) in dict(info.get("ranges", {})).items():
-            if len(low) != len(high) or len(low) != SIZES_OF_RANGES[name] or not _are((*low, *high), (int, float)):
-                raise ValueError(name)
-    except (TypeError, ValueError, LookupError) as error:
-        raise UserError(
-            f"{path} is damaged: its ranges are none ({cut(str(error))}); give another model file"
-        ) from error
-    flips = info.get("flips", {"axes": []})
-    axes = flips.get("axes") if isinstance(flips, dict) else None
-    if not isinstance(axes, (list, tuple)) or not all(type(axis) is int and axis in (0, 1, 2) for axis in axes):
-        raise UserError(f"{path} is damaged: its flips are {shown(flips)}; give another model file")
-    overlap = info.get("overlap_ratio", 0.5)
-    if not isinstance(overlap, float) or not 0 <= overlap < 1:
-        raise UserError(f"{path} is damaged: its overlap_ratio is {shown(overlap)}; give another model file")
+
+
+def _is_sound(key: str, value: object) -> bool:
+    """Tell whether an entry is what its readers take it for; entries without readers may be anything."""
+    if key in ("training_cases", "validation_cases"):
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    if key == "ranges":
+        return isinstance(value, dict) and all(_is_range(name, ends) for name, ends in value.items())
+    if key == "flips":
+        axes = value.get("axes") if isinstance(value, dict) else None
+        return isinstance(axes, (list, tuple)) and all(type(axis) is int and axis in (0, 1, 2) for axis in axes)
+    return key != "overlap_ratio" or (isinstance(value, float) and 0 <= value < 1)
+
+
+def _is_range(name: object, ends: object) -> bool:
+    """Tell whether they are the lowest and the highest values of a quantity in `SIZES_OF_RANGES`."""
+    if name not in SIZES_OF_RANGES or not isinstance(ends, (list, tuple)) or len(ends) != 2:
+        return False
+    count = SIZES_OF_RANGES[name]
+    return all(isinstance(end, (list, tuple)) and _are(tuple(end), (int, float), count) for end in ends)
 
 
 def _check_task(task: Task, architecture: Architecture) -> None:

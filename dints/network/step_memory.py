@@ -14,7 +14,7 @@ from dints.data.loaders import bytes_ahead
 from dints.data.tasks import Task
 from dints.network.architecture import Architecture, from_codes
 from dints.network.cost import activation_bytes
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.running import machine
 from dints.settings import MachineSettings, PatchSettings, RunSettings
 
@@ -81,7 +81,7 @@ def check_memory(
         return
     with torch.device("meta"):
         size = task.num_channels, task.num_classes, channel_mul
-        network = FoundNetwork(architecture, *size)
+        network = DiscreteNetwork(architecture, *size)
     recomputes = machine_settings.checkpoint_activations
     input_shape = (batch_size, task.num_channels, *task.patch_size)
     activations = _at_the_peak(network, input_shape, recomputes)
@@ -90,7 +90,7 @@ def check_memory(
     machine.check_memory(needed, f"{of}: {step}", remedy)
 
 
-def _at_the_peak(network: FoundNetwork, input_shape: tuple[int, ...], checkpoint_activations: bool) -> float:
+def _at_the_peak(network: DiscreteNetwork, input_shape: tuple[int, ...], checkpoint_activations: bool) -> float:
     """Return the bytes that are kept at once, of blocks that are computed again only the average one's: no less."""
     whole = activation_bytes(network, input_shape)
     if not checkpoint_activations:

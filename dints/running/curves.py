@@ -42,7 +42,7 @@ def figures(folder: Path) -> dict[str, Figure]:
     return made
 
 
-KINDS = {"gradient": "tab:blue", "by_hand": "tab:orange", "random": "tab:green", "mutant": "tab:purple"}
+KINDS = {"given": "tab:blue", "by_hand": "tab:orange", "random": "tab:green", "mutant": "tab:purple"}
 
 
 def draw_candidates(folder: Path) -> None:

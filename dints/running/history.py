@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import yaml
 from torch.utils.tensorboard import SummaryWriter
@@ -21,12 +21,21 @@ from dints.running import curves
 from dints.running.progress import Progress
 from dints.running.tables import ACCURACY, LOSSES, add_row, read_rows, write_rows
 
-if TYPE_CHECKING:
-    from dints.training.validation import Scores
-
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0  # so that short epochs do not flood the terminal; the tables have every epoch
+
+
+class Scores(Protocol):
+    """A validation's scores; see `dints.training.validation.Scores`."""
+
+    @property
+    def mean(self) -> float | None: ...
+
+    @property
+    def per_class(self) -> list[float | None]: ...
+
+    def describe(self, class_names: Sequence[str]) -> str: ...
 
 
 class History:
@@ -135,7 +144,7 @@ class History:
         try:
             curves.draw_all(self.folder)
         except UserError as error:  # a picture is not worth a run: its numbers are in the tables
-            log.warning("the pictures are not drawn anew: %s", error)
+            log.warning("the pictures stay as they were: %s", error)
 
     def write_progress(self, progress: Progress) -> None:
         """Replace ``progress.yaml``."""

@@ -8,11 +8,12 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Protocol
 
+import psutil
 import torch
 
 from dints import launcher, system
@@ -128,11 +129,7 @@ def cores_per_process() -> int:
 
 def available_memory() -> int:
     """Return the bytes of this node's memory that can be taken now, within the limit of its container."""
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        available = 1024 * int(fields["MemAvailable"].split()[0])
-    except FileNotFoundError:  # not Linux
-        return system.free_memory()
+    available = psutil.virtual_memory().available
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -171,11 +168,8 @@ def gib(count: int) -> str:
 
 
 def free_swap() -> int:
-    """Return the bytes of this node's swap that are free; 0 where that is not known."""
-    with suppress(OSError):
-        found = re.search(r"^SwapFree:\s*(\d+)", Path("/proc/meminfo").read_text(), re.M)
-        return 1024 * int(found[1]) if found else 0
-    return 0
+    """Return the bytes of this node's swap that are free."""
+    return psutil.swap_memory().free
 
 
 def keep_freed_memory() -> None:

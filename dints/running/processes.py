@@ -136,6 +136,7 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
         device: as for `choose_device`.
         timeout_minutes: how long a collective waits for a rank that does not answer.
     """
+    launcher.stop_with_launcher()
     keep_freed_memory()
     start_logging()
     processes = Processes(launcher.rank(), launcher.world_size(), choose_device(device))

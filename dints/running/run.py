@@ -16,7 +16,7 @@ from dints.errors import Stopped
 from dints.running import run_folder
 from dints.running.checkpoint import Checkpoint, Found, find_state
 from dints.running.epoch_loss import EpochLoss
-from dints.running.history import History
+from dints.running.history import History, Scores
 from dints.running.precision import Precision, choose_precision
 from dints.running.processes import Processes, started
 from dints.running.progress import Progress
@@ -227,17 +227,17 @@ class Run:
         waiting = self.seconds_waited / seconds if seconds else 0.0
         self.history.add_epoch(self.progress, {**means, **values, "data_wait": waiting})
 
-    def note_validation(self, scores: object, path: Path) -> bool:
+    def note_validation(self, scores: Scores | None, path: Path) -> bool:
         """Take over a validation's result if it is the best, and tell so.
 
         Args:
-            scores: `dints.training.validation.Scores`; None: there are no validation cases, and
-                the newest network counts as the best.
+            scores: None: there are no validation cases, and the newest network counts as the
+                best.
             path: the file that the network is written to.
         """
         return self.progress.note_validation(scores and scores.mean, path)
 
-    def end_validation(self, scores: object) -> None:
+    def end_validation(self, scores: Scores | None) -> None:
         """End an epoch that was validated: add it to the history, and save."""
         if self.progress.step:
             self.progress.epoch_done()

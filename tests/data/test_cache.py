@@ -11,10 +11,11 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import begun
+from small_run import begun
 from toys import ALONE, TASK, cache_of, make_case, save, voxels_of
 
 from dints.data import cache as cache_module
@@ -320,10 +321,8 @@ def test_large_cases_are_prepared_one_after_another(cases, tmp_path, monkeypatch
 def test_available_memory_is_what_the_system_and_the_container_leave(monkeypatch):
     (free,) = re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
     assert 0 < machine.available_memory() <= 1.1 * 1024 * int(free)
-    cgroup = "/sys/fs/cgroup/memory"
-    files = {"/proc/meminfo": "MemAvailable:  1000 kB\n", f"{cgroup}.max": "500000"}
-    files[f"{cgroup}.current"] = "300000"
-    files[f"{cgroup}.stat"] = "anon 5\ninactive_file 70000\n"
+    files = {"/sys/fs/cgroup/memory.max": "500000", "/sys/fs/cgroup/memory.current": "300000"}
+    files |= {"/sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 70000\n"}
 
     def read(path, *_, **__):
         if str(path) not in files:
@@ -331,6 +330,7 @@ def test_available_memory_is_what_the_system_and_the_container_leave(monkeypatch
         return files[str(path)]
 
     monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=1024000))
     assert machine.available_memory() == 270000
     files[f"{cgroup}.max"] = "max"
     assert machine.available_memory() == 1024000

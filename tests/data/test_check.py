@@ -11,11 +11,20 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+<<<<<<< HEAD
+from dints.data.leniency import Leniency
+from toys import save, write_dataset
+=======
 from toys import CLASSES, save, write_dataset
+>>>>>>> w3
 
 from dints.data import check
 from dints.data.check import check_dataset
+<<<<<<< HEAD
+from dints.data.listing import ListedCase
+=======
 from dints.data.listing import Case, ReadOptions
+>>>>>>> w3
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.settings import DataSettings

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import begun
+from small_run import begun
 from toys import CLASSES, measurable, opened, write_dataset
 
 from dints.data import listing

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import begun
+from small_run import begun
 from toys import ALONE, TASK, cache_of, make_case
 
 from dints.data import augmentation, loaders

@@ -9,27 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from architectures import chain
+from small_run import CPU
 
+from dints.errors import Stopped, UserError
 from dints.evolution import trainings
 from dints.evolution.halving import Ledger, Rung, best, open_folder, rungs
 from dints.evolution.proposals import Candidate
 from dints.evolution.trainings import Result, divided
-from dints.errors import Stopped, UserError
-from dints.running.processes import Processes
-from dints.training import curves
 from dints.running.curves import draw_candidates
+from dints.running.processes import Processes
 from dints.running.tables import read_rows
 
-CPU = torch.device("cpu")
 BF16, FP32 = {"precision": "bf16", "channel_step": 8}, {"precision": "fp32", "channel_step": 1}
 CANDIDATES = [Candidate(f"random_{number}", "random", chain(0, 0, num_depths=2), 0.5) for number in range(6)]
 
 
-class Requests:
-    """Stands for a process that was, or was not, asked to stop."""
+class Signal:
+    """Stands for the signal by which this process was, or was not, asked to stop."""
 
     received: int | None = None
 
@@ -48,9 +46,9 @@ class Trainings:
         return Result(int(candidate.name[-1]) / 10, iterations, 1.5)
 
 
-def ledger(folder: Path, train: Trainings, requests: Requests | None = None, board: dist.Store | None = None) -> Ledger:
+def ledger(folder: Path, train: Trainings, signal: Signal | None = None, board: dist.Store | None = None) -> Ledger:
     processes = Processes(0, 1, CPU, board or dist.HashStore())
-    return Ledger(folder, processes, requests or Requests(), train, rows=[])
+    return Ledger(folder, processes, signal or Signal(), train, rows=[])
 
 
 @pytest.mark.parametrize(
@@ -101,14 +99,6 @@ class TestLedger:
         draw_candidates(tmp_path)
         assert (tmp_path / "candidates.png").stat().st_size > 5000
 
-    def test_the_picture_names_the_best_of_the_last_rung(self, tmp_path, monkeypatch):
-        of_run, drawn = ledger(tmp_path, Trainings()), []
-        of_run.results(CANDIDATES[:2], 100)
-        of_run.results(CANDIDATES[2:], 100)  # as mutants, which come after the others
-        monkeypatch.setattr(curves, "_save", lambda figure, path: drawn.append(figure))
-        draw_candidates(tmp_path)
-        assert drawn[0].axes[0].get_title(loc="left") == "the winner is random 5, Dice 0.5000"
-
     def test_does_nothing_twice(self, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             ledger(tmp_path, Trainings(raises_at=4)).results(CANDIDATES, 100)
@@ -117,32 +107,19 @@ class TestLedger:
         assert again.done == ["random_4", "random_5"]
         assert results == ledger(tmp_path / "other", Trainings()).results(CANDIDATES, 100)
 
-    def test_a_damaged_result_is_named(self, tmp_path):
-        ledger(tmp_path, Trainings()).results(CANDIDATES, 100)
-        (tmp_path / "candidates/random_2/100.json").write_text('{"dice": 0.')
-        with pytest.raises(UserError, match="random_2/100.json is damaged .*: remove it, and its training"):
-            ledger(tmp_path, Trainings()).results(CANDIDATES, 100)
-
     @pytest.mark.parametrize(
         ("change", "told"),
         [
+            ('{"dice": 0.', "Expecting|delimiter"),
             ("[1]", "it holds a list instead of names with values"),
-            ('"done"', "it holds a str"),
-            ("0.5", "it holds a float"),
             ("[" * 100_000, "recursion"),
             ("{}", "it has .'failure'. instead of dice, iterations, seconds, failure"),
             ({"more": 1}, "it has .* instead of dice, iterations"),
             ({"dice": 7.0}, "dice is 7.0"),
             ({"dice": float("nan")}, "dice is nan"),
-            ({"dice": -0.1}, "dice is -0.1"),
-            ({"dice": True}, "dice is True"),
             ({"dice": "0.5" * 100}, "dice is '0.50.5.{0,60}$"),
             ({"seconds": float("inf")}, "seconds is inf"),
-            ({"seconds": -1}, "seconds is -1"),
-            ({"seconds": 10**400}, "seconds is 1000"),
-            ({"seconds": None}, "seconds is None"),
             ({"iterations": 99}, "iterations is 99 instead of 100"),
-            ({"iterations": 100.0}, "iterations is 100.0 instead of 100"),
             ({"failure": []}, r"failure is \[\]"),
             ({"network": None}, "it has no network"),
         ],
@@ -196,28 +173,31 @@ class TestLedger:
         assert sorted(of_ranks[0].done + of_ranks[1].done) == [one.name for one in CANDIDATES]
 
     def test_a_rank_that_waits_hears_of_a_request_to_stop(self, tmp_path):
-        asked = Requests()
+        asked = Signal()
         asked.received = 15
         with pytest.raises(Stopped) as stopped:
-            ledger(tmp_path, Trainings(), requests=asked).results(CANDIDATES, 100)
+            ledger(tmp_path, Trainings(), signal=asked).results(CANDIDATES, 100)
         assert stopped.value.signal == 15 and str(tmp_path) in stopped.value.saved
         with pytest.raises(Stopped):
-            ledger(tmp_path, Trainings(), requests=asked)._wait_for(["of another rank"])
+            ledger(tmp_path, Trainings(), signal=asked)._wait_for(["of another rank"])
 
 
 class TestFolder:
-    def test_goes_on_with_the_same_settings_and_its_own_precision(self, tmp_path):
-        assert open_folder(tmp_path / "c", {"seed": 0}, BF16) == BF16
-        assert open_folder(tmp_path / "c", {"seed": 0}, FP32) == BF16
-        assert json.loads((tmp_path / "c/settings.json").read_text())["precision"] == "bf16"
+    def test_has_its_own_precision_when_it_is_resumed(self, tmp_path):
+        folder = tmp_path / "c"
+        with pytest.raises(UserError, match="--resume must, but there is no .*settings.json"):
+            open_folder(folder, {"seed": 0}, BF16, "must")
+        assert open_folder(folder, {"seed": 0}, BF16, "auto") is None
+        assert open_folder(folder, {"seed": 0}, FP32, "must") == BF16
 
     def test_refuses_other_settings_and_names_them(self, tmp_path):
-        open_folder(tmp_path / "c", {"seed": 0, "memory_mib": 5}, BF16)
-        with pytest.raises(UserError, match=r"settings.json belongs to a run with other .*memory_mib was 5 and is 6\)"):
-            open_folder(tmp_path / "c", {"seed": 0, "memory_mib": 6}, BF16)
+        open_folder(tmp_path, {"seed": 0, "memory_mib": 5}, BF16, "auto")
+        expected = r"settings.json belongs to a run with other .*memory_mib was 5 and is 6\)"
+        with pytest.raises(UserError, match=expected):
+            open_folder(tmp_path, {"seed": 0, "memory_mib": 6}, BF16, "auto")
 
-    @pytest.mark.parametrize("text", ["[]", "{}", '{"configuration": {"seed": 0}, "precision": 16, "channel_step": 1}'])
-    def test_settings_that_are_none_are_named_as_damaged(self, tmp_path, text):
-        (tmp_path / "settings.json").write_text(text)
+    @pytest.mark.parametrize("configuration", ["[]", "{}", '{"configuration": {}, "precision": 16}'])
+    def test_settings_that_are_none_are_named_as_damaged(self, tmp_path, configuration):
+        (tmp_path / "settings.json").write_text(configuration)
         with pytest.raises(UserError, match=r"settings.json is damaged \(it h.*\): remove it"):
-            open_folder(tmp_path, {"seed": 0}, FP32)
+            open_folder(tmp_path, {"seed": 0}, FP32, "auto")

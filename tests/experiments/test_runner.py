@@ -21,9 +21,9 @@ import tables
 
 from dints.data.phantom import write_phantom
 from dints.network.architecture import load_architecture
+from dints.network.baselines import u_shaped
 from dints.network.cost import counts
-from dints.network.found import FoundNetwork
-from dints.network.unsearched import u_shaped
+from dints.network.discrete import DiscreteNetwork
 
 # MONAI's own layers in bf16 need at least 3 planes at the coarsest of 3 resolutions: dints/network/fast/layers.py.
 RECIPE = "--channel_mul 0.125 --patch_size 12 12 12 --spacing 6 6 6 --num_iterations 2"
@@ -70,7 +70,7 @@ def test_at_equal_memory_each_network_fills_it_but_for_one_channel():
             makers = [partial(opponents.OPPONENTS[network], 1, 3, width + more) for more in (0, 1 / 32)]
         else:
             found = rows.architecture_of(network)
-            makers = [partial(FoundNetwork, found, 1, 3, width + more) for more in (0, 1 / 32)]
+            makers = [partial(DiscreteNetwork, found, 1, 3, width + more) for more in (0, 1 / 32)]
         of_widths = [counts(make, (2, 1, 32, 32, 32)) for make in makers]
         within, beyond = (one["activation_mib"] + 16 * one["parameters"] / 2**20 for one in of_widths)
         assert within <= 10 < beyond
@@ -120,8 +120,9 @@ def test_what_a_failed_search_would_have_found_is_not_trained(monkeypatch, tmp_p
 def test_rows_are_run_once_and_their_lines_tell_what_was_measured(monkeypatch, tmp_path, capsys):
     """A search, the training of what it finds, and a training of an opponent by two processes."""
     write_phantom(tmp_path / "Task00_Phantom", 8, 1, shape=(24, 24, 24))
-    space = "--patch_size 16 16 16 --spacing 6 6 6 --candidates 4 --candidate_iterations 8 --proposals gradient random"
-    monkeypatch.setitem(rows.SEARCHES, "search", space)
+    monkeypatch.setitem(rows.SEARCHES, "search", 4)
+    monkeypatch.setattr(rows, "COMPETITION", "--num_iterations 8")
+    monkeypatch.setattr(rows, "COMMON", f"{rows.COMMON} --patch_size 16 16 16 --spacing 6 6 6")
     monkeypatch.setattr(rows, "GRADIENT", "--channel_mul 0.125 --num_epochs 2 --num_epochs_warmup 1")
     shutil.copy(rows.ARCHITECTURES / f"{rows.U}.pth", tmp_path)
     monkeypatch.setattr(rows, "ARCHITECTURES", tmp_path)
@@ -170,7 +171,7 @@ def test_rows_of_as_many_minutes_take_equally_long():
 @pytest.mark.parametrize("size", [(5, 3), (9, 3)], ids=str)
 def test_the_us_of_the_experiments_are_ours_at_full_resolution(size):
     made = u_shaped(*size, skip_connections=size == (9, 3))
-    committed = load_architecture(rows.ARCHITECTURES / f"{made.info['unsearched']}_{size[0]}x{size[1]}.pth")
+    committed = load_architecture(rows.ARCHITECTURES / f"{made.info['baseline']}_{size[0]}x{size[1]}.pth")
     assert committed.codes()[:2] == made.codes() and not committed.use_downsample
 
 

@@ -24,7 +24,7 @@ from monai.networks.blocks.dints_block import FactorizedIncreaseBlock
 import infer_dints
 from dints.data.cases import normalise
 from dints.data.grid import Resampling
-from dints.data.listing import ListedCase
+from dints.data.listing import Case
 from dints.data.nifti import read_header, read_voxels
 from dints.data.tasks import Task
 from dints.errors import UserError
@@ -32,8 +32,8 @@ from dints.exports import bundle, checked, onnx_file, predict_onnx, program
 from dints.inference.predictor import Predictor
 from dints.network import operations
 from dints.network.architecture import Architecture
+from dints.network.discrete import DiscreteNetwork
 from dints.network.fast.acceleration import accelerate
-from dints.network.found import FoundNetwork
 from dints.network.model_file import load_model, save_model
 
 TASK = Task(
@@ -53,7 +53,7 @@ AXES = {
 def model_file(path: Path, architecture: Architecture = STRAIGHT, task: Task = TASK) -> Path:
     """Write a model file with random weights."""
     torch.manual_seed(0)
-    network = FoundNetwork(architecture, task.num_channels, task.num_classes, 0.125)
+    network = DiscreteNetwork(architecture, task.num_channels, task.num_classes, 0.125)
     save_model(path, network, architecture, 0.125, task, overlap_ratio=0.25)
     return path
 
@@ -257,7 +257,7 @@ class TestBundle:
             parser.get_parsed_content(f"initialize#{number}")
         return parser.get_parsed_content("network")
 
-    def assert_same(self, found: torch.nn.Module, network: FoundNetwork) -> None:
+    def assert_same(self, found: torch.nn.Module, network: DiscreteNetwork) -> None:
         for shape in ((1, 2, 8, 8, 16), (4, 2, 8, 8, 16)):
             image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
             torch.testing.assert_close(found(image), scores(network, image), rtol=1e-4, atol=1e-5)
@@ -292,7 +292,7 @@ class TestBundle:
 
     def test_one_that_monai_cannot_run_is_told(self, case, monkeypatch, tmp_path):
         monkeypatch.setattr(checked, "RUN_BUNDLE", "import sys, dints")
-        opened = checked.open_case(ListedCase("case", tuple(map(str, case))))
+        opened = Case("case", tuple(map(str, case)))
         with pytest.raises(
             UserError, match=r"MONAI cannot run the bundle \(Mod.*No module named 'dints'\): use another"
         ):
@@ -325,8 +325,8 @@ class TestChecks:
     """An export that does not give the network's labels is not left as if it did."""
 
     @pytest.fixture
-    def listed(self, case) -> ListedCase:
-        return ListedCase("case", tuple(map(str, case)))
+    def listed(self, case) -> Case:
+        return Case("case", tuple(map(str, case)))
 
     @pytest.mark.parametrize(("kind", "name"), [("exported_program", "model.pt2"), ("onnx", "model.onnx")])
     def test_other_labels_are_refused_and_an_older_file_stays(
@@ -396,7 +396,7 @@ class TestChecks:
 
     def test_a_case_that_is_not_the_models_is_refused(self, predictor, case, tmp_path):
         with pytest.raises(UserError, match="has 1 channel of shape .*; Toy has 2"):
-            checked.export(["bundle"], predictor, ListedCase("case", (str(case[0]),)), tmp_path)
+            checked.export(["bundle"], predictor, Case("case", (str(case[0]),)), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from architectures import chain
 from commands import CHECKOUT, ON_CPU, words
 
 from dints.data.tasks import Task
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import save_model
 
 TASK = Task("Toy", "CT", 1, ("background", "a"), spacing=None, intensity=(0.0, 1.0), patch_size=(16, 16, 16))
@@ -29,7 +29,7 @@ def given(tmp_path) -> Path:
     """Write a model file and images into a folder."""
     architecture = chain(0, 1, 0, num_depths=2)
     torch.manual_seed(0)
-    save_model(tmp_path / "m.pth", FoundNetwork(architecture, 1, 2, 0.125), architecture, 0.125, TASK)
+    save_model(tmp_path / "m.pth", DiscreteNetwork(architecture, 1, 2, 0.125), architecture, 0.125, TASK)
     (tmp_path / "in").mkdir()
     for number in range(IMAGES):
         image = np.random.default_rng(number).random((40, 40, 40)).astype(np.float32)

@@ -18,7 +18,7 @@ from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.inference.predictor import Predictor
 from dints.network import model_file
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import save_model
 from dints.running import machine
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "best_metric_model.pth"
     facts = {"overlap_ratio": 0.25, "ranges": {"intensity": [[0.4, 0.2], [0.6, 0.4]]}}
-    save_model(path, FoundNetwork(architecture, 1, 3, 0.125), architecture, 0.125, TASK, **facts)
+    save_model(path, DiscreteNetwork(architecture, 1, 3, 0.125), architecture, 0.125, TASK, **facts)
     return path
 
 
@@ -66,7 +66,7 @@ def others(model, tmp_path_factory) -> list[Path]:
     paths = [folder / f"{seed}.pth" for seed in (1, 2)]
     for seed, path in enumerate(paths, start=1):
         torch.manual_seed(seed)
-        network = FoundNetwork(first.architecture, 1, 3, 0.125)
+        network = DiscreteNetwork(first.architecture, 1, 3, 0.125)
         save_model(path, network, first.architecture, 0.125, TASK, flips={"axes": [0, seed]})
     return paths
 
@@ -149,7 +149,7 @@ class TestCompiled:
         for depth in range(2):
             architecture = chain(0, depth, 0, num_depths=2)
             paths.append(tmp_path / f"{depth}.pth")
-            save_model(paths[-1], FoundNetwork(architecture, 1, 3, 0.125), architecture, 0.125, TASK)
+            save_model(paths[-1], DiscreteNetwork(architecture, 1, 3, 0.125), architecture, 0.125, TASK)
         labels = [Predictor(paths, "cpu", "fp32", compile=compile)(image, np.eye(4)) for compile in ("off", "on")]
         assert np.array_equal(*labels) and len(graphs) == 2
 

@@ -9,7 +9,7 @@ from architectures import chain
 
 from dints.data.grid import Resampling
 from dints.inference import slabs
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.running.precision import Precision
 from dints.training import windows
 from dints.training.windows import SlidingWindow
@@ -24,10 +24,10 @@ AXES = {
 
 
 @pytest.fixture(scope="module")
-def networks() -> list[FoundNetwork]:
+def networks() -> list[DiscreteNetwork]:
     """Make two networks of three classes with random weights."""
     torch.manual_seed(0)
-    return [FoundNetwork(chain(0, 1, 0, num_depths=2), 2, 3, 0.125).eval() for _ in range(2)]
+    return [DiscreteNetwork(chain(0, 1, 0, num_depths=2), 2, 3, 0.125).eval() for _ in range(2)]
 
 
 def affine(axes: np.ndarray) -> np.ndarray:

@@ -89,8 +89,8 @@ def test_a_search_space_holds_every_path_and_directions_differ_in_colour_and_in_
 
 
 @needs_dot
-@pytest.mark.parametrize(("num_blocks", "num_depths"), [(1, 2), (12, 4)])
-def test_labels_do_not_overlap(tmp_path, num_blocks, num_depths):
+def test_labels_do_not_overlap(tmp_path):
+    num_blocks, num_depths = 12, 4
     shape = (num_blocks, 3 * num_depths - 2)
     everything = Architecture(np.ones((num_blocks + 1, num_depths)), np.ones(shape), np.full(shape, 4))
     source = draw_architecture(everything, "full", tmp_path).source

@@ -17,10 +17,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tracing import assert_one_graph
 
+from dints.network.discrete import DiscreteNetwork
 from dints.network.fast import layers
 from dints.network.fast.acceleration import accelerate
 from dints.network.fast.layers import Convolution, InstanceNorm, Upsample, convolve, convolve_side_by_side
-from dints.network.found import FoundNetwork
 from dints.network.space import SearchSpace, supernet
 
 # Batch, input and output channels, kernel, stride, spatial size, and how that is computed in fp32.
@@ -150,7 +150,7 @@ def kinds() -> list[tuple]:
     for use_downsample in (True, False):
         architecture = replace(everything(2, 3), use_downsample=use_downsample)
         with torch.device("meta"):
-            network = FoundNetwork(architecture, 1, 2, 1 / 16)
+            network = DiscreteNetwork(architecture, 1, 2, 1 / 16)
         for layer in network.modules():
             if isinstance(layer, nn.Conv3d):
                 ratio = Fraction(layer.out_channels, layer.in_channels)
@@ -311,7 +311,7 @@ def test_networks_meet_no_faulty_kernel(use_downsample):
     image = torch.randn(1, 1, *((8, 16, 4) if use_downsample else (4, 8, 2)))
     architecture = replace(everything(2, 2), use_downsample=use_downsample)
     space = SearchSpace(1 / 16, 2, 2, use_downsample=use_downsample)
-    for network in (FoundNetwork(architecture, 1, 2, 1 / 16), supernet(space, 1, 2)):
+    for network in (DiscreteNetwork(architecture, 1, 2, 1 / 16), supernet(space, 1, 2)):
         expected = network(image)
         with Faulty() as faulty:
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -324,7 +324,7 @@ def test_networks_meet_no_faulty_kernel(use_downsample):
 
 def test_a_compiler_is_given_no_faulty_kernel():
     torch.manual_seed(0)
-    network = FoundNetwork(chain(0, 1, 0, num_depths=2), 1, 2, 1 / 16)
+    network = DiscreteNetwork(chain(0, 1, 0, num_depths=2), 1, 2, 1 / 16)
     image, faulty = torch.randn(1, 1, 8, 16, 4), Faulty()
 
     def on_this_machine(graph, _):
@@ -463,7 +463,7 @@ def test_the_matrices_are_kept_but_not_of_what_is_traced(as_on_gpu):
 
 def test_a_network_as_on_a_gpu_compiles_as_one_graph(as_on_gpu):
     torch.manual_seed(0)
-    assert_one_graph(FoundNetwork(chain(0, 1, 0, num_depths=2), 1, 2, 1 / 16), torch.randn(1, 1, 8, 8, 8))
+    assert_one_graph(DiscreteNetwork(chain(0, 1, 0, num_depths=2), 1, 2, 1 / 16), torch.randn(1, 1, 8, 8, 8))
 
 
 def test_which_layers_change_and_only_by_their_class():

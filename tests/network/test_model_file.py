@@ -13,7 +13,7 @@ from architectures import chain, random_architecture
 from dints.data.tasks import TASKS
 from dints.errors import UserError
 from dints.network.architecture import architecture_from_dict, load_architecture
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import load_model, save_model
 from dints.network.operations import PUBLISHED
 
@@ -26,7 +26,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     # As loaded from a published file, whose best_dsc is a NumPy scalar.
     content = {**random_architecture(1, 3, 3).to_dict(), "best_dsc": np.float64(0.5), "task": "Task07_Pancreas"}
     architecture = architecture_from_dict(content, "published.pth")
-    network = FoundNetwork(architecture, 2, 3, SMALL)
+    network = DiscreteNetwork(architecture, 2, 3, SMALL)
     save_model(tmp_path / "model.pth", network, architecture, SMALL, TASK, dice=0.75)
     model = load_model(tmp_path / "model.pth")
     assert model.task == TASK and model.info == {"channel_mul": SMALL, "dice": 0.75}
@@ -45,7 +45,7 @@ def endless() -> list:
 
 def model_content(tmp_path: Path) -> dict:
     architecture = chain(2, 1, 0, num_depths=4, operation=0)
-    save_model(tmp_path / "m.pth", FoundNetwork(architecture, 2, 3, SMALL), architecture, SMALL, TASK)
+    save_model(tmp_path / "m.pth", DiscreteNetwork(architecture, 2, 3, SMALL), architecture, SMALL, TASK)
     return torch.load(tmp_path / "m.pth", weights_only=True)
 
 
@@ -91,9 +91,11 @@ def of_file(fault: str, **changes: object) -> tuple:
         of_file("has [0-9]+ tensors of another shape", channel_mul=100.0),  # before memory for it is asked for
         of_file(r"is damaged: its dice .*\[\[", dice=endless()),
         of_file(r"is damaged: its ranges .*\[\[", ranges=endless()),
-        of_file("is damaged: its training_cases are no list of names", training_cases=[5]),
-        of_file("is damaged: its flips are {'axes': ", flips={"axes": [3]}),
-        of_file("is damaged: its flips are 5", flips=5),
+        of_file("is damaged: its ranges is", ranges={"spacing": ([1.0, 1.0, 1.0], [1.0, math.nan, 1.0])}),
+        of_file("is damaged: its ranges is", ranges={"extent": [1.0]}),
+        of_file("is damaged: its training_cases is", training_cases=[5]),
+        of_file("is damaged: its flips is {'axes': ", flips={"axes": [3]}),
+        of_file("is damaged: its flips is 5", flips=5),
         of_file("is damaged: its overlap_ratio is", overlap_ratio="x" * 10**5),
         of_file("is damaged: its version is tensor", version=torch.zeros(3)),
         (lambda c: c["task"].update(name=endless()), "is damaged: .*name"),

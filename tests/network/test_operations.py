@@ -19,8 +19,8 @@ from dints.errors import UserError
 from dints.network.architecture import load_architecture, save_architecture
 from dints.network.cells import cell_of
 from dints.network.cost import cost
+from dints.network.discrete import DiscreteNetwork
 from dints.network.drawing import draw_architecture, draw_search_space
-from dints.network.found import FoundNetwork
 from dints.network.model_file import load_model, save_model
 from dints.network.operations import OPERATIONS, PUBLISHED, ActivatedConvolutions, Operation, check_names
 from dints.network.space import SearchSpace, supernet
@@ -134,7 +134,7 @@ def test_a_found_network_is_monais_and_its_model_file_holds_the_operations(seven
     architecture = everything(2, 3, names)
     torch.manual_seed(0)
     theirs = published.network(architecture, 2, 3, SMALL, cell_of(names))
-    ours, image = FoundNetwork(architecture, 2, 3, SMALL), torch.randn(1, 2, 16, 16, 16)
+    ours, image = DiscreteNetwork(architecture, 2, 3, SMALL), torch.randn(1, 2, 16, 16, 16)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     scores = ours(image)
     torch.testing.assert_close(scores, theirs(image), rtol=1e-4, atol=1e-5)

@@ -8,27 +8,17 @@ import numpy as np
 import published
 import pytest
 import torch
+from small_run import begun
 
 import search_dints
 from dints.data.tasks import TASKS
 from dints.network.fast import layers
 from dints.running.precision import Precision
-from dints.running.processes import Processes
 
-PROCESSES = Processes(0, 1, torch.device("cpu"))
-FP32 = Precision("fp32", PROCESSES.device)
 SIZE = 16
 TASK = dataclasses.replace(TASKS["Task07_Pancreas"], patch_size=(SIZE,) * 3)
-
-
-def searches(num_blocks: int, num_depths: int) -> tuple[published.Search, search_dints.Supernet]:
-    """Make both searches with the same weights and alphas."""
-    theirs = published.Search(num_blocks, num_depths, 0.125, 1, TASK.num_classes, FP32, learning_rate_arch=0.01)
-    size = f"--num_blocks {num_blocks} --num_depths {num_depths} --channel_mul 0.125 --learning_rate_arch 0.01"
-    args = search_dints.parse_args(["--root", ".", "--output_root", ".", *size.split()])
-    ours = search_dints.Supernet(args, TASK, FP32, PROCESSES)
-    theirs.network.load_state_dict(ours.network.state_dict())
-    return theirs, ours
+FLAGS = "--root . --output_root . --num_blocks 3 --num_depths 3 --channel_mul 0.125"
+FLAGS += " --learning_rate_arch 0.01 --device cpu --precision fp32"
 
 
 def batches(count: int) -> list[dict[str, torch.Tensor]]:
@@ -61,26 +51,32 @@ def test_the_published_search_and_ours_take_the_same_course(dtype, iterations, t
     """Two thirds of the iterations also train the architecture."""
     for threshold in ("MIN_MULTIPLY_ADDS", "MIN_WEIGHTS", "MIN_WEIGHTS_OF_PRODUCT"):  # all ways, however small the size
         monkeypatch.setattr(layers, threshold, 0)
-    torch.manual_seed(0)
-    theirs, ours = searches(3, 3)
-    starts = [alpha.detach().clone() for alpha in ours.arch_parameters]
+    precision = Precision("fp32", torch.device("cpu"))
+    theirs = published.Search(3, 3, 0.125, 1, TASK.num_classes, precision, learning_rate_arch=0.01)
+    settings = search_dints.parse_args(FLAGS.split())
+    run = begun(machine=settings.machine)
+    ours = search_dints.build_supernet(settings, TASK, True, run)
+    weights, arch = search_dints.trainers(ours, settings, TASK, run)
+    theirs.network.load_state_dict(ours.state_dict())
+    alphas = [ours.dints_space.log_alpha_a, ours.dints_space.log_alpha_c]
+    starts = [alpha.detach().clone() for alpha in alphas]
     data = [{**batch, "image": batch["image"].to(dtype)} for batch in batches(32)]
-    for search in (theirs, ours):
-        search.network.to(dtype)
-    for state in ours.weights.optimizer.state.values():
+    for network in (theirs.network, ours):
+        network.to(dtype)
+    for state in weights.optimizer.state.values():
         state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
     losses = np.zeros((iterations, 4))
     for iteration in range(iterations):
         sample, other = data[iteration % 32], data[(7 * iteration + 3) % 32]
         losses[iteration, 0] = theirs.weights_step(*sample.values())
-        losses[iteration, 1] = search_dints.weights_step(ours, sample)
+        losses[iteration, 1] = weights.step(sample)
         if iteration >= iterations // 3:
-            ramp = iteration / iterations
-            losses[iteration, 2] = theirs.architecture_step(*other.values(), ramp)
-            losses[iteration, 3] = search_dints.architecture_step(ours, other, ramp)
+            progress = iteration / iterations
+            losses[iteration, 2] = theirs.architecture_step(*other.values(), progress)
+            losses[iteration, 3] = arch.step(other, progress)
     assert np.abs(losses[:, ::2] - losses[:, 1::2]).max() < tolerance
     assert losses[-10:, 0].mean() < 0.9 * losses[:10, 0].mean()  # both learn, or the comparison shows nothing
-    assert all((alpha - start).abs().max() > 0.05 for alpha, start in zip(ours.arch_parameters, starts, strict=True))
+    assert all((alpha - start).abs().max() > 0.05 for alpha, start in zip(alphas, starts, strict=True))
     if dtype == torch.float64:
-        for expected, found in zip(theirs.space.decode(), ours.space.decode(), strict=True):
+        for expected, found in zip(theirs.space.decode(), ours.dints_space.decode(), strict=True):
             np.testing.assert_array_equal(found, expected)

@@ -13,7 +13,7 @@ from dints.errors import UserError
 from dints.network import space
 from dints.network.architecture import save_architecture
 from dints.network.cost import activation_bytes, cost
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.network.step_memory import check, within_supernet
 from dints.running import machine
 from dints.running.precision import choose_precision
@@ -69,7 +69,7 @@ def test_processes_of_a_node_share_its_memory_and_swap_counts(memory, monkeypatc
 @pytest.mark.parametrize(("precision", "share"), [("fp32", 0.9), ("auto", 0.45)])
 def test_a_steps_activations_count_on_a_cpu(memory, precision, share):
     with torch.device("meta"):
-        network = FoundNetwork(ARCHITECTURE, 2, 3, 0.5)
+        network = DiscreteNetwork(ARCHITECTURE, 2, 3, 0.5)
     needed = 12 * PATCH + int(share * activation_bytes(network, (2, 2, 32, 32, 16)))
     memory(needed)
     check(TASK, ARCHITECTURE, 0.5, **OF_PATCHES, precision=precision)
@@ -96,7 +96,7 @@ def test_of_blocks_that_are_computed_again_the_average_one_counts(memory):
     """No step keeps less: the largest block's activations, and the stems'."""
     shape = (2, 2, 32, 32, 16)
     with torch.device("meta"):
-        network = FoundNetwork(ARCHITECTURE, 2, 3, 0.5)
+        network = DiscreteNetwork(ARCHITECTURE, 2, 3, 0.5)
     whole = activation_bytes(network, shape)
     network.checkpoint_activations = True
     stems = activation_bytes(network, shape)
@@ -115,7 +115,7 @@ def test_of_blocks_that_are_computed_again_the_average_one_counts(memory):
 def test_a_real_training_step_keeps_what_is_counted(architecture):
     """Activations but for a twentieth, as CPU layers are, the loss beside; of each parameter 16 bytes exactly."""
     shape, num_classes, kept = (2, 2, 32, 32, 16), 3, {}
-    network = FoundNetwork(architecture, 2, num_classes, 0.25)
+    network = DiscreteNetwork(architecture, 2, num_classes, 0.25)
     alone, average = Processes(0, 1, torch.device("cpu")), averaged(network, 0.99)
     settings = {"learning_rate": 0.01, "average": average}
     weights = weights_training(network, network.parameters(), choose_precision("fp32", alone), alone, **settings)
@@ -141,7 +141,7 @@ def test_what_a_supernet_keeps_is_counted_low():
     sizes = 2, 3, ("skip_connect", "conv_3x3x3")
     whole = space.supernet(space.SearchSpace(0.25, *sizes), 1, 2).to("meta")
     with torch.device("meta"):
-        part = FoundNetwork(within_supernet(*sizes, True), 1, 2, 0.25)
+        part = DiscreteNetwork(within_supernet(*sizes, True), 1, 2, 0.25)
     shape = (1, 1, 16, 16, 16)
     assert 0.2 < activation_bytes(part, shape) / activation_bytes(whole, shape) < 1
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from dints.errors import UserError
 from dints.network.architecture import Architecture
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.network.space import SearchSpace, supernet
 from dints.network.weights import fitting_state, load_weights
 
@@ -42,7 +42,7 @@ def assert_loads(network: nn.Module, content: object, expected: dict, path, unus
 @pytest.mark.parametrize("form", ["state dict", "model file", "latest.pth"])
 def test_weights_of_monais_networks_and_of_every_file_of_ours_are_loaded(tmp_path, form, prefix):
     theirs = DiNTS(quiet(TopologySearch, channel_mul=SMALL, num_blocks=1, num_depths=2), 1, 2)
-    found = FoundNetwork(UP, 2, 3, SMALL)
+    found = DiscreteNetwork(UP, 2, 3, SMALL)
     for network, state, unused in (
         (our_supernet(), theirs.state_dict(), ()),
         (found, state_of(UP), found.unused_stems),
@@ -58,7 +58,7 @@ def test_weights_of_monais_networks_and_of_every_file_of_ours_are_loaded(tmp_pat
 
 def test_stems_may_be_left_over_only_where_the_caller_says_so(tmp_path):
     with pytest.raises(UserError, match=r"has [0-9]+ tensors that the network lacks, for example stem_down\.0"):
-        assert_loads(FoundNetwork(UP, 2, 3, SMALL), state_of(UP), {}, tmp_path / "weights.pth")
+        assert_loads(DiscreteNetwork(UP, 2, 3, SMALL), state_of(UP), {}, tmp_path / "weights.pth")
 
 
 def without(state: dict, key: str) -> dict:
@@ -90,7 +90,7 @@ NO_WEIGHTS = [
 
 
 def assert_refused(content: object, fault: str) -> None:
-    network = FoundNetwork(UP, 2, 3, SMALL)
+    network = DiscreteNetwork(UP, 2, 3, SMALL)
     with pytest.raises(UserError, match=f"weights.pth .*{fault}") as caught:
         fitting_state(network, content, "weights.pth", network.unused_stems)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500

@@ -114,7 +114,7 @@ def labelled(tmp_path_factory, dataset, run) -> Path:
         with pytest.raises(PartlyDone):
             infer(out, *flags)
         assert not (out / "report.html").exists()
-        patch.setattr("infer_dints.segment", lambda *a: pytest.fail("what is done is done again"))
+        patch.setattr("infer_dints.Batch.decide", lambda *a: pytest.fail("what is done is done again"))
         with pytest.raises(PartlyDone):
             infer(out, *flags, "--report")
     return out

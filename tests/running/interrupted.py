@@ -18,7 +18,6 @@ import io
 import json
 import multiprocessing
 import os
-import pkgutil
 import signal
 import socket
 import sys
@@ -34,12 +33,16 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 import torch  # noqa: E402  the checkout comes first on the path
 import torch._dynamo  # noqa: E402  which the first optimizer imports, for half of a run's time
 
-from dints import data, errors, network, running, training  # noqa: E402
+from dints import errors  # noqa: E402
+from dints.data.cache import Cache  # noqa: E402
+from dints.network import arch_file  # noqa: E402
+from dints.running import curves  # noqa: E402
+from dints.running.checkpoint import Checkpoint  # noqa: E402
+from dints.running.history import History  # noqa: E402
+from dints.running.run import Run  # noqa: E402
 
-STAGES = {name: importlib.import_module(name) for name in ("search_dints", "train_dints", "infer_dints")}
-for wing in (candidates, data, network, running, training):
-    for module in pkgutil.iter_modules(wing.__path__):
-        importlib.import_module(f"{wing.__name__}.{module.name}")
+for name in ("search_dints", "evolve_dints", "train_dints"):
+    importlib.import_module(name)  # not infer_dints: a thread of ONNX Runtime's survives no fork
 LIMIT = 120  # seconds that a command may take
 
 
@@ -64,7 +67,8 @@ def run(stage: str, flags: list[str], world_size: int, fault: dict | None, launc
             if fault is not None:
                 install(fault, rank, struck)
             sys.argv = [f"{stage}.py", *flags]
-            errors.exit_on_user_error(STAGES[stage].main, STAGES[stage].parse_args(flags))
+            script = importlib.import_module(stage)
+            errors.exit_on_user_error(script.main, script.parse_args(flags))
             sys.exit(0)  # through all of the interpreter's end, as a script
         pids.append(pid)
         os.setpgid(pid, pids[0])
@@ -90,9 +94,9 @@ def become_rank(rank: int, world_size: int, port: int, pids: list[int], said: in
     os.dup2(said, 1)
     os.dup2(said, 2)
     sys.stdin = open(os.devnull)  # noqa: SIM115  the requests that were read ahead are the server's
-    training.curves.draw_all = network.drawing.draw_architecture = lambda *_, **__: None
-    replace(network.cost, "cost", cost_unless_measured)
-    replace(training.checkpoint.Checkpoint, "save", save_on_every_rank)
+    curves.draw_all = arch_file.draw_architecture = lambda *_, **__: None
+    replace(arch_file, "cost", cost_unless_measured)
+    replace(Checkpoint, "save", save_on_every_rank)
 
 
 def replace(owner: type | ModuleType, name: str, function: Callable) -> None:
@@ -105,7 +109,7 @@ def cost_unless_measured(original: Callable, *settings: object, device: object =
     return original(*settings) if device is None else SimpleNamespace(to_dict=dict, lines=list)
 
 
-def save_on_every_rank(checkpoint: training.checkpoint.Checkpoint, original: Callable) -> None:
+def save_on_every_rank(checkpoint: Checkpoint, original: Callable) -> None:
     states = {name: part.state_dict() for name, part in checkpoint.parts.items()}
     progress = {**asdict(checkpoint.progress), "seconds": 0.0, "seconds_per_iteration": 0.0, "seconds_in_epoch": 0.0}
     path = checkpoint.latest.with_name(f"rank{checkpoint.processes.rank}.pth")
@@ -166,41 +170,29 @@ def install(fault: dict, rank: int, struck: int) -> None:
         FAULTS[fault["place"]](range(first, fault.get("until", first) + 1), strike)
 
 
-def in_step(iterations: range, strike: Callable) -> None:
-    """Strike before steps of these numbers are computed."""
+def in_step(iterations: range, strike: Callable, only_if_all_is_kept: bool = False) -> None:
+    """Strike before steps of these numbers are computed, perhaps only of networks that keep all activations."""
 
-    def steps(stops, original, batches):
-        for batch in original(stops, batches):
-            if stops.checkpoint.progress.iteration + 1 in iterations:
+    def steps(run, original, *loaders, until=None):
+        for batch in original(run, *loaders, until=until):
+            recomputes = only_if_all_is_kept and run.checkpoint.parts["network"].checkpoint_activations
+            if run.progress.iteration + 1 in iterations and not recomputes:
                 strike(batch)
             yield batch
 
-    replace(training.stops.Stops, "steps", steps)
-
-
-def in_step_that_keeps_all(iterations: range, strike: Callable) -> None:
-    """Strike before such steps of networks that keep all activations are computed."""
-
-    def steps(stops, original, batches):
-        for batch in original(stops, batches):
-            keeps = not stops.checkpoint.parts["network"].checkpoint_activations
-            if keeps and stops.checkpoint.progress.iteration + 1 in iterations:
-                strike(batch)
-            yield batch
-
-    replace(training.stops.Stops, "steps", steps)
+    replace(Run, "steps", steps)
 
 
 def in_validation(iterations: range, strike: Callable) -> None:
-    """Strike before the first volume is segmented of the validation after one of these iterations."""
+    """Strike before the first volume is segmented of the validation after these iterations."""
 
-    def volumes(stops, original, cases):
-        for number, case in enumerate(original(stops, cases)):
-            if number == 0 and stops.checkpoint.progress.iteration in iterations:
+    def volumes(run, original, cases):
+        for number, case in enumerate(original(run, cases)):
+            if number == 0 and run.progress.iteration in iterations:
                 strike()
             yield case
 
-    replace(training.stops.Stops, "volumes", volumes)
+    replace(Run, "volumes", volumes)
 
 
 def when_recorded(iterations: range, strike: Callable) -> None:
@@ -211,12 +203,12 @@ def when_recorded(iterations: range, strike: Callable) -> None:
         if progress.iteration in iterations:
             strike()
 
-    replace(training.history.History, "add_validation", add_validation)
+    replace(History, "add_validation", add_validation)
 
 
 def in_caching(_: range, strike: Callable) -> None:
     """Strike before the first case is read."""
-    replace(data.cache.Cache, "hold", lambda cache, original, *args: (strike(), original(cache, *args))[1])
+    replace(Cache, "hold", lambda cache, original, *args: (strike(), original(cache, *args))[1])
 
 
 def in_save(iterations: range, strike: Callable, half: str) -> None:
@@ -240,12 +232,12 @@ def in_save(iterations: range, strike: Callable, half: str) -> None:
             replace(*((torch, "save", write_half) if half == "written" else (os, "replace", rename_half)))
         original(checkpoint)
 
-    replace(training.checkpoint.Checkpoint, "save", save)
+    replace(Checkpoint, "save", save)
 
 
 FAULTS = {
     "step": in_step,
-    "step that keeps all": in_step_that_keeps_all,
+    "step that keeps all": functools.partial(in_step, only_if_all_is_kept=True),
     "validation": in_validation,
     "recorded": when_recorded,
     "caching": in_caching,

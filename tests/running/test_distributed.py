@@ -13,17 +13,15 @@ from pathlib import Path
 import published
 import pytest
 import torch
+from small_run import CPU, begun
 from states import assert_equal, rows
 
 from dints.data.cache import open_cache
-from dints.data.listing import split_fold
-from dints.data.loaders import validation_loader
-from dints.data.opening import open_dataset
+from dints.data.dataset import open_fold
 from dints.network.model_file import load_model
 from dints.running.precision import Precision
-from dints.running.processes import Processes
-from dints.training.validation import Validation
-from dints.training.windows import SlidingWindow
+from dints.settings import DataSettings, WindowSettings
+from dints.training.validation import open_validation
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -54,7 +52,7 @@ def test_learning_rates_are_multiplied_by_the_processes_as_published_optimizers_
         parts = torch.load(folder / "latest.pth", weights_only=True)["parts"]
         return {name: part["param_groups"][0]["lr"] for name, part in parts.items() if name.startswith("optimizer")}
 
-    precision = Precision("fp32", torch.device("cpu"))
+    precision = Precision("fp32", CPU)
     oracle = published.Search(1, 2, 0.125, 1, 3, precision, learning_rate_arch=0.1, num_processes=2)
     weights, *arch = (group["lr"] for optimizer in oracle.optimizers for group in optimizer.param_groups)
     assert (weights, *arch) == (0.05, 0.2, 0.2)
@@ -62,8 +60,9 @@ def test_learning_rates_are_multiplied_by_the_processes_as_published_optimizers_
     expected = {"search": {"optimizer_a": arch[0], "optimizer_c": arch[1]}, "train": {}}
     for stage, of_arch in expected.items():
         assert rates(theatre.straight(stage, 2)) == {"optimizer": weights * last[stage], **of_arch}
-    theatre.finish("search", tmp_path / "none", 2, "--learning_rate_scaling", "none", "--num_epochs", 2)
-    assert rates(tmp_path / "none") == {"optimizer": 0.025, "optimizer_a": 0.1, "optimizer_c": 0.1}
+    recommended = tmp_path / "recommended"
+    theatre.finish("search", recommended, 2, "--recipe", "recommended", "--num_epochs", 2)
+    assert rates(recommended) == {"optimizer": 0.025, "optimizer_a": 0.1, "optimizer_c": 0.1}
     two = tmp_path / "two"
     stopped = theatre.run("search", two, 2, fault={"place": "step", "iteration": 4, "signal": "TERM", "to": 0})
     assert stopped["codes"] == [128 + signal.SIGTERM] * 2 and rates(two)["optimizer_a"] == 0.2
@@ -90,14 +89,14 @@ def test_one_process_and_two_agree_on_inference(theatre, trained, tmp_path):
 
 
 def test_validation_in_training_agrees_with_one_process(theatre, trained, tmp_path):
-    """The Dice that two ranks found in training is what one process finds for the weights that were saved."""
-    model, alone = load_model(trained / "best_metric_model.pth"), Processes(0, 1, torch.device("cpu"))
-    _, cases = split_fold(open_dataset(theatre.root, patch_size=model.task.patch_size).cases, 4, 0)
-    cache = open_cache(cases, model.task, tmp_path, alone)
-    window, precision = SlidingWindow(model.task.patch_size, 0.0, 6), Precision("fp32", alone.device)
-    volumes = validation_loader(cases, cache, alone)
-    scores = Validation(volumes, model.task.num_classes, window, precision, alone).scores(model.network)
-    assert scores.mean == pytest.approx(model.info["dice"], abs=1e-4)
+    """The Dice of two ranks in training is that of one process for the weights that were saved."""
+    model, run = load_model(trained / "best_metric_model.pth"), begun(tmp_path)
+    run.restore()
+    size = model.task.patch_size
+    fold = open_fold(DataSettings(root=theatre.root, num_folds=4, patch_size=size, spacing=(5, 5, 5)))
+    cache = open_cache(fold, run)
+    validation = open_validation(fold.validation, cache, WindowSettings(overlap_ratio=0.0), run)
+    assert validation(model.network).mean == pytest.approx(model.info["dice"], abs=1e-4)
 
 
 @pytest.mark.fault("fewer cases than ranks; a rank without validation cases")

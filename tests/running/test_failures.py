@@ -1,9 +1,10 @@
-"""What is told of errors that PyTorch raises."""
+"""Errors that PyTorch raises, explained."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed import DistBackendError
 
 from dints.data.cases import Prepared
 from dints.data.loaders import EpochSampler, TrainingLoader, TrainingSamples
@@ -25,81 +27,49 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 MEMORY = pytest.mark.fault("GPU or host memory exhausted")
 
 
-@MEMORY
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),  # which a CPU cannot provoke
-        torch.AcceleratorError("CUDA error: out of memory"),
-        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError(
-            "Caught _ArrayMemoryError in DataLoader worker process 0.\nUnable to allocate 64.0 GiB for an array"
-        ),
-        torch.distributed.DistBackendError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
-        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
-        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
-    ],
-    ids=["Python", "CPU", "GPU", "CUDA", "cuDNN", "cuBLAS", "NumPy", "NCCL", "cuDNN 9, host", "cuDNN 9, GPU"],
+FLAGS, DRIVER = "memory is exhausted .*--patch_size.*--num_sw_batch_size", "nvidia-smi.*driver"
+NCCL = (
+    "NCCL error in: NCCLUtils.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version "
+    "2.28.9\nncclSystemError: System call failed. \nLast error:\n"
 )
-def test_exhausted_memory_names_the_flags_that_lower_it(error):
-    message = "memory is exhausted .*--patch_size.*--num_sw_batch_size"
-    with pytest.raises(UserError, match=message) as told, started("cpu"):
-        raise error
-    assert "nvidia-smi" not in str(told.value)
 
 
 @MEMORY
 @pytest.mark.parametrize(
-    "text",
+    ("error", "says"),
     [
-        "GET was unable to find an engine to execute this computation",
-        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
-        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
-    ],
-)
-def test_what_is_mostly_a_lack_of_memory_is_told_so_with_what_else_it_may_be(text):
-    with pytest.raises(UserError, match="memory is exhausted .*--patch_size.*nvidia-smi.*driver"), started("cpu"):
-        raise RuntimeError(text)
-
-
-@MEMORY
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Error: failed to extend /dev/shm/nccl-WU88OE to 9637892 bytes, error: No space left on device (28)",
-        "Error while creating shared memory segment /dev/shm/nccl-NzwJ7O (size 9637888)",
-    ],
-)
-def test_nccl_without_shared_memory_is_no_other_process_s_fault(text):
-    error = torch.distributed.DistBackendError(
-        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with NCCL_DEBUG="
-        f"INFO for details), NCCL version 2.28.9\nncclSystemError: System call failed. \nLast error:\n{text}"
-    )
-    told = explain(error, rank=0, world_size=2, store=None, timeout_minutes=1)
-    assert isinstance(told, UserError) and "--shm-size" in str(told) and "NCCL_SHM_DISABLE=1" in str(told)
-
-
-@MEMORY
-def test_memory_that_is_really_exhausted_is_told():
-    with pytest.raises(UserError, match="memory is exhausted .*allocate"), started("cpu"):
-        torch.empty(2**60, dtype=torch.uint8)
-
-
-@MEMORY
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
+        (MemoryError(), FLAGS),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 9 by"), FLAGS),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), FLAGS),
+        (torch.AcceleratorError("CUDA error: out of memory"), FLAGS),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), FLAGS),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), FLAGS),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), FLAGS),
+        (RuntimeError("Caught _ArrayMemoryError in DataLoader worker process 0.\nUnable to allocate 64 GiB"), FLAGS),
+        (DistBackendError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"), FLAGS),
         (RuntimeError("could not create a primitive"), "memory is exhausted"),  # oneDNN
+        # Mostly a lack of memory, but not always.
+        (RuntimeError("GET was unable to find an engine to execute this computation"), DRIVER),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), DRIVER),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), DRIVER),
+        # Other limits of the system.
         (RuntimeError("unable to open shared memory object </torch_1_2>: Too many open files (24)"), "ulimit -n"),
         (RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left"), "--shm-size"),
+        (DistBackendError(f"{NCCL}Error: failed to extend /dev/shm/nccl-WU8 to 9637892 bytes"), "NCCL_SHM_DISABLE=1"),
+        (DistBackendError(f"{NCCL}Error while creating shared memory segment /dev/shm/nccl-Nz"), "--shm-size"),
     ],
+    ids=str,
 )
-def test_other_limits_of_the_system_are_told(error, told):
-    with pytest.raises(UserError, match=told), started("cpu"):
-        raise error
+def test_a_limit_of_the_machine_becomes_an_error_with_a_remedy(error, says):
+    explained = explain(error, rank=0, world_size=2, store=None, timeout_minutes=1)
+    assert isinstance(explained, UserError) and re.search(says, str(explained)), explained
+    assert ("nvidia-smi" in str(explained)) == (says == DRIVER)
+
+
+@MEMORY
+def test_memory_that_is_really_exhausted_is_explained():
+    with pytest.raises(UserError, match="memory is exhausted .*allocate"), started("cpu"):
+        torch.empty(2**60, dtype=torch.uint8)
 
 
 @MEMORY

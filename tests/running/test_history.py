@@ -17,10 +17,10 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dints.errors import UserError
+from dints.running import curves
 from dints.running.history import History
 from dints.running.progress import Progress
 from dints.running.tables import ACCURACY, LOSSES, read_rows
-from dints.training import curves
 from dints.training.validation import Scores
 
 CLASSES = ("background", "left atrium", "lesion")
@@ -94,7 +94,7 @@ def test_an_absent_class_leaves_an_empty_cell(tmp_path):
     assert scalars(tmp_path) == {"validation/dice": [(10, 0.5)], "validation/dice_lesion": [(10, 0.5)]}
 
 
-def test_progress_file_tells_the_best_validation(tmp_path):
+def test_progress_file_names_the_best_validation(tmp_path):
     history, progress = History(tmp_path, CLASSES, 0, True), Progress(6, 10, 70, 90.5)
     progress.note_validation(0.75, Path("run/best.pth"))
     progress.epoch, progress.iteration = 7, 80
@@ -112,24 +112,19 @@ def test_progress_file_tells_the_best_validation(tmp_path):
     }
 
 
-def test_without_validation_cases_progress_is_still_written(tmp_path, drawn):
-    history, progress = History(tmp_path, CLASSES, 0, True), Progress(0, 10, 10, 30.0, 3.0)
-    history.add_epoch(progress, {"loss": 0.5})
-    history.add_validation(progress, None)
-    history.close()
-    assert yaml.safe_load((tmp_path / "progress.yaml").read_text())["best_avg_dice_score"] is None
-    assert not (tmp_path / ACCURACY).exists() and drawn == [tmp_path]
-
-
-def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, caplog):
+def test_a_validation_without_cases_and_a_picture_that_cannot_be_written_end_no_run(
+    tmp_path, monkeypatch, caplog
+):
     def full_disk(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written: No space left on device")
 
-    monkeypatch.setattr("dints.running.curves.draw_all", full_disk)
-    history, progress = History(tmp_path, CLASSES, 0, True), Progress(0, 10, 10, 30.0, 3.0)
-    history.add_validation(progress, None)
+    monkeypatch.setattr(curves, "draw_all", full_disk)
+    history = History(tmp_path, CLASSES, 0, True)
+    history.add_validation(Progress(0, 10, 10, 30.0, 3.0), None)
     history.close()
-    assert "the pictures are not drawn anew" in caplog.text and (tmp_path / "progress.yaml").exists()
+    assert "No space left on device" in caplog.text
+    written = yaml.safe_load((tmp_path / "progress.yaml").read_text())
+    assert written["best_avg_dice_score"] is None and not (tmp_path / ACCURACY).exists()
 
 
 def test_resume_cuts_what_came_after_the_checkpoint(tmp_path):

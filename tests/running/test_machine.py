@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_run import ALONE
 
 from dints.errors import UserError
 from dints.running import machine, precision
 from dints.running.machine import choose_device
 from dints.running.precision import choose_precision
-from dints.running.processes import Processes
 from dints.running.seeds import seed_from
-
-ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

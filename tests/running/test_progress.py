@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dints.errors import Stopped
+from dints.running import progress as module
 from dints.running.progress import Progress, remark_on_dice
-from dints.training import progress as module
 
 
 def test_progress_counts_steps_and_epochs():
@@ -39,8 +39,7 @@ def test_progress_times_steps_and_what_is_stopped(monkeypatch):
 @pytest.mark.parametrize(
     ("found", "best"),
     [
-        ([0.5, 0.4], (0.5, 1, 10)),
-        ([0.5, 0.5], (0.5, 1, 10)),
+        ([0.5, 0.4, 0.5], (0.5, 1, 10)),
         ([0.5, 0.4, 0.6], (0.6, 3, 30)),
         ([None, None], (None, 2, 20)),  # without validation cases, the newest is the best
     ],

@@ -1,4 +1,4 @@
-"""Stopping when asked to, after the step or the volume that is running, and saving from time to time."""
+"""A run: its loop, stopping when asked to, saving from time to time, and its start."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from states import progress_of
+from small_run import begun
+from states import place_of
 
 from dints.errors import Stopped
 from dints.running import progress
 from dints.running.processes import STOP_SIGNALS, Processes, started
 from dints.running.run import Run
-from dints.settings import MachineSettings, RunSettings
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +40,8 @@ class Batches:
         return itertools.islice(self.batches, first_step, None)
 
 
-def begun(folder: Path, save_minutes: float = 1000.0, warning_signal: str = "USR1") -> Run:
-    stops = {"save_minutes": save_minutes, "warning_signal": warning_signal}
-    settings = RunSettings(output_root=folder, **stops)
-    run = Run(folder, Processes(0, 1, CPU), settings, MachineSettings(precision="fp32"))
-    run.begin({})
+def restored(folder: Path, save_minutes: float = 1000.0, warning_signal: str = "USR1") -> Run:
+    run = begun(folder, save_minutes=save_minutes, warning_signal=warning_signal)
     run.restore()
     return run
 
@@ -55,16 +50,10 @@ def ask_to_stop(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
 
 
-def place(folder: Path) -> tuple[int, int, int]:
-    """Return completed epochs, steps of the one after, and iteration of the state that was saved last."""
-    progress = progress_of(folder)
-    return progress["epoch"], progress["step"], progress["iteration"]
-
-
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_stops_after_the_step_that_is_running(tmp_path, number):
-    run, done = begun(tmp_path, warning_signal="USR2"), []
+    run, done = restored(tmp_path, warning_signal="USR2"), []
     with pytest.raises(Stopped) as stopped:
         for batch in run.steps(Batches(range(5))):
             if batch == 2:
@@ -72,7 +61,7 @@ def test_a_signal_stops_after_the_step_that_is_running(tmp_path, number):
             done.append(batch)
     assert done == [0, 1, 2] and stopped.value.signal == number
     assert stopped.value.saved == f"after iteration 3, with its state in {tmp_path / 'latest.pth'}"
-    assert place(tmp_path) == (0, 3, 3)
+    assert place_of(tmp_path) == (0, 3, 3)
 
 
 def test_the_time_of_an_epoch_has_the_wait_for_its_last_steps(tmp_path, monkeypatch):
@@ -80,7 +69,7 @@ def test_the_time_of_an_epoch_has_the_wait_for_its_last_steps(tmp_path, monkeypa
     clock, gpu = [0.0], torch.device("cuda", 0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.__setitem__(0, 8.0) if device == gpu else None)
-    run = begun(tmp_path)
+    run = restored(tmp_path)
     run.processes = Processes(0, 1, gpu)
     for _ in run.steps(Batches(range(4))):
         pass
@@ -88,23 +77,23 @@ def test_the_time_of_an_epoch_has_the_wait_for_its_last_steps(tmp_path, monkeypa
 
 
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
-@pytest.mark.parametrize("asked_at", ["x", "y", "z"])
+@pytest.mark.parametrize("asked_at", ["x", "z"])
 def test_a_validation_that_was_stopped_is_done_again(tmp_path, asked_at):
-    run, seen = begun(tmp_path), []
+    run, seen = restored(tmp_path), []
     assert list(run.steps(Batches("abc"))) == ["a", "b", "c"]
     with pytest.raises(Stopped):
         for case in run.volumes("xyz"):
             seen.append(case)
             if case == asked_at:
                 ask_to_stop()
-    assert seen[-1] == asked_at and place(tmp_path) == (0, 3, 3)
-    run = begun(tmp_path)
+    assert seen[-1] == asked_at and place_of(tmp_path) == (0, 3, 3)
+    run = restored(tmp_path)
     assert not list(run.steps(Batches("abc")))
     assert list(run.volumes("xyz")) == ["x", "y", "z"]
 
 
 def test_a_second_interrupt_does_not_wait_unless_it_is_the_same_one(tmp_path):
-    run, heeded = begun(tmp_path), []
+    run, heeded = restored(tmp_path), []
     with pytest.raises(KeyboardInterrupt):
         for seconds_later in (0, 0, 2):  # the second is the first one, which a launcher passed on
             run.stop_signal.received_at -= seconds_later
@@ -122,49 +111,49 @@ def test_a_worker_that_was_stopped_too_does_no_harm(tmp_path):
 
     for number, (asked, error) in enumerate([(True, Stopped), (False, RuntimeError)]):
         (tmp_path / str(number)).mkdir()
-        run = begun(tmp_path / str(number))
+        run = restored(tmp_path / str(number))
         with pytest.raises(error):  # without a signal it is an error
             list(run.steps(Batches(batches(asked))))
-    assert place(tmp_path / "0") == (0, 1, 1)
+    assert place_of(tmp_path / "0") == (0, 1, 1)
 
 
 def test_a_save_in_the_middle_of_an_epoch_when_it_is_time(tmp_path):
     for number, (save_minutes, saved) in enumerate([(0.0, [0, 1, 2]), (1000.0, [0, 0, 0])]):
         (tmp_path / str(number)).mkdir()
-        run = begun(tmp_path / str(number), save_minutes)
+        run = restored(tmp_path / str(number), save_minutes)
         for batch in run.steps(Batches(range(3))):
-            assert place(tmp_path / str(number)) == (0, saved[batch], saved[batch])
+            assert place_of(tmp_path / str(number)) == (0, saved[batch], saved[batch])
 
 
 def test_epochs_that_are_left_and_batches_of_two_loaders(tmp_path):
-    run, seen = begun(tmp_path), []
+    run, seen = restored(tmp_path), []
     for epoch in run.epochs(2):
         for pair in run.steps(Batches("ab"), Batches("xy") if epoch else None):
             seen.append(pair)
     assert seen == [("a", None), ("b", None), ("a", "x"), ("b", "y")]
     assert (run.progress.epoch, run.progress.step, run.progress.iteration) == (2, 0, 4)
     run.checkpoint.save()
-    assert list(begun(tmp_path).epochs(3)) == [2]
+    assert list(restored(tmp_path).epochs(3)) == [2]
 
 
 def test_an_epoch_may_end_at_an_iteration(tmp_path):
-    run = begun(tmp_path)
+    run = restored(tmp_path)
     seen = [batch for _ in run.epochs(2) for batch in run.steps(Batches("abc"), until=4)]
     assert seen == ["a", "b", "c", "a"] and run.progress.epoch == 2
 
 
 def test_an_error_in_the_loop_leaves_the_last_save(tmp_path):
-    run = begun(tmp_path, save_minutes=0.0)
+    run = restored(tmp_path, save_minutes=0.0)
     with pytest.raises(ZeroDivisionError):
         for _ in run.epochs(1):
             for batch in run.steps(Batches([1, 0])):
                 1 / batch
-    assert place(tmp_path) == (0, 1, 1)
+    assert place_of(tmp_path) == (0, 1, 1)
 
 
 def test_handlers_come_back_after_a_run(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with started("cpu"):
-        begun(tmp_path)
+        restored(tmp_path)
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before

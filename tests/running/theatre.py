@@ -1,4 +1,4 @@
-"""Small runs of the two training stages, with and without a fault, for the tests that stop and compare them."""
+"""Small runs of the stages that train, with and without a fault."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ from dints.network.architecture import save_architecture
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # Of 13 cases 3 validate and 10 train, in the search 5 and 5: uneven among two ranks, or among their batches of two.
 COMMON = "--patch_size 16 16 16 --spacing 5 5 5 --num_folds 4 --overlap_ratio 0 --device cpu --precision fp32"
-COMMON += " --channel_mul 0.125 --num_epochs 4 --num_epochs_per_validation 2"
-SEARCH = "--num_blocks 1 --num_depths 2 --num_epochs_warmup 1 --learning_rate_arch 0.1"
+LENGTH = "--channel_mul 0.125 --num_epochs 4 --num_epochs_per_validation 2"
+SPACE = "--num_blocks 1 --num_depths 2"
+OF_STAGES = {
+    "search": f"{LENGTH} {SPACE} --num_epochs_warmup 1 --learning_rate_arch 0.1",
+    "train": f"{LENGTH} --arch_ckpt {{arch}}",
+    # Eight trainings of 11 iterations, and two of 22.
+    "evolve": f"{SPACE} --channel_mul 0.125 --recipe published --candidates 8 --memory_mib 1 --num_iterations 44",
+}
 EPOCH = {1: 5, 2: 3}  # steps of an epoch on one and two processes, in both stages
 
 
@@ -43,8 +49,8 @@ class Theatre:
         return folder
 
     def flags(self, stage: str, folder: Path, *more: object) -> list[str]:
-        flags = ["--root", self.root, "--output_root", folder, *COMMON.split()]
-        flags += SEARCH.split() if stage == "search" else ["--arch_ckpt", self.root / "arch.pth"]
+        own = OF_STAGES[stage].format(arch=self.root / "arch.pth")
+        flags = ["--root", self.root, "--output_root", folder, *COMMON.split(), *own.split()]
         return [str(flag) for flag in (*flags, *more)]
 
     def run(self, stage: str, folder: Path, processes: int, *more: object, fault: dict | None = None, **how) -> dict:

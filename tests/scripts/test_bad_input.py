@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from commands import SPACE, TINY, infer, only_error, run, words
+from dints.data.opening import open_dataset
 from threshold import Threshold, knows
 
 import search_dints
@@ -25,7 +26,6 @@ from dints.data.cache import open_cache
 from dints.data.cases import Prepared
 from dints.data.grid import Resampling
 from dints.data.nifti import read_header, read_voxels
-from dints.data.opening import open_dataset
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.running.processes import Processes

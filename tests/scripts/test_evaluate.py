@@ -178,7 +178,7 @@ def test_bad_flags_are_told(folders, capsys):
     for flags, said in (
         ("--tolerance_mm nan", "argument --tolerance_mm: nan is no finite number"),
         ("--lesion_iou 2", "argument --lesion_iou: 2 is not at least 0 and at most 1"),
-        ("--allow_missing --predicted_only", "not allowed with"),
+        ("--allow_missing --predicted_only", "--allow_missing and --predicted_only: give one"),
     ):
         with pytest.raises(SystemExit):
             main(folders, flags)

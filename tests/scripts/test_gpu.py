@@ -27,7 +27,7 @@ def test_each_part_has_its_seconds_and_all_end_within_nine_minutes():
 def test_parts_pass_in_a_rehearsal(tmp_path):
     """But those of quickstart.sh, of benchmarks and of whole stages, which have tests of their own."""
     output, left_out = tmp_path / "results.json", "quickstart steps compiled task04 candidates activations profile"
-    done = run(f"tests/gpu.py --rehearse --without {left_out} --output", output, timeout=900)
+    done = run(f"benchmarks/gpu.py --rehearse --without {left_out} --output", output, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(output.read_text())
     assert all(result["ok"] for result in results.values()) and len(results) == 12
@@ -41,7 +41,7 @@ def test_parts_pass_in_a_rehearsal(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_part_that_fails_takes_no_other_with_it(tmp_path):
     """On a machine without a GPU all that needs one fails. The script has what the node needs, but for packages."""
-    command = ["bash", CHECKOUT / "tests" / "gpu.sh", "--parts", "machine", "ddp", "--patience", "9"]
+    command = ["bash", CHECKOUT / "benchmarks" / "gpu.sh", "--parts", "machine", "ddp", "--patience", "9"]
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     results = json.loads((tmp_path / "results.json").read_text())

@@ -24,7 +24,7 @@ from dints.data import nifti
 from dints.data.tasks import Task
 from dints.errors import PartlyDone, UserError
 from dints.inference import predictor
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import save_model
 
 TASK = Task(
@@ -88,7 +88,7 @@ def model(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     task = replace(TASK, num_channels=2, class_names=("background", "a", "b"), patch_size=(16, 16, 16))
     path = tmp_path_factory.mktemp("model") / "best_metric_model.pth"
-    save_model(path, FoundNetwork(found, 2, 3, 0.125), found, 0.125, task)
+    save_model(path, DiscreteNetwork(found, 2, 3, 0.125), found, 0.125, task)
     return path
 
 
@@ -519,8 +519,10 @@ class TestBatches:
 
     @pytest.fixture
     def segmented(self, monkeypatch) -> list[str]:
-        names, real = [], infer_dints.segment
-        monkeypatch.setattr(infer_dints, "segment", lambda case, *more: names.append(case.name) or real(case, *more))
+        names, real = [], infer_dints.Batch.decide
+        monkeypatch.setattr(
+            infer_dints.Batch, "decide", lambda batch, case: names.append(case.name) or real(batch, case)
+        )
         return names
 
     def states(self, out: Path) -> dict[str, str]:

@@ -51,8 +51,10 @@ class TestPostprocessing:
 
     @pytest.fixture
     def segmented(self, monkeypatch) -> list[str]:
-        names, real = [], infer_dints.segment
-        monkeypatch.setattr(infer_dints, "segment", lambda case, *more: names.append(case.name) or real(case, *more))
+        names, real = [], infer_dints.Batch.decide
+        monkeypatch.setattr(
+            infer_dints.Batch, "decide", lambda batch, case: names.append(case.name) or real(batch, case)
+        )
         return names
 
     def chosen(self, folder: Path, *rules: Rule, class_names: tuple[str, ...] = TASK.class_names) -> Path:
@@ -121,7 +123,7 @@ class TestModelsOfAllFolds:
             info = {"training_cases": cases[1 - fold], "validation_cases": validated}
             paths.append(tmp_path / f"fold_{fold}/best_metric_model.pth")
             known[paths[-1]] = Model(Threshold(0.5), chain(0, 0, num_depths=2), TASK, info, str(fold))
-        monkeypatch.setattr("dints.network.model_file.load_model", known.get)
+        monkeypatch.setattr("infer_dints.load_model", known.get)
         return paths
 
     @pytest.fixture

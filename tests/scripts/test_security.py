@@ -27,7 +27,7 @@ import train_dints
 from dints.data.tasks import TASKS
 from dints.errors import UserError, exit_on_user_error
 from dints.network.architecture import save_architecture
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import save_model
 from dints.torch_files import load_safely
 
@@ -279,19 +279,6 @@ def test_every_script_says_the_same_of_an_architecture(refused, name):
     assert in_model == message.replace("file.pth", "the architecture in file.pth")
 
 
-@pytest.mark.fault("other blocks or depths")
-@pytest.mark.parametrize(
-    ("flags", "fault"),
-    [
-        ("--num_blocks 2", "holds 3 blocks, but --num_blocks is 2"),
-        ("--num_blocks 3 --num_depths 4", "holds 3 depths, but --num_depths is 4"),
-    ],
-)
-def test_an_architecture_of_another_size_is_not_trained(refused, flags, fault):
-    torch.save(GOOD, "file.pth")
-    assert fault in refused("architecture that is trained", flags)
-
-
 @pytest.mark.fault("weights of another architecture")
 @pytest.mark.parametrize(
     ("depths", "settings", "fault"),
@@ -307,7 +294,7 @@ def test_an_architecture_of_another_size_is_not_trained(refused, flags, fault):
 @pytest.mark.parametrize("reader", ["weights to start from", "model"])
 def test_weights_of_another_network_are_refused(refused, reader, depths, settings, fault):
     channels, classes, channel_mul = settings
-    other = FoundNetwork(chain(*depths, num_depths=3), channels, classes, channel_mul)
+    other = DiscreteNetwork(chain(*depths, num_depths=3), channels, classes, channel_mul)
     save_model("file.pth", other, chain(0, 1, 0, num_depths=3), 0.125, TASKS["Task00_Phantom"])
     assert re.search(fault, refused(reader))
 

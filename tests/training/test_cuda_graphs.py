@@ -1,8 +1,7 @@
 """Steps whose passes are recorded and replayed are the plain ones, to the last bit.
 
-There is no GPU here: a recording is a list of tensor operations, and a replay does them again on the same tensors, as
-CUDA does with kernels. What is recorded, for which parameters, on which tensors, and who replays it, is ours and
-PyTorch's own.
+There is no GPU here: a recording is a list of tensor operations, and a replay does them again on
+the same tensors, as CUDA does with kernels. All else is ours and PyTorch's own.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import pytest
 import torch
 from architectures import random_architecture
 from commands import search, train, words
+from small_run import ALONE, CPU, begun
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,14 +20,14 @@ import search_dints
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.network.architecture import save_architecture
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.network.space import SearchSpace
 from dints.running.precision import Precision
 from dints.running.processes import Processes
-from dints.training import cuda_graphs, steps
+from dints.settings import RetrainingSettings, TrainingMachineSettings
+from dints.training import cuda_graphs
+from dints.training.steps import WeightsTrainer
 
-CPU = torch.device("cpu")
-ALONE = Processes(0, 1, CPU)
 TASK = Task("Toy", "CT", 1, ("background", "a", "b"), patch_size=(16, 16, 16))
 SPACE = "--root . --output_root . --channel_mul 0.125 --num_blocks 2 --num_depths 3 --patch_size 16 16 16"
 SPACE += " --num_images_per_batch 2"
@@ -113,77 +113,75 @@ class Distributed(Processes):
         return torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
 
 
-@pytest.mark.parametrize(("name", "checkpoint_activations"), [("fp32", False), ("bf16", True)])
+@pytest.mark.parametrize(
+    ("name", "checkpoint_activations"), [("fp32", False), ("bf16", True)]
+)
 def test_a_retraining_is_the_same(name, checkpoint_activations, processes, graphs, monkeypatch):
     """So are the average of its weights and, afterwards, both networks as a validation uses them."""
-    precision, (image, *_), states = Precision(name, CPU), (batch["image"] for batch in batches()), []
+    image, states = batches()[0]["image"], []
+    settings = RetrainingSettings(
+        learning_rate=0.1,
+        max_gradient_norm=1.0,
+        learning_rate_schedule="halvings",
+        average_decay=0.9,
+    )
     for replayed in (False, True):
         torch.manual_seed(0)
-        network = FoundNetwork(random_architecture(0, 4, 3), 1, 3, 0.125)
+        network = DiscreteNetwork(random_architecture(0, 4, 3), 1, 3, 0.125)
         network.checkpoint_activations = checkpoint_activations
-        average = steps.averaged(network, 0.9)
-        training = steps.weights_training(
-            steps.computing(network, image.shape, precision, compile="off", cuda_graphs=replayed),
-            network.parameters(),
-            precision,
-            processes,
-            learning_rate=0.1,
-            max_gradient_norm=1.0,
-            average=average,
-        )
+        machine = TrainingMachineSettings(precision=name, compile="off", cuda_graphs=replayed)
+        run = begun(processes=processes, machine=machine)
+        weights = WeightsTrainer(network, network.parameters(), settings, run, image.shape)
         with monkeypatch.context() as patch:
             if replayed:
-                patch.setattr(FoundNetwork, "forward", lambda *_: pytest.fail("computed, and not replayed"))
-            losses = torch.stack([steps.weights_step(training, batch) for batch in batches()])
+                fail = lambda *_: pytest.fail("computed, and not replayed")  # noqa: E731
+                patch.setattr(DiscreteNetwork, "forward", fail)
+            losses = torch.stack([weights.step(batch) for batch in batches()])
         with torch.no_grad():
-            scores = {"scores": network.eval()(image), "of average": average.module.eval()(image)}
+            scores = {"scores": network.eval()(image), "mean": weights.averaged.eval()(image)}
         states.append({**network.state_dict(), **scores, "losses": losses})
     assert len(graphs) == 2 and len(set(losses.tolist())) == STEPS
-    assert not torch.equal(scores["scores"], scores["of average"])
+    assert not torch.equal(scores["scores"], scores["mean"])
     assert_equal(states)
 
 
-@pytest.mark.parametrize(
-    ("name", "more"), [("fp32", ""), ("bf16", "--checkpoint_activations"), ("bf16", "--keep_finest")]
-)
+@pytest.mark.parametrize(("name", "more"), [("fp32", ""), ("bf16", "--checkpoint_activations")])
 def test_both_steps_of_a_search_are_the_same(name, more, graphs, monkeypatch):
-    """Each trains what the other one leaves alone, so that each has graphs of its own."""
+    """Each trains parameters that the other leaves alone, so that each has graphs of its own."""
     states = []
     for flags in ("", "--cuda_graphs"):
-        args = search_dints.parse_args(words(SPACE, more, flags))
-        supernet = search_dints.Supernet(args, TASK, Precision(name, CPU), ALONE)
+        given = words(SPACE, more, flags, "--precision", name)
+        settings = search_dints.parse_args(given)
+        run = begun(machine=settings.machine)
+        supernet = search_dints.build_supernet(settings, TASK, True, run)
+        weights, arch = search_dints.trainers(supernet, settings, TASK, run)
         losses = []
         with monkeypatch.context() as patch:
             if flags:
-                patch.setattr(SearchSpace, "forward", lambda *_: pytest.fail("computed, and not replayed"))
+                fail = lambda *_: pytest.fail("computed, and not replayed")  # noqa: E731
+                patch.setattr(SearchSpace, "forward", fail)
             for batch in batches():
-                losses.append(search_dints.weights_step(supernet, batch))
-                losses.append(search_dints.architecture_step(supernet, batch, 0.5))
+                losses += [weights.step(batch), arch.step(batch, 0.5)]
         with torch.no_grad():
-            scores = supernet.network.eval()(batches()[0]["image"])
-        states.append({**supernet.network.state_dict(), "losses": torch.stack(losses), "scores": scores})
+            scores = supernet.eval()(batches()[0]["image"])
+        states.append({**supernet.state_dict(), "losses": torch.stack(losses), "scores": scores})
     assert len(graphs) == 4 and all(graph.calls for graph in graphs)
     assert_equal(states)
 
 
 def test_an_image_of_another_size_is_an_error():
     computing = cuda_graphs.recorded(
-        FoundNetwork(random_architecture(0, 4, 3), 1, 3, 0.125), (1, 1, 16, 16, 16), Precision("fp32", CPU)
+        DiscreteNetwork(random_architecture(0, 4, 3), 1, 3, 0.125), (1, 1, 16, 16, 16), Precision("fp32", CPU)
     )
     assert computing(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
     with pytest.raises(RuntimeError, match="size"):
         computing(torch.zeros(1, 1, 32, 32, 32))
 
 
-def test_without_a_gpu_there_are_none():
-    cuda_graphs.check(False, "cpu")
-    cuda_graphs.check(True, "cuda")
-    with pytest.raises(UserError, match="--cuda_graphs needs a GPU"):
-        cuda_graphs.check(True, "auto")
-
-
 @pytest.mark.parametrize("stage", ["search", "train"])
-def test_a_stage_says_so_before_a_case_is_read(stage, phantom, tmp_path, monkeypatch):
+def test_without_a_gpu_they_are_refused_before_a_case_is_read(
+    stage, phantom, tmp_path, monkeypatch
+):
     monkeypatch.setattr("dints.data.cache.Cache.hold", lambda *_: pytest.fail("read"))
     with pytest.raises(UserError, match="--cuda_graphs needs a GPU: leave it out"):
         if stage == "search":
@@ -193,7 +191,7 @@ def test_a_stage_says_so_before_a_case_is_read(stage, phantom, tmp_path, monkeyp
             train(phantom, tmp_path / "run", tmp_path / "arch.pth", "--cuda_graphs")
 
 
-def test_what_is_compiled_is_not_recorded_too(capsys):
+def test_one_of_compiling_and_recording_is_given(capsys):
     with pytest.raises(SystemExit):
         search_dints.parse_args(words(SPACE, "--cuda_graphs --compile on"))
     assert "--cuda_graphs and --compile on: give one of them" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """Make architectures without a search: baselines for searched ones, and a start for those who do not search.
 
-    python -m dints.network.unsearched --output_root runs/unsearched --u_shaped_skip --num_blocks 9 --num_depths 3
-    python -m dints.network.unsearched --output_root runs/unsearched --random 5 --ram_ratio 0.2 0.3 --seed 0
+    python -m dints.network.baselines --output_root runs/baselines --u_shaped_skip --num_blocks 9 --num_depths 3
+    python -m dints.network.baselines --output_root runs/baselines --random 5 --ram_ratio 0.2 0.3 --seed 0
 
 Each is an arch file for train_dints.py. A U shape and all paths hold 3x3x3 convolutions, and
 --u_shaped_skip makes the U's long paths skip connections. Random ones are drawn uniformly from all
@@ -116,7 +116,7 @@ def random_architectures(
         raise UserError(f"--ram_ratio {low:g} {high:g} is no band with an architecture in it: {possible}")
     tilt, edge = _tilt_to(choice, low, high)
     tilted, draws_in_vain = _Tilted(choice, tilt), 0
-    made = {"unsearched": "random", "ram_ratio_band": [float(low), float(high)], "keep_finest": keep_finest}
+    made = {"baseline": "random", "ram_ratio_band": [float(low), float(high)], "keep_finest": keep_finest}
     while draws_in_vain < MAX_DRAWS:
         arch_code_a, arch_code_c = tilted.draw(generator, BATCH)
         ratios = _ratios(choice.costs, arch_code_a, arch_code_c)
@@ -278,7 +278,7 @@ def _convolutional(
     arch_code_c = arch_code_a * operations.index(CONVOLUTION)
     if skipping is not None:
         arch_code_c[skipping] = operations.index(SKIP)
-    return _architecture(arch_code_a, arch_code_c, operations, {"unsearched": kind})
+    return _architecture(arch_code_a, arch_code_c, operations, {"baseline": kind})
 
 
 def _checked(num_blocks: int, num_depths: int, operations: Sequence[str]) -> tuple[str, ...]:
@@ -300,7 +300,7 @@ def _rounded_up(ratio: float) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dints.network.unsearched",
+        prog="python -m dints.network.baselines",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -1,7 +1,7 @@
 """Measure the memory that segmenting a large CT takes beside the network, slab by slab and at once.
 
-    python tests/benchmarks/memory.py --classes 16 --shape 512 512 300
-    python tests/benchmarks/memory.py --classes 3 --shape 512 512 900 --spacing 0.8 0.8 1 --at_once
+    python benchmarks/memory.py --classes 16 --shape 512 512 300
+    python benchmarks/memory.py --classes 3 --shape 512 512 900 --spacing 0.8 0.8 1 --at_once
 
 The network is one convolution, so that what is measured is the volume's share. The peak is of this whole process,
 Python and its libraries included; the digest tells whether two ways give the same labels.
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dints.data.tasks import Task  # noqa: E402  the checkout comes first on the path
 from dints.inference import predictor  # noqa: E402
 from dints.network.model_file import Model  # noqa: E402

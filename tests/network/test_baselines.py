@@ -16,11 +16,9 @@ from scipy.stats import chi2
 
 from dints import __version__
 from dints.errors import UserError
-from dints.network import unsearched
+from dints.network import baselines
 from dints.network.architecture import Architecture, load_architecture, paths
-from dints.network.operations import PUBLISHED
-from dints.network.space import SearchSpace
-from dints.network.unsearched import (
+from dints.network.baselines import (
     all_paths,
     main,
     ram_ratio,
@@ -28,6 +26,8 @@ from dints.network.unsearched import (
     random_architectures,
     u_shaped,
 )
+from dints.network.operations import PUBLISHED
+from dints.network.space import SearchSpace
 
 TWO = ("skip_connect", "conv_3x3x3")
 SIZES = [(1, 2), (4, 4), (9, 3), (12, 6)]
@@ -57,7 +57,7 @@ def test_the_u_shape_of_five_blocks_and_three_depths():
 def test_its_long_paths_may_be_skip_connections():
     names = ("conv_3x3x3", "conv_1x3x3", "skip_connect")
     architecture, plain = u_shaped(6, 3, names, skip_connections=True), u_shaped(6, 3, names)
-    assert architecture.info["unsearched"] == "u_shaped_skip" and ends(architecture) == ends(plain)
+    assert architecture.info["baseline"] == "u_shaped_skip" and ends(architecture) == ends(plain)
     skipping = [
         [path for path, operation in zip(block, codes[active == 1], strict=True) if names[operation] == "skip_connect"]
         for block, codes, active in zip(
@@ -86,7 +86,7 @@ def test_u_shapes_are_symmetric_and_as_deep_as_they_can_be(size):
 def test_the_convolution_is_found_by_its_name(make):
     for names in (PUBLISHED, ("conv_3x3x1", "skip_connect", "conv_3x3x3"), ("conv_3x3x3",)):
         architecture = make(3, 3, names)
-        assert architecture.operations == names and architecture.info["unsearched"] == make.__name__
+        assert architecture.operations == names and architecture.info["baseline"] == make.__name__
         held = architecture.arch_code_c[architecture.arch_code_a == 1]
         assert {names[operation] for operation in held} == {"conv_3x3x3"}
         assert architecture.arch_code_c[architecture.arch_code_a == 0].sum() == 0
@@ -220,7 +220,7 @@ def test_the_command_numbers_random_ones(tmp_path):
     assert len(set(map(codes, three.values()))) == 3
     (drawn,) = write("finest", 1, "--keep_finest").values()
     assert drawn.arch_code_a[:, 0].all() and 0.1 <= drawn.info["ram_ratio"] <= 0.2
-    facts = {"unsearched": "random", "ram_ratio_band": [0.1, 0.2], "keep_finest": True, "seed": 0, "number": 0}
+    facts = {"baseline": "random", "ram_ratio_band": [0.1, 0.2], "keep_finest": True, "seed": 0, "number": 0}
     assert drawn.info == {**facts, "ram_ratio": ram_ratio(drawn), "version": __version__}
 
 
@@ -239,7 +239,7 @@ def test_flags_that_do_not_go_together(flags, complaint, tmp_path, capsys):
 
 
 def test_the_command_ends_with_one_line_and_waits_for_no_monai(tmp_path):
-    command = [sys.executable, "-X", "importtime", "-m", unsearched.__name__, "--output_root", str(tmp_path)]
+    command = [sys.executable, "-X", "importtime", "-m", baselines.__name__, "--output_root", str(tmp_path)]
     refused = subprocess.run([*command, "--u_shaped", "--num_depths", "1"], capture_output=True, text=True)
     *imported, said = refused.stderr.splitlines()
     assert (refused.returncode, refused.stdout, said) == (1, "", "error: --num_depths is 1: give 2 to 6")

@@ -1,8 +1,8 @@
 """Time the published data recipe in MONAI's calls against ours: the two alternate in one process, on the same files.
 
-    python tests/benchmarks/data.py
-    python tests/benchmarks/data.py --shapes 256x256x128 --repeats 9 --output data.json
-    python tests/benchmarks/data.py --loader --device cuda
+    python benchmarks/data.py
+    python benchmarks/data.py --shapes 256x256x128 --repeats 9 --output data.json
+    python benchmarks/data.py --loader --device cuda
 
 Cases are CT volumes of the phantom, 0.8 x 0.8 x 2.5 mm, which get the given shapes when they are resampled to 1 mm;
 labels are of 3 classes, patches 96 x 96 x 96. "ratio" is the median over the pairs of published/ours, with the smallest
@@ -33,23 +33,23 @@ import nibabel as nib
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "data")]
 
 import published_data  # noqa: E402  (the repository is no package: its root must be on the path first)
 import steps  # noqa: E402
+from dints.data.leniency import Leniency  # noqa: E402
 
 from dints.data.augmentation import augment  # noqa: E402
 from dints.data.cache import Cache, CasesInMemory  # noqa: E402
 from dints.data.cases import Case, Prepared, open_case, prepare, read_image, read_label  # noqa: E402
 from dints.data.crops import crop_masks  # noqa: E402
 from dints.data.grid import in_c_order  # noqa: E402
-from dints.data.leniency import Leniency  # noqa: E402
 from dints.data.listing import ListedCase  # noqa: E402
 from dints.data.loaders import TrainingSamples, training_loader  # noqa: E402
 from dints.data.phantom import make_case  # noqa: E402
 from dints.data.tasks import TASKS  # noqa: E402
-from dints.network.found import FoundNetwork  # noqa: E402
+from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.running.machine import cores_per_process  # noqa: E402
 from dints.running.precision import choose_precision  # noqa: E402
 from dints.running.processes import Processes, started  # noqa: E402
@@ -248,7 +248,7 @@ def share_of_waiting(args: argparse.Namespace, folder: Path, processes: Processe
     loader = training_loader(
         cases, cache, processes, batch_size=2, steps=args.iterations, num_workers=args.num_workers, stream="bench"
     )
-    network = FoundNetwork(steps.typical_architecture(), 1, task.num_classes, args.channel_mul).to(processes.device)
+    network = DiscreteNetwork(steps.typical_architecture(), 1, task.num_classes, args.channel_mul).to(processes.device)
     model = compiled(network, args.compile, processes.device)
     training = weights_training(model, network.parameters(), precision, processes, learning_rate=0.025)
     ends, waits, start = [], [], time.perf_counter()  # at each iteration's end, since the first one's start

@@ -37,7 +37,7 @@ from dints.data.phantom import write_phantom
 from dints.data.tasks import TASKS
 from dints.errors import UserError
 from dints.network.architecture import save_architecture
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.running import machine
 from dints.running.precision import Precision
 from dints.running.processes import Processes, started
@@ -165,9 +165,9 @@ def exact() -> Iterator[None]:
 
 
 def networks(blocks_and_depths: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Make a supernet and a found network, on the CPU."""
+    """Make a supernet and a discrete network, on the CPU."""
     yield "supernet", a_search(f"{SPACE} {blocks_and_depths}", Processes(0, 1, torch.device("cpu"))).network
-    yield "found network", a_network()
+    yield "discrete network", a_network()
 
 
 def published_networks() -> Iterator[tuple[str, nn.Module]]:
@@ -175,7 +175,7 @@ def published_networks() -> Iterator[tuple[str, nn.Module]]:
     published = "--channel_mul 0.5 --patch_size 96 96 96"
     yield "published supernet", a_search(published, Processes(0, 1, torch.device("cpu"))).network
     torch.manual_seed(0)
-    yield "published found network", FoundNetwork(benchmark.typical_architecture(), 1, TASK.num_classes)
+    yield "published discrete network", DiscreteNetwork(benchmark.typical_architecture(), 1, TASK.num_classes)
 
 
 def a_search(flags: str, processes: Processes, precision: str = "fp32") -> search_dints.Supernet:
@@ -185,9 +185,9 @@ def a_search(flags: str, processes: Processes, precision: str = "fp32") -> searc
     return search_dints.Supernet(options, task, Precision(precision, processes.device), processes)
 
 
-def a_network(channel_mul: float = 0.125) -> FoundNetwork:
+def a_network(channel_mul: float = 0.125) -> DiscreteNetwork:
     torch.manual_seed(0)
-    return FoundNetwork(random_architecture(0, 4, 3), TASK.num_channels, TASK.num_classes, channel_mul)
+    return DiscreteNetwork(random_architecture(0, 4, 3), TASK.num_channels, TASK.num_classes, channel_mul)
 
 
 def a_batch(device: torch.device, num_images: int = 2, patch: tuple[int, ...] = PATCH) -> dict[str, torch.Tensor]:
@@ -317,7 +317,7 @@ def lacks_memory(setting: Setting) -> None:
 def a_large_step(setting: Setting) -> None:
     """Take a step that needs some GiB."""
     device = setting.processes.device
-    network = FoundNetwork(benchmark.typical_architecture(), 1, TASK.num_classes)
+    network = DiscreteNetwork(benchmark.typical_architecture(), 1, TASK.num_classes)
     training = training_of(network, Precision("bf16", device), setting.processes)
     steps.weights_step(training, a_batch(device, 2, (96, 96, 96)))
     torch.cuda.synchronize()

@@ -1,7 +1,7 @@
 """Measure the seconds that a volume takes, with and without flips, and what of them is not the network.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/inference.py --channel_mul 0.5
-    OMP_NUM_THREADS=1 python tests/benchmarks/inference.py --image hippocampus_001.nii.gz
+    OMP_NUM_THREADS=1 python benchmarks/inference.py --channel_mul 0.5
+    OMP_NUM_THREADS=1 python benchmarks/inference.py --image hippocampus_001.nii.gz
 
 The network is a U shape with skip connections of 9 blocks and 3 depths at full resolution, with random weights, in the
 patches of the task: 32x32x32 voxels for an image that is given, which is not resampled, else 96x96x96 for a CT of
@@ -21,15 +21,16 @@ import numpy as np
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from dints.data.cases import read_image  # noqa: E402  the checkout comes first on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dints.data.leniency import Leniency  # noqa: E402
+
+from dints.data.cases import read_image  # noqa: E402  the checkout comes first on the path
 from dints.data.nifti import read_header  # noqa: E402
 from dints.data.tasks import Task  # noqa: E402
 from dints.inference.predictor import Predictor  # noqa: E402
-from dints.network.found import FoundNetwork  # noqa: E402
+from dints.network.baselines import u_shaped  # noqa: E402
+from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.network.model_file import Model  # noqa: E402
-from dints.network.unsearched import u_shaped  # noqa: E402
 
 
 class Timed(nn.Module):
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     task = Task("Timed", modality, 1, ("background", "a", "b"), spacing=None, intensity=window, patch_size=patch)
     architecture = replace(u_shaped(9, 3, skip_connections=True), use_downsample=False)
     torch.manual_seed(0)
-    network = Timed(FoundNetwork(architecture, 1, 3, args.channel_mul))
+    network = Timed(DiscreteNetwork(architecture, 1, 3, args.channel_mul))
     for mirrored in (False, True):
         model = Model(network, architecture, task, {"overlap_ratio": 0.5, "flips": {"axes": [0, 1, 2]}})
         predictor = Predictor(model, "cpu", args.precision, mirrored=mirrored)

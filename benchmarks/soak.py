@@ -1,6 +1,6 @@
 """Kills runs at random times, many times over, and looks at what is left: not part of the tests, for it takes minutes.
 
-    OMP_NUM_THREADS=1 python tests/soak.py --kills 50 --seed 0 --output soak.log
+    OMP_NUM_THREADS=1 python benchmarks/soak.py --kills 50 --seed 0 --output soak.log
 
 Part A kills a process that does nothing but save a state of some 20 MB: the newest good state must be whole and at most
 one save old. Part B kills a small search, all its processes, and starts it again until it ends. Part C kills one of two
@@ -39,12 +39,12 @@ from states import assert_same_end, progress_of  # noqa: E402
 from dints.data.phantom import write_phantom  # noqa: E402
 from dints.data.tasks import Task  # noqa: E402
 from dints.errors import UserError  # noqa: E402
-from dints.network.found import FoundNetwork  # noqa: E402
+from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.network.model_file import save_model  # noqa: E402
 from dints.running import run_folder  # noqa: E402
+from dints.running.checkpoint import Checkpoint, find_state  # noqa: E402
 from dints.running.precision import Precision  # noqa: E402
 from dints.running.processes import Processes  # noqa: E402
-from dints.running.checkpoint import Checkpoint, find_state  # noqa: E402
 
 LAUNCHER = ("bash", str(CHECKOUT / "search_dints.sh"))
 FP32, ALONE = Precision("fp32", torch.device("cpu")), Processes(0, 1, torch.device("cpu"))
@@ -282,7 +282,7 @@ def write_batch(folder: Path) -> None:
     task = Task("Toy", "CT", 1, ("background", "a"), spacing=None, intensity=(0.0, 1.0), patch_size=(16, 16, 16))
     torch.manual_seed(0)
     (folder / "in").mkdir(parents=True)
-    save_model(folder / "model.pth", FoundNetwork(architecture, 1, 2, 0.125), architecture, 0.125, task)
+    save_model(folder / "model.pth", DiscreteNetwork(architecture, 1, 2, 0.125), architecture, 0.125, task)
     for number in range(IMAGES):
         image = np.random.default_rng(number).random((64, 64, 64)).astype(np.float32)
         nib.save(nib.Nifti1Image(image, np.eye(4)), folder / f"in/{number:02}.nii.gz")

@@ -1,7 +1,7 @@
 """Time what it costs to be able to go on: saving, agreeing between steps, and what two processes tell each other.
 
-    python tests/benchmarks/running.py
-    python tests/benchmarks/running.py --size small
+    python benchmarks/running.py
+    python benchmarks/running.py --size small
 
 Of the supernet at its published size (12 blocks, 4 depths, channel multiplier 0.5: 150 million weights): the time of a
 save and its share of a run that saves every ten minutes; the time that `Stops.steps` adds to a step; and with two gloo
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402  the checkout comes first on the path
@@ -32,14 +32,14 @@ import torch.distributed as dist  # noqa: E402
 
 import search_dints  # noqa: E402
 from dints.data.tasks import TASKS  # noqa: E402
-from dints.network.found import FoundNetwork  # noqa: E402
+from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.network.space import SearchSpace  # noqa: E402
+from dints.running.checkpoint import Checkpoint, find_state  # noqa: E402
 from dints.running.precision import Precision  # noqa: E402
 from dints.running.processes import Processes, started  # noqa: E402
-from dints.training import steps  # noqa: E402
-from dints.running.checkpoint import Checkpoint, find_state  # noqa: E402
-from dints.training.losses import EpochLoss  # noqa: E402
 from dints.running.stop_signal import Requests, Stops  # noqa: E402
+from dints.training import steps  # noqa: E402
+from dints.training.losses import EpochLoss  # noqa: E402
 
 TASK, FP32 = TASKS["Task07_Pancreas"], Precision("fp32", torch.device("cpu"))
 CHANNEL_MUL = {"published": 0.5, "small": 0.125}
@@ -161,7 +161,7 @@ def retraining_of(processes: Processes) -> steps.WeightsTraining:
     with torch.no_grad():
         space.log_alpha_a.normal_(generator=generator)
         space.log_alpha_c.normal_(generator=generator)
-    network = FoundNetwork(space.architecture(), TASK.num_channels, TASK.num_classes, 0.5)
+    network = DiscreteNetwork(space.architecture(), TASK.num_channels, TASK.num_classes, 0.5)
     return steps.weights_training(network, network.parameters(), FP32, processes, learning_rate=0.025)
 
 

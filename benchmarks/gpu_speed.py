@@ -18,7 +18,7 @@ from gpu_checks import SPACE, STAGE, Setting, a_batch, a_search, history, phanto
 import search_dints
 from dints.network.architecture import save_architecture
 from dints.network.cost import counts
-from dints.network.found import FoundNetwork
+from dints.network.discrete import DiscreteNetwork
 from dints.running.precision import Precision
 from dints.training import steps
 
@@ -67,7 +67,7 @@ def plain(
     precision, processes = Precision("bf16", setting.processes.device), setting.processes
     torch.manual_seed(0)
     width = 0.0625 if setting.small else size["train_channel_mul"]
-    network = FoundNetwork(benchmark.typical_architecture(), 1, benchmark.TASK.num_classes, width)
+    network = DiscreteNetwork(benchmark.typical_architecture(), 1, benchmark.TASK.num_classes, width)
     network = network.to(precision.device).to(memory_format=layout)
     network.checkpoint_activations = checkpoint_activations
     image = torch.rand(2, 1, *[size["patch_size"]] * 3).to(precision.device).to(memory_format=layout)
@@ -150,7 +150,7 @@ def activations(setting: Setting) -> None:
         ("typical", benchmark.typical_architecture()),
         ("random", random_architecture(1, 12, 4)),
     ):
-        make = partial(FoundNetwork, architecture, 1, benchmark.TASK.num_classes, width)
+        make = partial(DiscreteNetwork, architecture, 1, benchmark.TASK.num_classes, width)
         found = {key: round(value, 1) for key, value in counts(make, shape).items()}
         network = make().to(device)
         for precision in (Precision(name, device) for name in ("fp32", "bf16")):

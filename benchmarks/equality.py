@@ -1,8 +1,8 @@
 """Compare what two checkouts compute, to the last bit: searches, candidates, trainings, resumes and segmentations.
 
-    python tests/benchmarks/equality.py run --checkout OLD --output old.json
-    python tests/benchmarks/equality.py run --checkout . --output new.json
-    python tests/benchmarks/equality.py compare old.json new.json
+    python benchmarks/equality.py run --checkout OLD --output old.json
+    python benchmarks/equality.py run --checkout . --output new.json
+    python benchmarks/equality.py compare old.json new.json
 
 Every run is a small one on the phantom, by command line as a user gives it. Each file that it leaves counts by the
 digests of its tensors, or as a table without times. A spelling that changed between versions is one entry of `RUNS`.
@@ -28,10 +28,10 @@ TINY = (
 )
 SPACE = "--num_blocks 2 --num_depths 3 --num_epochs 4 --num_epochs_warmup 2 --num_epochs_per_validation 2"
 SHORT = "--num_epochs 4 --num_epochs_per_validation 2"
-CANDIDATES = "--memory_mib 4 --candidate_iterations 8"
 COMPETITION = (  # since issue 29, and before
-    f"evolve_dints.py --num_blocks 2 --num_depths 3 --candidates 4 {CANDIDATES}",
-    f"search_dints.py --num_blocks 2 --num_depths 3 --candidates 4 --proposals by_hand random {CANDIDATES}",
+    "evolve_dints.py --num_blocks 2 --num_depths 3 --candidates 4 --memory_mib 4 --num_iterations 8",
+    "search_dints.py --num_blocks 2 --num_depths 3 --candidates 4 --proposals by_hand random --memory_mib 4 "
+    "--candidate_iterations 8",
 )
 ARCH = "--arch_ckpt {search_published_fp32}"
 # By name: the words of a command line. `{name}` is the newest architecture of that run.

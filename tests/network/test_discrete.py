@@ -1,10 +1,9 @@
-"""MONAI's `DiNTS` over a `TopologyInstance` is the oracle of the found network."""
+"""MONAI's `DiNTS` over a `TopologyInstance` is the oracle of the discrete network."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import published
@@ -16,7 +15,7 @@ from tracing import assert_one_graph
 
 from dints.errors import UserError
 from dints.network.architecture import Architecture, load_architecture
-from dints.network.found import FoundNetwork, check_patch_size, count_parameters
+from dints.network.discrete import DiscreteNetwork, check_patch_size, count_parameters
 from dints.network.weights import fitting_state
 
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
@@ -55,10 +54,10 @@ ARCHITECTURES = {
 }
 
 
-def both_networks(architecture: Architecture) -> tuple[DiNTS, FoundNetwork]:
+def both_networks(architecture: Architecture) -> tuple[DiNTS, DiscreteNetwork]:
     """Build MONAI's network and ours, with equal weights."""
     torch.manual_seed(0)
-    theirs, ours = monai_network(architecture), FoundNetwork(architecture, 2, 3, SMALL)
+    theirs, ours = monai_network(architecture), DiscreteNetwork(architecture, 2, 3, SMALL)
     ours.load_state_dict(fitting_state(ours, theirs.state_dict(), "MONAI's", ours.unused_stems))
     return theirs, ours
 
@@ -112,21 +111,21 @@ def test_the_architectures_above_cover_what_can_be():
 @pytest.mark.parametrize("name", ["random 1", "down and up"])
 def test_it_compiles_as_one_graph(name):
     torch.manual_seed(0)
-    assert_one_graph(FoundNetwork(ARCHITECTURES[name], 2, 3, SMALL), torch.randn(1, 2, 16, 16, 16))
+    assert_one_graph(DiscreteNetwork(ARCHITECTURES[name], 2, 3, SMALL), torch.randn(1, 2, 16, 16, 16))
 
 
 def test_it_exports():
-    network = FoundNetwork(ARCHITECTURES["random 1"], 2, 3, SMALL).eval()
+    network = DiscreteNetwork(ARCHITECTURES["random 1"], 2, 3, SMALL).eval()
     image = torch.randn(1, 2, 16, 16, 16)
     exported = torch.export.export(network, (image,))
     assert not any("mkldnn" in str(node.target) for node in exported.graph.nodes)  # runs on any machine
     torch.testing.assert_close(exported.module()(image), network(image), rtol=1e-4, atol=1e-5)
 
 
-def on_meta(architecture: Architecture, *settings) -> FoundNetwork:
+def on_meta(architecture: Architecture, *settings) -> DiscreteNetwork:
     """Make the network without memory for its weights."""
     with torch.device("meta"):
-        return FoundNetwork(architecture, *settings)
+        return DiscreteNetwork(architecture, *settings)
 
 
 def test_parameters_of_a_stand_in_for_the_published_architecture():
@@ -147,47 +146,34 @@ def test_parameters_of_the_published_architecture():
     assert count_parameters(on_meta(architecture, 1, 2)) <= 152_365_000
 
 
-@pytest.mark.parametrize(("num_depths", "patch_size"), [(3, (8, 8, 16)), (4, (32, 32, 32)), (4, (80, 48, 16))], ids=str)
-def test_patch_sizes_that_fit(num_depths, patch_size):
-    check_patch_size(patch_size, num_depths)
-    scores = on_meta(everything(1, num_depths), 1, 2, SMALL)(torch.zeros(1, 1, *patch_size, device="meta"))
-    assert scores.shape == (1, 2, *patch_size)
-
-
-@pytest.mark.parametrize("num_depths", [2, 4])
-def test_at_full_resolution_patch_sizes_are_halved_once_less(num_depths):
-    full = replace(everything(1, num_depths), use_downsample=False)
-    step = 2 ** (num_depths - 1)
-    for sizes, fits in (((step, step, 2 * step), True), ((3 * step,) * 3, True), ((step,) * 3, False)):
-        run = partial(on_meta(full, 1, 2, SMALL), torch.zeros(1, 1, *sizes, device="meta"))
-        if fits:
-            check_patch_size(sizes, num_depths, use_downsample=False)
-            assert run().shape == (1, 2, *sizes)
-        else:
-            with pytest.raises(UserError, match=f"need multiples of {step} and more than {step}"):
-                check_patch_size(sizes, num_depths, use_downsample=False)
-            with pytest.raises((RuntimeError, ValueError)):
-                run()
-
-
 @pytest.mark.parametrize(
-    ("num_depths", "patch_size", "suggestion"),
+    ("num_depths", "use_downsample", "patch_size", "suggestion"),
     [
-        (3, (8, 8, 8), (16, 16, 16)),
-        (3, (4, 4, 20), (8, 8, 16)),
-        (3, (32, 32, 0), (32, 32, 8)),
-        (4, (16, 16, 16), (32, 32, 32)),
-        (4, (-32, 32, 32), (16, 32, 32)),
+        (3, True, (8, 8, 16), None),
+        (4, True, (80, 48, 16), None),
+        (4, False, (8, 8, 16), None),
+        (2, False, (6, 6, 6), None),
+        (3, True, (8, 8, 8), (16, 16, 16)),
+        (3, True, (4, 4, 20), (8, 8, 16)),
+        (3, True, (32, 32, 0), (32, 32, 8)),
+        (4, True, (-32, 32, 32), (16, 32, 32)),
+        (4, False, (8, 8, 8), (16, 16, 16)),
+        (4, False, (8, 8, 12), (8, 8, 16)),
     ],
+    ids=str,
 )
-def test_patch_sizes_that_do_not_fit(num_depths, patch_size, suggestion):
-    with pytest.raises(UserError) as caught:
-        check_patch_size(patch_size, num_depths, flag="--window")
-    size, suggested = (" ".join(map(str, values)) for values in (patch_size, suggestion))
-    assert str(caught.value).startswith(f"--window {size} does not fit {num_depths} depths")
-    assert str(caught.value).endswith(f"for example {suggested}")
-    check_patch_size(suggestion, num_depths)
-    if 0 in patch_size:  # PyTorch 2.11 computes nothing of nothing
-        return
-    with pytest.raises((RuntimeError, ValueError)):  # the check refuses nothing that the network could do
-        on_meta(everything(1, num_depths), 1, 2, SMALL)(torch.zeros(1, 1, *patch_size, device="meta"))
+def test_patch_sizes_that_do_not_fit_are_refused_with_one_that_does(num_depths, use_downsample, patch_size, suggestion):
+    """The check refuses nothing that the network could do, and lets nothing pass that it could not."""
+    network = on_meta(replace(everything(1, num_depths), use_downsample=use_downsample), 1, 2, SMALL)
+    if suggestion is not None:
+        with pytest.raises(UserError) as caught:
+            check_patch_size(patch_size, num_depths, use_downsample, flag="--window")
+        size, suggested = (" ".join(map(str, values)) for values in (patch_size, suggestion))
+        assert str(caught.value).startswith(f"--window {size} does not fit {num_depths} depths")
+        assert str(caught.value).endswith(f"for example {suggested}")
+        if 0 not in patch_size:  # PyTorch 2.11 computes nothing of nothing
+            with pytest.raises((RuntimeError, ValueError)):
+                network(torch.zeros(1, 1, *patch_size, device="meta"))
+    fitting = suggestion or patch_size
+    check_patch_size(fitting, num_depths, use_downsample)
+    assert network(torch.zeros(1, 1, *fitting, device="meta")).shape == (1, 2, *fitting)

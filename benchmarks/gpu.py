@@ -1,8 +1,8 @@
 """Settles in one go what only a machine with a GPU can: whether all is right there, and how fast.
 
-    bash tests/gpu.sh                                               at most 9 minutes on one GPU; see there
-    python tests/gpu.py --output results.json --parts agrees steps  some of it
-    python tests/gpu.py --output results.json --rehearse            all of it small, on the CPU, to try this script
+    bash benchmarks/gpu.sh                                               at most 9 minutes on one GPU; see there
+    python benchmarks/gpu.py --output results.json --parts agrees steps  some of it
+    python benchmarks/gpu.py --output results.json --rehearse            all of it small, on the CPU, to try this script
 
 Needed are torch, monai, nibabel and what else requirements.txt names for running; no internet. Correctness comes first
 (gpu_checks.py), then speed (gpu_speed.py), then what takes whole runs. Each part is a process of its own, so that one
@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests"), str(CHECKOUT / "tests" / "benchmarks")]
+sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests"), str(CHECKOUT / "benchmarks")]
 
 from dints import files  # noqa: E402  (the repository is no package: its root must be on the path first)
 

@@ -1,6 +1,6 @@
 """Time the search's steps on a CPU with composed convolutions against those without, in turn, in one process.
 
-    python tests/benchmarks/composition.py --channel_mul 0.25 --use_downsample no
+    python benchmarks/composition.py --channel_mul 0.25 --use_downsample no
 
 Up to so many channels as `MAX_CHANNELS_ON_CPU` says, or --max_channels. "speedup" is the median of the pairs.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
 import torch  # noqa: E402  (the repository is no package: its root must be on the path first)
