@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +10,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-<<<<<<< HEAD
-from dints.data.leniency import Leniency
-from toys import save, write_dataset
-=======
 from toys import CLASSES, save, write_dataset
->>>>>>> w3
 
 from dints.data import check
 from dints.data.check import check_dataset
-<<<<<<< HEAD
-from dints.data.listing import ListedCase
-=======
 from dints.data.listing import Case, ReadOptions
->>>>>>> w3
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.settings import DataSettings
@@ -246,14 +236,6 @@ def test_all_faults_of_a_case_are_listed(tmp_path, cases):
     assert counts == ["3", "3", "3", "2"]
 
 
-def test_headers_and_voxels_that_do_not_fit_are_both_listed(tmp_path, cases):
-    label = labelled(9, 0, (12, 10, 9)) * np.uint8(3)
-    cases[0] = write(tmp_path, "bad", noise(0, (*SHAPE, 2)), label)
-    texts = [text for kind, name, text in checked(cases)[0] if (kind, name) == ("error", "bad")]
-    says = ["has 2 channels", "has shape (12, 10, 9)", "the label 3"]
-    assert [start in text for text, start in zip(texts, says, strict=True)] == [True] * 3
-
-
 def test_no_foreground_in_any_case(cases):
     for case in cases:
         save(Path(case.label), labelled(0), AFFINE)
@@ -271,25 +253,6 @@ def test_nothing_can_be_read(cases):
     findings, summary = checked(cases)
     assert len(findings) == 6 and summary[0] == "Toy: 3 cases, 3 with errors, 0 with warnings"
     assert summary[-1].split() == ["lesion,", "cm3", "0"]
-
-
-def test_few_cases_are_in_memory_at_once(cases, monkeypatch):
-    """They are few however many cores there are."""
-    at_once, most, lock = [0], [0], threading.Lock()
-    everyone = threading.Event()
-
-    def slow(*args):
-        with lock:
-            at_once[0] += 1
-            most[0] = max(most[0], at_once[0])
-        everyone.wait(0.05)
-        with lock:
-            at_once[0] -= 1
-        return check.Report()
-
-    monkeypatch.setattr(check, "judge_case", slow)
-    check_dataset(cases * 8, [0] * 24, TASK, 64)
-    assert most[0] == check.AT_ONCE
 
 
 # Of a dataset

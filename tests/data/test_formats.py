@@ -9,20 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-<<<<<<< HEAD
-from dints.data.opening import open_dataset
-from toys import TASK, make_case, touch
-
-from dints.data import formats
-from dints.data.formats import Description, Form, read_dataset, read_json
-from dints.data.listing import ListedCase
-=======
 from toys import CLASSES, make_case, opened, touch
 
 from dints.data import formats
 from dints.data.formats import Description, Form, read_dataset, read_json
 from dints.data.listing import Case
->>>>>>> w3
 from dints.data.tasks import TASKS, Task
 from dints.errors import UserError
 
