@@ -31,10 +31,18 @@ class Theatre:
     """Holds data, an architecture, runs that nothing stopped, and a process that starts others (interrupted.py)."""
 
     def __init__(self, folder: Path):
-        self.folder, self.root = folder, write_phantom(folder / "Task00_Phantom", 13, 1, shape=(24, 24, 24))
+        self.folder, self.root = (
+            folder,
+            write_phantom(folder / "Task00_Phantom", 13, 1, shape=(24, 24, 24)),
+        )
         save_architecture(self.root / "arch.pth", chain(0, 1, 0, num_depths=2))
         command = [sys.executable, str(Path(__file__).with_name("interrupted.py"))]
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+        streams = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "text": True,
+            "env": ENVIRONMENT,
+        }
         self.server = subprocess.Popen(command, **streams)
 
     def close(self) -> None:
@@ -53,13 +61,35 @@ class Theatre:
         flags = ["--root", self.root, "--output_root", folder, *COMMON.split(), *own.split()]
         return [str(flag) for flag in (*flags, *more)]
 
-    def run(self, stage: str, folder: Path, processes: int, *more: object, fault: dict | None = None, **how) -> dict:
+    def run(
+        self,
+        stage: str,
+        folder: Path,
+        processes: int,
+        *more: object,
+        fault: dict | None = None,
+        **how,
+    ) -> dict:
         """Run a command of a training stage; return what interrupted.py answers."""
         workers = () if "--num_workers" in more else ("--num_workers", 0)
-        return self.command(stage, processes, *self.flags(stage, folder, *workers, *more), fault=fault, **how)
+        return self.command(
+            stage, processes, *self.flags(stage, folder, *workers, *more), fault=fault, **how
+        )
 
-    def command(self, stage: str, processes: int, *flags: object, fault: dict | None = None, launch: str = "") -> dict:
-        request = {"stage": f"{stage}_dints", "flags": [*map(str, flags)], "world_size": processes, "fault": fault}
+    def command(
+        self,
+        stage: str,
+        processes: int,
+        *flags: object,
+        fault: dict | None = None,
+        launch: str = "",
+    ) -> dict:
+        request = {
+            "stage": f"{stage}_dints",
+            "flags": [*map(str, flags)],
+            "world_size": processes,
+            "fault": fault,
+        }
         request["launch"] = launch
         print(json.dumps(request), file=self.server.stdin, flush=True)
         done = json.loads(self.server.stdout.readline())
