@@ -34,7 +34,7 @@ requirements=$here/requirements.txt
 venv=${VENV:-$here/.venv}
 active=${ACTIVE:-0}
 torch_indexes=https://download.pytorch.org/whl
-supported_torch='2\.1[123]\.'  # 2.11 to 2.13: tests/older_torch.sh tries the oldest
+supported_torch='2\.1[123]\.'  # 2.11 to 2.13: benchmarks/older_torch.sh tries the oldest
 offline=0
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 

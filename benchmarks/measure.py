@@ -1,6 +1,6 @@
 """Prints what the house promises of its own code: sizes, who imports whom, who sees the command line, how texts open.
 
-    python tests/measure.py
+    python benchmarks/measure.py
 
 test_structure.py holds the code to the hard promises.
 """
@@ -179,8 +179,8 @@ def texts_without_verb(of: list[Module]) -> Iterator[str]:
 
 
 def main() -> None:
-    code, tests = program(), modules("tests/**/*.py")
-    for what, of in (("program", code), ("tests", tests)):
+    code, tests = program(), modules("tests/**/*.py", "benchmarks/*.py")
+    for what, of in (("program", code), ("tests and benchmarks", tests)):
         lines = sum(module.text.count("\n") for module in of)
         print(f"{what}: {len(of)} files, {lines} lines, {sum(lines_of_code(module.text) for module in of)} of code")
     functions = [(length(node), nesting(node), f"{m.path} {name}") for m in code for name, node in m.functions()]

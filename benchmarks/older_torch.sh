@@ -2,8 +2,8 @@
 # Run the tests that are not slow, and compile, on the oldest PyTorch that is supported, in an environment of its own.
 # CI does not.
 #
-#   bash tests/older_torch.sh                      all of them
-#   bash tests/older_torch.sh tests/training -x    arguments go to pytest
+#   bash benchmarks/older_torch.sh                      all of them
+#   bash benchmarks/older_torch.sh tests/training -x    arguments go to pytest
 #
 # Environment (optional):
 #   TORCH   the version (2.11.0)

@@ -1,6 +1,6 @@
 """Kills runs at random times, many times over, and looks at what is left: not part of the tests, for it takes minutes.
 
-    OMP_NUM_THREADS=1 python tests/soak.py --kills 50 --seed 0 --output soak.log
+    OMP_NUM_THREADS=1 python benchmarks/soak.py --kills 50 --seed 0 --output soak.log
 
 Part A kills a process that does nothing but save a state of some 20 MB: the newest good state must be whole and at most
 one save old. Part B kills a small search, all its processes, and starts it again until it ends. Part C kills one of two

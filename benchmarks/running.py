@@ -1,7 +1,7 @@
 """Time what it costs to be able to go on: saving, agreeing between steps, and what two processes tell each other.
 
-    python tests/benchmarks/running.py
-    python tests/benchmarks/running.py --size small
+    python benchmarks/running.py
+    python benchmarks/running.py --size small
 
 Of the supernet at its published size (12 blocks, 4 depths, channel multiplier 0.5: 150 million weights): the time of a
 save and its share of a run that saves every ten minutes; the time that `Stops.steps` adds to a step; and with two gloo
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402  the checkout comes first on the path

@@ -1,8 +1,8 @@
 """Settles in one go what only a machine with a GPU can: whether all is right there, and how fast.
 
-    bash tests/gpu.sh                                               at most 9 minutes on one GPU; see there
-    python tests/gpu.py --output results.json --parts agrees steps  some of it
-    python tests/gpu.py --output results.json --rehearse            all of it small, on the CPU, to try this script
+    bash benchmarks/gpu.sh                                               at most 9 minutes on one GPU; see there
+    python benchmarks/gpu.py --output results.json --parts agrees steps  some of it
+    python benchmarks/gpu.py --output results.json --rehearse            all of it small, on the CPU, to try this script
 
 Needed are torch, monai, nibabel and what else requirements.txt names for running; no internet. Correctness comes first
 (gpu_checks.py), then speed (gpu_speed.py), then what takes whole runs. Each part is a process of its own, so that one
@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests"), str(CHECKOUT / "tests" / "benchmarks")]
+sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests"), str(CHECKOUT / "benchmarks")]
 
 from dints import files  # noqa: E402  (the repository is no package: its root must be on the path first)
 
@@ -164,7 +164,7 @@ def describe(result: dict) -> str:
     return f"{'ok' if result['ok'] else 'WRONG'} after {result.get('seconds', 0)} s: {said}"
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = os.environ.get("DINTS_TASK04", CHECKOUT.parent / "shared" / "data" / "Task04_Hippocampus")
     parser.add_argument("--output", type=Path, required=True, help="what was found, as JSON")
@@ -173,7 +173,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=data, help="Task04_Hippocampus, where it is there")
     parser.add_argument("--patience", type=float, default=1, help="times the seconds that parts have (default: 1)")
     parser.add_argument("--rehearse", action="store_true", help="small, on the CPU, all in one process")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.device = "cpu" if args.rehearse else "cuda"
     args.parts = [name for name in args.parts if name not in args.without]
     return args

@@ -1,8 +1,8 @@
 """Time the published recipe in MONAI's calls against ours: the two alternate in one process, on the same input.
 
-    python tests/benchmarks/steps.py
-    python tests/benchmarks/steps.py --device cuda --size published --precision bf16 --compile on
-    python tests/benchmarks/steps.py --rows decode "bilevel iteration" --repeats 9
+    python benchmarks/steps.py
+    python benchmarks/steps.py --device cuda --size published --precision bf16 --compile on
+    python benchmarks/steps.py --rows decode "bilevel iteration" --repeats 9
 
 "speedup" is the median over the pairs of published/ours, with the smallest and the largest. "operations" are tensor
 operations per call on a CPU, kernels on a GPU; "syncs" are the places where a call waits for the GPU; "memory" is what
@@ -30,7 +30,7 @@ from monai.inferers import sliding_window_inference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import published  # noqa: E402  (the repository is no package: its root must be on the path first)

@@ -1,8 +1,8 @@
 """Time the published data recipe in MONAI's calls against ours: the two alternate in one process, on the same files.
 
-    python tests/benchmarks/data.py
-    python tests/benchmarks/data.py --shapes 256x256x128 --repeats 9 --output data.json
-    python tests/benchmarks/data.py --loader --device cuda
+    python benchmarks/data.py
+    python benchmarks/data.py --shapes 256x256x128 --repeats 9 --output data.json
+    python benchmarks/data.py --loader --device cuda
 
 Cases are CT volumes of the phantom, 0.8 x 0.8 x 2.5 mm, which get the given shapes when they are resampled to 1 mm;
 labels are of 3 classes, patches 96 x 96 x 96. "ratio" is the median over the pairs of published/ours, with the smallest
@@ -33,7 +33,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "data")]
 
 import published_data  # noqa: E402  (the repository is no package: its root must be on the path first)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Check and measure all that only a GPU can show, in at most 9 minutes, without a network: tests/gpu.py says what.
+# Check and measure all that only a GPU can show, in at most 9 minutes, without a network: benchmarks/gpu.py says what.
 #
 # Where packages are missing and cannot be had, bring their wheels in .wheels beside the checkout's README.md:
 #   grep -E '^(monai|nibabel|graphviz|pydicom)==' requirements.txt >wheels.txt
 #   python -m pip download --no-deps -d .wheels -r wheels.txt
 # There:
-#   bash tests/gpu.sh                       arguments go to tests/gpu.py
+#   bash benchmarks/gpu.sh                       arguments go to benchmarks/gpu.py
 #
 # Environment (optional):
 #   OUT     where results.json is written, as it grows (.)
@@ -20,4 +20,4 @@ if compgen -G '.wheels/*.whl' >/dev/null; then
         .wheels/*.whl
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
-exec "$python" tests/gpu.py --output "${OUT:-.}/results.json" "$@"
+exec "$python" benchmarks/gpu.py --output "${OUT:-.}/results.json" "$@"

@@ -1,8 +1,8 @@
 """Compare what two checkouts compute, to the last bit: searches, candidates, trainings, resumes and segmentations.
 
-    python tests/benchmarks/equality.py run --checkout OLD --output old.json
-    python tests/benchmarks/equality.py run --checkout . --output new.json
-    python tests/benchmarks/equality.py compare old.json new.json
+    python benchmarks/equality.py run --checkout OLD --output old.json
+    python benchmarks/equality.py run --checkout . --output new.json
+    python benchmarks/equality.py compare old.json new.json
 
 Every run is a small one on the phantom, by command line as a user gives it. Each file that it leaves counts by the
 digests of its tensors, or as a table without times. A spelling that changed between versions is one entry of `RUNS`.
