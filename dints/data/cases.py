@@ -1,4 +1,4 @@
-"""One case: its files read, held against each other and against the task, and made what the network sees."""
+"""One case: its files read, compared with each other and against the task, and made what the network sees."""
 
 from __future__ import annotations
 
