@@ -17,40 +17,48 @@ from scipy.spatial.transform import Rotation
 
 from dints.data.grid import Resampling, in_c_order
 
-pytestmark = pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid")  # MONAI's, at axes of one voxel
+# MONAI's, at axes of one voxel.
+pytestmark = pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid")
 
-# Of the intensities' range. MONAI interpolates in float64, and we in float32, whose weights and sums are rounded to
-# 6e-8 along each axis. Where a header's float32 affine is oblique, its axes are askew by 1e-7 of a volume's length,
-# which is ignored: 5e-5 of a voxel in 512, and so of the step to the next voxel. The cache rounds to 5e-4.
+# Of the intensities' range. MONAI interpolates in float64, and we in float32, whose weights and
+# sums are rounded to 6e-8 along each axis. Where a header's float32 affine is oblique, its axes are
+# askew by 1e-7 of a volume's length, which is ignored: 5e-5 of a voxel in 512, and so of the step to
+# the next voxel. The cache rounds to 5e-4.
 TOLERANCE = 1e-4
 
 
 def affine_of(axes: str, spacing: Sequence[float], degrees: float = 0.0) -> np.ndarray:
-    """Make it as a header holds it, in float32: axes towards ``axes``, all turned by ``degrees`` about each of them."""
-    affine = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(axes), (1, 1, 1)).T
-    affine[:3, :3] = Rotation.from_rotvec(np.deg2rad([degrees, -degrees / 2, degrees / 3])).as_matrix() @ affine[:3, :3]
+    """Make it as a header holds it, in float32: axes towards ``axes``, turned by ``degrees``."""
+    orientation = nib.orientations.axcodes2ornt(axes)
+    affine = nib.orientations.inv_ornt_aff(orientation, (1, 1, 1)).T
+    turn = Rotation.from_rotvec(np.deg2rad([degrees, -degrees / 2, degrees / 3])).as_matrix()
+    affine[:3, :3] = turn @ affine[:3, :3]
     affine[:3, :3] *= spacing
     affine[:3, 3] = -91.3, 120.7, 33.1
     return affine.astype(np.float32).astype(np.float64)
 
 
-def draw_voxels(shape: Sequence[int], num_channels: int = 1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_voxels(
+    shape: Sequence[int], num_channels: int = 1, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw an image, float32, and a label, uint8: noise, the hardest to interpolate alike."""
     rng = np.random.default_rng(seed)
     image = rng.normal(0, 300, (num_channels, *shape)).astype(np.float32)
     return image, rng.integers(0, 200, (1, *shape)).astype(np.uint8)
 
 
-def monai_grid(spacing: Sequence[float] | None, keys: Sequence[str] = ("image", "label")) -> list:
+def monais_way(
+    spacing: Sequence[float] | None, keys: Sequence[str] = ("image", "label")
+) -> Compose:
     modes = ["bilinear" if key == "image" else "nearest" for key in keys]
-    turn = Orientationd(keys, axcodes="RAS", labels=None)
-    return [turn] if spacing is None else [turn, Spacingd(keys, spacing, mode=modes, align_corners=True)]
+    steps = [Orientationd(keys, axcodes="RAS", labels=None)]
+    if spacing is not None:
+        steps.append(Spacingd(keys, spacing, mode=modes, align_corners=True))
+    return Compose(steps)
 
 
-def on_monais_grid(image: np.ndarray, label: np.ndarray, affine: np.ndarray, spacing: Sequence[float] | None) -> dict:
-    arrays = {"image": image.copy(order="C"), "label": label.copy(order="C")}
-    case = {key: MetaTensor(torch.from_numpy(array), torch.from_numpy(affine)) for key, array in arrays.items()}
-    return Compose(monai_grid(spacing))(case)
+def with_place(voxels: np.ndarray, affine: np.ndarray) -> MetaTensor:
+    return MetaTensor(torch.from_numpy(voxels.copy(order="C")), torch.from_numpy(affine))
 
 
 def check_against_monai(
@@ -60,16 +68,21 @@ def check_against_monai(
     spacing: Sequence[float] | None,
     tolerance: float = TOLERANCE,
 ) -> Resampling:
-    expected = on_monais_grid(image, label, affine, spacing)
+    case = {"image": with_place(image, affine), "label": with_place(label, affine)}
+    expected = monais_way(spacing)(case)
     resampling = Resampling(image.shape[1:], affine, spacing)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*not writable")  # torch's, of arrays that lie in a file's bytes
+    with warnings.catch_warnings():  # torch's, of arrays that lie in a file's bytes
+        warnings.filterwarnings("error", message=".*not writable")
         ours, our_label = resampling.apply(image), resampling.apply(label, nearest=True)
     assert ours.shape == expected["image"].shape == (len(image), *resampling.shape)
     assert np.allclose(resampling.affine, expected["image"].affine, rtol=0, atol=1e-5)
     assert ours.dtype == np.float32 and our_label.dtype == label.dtype
-    assert np.abs(ours - expected["image"].numpy()).max() <= tolerance * max(np.ptp(image), 1)
+    difference = np.abs(ours - expected["image"].numpy()).max()
+    assert difference <= tolerance * max(np.ptp(image), 1)
     assert np.array_equal(our_label, expected["label"].numpy())
+    for result in (ours, our_label):  # new arrays that torch takes, never the file's bytes
+        assert result.flags.writeable and not np.shares_memory(result, image)
+        assert np.array_equal(torch.from_numpy(result).numpy(), result)
     return resampling
 
 
@@ -77,35 +90,25 @@ GRIDS = {
     # file axes, degrees, the file's spacing, the grid's (RAS), voxels
     "finer": ("RAS", 0, (1.5, 2.0, 4.0), (1.0, 1.0, 1.0), (21, 16, 9)),
     "coarser": ("RAS", 0, (0.7, 0.8, 1.0), (1.0, 1.3, 1.9), (40, 33, 30)),
-    "half": ("RAS", 0, (2.0, 2.0, 2.0), (1.0, 1.0, 1.0), (21, 16, 9)),
-    "half of a spacing that is not round": ("RAS", 0, (0.703125, 0.7, 1.4), (0.3515625, 0.35, 0.7), (21, 16, 9)),
+    "half, not round": ("RAS", 0, (0.703125, 0.7, 1.4), (0.3515625, 0.35, 0.7), (21, 16, 9)),
     "double, odd and even": ("RAS", 0, (1.0, 1.0, 1.0), (2.0, 2.0, 2.0), (21, 16, 9)),
-    "1.5 times": ("RAS", 0, (1.0, 0.8, 2.0), (1.5, 1.2, 3.0), (21, 16, 31)),
     "a quarter and three quarters": ("RAS", 0, (2.0, 2.0, 1.0), (0.5, 1.5, 0.75), (9, 21, 16)),
-    "LPS": ("LPS", 0, (0.8, 0.8, 5.0), (1.0, 1.0, 1.0), (20, 24, 7)),
     "LPS, half": ("LPS", 0, (1.0, 2.0, 4.0), (0.5, 1.0, 2.0), (20, 24, 7)),
     "LAS, left-handed": ("LAS", 0, (0.9, 1.1, 3.0), (1.0, 1.0, 2.0), (20, 17, 8)),
-    "PIR": ("PIR", 0, (1.0, 2.0, 3.0), (1.5, 1.5, 1.5), (12, 13, 14)),
     "SAL": ("SAL", 0, (3.0, 1.0, 2.0), (2.0, 1.5, 1.5), (12, 13, 14)),
-    "oblique": ("RAS", 20, (0.8, 0.9, 3.0), (1.0, 1.0, 1.0), (20, 21, 9)),
-    "oblique LPS": ("LPS", 12, (0.8, 0.9, 3.0), (1.0, 1.0, 1.0), (20, 21, 9)),
+    "oblique": ("LPS", 12, (0.8, 0.9, 3.0), (1.0, 1.0, 1.0), (20, 21, 9)),
     "oblique PIR": ("PIR", 8, (0.8, 0.9, 3.0), (1.0, 1.0, 1.0), (20, 21, 9)),
     "oblique, half": ("LAS", 15, (2.0, 2.0, 2.0), (1.0, 1.0, 1.0), (15, 16, 9)),
-    "oblique, 1.5 times": ("SAL", 15, (2.0, 1.0, 0.7), (1.5, 1.05, 3.0), (15, 16, 9)),
     "nothing changes": ("RAS", 0, (1.0, 2.0, 3.0), (1.0, 2.0, 3.0), (9, 10, 11)),
     "only turned": ("PIR", 0, (1.0, 2.0, 3.0), (3.0, 1.0, 2.0), (9, 10, 11)),
     "within MONAI's tolerance": ("LPS", 0, (0.9995, 1.0, 1.0008), (1.0, 1.0, 1.0), (9, 10, 400)),
     "within it along one axis": ("RAS", 0, (0.9994, 1.0, 2.0), (1.0, 1.0, 1.0), (400, 9, 10)),
     "just beyond it": ("RAS", 0, (1.002, 1.0, 1.0), (1.0, 1.0, 1.0), (400, 9, 10)),
-    "oblique, nothing changes": ("LPS", 20, (1.0, 2.0, 3.0), (1.0, 2.0, 3.0), (9, 10, 11)),
-    "no spacing": ("RAS", 0, (1.0, 2.0, 3.0), None, (9, 10, 11)),
     "no spacing, turned": ("SAL", 10, (1.0, 2.0, 3.0), None, (9, 10, 11)),
-    "one slice": ("RAS", 0, (1.0, 1.0, 5.0), (0.7, 1.5, 1.0), (12, 13, 1)),
     "one slice, flipped": ("LPI", 0, (1.0, 1.0, 5.0), (0.7, 1.5, 1.0), (12, 13, 1)),
     "a needle": ("LPI", 0, (1.0, 2.0, 5.0), (1.5, 1.0, 2.0), (1, 13, 1)),
     "one voxel": ("PIR", 0, (1.0, 2.0, 5.0), (1.5, 1.0, 2.0), (1, 1, 1)),
     "becomes one slice": ("LAS", 0, (1.0, 1.0, 1.0), (1.0, 1.5, 9.0), (12, 13, 3)),
-    "thin": ("LPS", 0, (1.0, 1.0, 5.0), (2.0, 0.5, 3.0), (30, 2, 3)),
     "longer than a block": ("RAS", 0, (1.0, 3.0, 1.0), (0.7, 1.0, 1.7), (150, 40, 140)),
 }
 
@@ -113,37 +116,41 @@ GRIDS = {
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_grid_is_monais(grid):
     axes, degrees, own, spacing, shape = GRIDS[grid]
-    resampling = check_against_monai(*draw_voxels(shape), affine_of(axes, own, degrees), spacing)
+    affine = affine_of(axes, own, degrees)
+    resampling = check_against_monai(*draw_voxels(shape), affine, spacing)
     assert nib.aff2axcodes(resampling.affine) == ("R", "A", "S")
 
 
+OWN = [0.3, 0.5, 0.6, 0.703125, 0.7871, 0.79296875, 0.9997, 1.0, 1.0005, 1.25, 1.5, 2.0, 2.5, 5.0]
+
+
 def test_random_grids_are_monais():
-    for number in range(300):
+    for number in range(150):
         rng = np.random.default_rng([7, number])
-        shape = rng.choice([1, 2, 3, 5, 8, 13, 20, 21, 32, 33], 3)
-        own = rng.choice(
-            [0.3, 0.5, 0.6, 0.703125, 0.7871, 0.79296875, 0.9997, 1.0, 1.0005, 1.25, 1.5, 2.0, 2.5, 5.0], 3
-        )
+        shape, own = rng.choice([1, 2, 3, 5, 8, 13, 20, 21, 32, 33], 3), rng.choice(OWN, 3)
         axes = "".join(rng.choice(list(pair)) for pair in rng.permutation(["RL", "AP", "SI"]))
         affine = affine_of(axes, own, rng.choice([0.0, 17.0]))
         turned = own[np.argsort(nib.orientations.io_orientation(affine)[:, 0])]
-        changed = turned * rng.choice([0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4], 3)  # many a tie
-        spacing = (changed, rng.choice([0.8, 1.0, 1.5, 2.0], 3), turned + rng.choice([0, 5e-4, -9e-4, 2e-3], 3))[
-            number % 3
-        ]
+        spacings = (
+            turned * rng.choice([0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4], 3),  # many a tie
+            rng.choice([0.8, 1.0, 1.5, 2.0], 3),
+            turned + rng.choice([0, 5e-4, -9e-4, 2e-3], 3),
+        )
+        spacing = spacings[number % 3]
         try:
             check_against_monai(*draw_voxels(shape, 2, number), affine, spacing)
         except AssertionError as error:
-            raise AssertionError(f"{number}: {shape} {axes} {own} to {spacing}, {affine.tolist()}") from error
+            raise AssertionError(f"{number}: {shape} {axes} {own} to {spacing}") from error
 
 
-@pytest.mark.parametrize("grid", ["coarser", "LPS, half", "SAL", "oblique PIR", "only turned"])
-@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int16", "uint16", "uint8", "int32"])
+@pytest.mark.parametrize("grid", ["coarser", "SAL", "oblique PIR", "only turned"])
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int16", "uint16"])
 def test_the_grid_is_monais_for_every_type_memory_order_and_several_channels(grid, dtype):
     axes, degrees, own, spacing, shape = GRIDS[grid]
     image, label = draw_voxels(shape, 3)
     image = (np.abs(image) % 256).astype(dtype)
-    as_read = [np.moveaxis(np.asfortranarray(np.moveaxis(voxels, 0, -1)), -1, 0) for voxels in (image, label)]
+    channels_last = [np.asfortranarray(np.moveaxis(voxels, 0, -1)) for voxels in (image, label)]
+    as_read = [np.moveaxis(voxels, -1, 0) for voxels in channels_last]
     for voxels in ([image, label], as_read):
         for array in voxels:
             array.flags.writeable = False
@@ -155,7 +162,7 @@ def test_the_grid_is_monais_for_every_type_memory_order_and_several_channels(gri
             check_against_monai(*voxels, affine_of(axes, own, degrees), spacing)
 
 
-@pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 1.0), (0.75, 1.25, 2.5)])
+@pytest.mark.parametrize("spacing", [None, (0.75, 1.25, 2.5)])
 def test_the_grid_is_monais_for_an_affine_of_a_quaternion(spacing):
     """A header without sform has an affine that is orthogonal but for its own rounding."""
     for axes in ("RAS", "LPS", "LAS"):
@@ -169,17 +176,17 @@ def test_the_grid_is_monais_for_an_affine_of_a_quaternion(spacing):
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "SAL"])
 def test_the_grid_is_monais_where_the_axes_are_askew(axes):
-    """The new axes are orthogonal, so that those of the old volume are no longer parallel to them."""
+    """The new axes are orthogonal, so that those of the old volume are not parallel to them."""
     affine = affine_of(axes, (1.0, 1.5, 2.0), 10)
     affine[:3, :3] = affine[:3, :3] @ np.array([[1, 0.2, 0.05], [0, 1, -0.1], [0, 0, 1]])
-    for spacing in ((1.0, 1.0, 1.0), (0.5, 0.75, 1.0)):
-        resampling = check_against_monai(*draw_voxels((12, 13, 14), 2), affine, spacing, tolerance=1e-6)
-        assert np.abs(resampling.matrix[:3, :3] * (1 - np.eye(3))).max() > 0.01
+    voxels = draw_voxels((12, 13, 14), 2)
+    resampling = check_against_monai(*voxels, affine, (0.5, 0.75, 1.0), tolerance=1e-6)
+    assert np.abs(resampling.matrix[:3, :3] * (1 - np.eye(3))).max() > 0.01
 
 
 @pytest.mark.parametrize("spacing", [(0.5, 0.75, 1.0), (1.5, 1.5, 3.0)])
 def test_labels_are_monais_where_the_axes_are_hardly_askew(spacing):
-    """Less than a thousandth of a voxel is ignored, but decides where a label halfway between two voxels goes."""
+    """A thousandth of a voxel is ignored, but decides of a label halfway between two voxels."""
     affine = affine_of("LPS", (1.0, 1.5, 2.0), 10)
     affine[:3, :3] = affine[:3, :3] @ np.array([[1, 1e-5, -5e-6], [0, 1, 1e-5], [0, 0, 1]])
     check_against_monai(*draw_voxels((21, 16, 13)), affine, spacing, tolerance=5e-4)
@@ -189,88 +196,24 @@ def test_labels_are_monais_where_the_axes_are_hardly_askew(spacing):
 def test_undoing_is_monais_inversion(grid):
     axes, degrees, own, spacing, shape = GRIDS[grid]
     image, affine = draw_voxels(shape)[0], affine_of(axes, own, degrees)
-    forward = Compose(monai_grid(spacing, ["image"]))
-    case = forward({"image": MetaTensor(torch.from_numpy(image), torch.from_numpy(affine))})
+    forward = monais_way(spacing, ["image"])
+    case = forward({"image": with_place(image, affine)})
     resampling = Resampling(shape, affine, spacing)
     logits = np.random.default_rng(1).normal(0, 9, (3, *resampling.shape))
     logits = torch.from_numpy(gaussian_filter(logits, (0, 1, 1, 1)))
     probabilities = logits.softmax(0).float()
     case["class"] = MetaTensor(probabilities, case["image"].affine)
-    expected = Invertd(["class"], forward, orig_keys=["image"], nearest_interp=False)(case)["class"]
+    back = Invertd(["class"], forward, orig_keys=["image"], nearest_interp=False)
+    expected = back(case)["class"]
     ours = resampling.undo(probabilities.numpy())
     assert ours.dtype == np.float32 and ours.shape == expected.shape == (3, *shape)
     assert np.abs(ours - expected.numpy()).max() < TOLERANCE
     assert np.allclose(ours.sum(0), 1, atol=1e-5)
+    if resampling.matrix is None:  # turned alone: nothing is lost
+        assert np.array_equal(resampling.undo(resampling.apply(image)), image)
 
 
-@pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "PIR", "SAL", "IRA"])
-def test_turning_to_ras_and_back_loses_nothing(axes):
-    image, label = draw_voxels((5, 6, 7), 2)
-    resampling = Resampling((5, 6, 7), affine_of(axes, (1.0, 2.0, 3.0), 5), None)
-    assert np.array_equal(resampling.undo(resampling.apply(image)), image)
-    assert np.array_equal(resampling.undo(resampling.apply(label, nearest=True)), label)
-
-
-@pytest.mark.parametrize("spacing", [None, (1.0, 2.0, 3.0), (2.0, 1.5, 2.0)])
-def test_resampled_voxels_are_arrays_that_torch_takes(spacing):
-    """They are new, never the file's bytes, and without the negative strides of a flipped view."""
-    for axes, shape in (("RAS", (5, 6, 7)), ("LPI", (5, 6, 7)), ("LPI", (1, 6, 1))):
-        resampling = Resampling(shape, affine_of(axes, (1.0, 2.0, 3.0)), spacing)
-        for voxels, nearest in zip(draw_voxels(shape), (False, True), strict=True):
-            stored = voxels.copy(order="F")
-            stored.flags.writeable = False
-            result = resampling.apply(stored, nearest=nearest)
-            assert result.flags.writeable and not np.shares_memory(result, stored)
-            assert np.array_equal(torch.from_numpy(result).numpy(), result)
-
-
-@pytest.mark.parametrize(("axes", "degrees"), [("RAS", 0), ("LPS", 0), ("SAL", 0), ("LAS", 20)])
-def test_resampling_keeps_every_voxels_place(axes, degrees):
-    """An image that holds its own world coordinates still does, on the new grid."""
-    shape, affine = (30, 24, 20), affine_of(axes, (1.5, 2.0, 4.0), degrees)
-    world = np.moveaxis(nib.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1)), -1, 0)
-    resampling = Resampling(shape, affine, (2.0, 2.0, 3.0))
-    assert np.allclose(np.linalg.norm(resampling.affine[:3, :3], axis=0), (2, 2, 3))
-    indices = np.moveaxis(np.indices(resampling.shape), 0, -1)
-    expected = np.moveaxis(nib.affines.apply_affine(resampling.affine, indices), -1, 0)
-    # The outermost voxels may lie beyond the old ones, whose border is repeated.
-    inside = (slice(None), *(slice(1, count - 1) for count in resampling.shape))
-    assert np.allclose(resampling.apply(world)[inside], expected[inside], atol=1e-3)
-    nearest = resampling.apply(world, nearest=True)[inside]
-    offset = np.einsum("ij,jxyz->ixyz", np.linalg.inv(affine[:3, :3]), nearest - expected[inside])
-    assert np.abs(offset).max() <= 0.5 + 1e-5  # of a voxel
-
-
-ROUND = {
-    # the file's axes, degrees, spacing, voxels
-    "flipped": ("LPI", 0, (1.0, 1.0, 1.0), (48, 40, 44)),
-    "rotated": ("PIR", 0, (1.2, 0.9, 1.5), (40, 48, 36)),
-    "oblique": ("LAS", 21, (1.3, 1.3, 1.3), (40, 44, 42)),
-    "anisotropic": ("RAS", 0, (0.8, 0.8, 5.0), (64, 60, 14)),
-    "tiny": ("LPS", 0, (6.0, 7.0, 8.0), (4, 3, 2)),
-    "a plane": ("RAS", 0, (2.0, 2.0, 2.0), (20, 24, 1)),
-}
-
-
-@pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 1.0)], ids=str)
-@pytest.mark.parametrize("name", ROUND)
-def test_labels_come_back_as_they_were(name, spacing):
-    """Of a smooth body, on the way of a segmentation: the nearest label there, the most probable class back."""
-    axes, degrees, own, shape = ROUND[name]
-    places = np.moveaxis(np.indices(shape), 0, -1) * own
-    centre = places.reshape(-1, 3).mean(0)
-    radius = max(0.35 * np.ptp(places.reshape(-1, 3), axis=0).max(), 1.01 * max(own) / 2)
-    label = (np.linalg.norm(places - centre, axis=-1) <= radius).astype(np.uint8)
-    resampling = Resampling(shape, affine_of(axes, own, degrees), spacing)
-    there = resampling.apply(label[None], nearest=True)
-    back = resampling.undo(np.concatenate([there == 0, there == 1]).astype(np.float32)).argmax(0)
-    if resampling.matrix is None:
-        assert np.array_equal(back, label)
-    dice = 2 * (back * label).sum() / (back.sum() + label.sum())
-    assert label.any() and dice > 0.99, dice
-
-
-@pytest.mark.parametrize("shape", [(5, 6, 7), (1, 6, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 6, 7), (1, 6, 1)], ids=str)
 @pytest.mark.parametrize(("given", "kept"), [(np.float32, torch.float16), (np.uint8, torch.uint8)])
 def test_voxels_in_any_order_become_those_in_c_order(shape, given, kept):
     voxels = np.random.default_rng(0).uniform(0, 200, (3, *shape)).astype(given)

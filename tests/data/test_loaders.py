@@ -158,13 +158,6 @@ def test_augmenting_where_the_network_is_gives_the_workers_patches(cases, monkey
     assert same(patches(loader, 0), expected)
 
 
-def test_waiting_is_measured(cases, monkeypatch):
-    loader, clock = loader_of(cases), iter(range(100))
-    monkeypatch.setattr(loaders.time, "perf_counter", lambda: next(clock))
-    patches(loader, 0)
-    assert loader.seconds_waited == 3  # a second for each batch
-
-
 def test_after_an_error_the_batch_that_was_lost_comes_again(cases, monkeypatch):
     """As when a training that lacked memory for it resumes from a save just before."""
     expected, loader = patches(loader_of(cases), 0), loader_of(cases)

@@ -1,18 +1,17 @@
-"""The built-in dataset: layout, variety, determinism, difficulty, and what it refuses."""
+"""The built-in dataset: layout, variety, determinism, difficulty, and its refusals."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import run
 from scipy import ndimage
+from toys import touch
 
 from dints.data import phantom
 from dints.data.formats import read_dataset, read_json
@@ -21,6 +20,7 @@ from dints.data.tasks import TASKS
 from dints.errors import UserError
 
 TASK = TASKS["Task00_Phantom"]
+SMALL = {"shape": (16, 16, 16)}
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +44,16 @@ def volume(label: nib.Nifti1Image, *values: int) -> float:
     return np.isin(voxels(label), values).sum() * np.prod(label.header.get_zooms()) / 1000
 
 
-def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
     files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 def test_layout_is_the_decathlons(root):
     description = read_json(root / "dataset.json")
-    assert description["modality"] == {"0": "CT"} and description["tensorImageSize"] == "3D"
     assert (description["numTraining"], description["numTest"]) == (16, 4)
-    assert len(description["training"]) == 16 and len(description["test"]) == 4
-    named = [path for case in description["training"] for path in case.values()] + description["test"]
+    named = [path for case in description["training"] for path in case.values()]
+    named += description["test"]
     found = {path.relative_to(root) for path in root.rglob("*.nii.gz")}
     assert {Path(path) for path in named} == found and len(found) == 36
     assert sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) < 10e6
@@ -64,23 +63,28 @@ def test_layout_is_the_decathlons(root):
 def test_images_and_labels_fit_and_vary(cases):
     for image, label in cases:
         assert image.get_data_dtype() == np.int16 and label.get_data_dtype() == np.uint8
-        assert image.shape == label.shape and len(image.shape) == 3
-        assert np.array_equal(image.affine, label.affine)
+        assert image.shape == label.shape and np.array_equal(image.affine, label.affine)
         assert min(image.shape) >= 48 and max(image.shape) <= 72
         assert all(1.5 <= size <= 2.6 for size in image.header.get_zooms())
         assert set(np.unique(voxels(label))) <= set(range(TASK.num_classes))
         assert voxels(image).min() >= -1024 and voxels(image).max() > 300  # air and bone
     assert len({image.shape for image, _ in cases}) > 8
     assert len({image.header.get_zooms() for image, _ in cases}) > 8
-    assert any(max(image.header.get_zooms()) > 1.1 * min(image.header.get_zooms()) for image, _ in cases)
-    orientations = ["".join(nib.aff2axcodes(image.affine)) for image, _ in cases]
-    assert set(orientations) == {"RAS", "LPS", "LAS"} and orientations.count("RAS") > 8
+    orientations = {"".join(nib.aff2axcodes(image.affine)) for image, _ in cases}
+    assert orientations == {"RAS", "LPS", "LAS"}
 
 
-def test_liver_is_always_there_and_the_lesion_is_not(cases):
-    assert all(25 < volume(label, LIVER) < 100 for _, label in cases)
-    assert [number for number, (_, label) in enumerate(cases) if not volume(label, LESION)] == [0, 8]
+def test_liver_is_always_there_on_the_patients_right_and_the_lesion_is_not(cases):
+    assert [n for n, (_, label) in enumerate(cases) if not volume(label, LESION)] == [0, 8]
     assert any(ndimage.label(voxels(label) == LESION)[1] > 1 for _, label in cases)
+    for image, label in cases:
+        assert 25 < volume(label, LIVER) < 100
+        voxels_of_liver, voxels_of_body = voxels(label) == LIVER, voxels(image) > -200
+        liver, body = (
+            nib.affines.apply_affine(image.affine, np.argwhere(mask)).mean(axis=0)
+            for mask in (voxels_of_liver, voxels_of_body)
+        )
+        assert liver[0] > body[0] + 5
 
 
 @pytest.mark.parametrize("shape", [None, (16, 16, 16)])
@@ -89,105 +93,61 @@ def test_lesions_take_the_place_of_liver_alone(shape, monkeypatch):
     assert [(label == LESION).any() for label in with_lesion] == [case != 3 for case in range(8)]
     monkeypatch.setattr(phantom, "LESION_FREE_EVERY", 1)
     for case, label in enumerate(with_lesion):
-        assert np.array_equal(label > 0, voxels(make_case(3, case, shape=shape)[1]) == LIVER)
-
-
-def test_liver_is_on_the_patients_right_in_every_orientation(cases):
-    for image, label in cases:
-        liver = nib.affines.apply_affine(label.affine, np.argwhere(voxels(label) == LIVER)).mean(axis=0)
-        body = nib.affines.apply_affine(image.affine, np.argwhere(voxels(image) > -200)).mean(axis=0)
-        assert liver[0] > body[0] + 5
-
-
-@pytest.mark.parametrize("value, limit", [(LIVER, 0.6), (LESION, 0.4)])
-def test_no_threshold_solves_the_task(cases, value, limit):
-    """Try all HU intervals, with and without smoothing, on cases that have the class."""
-    images = [(voxels(image).astype(np.float32), voxels(label) == value) for image, label in cases[1:13:2]]
-    smoothed = [(ndimage.gaussian_filter(image, 1), reference) for image, reference in images]
-    intervals = [(low, high) for low in range(-20, 81, 10) for high in range(low + 10, 131, 10)]
-    best = 0.0
-    for pairs, (low, high) in itertools.product((images, smoothed), intervals):
-        masks = [((image >= low) & (image < high), reference) for image, reference in pairs]
-        dice = [2 * (mask & ref).sum() / (mask.sum() + ref.sum()) for mask, ref in masks]
-        best = max(best, float(np.mean(dice)))
-    assert 0 < best < limit
-
-
-def test_lesions_are_darker_than_the_liver_around_them(cases):
-    """Without a contrast the task would be impossible; lesion and liver differ by less than two deviations of noise."""
-    for image, label in cases[1:8]:
-        liver, lesion = (voxels(image)[voxels(label) == value] for value in (LIVER, LESION))
-        assert 8 < liver.mean() - lesion.mean() < 2 * liver.std() + 15
-
-
-def test_organ_size_in_mm_does_not_depend_on_the_voxels():
-    coarse, fine = (make_case(0, 2, spacing=spacing)[1] for spacing in ((3, 3, 3), (1.5, 1.5, 2)))
-    assert coarse.shape != fine.shape
-    for values in ((LIVER, LESION), (LESION,)):
-        assert volume(coarse, *values) == pytest.approx(volume(fine, *values), rel=0.05)
+        without = voxels(make_case(3, case, shape=shape)[1])
+        assert np.array_equal(label > 0, without == LIVER)
 
 
 def test_given_shape_and_spacing_hold_and_the_anatomy_fills_them():
     image, label = make_case(0, 2, shape=(60, 64, 40), spacing=(5, 4, 6))
     assert image.shape == (60, 64, 40) and image.header.get_zooms() == (5, 4, 6)
     assert volume(label, LIVER) > 400  # where a child's is of 55 mL
-    assert make_case(0, 2, shape=(48, 50, 52))[0].shape == (48, 50, 52)
 
 
-def test_second_call_does_nothing_and_other_parameters_replace(tmp_path):
-    root = write_phantom(tmp_path / "phantom", 2, 1, shape=(20, 20, 20))
+def test_a_second_call_does_nothing_and_other_parameters_replace(tmp_path):
+    root = write_phantom(tmp_path / "phantom", 2, 1, **SMALL)
     before = snapshot(root)
-    write_phantom(root, 2, 1, shape=(20, 20, 20))
+    write_phantom(root, 2, 1, **SMALL)
     assert snapshot(root) == before
-
     (root / "labelsTr" / "phantom_001.nii.gz").unlink()
-    write_phantom(root, 2, 1, shape=(20, 20, 20))
+    write_phantom(root, 2, 1, **SMALL)
     assert snapshot(root).keys() == before.keys()
-
-    write_phantom(root, 3, 0, seed=5, shape=(20, 20, 20))
+    write_phantom(root, 3, 0, seed=5, **SMALL)
     assert read_json(root / "dataset.json")["phantom"]["seed"] == 5
     assert len(list(root.rglob("*.nii.gz"))) == 6
-    assert [path.name for path in tmp_path.iterdir()] == ["phantom"]  # no temporary folder is left
+    assert os.listdir(tmp_path) == ["phantom"]  # no temporary folder is left
 
 
-def test_an_interrupted_run_leaves_what_was_there(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_everything_as_it_was(tmp_path, monkeypatch):
     def save(image, path):
         raise OSError(28, "No space left on device")
 
-    root = write_phantom(tmp_path / "phantom", 2, 0, shape=(16, 16, 16))
+    root = write_phantom(tmp_path / "phantom", 2, 0, **SMALL)
     before = snapshot(tmp_path)
     monkeypatch.setattr(nib, "save", save)
     for folder in (root, tmp_path / "other"):
         with pytest.raises(UserError, match="No space left"):
-            write_phantom(folder, 3, 0, shape=(16, 16, 16))
+            write_phantom(folder, 3, 0, **SMALL)
     assert snapshot(tmp_path) == before and list(tmp_path.iterdir()) == [root]
 
 
-@pytest.mark.parametrize("file", ["notes.txt", "dataset.json", "imagesTr/spleen.nii.gz", "imagesTr/phantom_000.nii.gz"])
-def test_foreign_folders_are_left_alone(tmp_path, file):
-    content = json.dumps({"name": "Spleen", "training": []})
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text(content)
-    with pytest.raises(UserError, match=r"--root .* which is not a phantom's: name another folder"):
-        write_phantom(tmp_path, num_training=2, num_test=0)
-    assert (tmp_path / file).read_text() == content
-
-
-@pytest.mark.parametrize("name", ["labelsTr/corrected.nii.gz", "mine"])
-def test_what_is_foreign_among_the_phantoms_is_kept(tmp_path, name):
-    root = write_phantom(tmp_path / "phantom", 2, 0, shape=(16, 16, 16))
-    (root / name).mkdir()
-    with pytest.raises(UserError, match=f"holds {name}"):
-        write_phantom(root, 2, 0, seed=1, shape=(16, 16, 16))
-    assert (root / name).is_dir()
-
-
-def test_what_is_in_the_way_is_refused(tmp_path):
-    (tmp_path / "file").write_text("mine")
+def test_foreign_files_and_folders_are_left_alone(tmp_path):
+    says = r"--root .* holds .* which is not a phantom's: name another folder"
+    for file in ("dataset.json", "imagesTr/phantom_000.nii.gz"):
+        folder = tmp_path / file.replace("/", "_")
+        touch(folder, file)
+        (folder / file).write_text(json.dumps({"name": "Spleen", "training": []}))
+        before = snapshot(folder)
+        with pytest.raises(UserError, match=says):
+            write_phantom(folder, num_training=2, num_test=0)
+        assert snapshot(folder) == before
+    root = write_phantom(tmp_path / "phantom", 2, 0, **SMALL)
+    (root / "labelsTr/corrected.nii.gz").mkdir()
+    with pytest.raises(UserError, match="holds labelsTr/corrected.nii.gz"):
+        write_phantom(root, 2, 0, seed=1, **SMALL)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    for name in ("file", "link"):
-        with pytest.raises(UserError, match="not a plain folder"):
-            write_phantom(tmp_path / name)
+    with pytest.raises(UserError, match="not a plain folder"):
+        write_phantom(tmp_path / "link")
+    (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="--root .* cannot be written"):
         write_phantom(tmp_path / "file" / "below")
 
@@ -196,12 +156,9 @@ def test_what_is_in_the_way_is_refused(tmp_path):
     "arguments, flag",
     [
         ({"num_training": 1}, "--num_training is 1"),
-        ({"num_test": -1}, "--num_test is -1"),
         ({"seed": -1}, "--seed is -1"),
-        ({"shape": (48, 0, 48)}, "--shape is 48 0 48"),
         ({"shape": (30000, 30000, 30000)}, "--shape is 30000 30000 30000"),
         ({"shape": (48, 48)}, "--shape is 48 48"),
-        ({"spacing": (2, -2, 2)}, "--spacing is 2 -2 2"),
         ({"spacing": (2, float("nan"), 2)}, "--spacing is 2 nan 2"),
     ],
 )
@@ -211,32 +168,17 @@ def test_bad_arguments_name_the_flag_and_write_nothing(tmp_path, arguments, flag
     assert list(tmp_path.iterdir()) == []
 
 
-def run(folder: Path, flags: str, threads: int = 1) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dints.data.phantom", "--root", folder, *flags.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
-    return subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
-
-
-def test_voxels_depend_on_seed_case_and_split_but_not_on_how_many_are_written_or_threads(root, tmp_path):
-    for threads in (1, 3):
-        few = tmp_path / str(threads)
-        done = run(few, "--num_training 3 --num_test 1", threads)
-        assert done.returncode == 0, done.stderr
-        written = {path.relative_to(few) for path in few.rglob("*.nii.gz")}
-        assert len(written) == 7
-        for name in written:
-            assert np.array_equal(voxels(nib.load(few / name)), voxels(nib.load(root / name)))
+def test_a_process_writes_the_same_voxels_however_many_cases_it_writes(root, tmp_path):
+    command = "-m dints.data.phantom --num_test 1 --root"
+    done = run(command, tmp_path / "few", "--num_training 3")
+    assert done.returncode == 0, done.stderr
+    written = {path.relative_to(tmp_path / "few") for path in tmp_path.rglob("*.nii.gz")}
+    assert len(written) == 7
+    for name in written:
+        few, many = (nib.load(folder / name) for folder in (tmp_path / "few", root))
+        assert np.array_equal(voxels(few), voxels(many))
     keys = (0, 1, "Tr"), (1, 1, "Tr"), (0, 2, "Tr"), (0, 1, "Ts")
-    assert len({voxels(make_case(*key, shape=(20, 20, 20))[0]).tobytes() for key in keys}) == 4
-
-
-def test_command_line(tmp_path):
-    good = run(tmp_path / "a", "--num_training 2 --num_test 0 --shape 20 24 28 --spacing 4 4 3 --seed 7")
-    assert good.returncode == 0, good.stderr
-    same = write_phantom(tmp_path / "b", 2, 0, 7, (20, 24, 28), (4.0, 4.0, 3.0))
-    assert read_json(tmp_path / "a" / "dataset.json") == read_json(same / "dataset.json")
-    images = [nib.load(path) for path in (tmp_path / "a").rglob("*.nii.gz")]
-    assert {(image.shape, image.header.get_zooms()) for image in images} == {((20, 24, 28), (4, 4, 3))}
-
-    bad = run(tmp_path / "c", "--num_training 1")
-    assert (bad.returncode, bad.stderr) == (1, "error: --num_training is 1: it must be at least 2\n")
+    assert len({voxels(make_case(*key, **SMALL)[0]).tobytes() for key in keys}) == 4
+    bad = run(command, tmp_path / "bad", "--num_training 1")
+    assert bad.returncode == 1
+    assert bad.stderr == "error: --num_training is 1: it must be at least 2\n"

@@ -125,7 +125,7 @@ def test_stages_get_the_options_that_are_theirs(each):
     description.write_text((each.root / "dataset.json").read_text())
     arguments = ["--json", str(description), "--precision=fp32", "--trust_shapes", "--patch_size", "16", "16", "16"]
     assert each.code(*arguments, "--replace_nonfinite", "-1024") == 0
-    launched = [line.split(f"{CHECKOUT}/")[-1] for line in each.said().splitlines() if "agent.py" in line]
+    launched = [line.split(f"{CHECKOUT}/")[-1] for line in each.said().splitlines() if "torchrun.py" in line]
     assert f"train_dints.py --arch_ckpt {each.folder}/arch.pth --root {each.root} --fold 0 --num_folds 3" in launched[0]
     assert launched[0].strip().endswith(" ".join([*arguments, "--replace_nonfinite -1024"]))
     masks = f"--output_root {each.runs}/out_of_fold/fold_2 --replace_nonfinite -1024 --precision fp32"

@@ -110,7 +110,7 @@ def test_the_newest_architecture_of_the_task_is_retrained(own, taken, tmp_path):
 def test_another_datasets_architecture_is_named_and_not_taken(written, task, tmp_path):
     done = chosen_architecture(tmp_path, *written, TASK=task)
     first, *commands = done.stderr.splitlines()
-    assert done.returncode == 1 and "agent.py" not in done.stdout
+    assert done.returncode == 1 and "torchrun.py" not in done.stdout
     assert first.startswith(f"error: no search_code_*.pth of {task} under ./runs: run search_dints.sh with TASK={task}")
     assert "arch_code_cvpr.pth in automl/DiNTS of https://github.com/Project-MONAI/tutorials" in done.stderr
     named = [f"./runs/{OTHERS[-1]}"] * bool(written) + ["arch_code_cvpr.pth"]
@@ -173,7 +173,7 @@ def launched(script: str, folder: Path, *arguments: str, **environment: str) -> 
     assert done.returncode == 0, done.stderr
     printed, *said = done.stdout.splitlines()
     assert shlex.split(printed) == [str(python), *said[:-4]]
-    assert said[:2] == ["-P", f"{CHECKOUT}/launch/agent.py"]
+    assert said[:2] == ["-P", f"{CHECKOUT}/launch/torchrun.py"]
     return said[2:-4], said[-4:]
 
 

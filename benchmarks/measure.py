@@ -1,6 +1,6 @@
 """Prints what this project promises of its own code: sizes, imports, command lines.
 
-    python tests/measure.py
+    python benchmarks/measure.py
 
 test_structure.py checks the hard promises.
 """
