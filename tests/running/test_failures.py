@@ -52,7 +52,7 @@ ERRORS = [
     (torch.AcceleratorError("CUDA error: out of memory"), FLAGS),
     (DistBackendError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"), FLAGS),
     (DistBackendError(f"{NCCL}Error: failed to extend /dev/shm/nccl-WU8 to 9 bytes"), "SHM_DISAB"),
-    (DistBackendError(f"{NCCL}Error while creating shared memory segment /dev/shm/nccl"), "--shm"),
+    (DistBackendError(f"{NCCL}Error while creating segment /dev/shm/nccl-N (size 9)"), "--shm-size"),
 ]
 
 
