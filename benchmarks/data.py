@@ -38,14 +38,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "data")]
 
 import published_data  # noqa: E402  (the repository is no package: its root must be on the path first)
 import steps  # noqa: E402
-from dints.data.leniency import Leniency  # noqa: E402
+from parts import a_run, a_training  # noqa: E402
 
 from dints.data.augmentation import augment  # noqa: E402
 from dints.data.cache import Cache, CasesInMemory  # noqa: E402
-from dints.data.cases import Case, Prepared, open_case, prepare, read_image, read_label  # noqa: E402
+from dints.data.cases import Prepared, prepare, read_image, read_label, resampling_of  # noqa: E402
 from dints.data.crops import crop_masks  # noqa: E402
 from dints.data.grid import in_c_order  # noqa: E402
-from dints.data.listing import ListedCase  # noqa: E402
+from dints.data.listing import Case  # noqa: E402
 from dints.data.loaders import TrainingSamples, training_loader  # noqa: E402
 from dints.data.phantom import make_case  # noqa: E402
 from dints.data.tasks import TASKS  # noqa: E402
@@ -53,7 +53,7 @@ from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.running.machine import cores_per_process  # noqa: E402
 from dints.running.precision import choose_precision  # noqa: E402
 from dints.running.processes import Processes, started  # noqa: E402
-from dints.training.steps import compiled, weights_step, weights_training  # noqa: E402
+from dints.settings import PatchSettings  # noqa: E402
 
 TASK = TASKS["Task07_Pancreas"]
 FILE_SPACING = (0.8, 0.8, 2.5)  # mm, nearly: such that the resampled shape is exactly the one asked for
@@ -118,7 +118,7 @@ def write_case(shape: Shape, number: int, folder: Path) -> Case:
     paths = [str(folder / f"{kind}_{'x'.join(map(str, shape))}_{number}.nii.gz") for kind in ("image", "label")]
     for volume, path in zip(volumes, paths, strict=True):
         nib.save(volume, path)
-    return open_case(ListedCase(Path(paths[0]).name, (paths[0],), paths[1]))
+    return Case(Path(paths[0]).name, (paths[0],), paths[1])
 
 
 def measure(shape: Shape, args: argparse.Namespace, folder: Path) -> dict[str, dict]:
@@ -150,7 +150,7 @@ def measure_caching(case: Case, name: str, args: argparse.Namespace) -> tuple[di
             took, theirs = timed(lambda transform=transform, theirs=theirs: transform(theirs))
             for label in ("cache a case", f"- {PARTS.get(type(transform).__name__)}"):
                 seconds[label] = seconds.get(label, 0.0) + took
-        took, ours = timed(lambda: prepare(case, TASK, Leniency()))
+        took, ours = timed(lambda: prepare(case, TASK))
         parts = {f"- {part}": timed(call)[0] for part, call in parts_of_ours(case).items()}
         note(rows, seconds, {"cache a case": took, **parts}, name, repeat, args.repeats)
     return rows, theirs, ours
@@ -158,10 +158,10 @@ def measure_caching(case: Case, name: str, args: argparse.Namespace) -> tuple[di
 
 def parts_of_ours(case: Case) -> dict[str, Callable]:
     """Return the calls of `prepare` that take its time, each with what the one before it gave."""
-    given, resampling = {}, case.resampling(TASK)
+    given, resampling = {}, resampling_of(case, TASK)
 
     def read() -> None:
-        given.update(image=read_image(case.images, Leniency())[0], label=read_label(case.label, TASK))
+        given.update(image=read_image(case)[0], label=read_label(case.label_header, TASK))
 
     def resample() -> None:
         resampling.apply(given.pop("image"))
@@ -197,7 +197,7 @@ def measure_samples(
     """Measure the rows of the time of a training sample: from memory, and ours from the cache on disk."""
     transforms = published_data.sampling(TASK).set_random_state(0)
     held = {"training sample": CasesInMemory([ours])}
-    held["training sample from disk"] = Cache("disk", folder / "cache", TASK, Leniency(), 1).hold([case], name)
+    held["training sample from disk"] = Cache("disk", folder / "cache", TASK, 1).hold([case], name)
     rows = {label: row("s", [], []) for label in held}
     samples = {label: TrainingSamples(cases, [name], [0], TASK.patch_size, 0, "bench") for label, cases in held.items()}
     turns, threads = count(), torch.get_num_threads()
@@ -232,9 +232,9 @@ def memory_in_own_process(side: str, case: Case) -> float:
 def memory_of_caching(args: argparse.Namespace) -> float:
     """Return the MiB at the peak of caching a case above what was held before, what is cached included."""
     side, image, label = args.memory_of
-    case = open_case(ListedCase("case", (image,), label))
+    case = Case("case", (image,), label)
     if side == "ours":
-        return steps.memory_of_first_call(lambda: prepare(case, TASK, Leniency()), CPU)
+        return steps.memory_of_first_call(lambda: prepare(case, TASK), CPU)
     transforms = published_data.caching(TASK, np.dtype(args.masks_type))
     return steps.memory_of_first_call(lambda: transforms(published_data.files(case)), CPU)
 
@@ -244,16 +244,16 @@ def share_of_waiting(args: argparse.Namespace, folder: Path, processes: Processe
     task = replace(TASK, patch_size=(args.patch_size,) * 3)
     precision = choose_precision(args.precision, processes)
     cases = [write_case((256, 256, 128), number, folder) for number in range(1, args.num_cases + 1)]
-    cache = Cache("disk", folder / "cache", task, Leniency(), cores_per_process())
-    loader = training_loader(
-        cases, cache, processes, batch_size=2, steps=args.iterations, num_workers=args.num_workers, stream="bench"
-    )
+    cache = Cache("disk", folder / "cache", task, cores_per_process())
+    run = a_run(precision, processes)
+    run.settings = replace(run.settings, num_workers=args.num_workers)
+    patches = PatchSettings(num_images_per_batch=2, flip_axes=("all",))
+    loader = training_loader(cases, cache, patches, run, args.iterations, stream="bench")
     network = DiscreteNetwork(steps.typical_architecture(), 1, task.num_classes, args.channel_mul).to(processes.device)
-    model = compiled(network, args.compile, processes.device)
-    training = weights_training(model, network.parameters(), precision, processes, learning_rate=0.025)
+    training = a_training(network, precision, processes, compile=args.compile)
     ends, waits, start = [], [], time.perf_counter()  # at each iteration's end, since the first one's start
     for batch in loader.epoch(0):
-        weights_step(training, batch)
+        training.step(batch)
         steps.synchronise(processes.device)
         ends.append(time.perf_counter() - start)
         waits.append(loader.seconds_waited)

@@ -19,16 +19,18 @@ import pytest
 import torch
 from architectures import random_architecture
 from fake_gpu import GPU, Gpu, a_gpu, is_there
+from parts import a_search, a_training, half_way
 from torch import nn
 
-import search_dints
 from dints.data import augmentation, loaders
 from dints.data.tasks import TASKS
 from dints.inference import slabs
 from dints.network.discrete import DiscreteNetwork
+from dints.running import checkpoint
+from dints.running import epoch_loss as losses
 from dints.running.precision import Precision, choose_precision
 from dints.running.processes import Processes
-from dints.training import checkpoint, losses, steps, validation
+from dints.training import validation
 from dints.training.windows import SlidingWindow
 
 pytestmark = pytest.mark.skipif(not is_there(), reason="its docstring has the command")
@@ -37,7 +39,7 @@ log = logging.getLogger(__name__)
 ALONE = Processes(0, 1, GPU)
 PATCH = (32, 32, 32)
 TASK = replace(TASKS["Task07_Pancreas"], patch_size=PATCH)
-SETTINGS = "--root . --output_root . --channel_mul 0.125 --num_blocks 3 --num_depths 3 --patch_size 32 32 32"
+SETTINGS = "--channel_mul 0.125 --num_blocks 3 --num_depths 3 --patch_size 32 32 32"
 each_precision = pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
 
 
@@ -63,15 +65,14 @@ def waits(gpu: Gpu, part: str) -> list[str]:
 @pytest.mark.parametrize("more", ["", "--checkpoint_activations"])
 def test_neither_step_of_the_search_waits(name: str, more: str):
     with a_gpu() as gpu:
-        settings = search_dints.parse_args([*SETTINGS.split(), *more.split()])
-        supernet = search_dints.Supernet(settings, TASK, Precision(name, GPU), ALONE)
+        supernet = a_search([*SETTINGS.split(), *more.split()], TASK, Precision(name, GPU), ALONE)
         gpu.forget()
-        assert search_dints.weights_step(supernet, a_batch()).device == GPU
+        assert supernet.weights.step(a_batch()).device == GPU
         assert waits(gpu, f"weights step, {name} {more}") == []
-        weights = supernet.weights_parameters
+        weights = supernet.weights.weights
         assert all(weight.device == GPU and weight.grad.device == GPU for weight in weights)
         gpu.forget()
-        assert search_dints.architecture_step(supernet, a_batch(), 0.5).device == GPU
+        assert half_way(supernet, a_batch()).device == GPU
         assert waits(gpu, f"architecture step, {name} {more}") == []
 
 
@@ -81,18 +82,11 @@ def test_the_step_of_a_retraining_does_not_wait(name: str, checkpoint_activation
     with a_gpu() as gpu:
         network = a_network().to(GPU)
         network.checkpoint_activations = checkpoint_activations
-        training = steps.weights_training(
-            network,
-            network.parameters(),
-            Precision(name, GPU),
-            ALONE,
-            learning_rate=0.1,
-            max_gradient_norm=1.0,
-            average=steps.averaged(network, 0.99),
-        )
+        how = {"learning_rate": 0.1, "max_gradient_norm": 1.0, "average_decay": 0.99}
+        training = a_training(network, Precision(name, GPU), ALONE, **how)
         for _ in range(2):
             gpu.forget()
-            assert steps.weights_step(training, a_batch()).device == GPU
+            assert training.step(a_batch()).device == GPU
             assert waits(gpu, f"retraining step, {name}") == []
         assert all(weight.device == GPU for weight in training.average.module.parameters())
 
@@ -158,7 +152,7 @@ def test_validation_waits_for_the_case_and_for_what_is_found(name: str, large: b
     with a_gpu() as gpu:
         network = a_network().to(GPU)
         gpu.forget()
-        scores = validation.Validation(cases, TASK.num_classes, window, Precision(name, GPU), ALONE).scores(network)
+        scores = validation.Validation(cases, TASK.num_classes, window, run)(network)
         assert scores.dice.shape == (1, TASK.num_classes - 1)
         found = waits(gpu, f"validation {'in slabs' if large else 'whole'}, {name}")
         assert {wait.split(" at ")[0] for wait in found} <= {"a copy to the host", "a copy to the GPU", "a number"}
@@ -194,7 +188,7 @@ def test_a_state_is_restored_on_the_gpu(name: str, tmp_path):
     def of(device: torch.device) -> checkpoint.Checkpoint:
         network, processes = a_network().to(device), Processes(0, 1, device)
         precision = Precision("fp32" if device.type == "cpu" and name == "fp16" else name, device)
-        training = steps.weights_training(network, network.parameters(), precision, processes, learning_rate=0.1)
+        training = a_training(network, precision, processes)
         parts = {"network": network, "optimizer": training.optimizer, "loss": losses.EpochLoss("loss", processes)}
         return checkpoint.Checkpoint(tmp_path, {"processes": 1}, parts, precision, processes)
 

@@ -28,10 +28,10 @@ import steps as benchmark
 import torch
 import torch.distributed as dist
 from architectures import random_architecture
+from parts import Search, a_search, a_training, half_way
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import search_dints
 from dints import files
 from dints.data.phantom import write_phantom
 from dints.data.tasks import TASKS
@@ -41,10 +41,12 @@ from dints.network.discrete import DiscreteNetwork
 from dints.running import machine
 from dints.running.precision import Precision
 from dints.running.processes import Processes, started
-from dints.training import cuda_graphs, steps
+from dints.training import cuda_graphs
+from dints.training.steps import WeightsTrainer, compiled
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PATCH = (32, 32, 32)
+ON_CPU = Processes(0, 1, torch.device("cpu"))
 TASK = replace(TASKS["Task07_Pancreas"], patch_size=PATCH)
 SPACE = "--num_blocks 3 --num_depths 3 --channel_mul 0.125 --patch_size 32 32 32"
 STAGE = "--patch_size 16 16 16 --num_folds 3 --overlap_ratio 0 --channel_mul 0.125 --num_workers 1"
@@ -166,23 +168,21 @@ def exact() -> Iterator[None]:
 
 def networks(blocks_and_depths: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Make a supernet and a discrete network, on the CPU."""
-    yield "supernet", a_search(f"{SPACE} {blocks_and_depths}", Processes(0, 1, torch.device("cpu"))).network
+    yield "supernet", search_of(f"{SPACE} {blocks_and_depths}", ON_CPU).network
     yield "discrete network", a_network()
 
 
 def published_networks() -> Iterator[tuple[str, nn.Module]]:
     """Make both of the published size, on the CPU."""
     published = "--channel_mul 0.5 --patch_size 96 96 96"
-    yield "published supernet", a_search(published, Processes(0, 1, torch.device("cpu"))).network
+    yield "published supernet", search_of(published, ON_CPU).network
     torch.manual_seed(0)
     yield "published discrete network", DiscreteNetwork(benchmark.typical_architecture(), 1, TASK.num_classes)
 
 
-def a_search(flags: str, processes: Processes, precision: str = "fp32") -> search_dints.Supernet:
-    """Make a supernet, and what trains it."""
-    options = search_dints.parse_args(f"--root . --output_root . {flags}".split())
-    task = replace(TASK, patch_size=tuple(options.patch_size))
-    return search_dints.Supernet(options, task, Precision(precision, processes.device), processes)
+def search_of(flags: str, processes: Processes, precision: str = "fp32") -> Search:
+    """Make a supernet with its trainers."""
+    return a_search(flags.split(), TASK, Precision(precision, processes.device), processes)
 
 
 def a_network(channel_mul: float = 0.125) -> DiscreteNetwork:
@@ -229,10 +229,10 @@ def losses_fall(setting: Setting) -> None:
     for precision in setting.precisions:
         batch, processes = a_batch(precision.device), setting.processes
         training = training_of(a_network(), precision, processes, max_gradient_norm=1.0)
-        supernet = a_search(f"{SPACE} --learning_rate_arch 0.02", processes, precision.name)
-        retrained = [steps.weights_step(training, batch) for _ in range(count)]
-        searched = [search_dints.weights_step(supernet, batch) for _ in range(count)]
-        arch = [search_dints.architecture_step(supernet, batch, 0.5) for _ in range(count)]
+        supernet = search_of(f"{SPACE} --learning_rate_arch 0.02", processes, precision.name)
+        retrained = [training.step(batch) for _ in range(count)]
+        searched = [supernet.weights.step(batch) for _ in range(count)]
+        arch = [half_way(supernet, batch) for _ in range(count)]
         losses = {
             name: [round(float(losses[0]), 4), round(float(losses[-1]), 4)]
             for name, losses in (("retraining", retrained), ("search", searched), ("architecture", arch))
@@ -243,26 +243,23 @@ def losses_fall(setting: Setting) -> None:
             assert last < (0.99 if setting.small else 0.8) * first, losses
 
 
-def training_of(network: nn.Module, precision: Precision, processes: Processes, **more) -> steps.WeightsTraining:
-    network.to(precision.device)
-    average = steps.averaged(network, 0.99)
-    return steps.weights_training(
-        network, network.parameters(), precision, processes, learning_rate=0.05, average=average, **more
-    )
+def training_of(network: nn.Module, precision: Precision, processes: Processes, **more) -> WeightsTrainer:
+    settings = {"learning_rate": 0.05, "average_decay": 0.99, **more}
+    return a_training(network.to(precision.device), precision, processes, **settings)
 
 
 def skips_infinite(setting: Setting) -> None:
     """Take a step whose gradient is infinite: it must change no weight, and the next one must."""
     for precision in setting.precisions:
         training, batch = training_of(a_network(), precision, setting.processes), a_batch(precision.device)
-        steps.weights_step(training, batch)
+        training.step(batch)
         before = weights_of(training.network)
-        steps.weights_step(training, {**batch, "image": batch["image"] * torch.inf})
+        training.step({**batch, "image": batch["image"] * torch.inf})
         assert all(map(torch.equal, before, weights_of(training.network))), f"{precision.name}: weights changed"
         for _ in range(
             12 if precision.name == "fp16" else 1
         ):  # its scaler skips some itself, until it has found a scale
-            steps.weights_step(training, batch)
+            training.step(batch)
         after = weights_of(training.network)
         assert all(weight.isfinite().all() for weight in after), f"{precision.name}: not finite"
         assert not any(map(torch.equal, before, after)), f"{precision.name}: no step after it did anything"
@@ -319,7 +316,7 @@ def a_large_step(setting: Setting) -> None:
     device = setting.processes.device
     network = DiscreteNetwork(benchmark.typical_architecture(), 1, TASK.num_classes)
     training = training_of(network, Precision("bf16", device), setting.processes)
-    steps.weights_step(training, a_batch(device, 2, (96, 96, 96)))
+    training.step(a_batch(device, 2, (96, 96, 96)))
     torch.cuda.synchronize()
 
 
@@ -343,8 +340,8 @@ def compiles(setting: Setting) -> None:
         for name, network in networks("--num_blocks 2 --num_depths 2"):
             plain = scores_and_gradients(network, device)
             start = time.monotonic()
-            compiled = steps.compiled(network, "on", device)
-            fast = scores_and_gradients(compiled, device)
+            fast_network = compiled(network, "on", device)
+            fast = scores_and_gradients(fast_network, device)
             differences = [largest_difference(*pair) for pair in zip(plain, fast, strict=True)]
             seconds = round(time.monotonic() - start, 1)
             setting.found[name] = {"relative_differences": differences, "seconds_to_compile": seconds}
@@ -374,11 +371,11 @@ def records(setting: Setting) -> None:
 def losses_of_search(setting: Setting, precision: str, graphs: bool) -> list[float]:
     """Take both steps of a search by turns: their two recordings share memory, and each changes what is trained."""
     flags = " --cuda_graphs" if graphs and setting.device == "cuda" else ""
-    supernet = a_search(f"{SPACE} --num_images_per_batch 2{flags}", setting.processes, precision)
+    supernet = search_of(f"{SPACE} --num_images_per_batch 2{flags}", setting.processes, precision)
     batch, losses = a_batch(setting.processes.device), []
     for _ in range(1 if setting.small else 10):
-        losses.append(search_dints.weights_step(supernet, batch))
-        losses.append(search_dints.architecture_step(supernet, batch, 0.5))
+        losses.append(supernet.weights.step(batch))
+        losses.append(half_way(supernet, batch))
     return torch.stack(losses).tolist()
 
 

@@ -13,14 +13,13 @@ from functools import partial
 import steps as benchmark
 import torch
 from architectures import random_architecture
-from gpu_checks import SPACE, STAGE, Setting, a_batch, a_search, history, phantom, ran, training_of
+from gpu_checks import SPACE, STAGE, Setting, a_batch, history, phantom, ran, search_of
+from parts import a_training, half_way
 
-import search_dints
 from dints.network.architecture import save_architecture
 from dints.network.cost import counts
 from dints.network.discrete import DiscreteNetwork
 from dints.running.precision import Precision
-from dints.training import steps
 
 ROWS = ("retraining step, batch 2", "weights step", "architecture step", "validation, 4 windows")
 LONGEST = 20  # kernels that a profile lists
@@ -72,9 +71,10 @@ def plain(
     network.checkpoint_activations = checkpoint_activations
     image = torch.rand(2, 1, *[size["patch_size"]] * 3).to(precision.device).to(memory_format=layout)
     batch = {"image": image, "label": (image > 0.5).to(torch.uint8)}
-    training = training_of(network, precision, processes)
-    training.network = steps.computing(network, image.shape, precision, compile=how, cuda_graphs=cuda_graphs)
-    return partial(steps.weights_step, training, batch)
+    training = a_training(
+        network, precision, processes, image.shape, compile=how, cuda_graphs=cuda_graphs, average_decay=0.99
+    )
+    return partial(training.step, batch)
 
 
 GRAPHS = "cuda graphs"
@@ -109,10 +109,10 @@ def profile(setting: Setting) -> None:
     setting.found["retraining step"] = kernels_of(plain(setting), setting)
     size = benchmark.SIZES["small" if setting.small else "published"]["patch_size"]
     flags = SPACE if setting.small else f"--channel_mul 0.5 --patch_size {size} {size} {size}"
-    supernet = a_search(flags, setting.processes, "bf16")
-    batch = a_batch(setting.processes.device, 1, supernet.input_shape[2:])
-    setting.found["weights step"] = kernels_of(lambda: search_dints.weights_step(supernet, batch), setting)
-    step = partial(search_dints.architecture_step, supernet, batch, 0.5)
+    supernet = search_of(flags, setting.processes, "bf16")
+    batch = a_batch(setting.processes.device, 1, supernet.arch.input_shape[2:])
+    setting.found["weights step"] = kernels_of(lambda: supernet.weights.step(batch), setting)
+    step = partial(half_way, supernet, batch)
     setting.found["architecture step"] = kernels_of(step, setting)
 
 

@@ -28,15 +28,14 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dints.data.listing import ReadOptions  # noqa: E402
-from dints.network.discrete import DiscreteNetwork  # noqa: E402
-from dints.network.baselines import u_shaped  # noqa: E402
-
 from dints.data.cases import read_image_file  # noqa: E402  the checkout comes first on the path
+from dints.data.listing import ReadOptions  # noqa: E402
 from dints.data.nifti import read_header  # noqa: E402
 from dints.data.tasks import Task  # noqa: E402
 from dints.inference import slabs  # noqa: E402
 from dints.inference.predictor import Predictor  # noqa: E402
+from dints.network.baselines import u_shaped  # noqa: E402
+from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.network.model_file import Model  # noqa: E402
 
 CT = Task("CT", "CT", 1, ("background", "a", "b"), None, (-100.0, 300.0), (96, 96, 96))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import statistics
 import subprocess
@@ -29,17 +30,18 @@ sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402  the checkout comes first on the path
 import torch.distributed as dist  # noqa: E402
+from parts import Search, a_search, a_training, half_way  # noqa: E402
 
-import search_dints  # noqa: E402
 from dints.data.tasks import TASKS  # noqa: E402
 from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.network.space import SearchSpace  # noqa: E402
 from dints.running.checkpoint import Checkpoint, find_state  # noqa: E402
+from dints.running.epoch_loss import EpochLoss  # noqa: E402
 from dints.running.precision import Precision  # noqa: E402
 from dints.running.processes import Processes, started  # noqa: E402
-from dints.running.stop_signal import Requests, Stops  # noqa: E402
-from dints.training import steps  # noqa: E402
-from dints.training.losses import EpochLoss  # noqa: E402
+from dints.running.run import Run  # noqa: E402
+from dints.settings import MachineSettings, RunSettings  # noqa: E402
+from dints.training.steps import WeightsTrainer  # noqa: E402
 
 TASK, FP32 = TASKS["Task07_Pancreas"], Precision("fp32", torch.device("cpu"))
 CHANNEL_MUL = {"published": 0.5, "small": 0.125}
@@ -48,32 +50,35 @@ print = functools.partial(print, flush=True)  # minutes lie between the lines
 
 
 def main(args: argparse.Namespace) -> None:
-    flags = ["--root", ".", "--output_root", ".", "--channel_mul", str(CHANNEL_MUL[args.size])]
-    options = search_dints.parse_args([*flags, "--patch_size", *[str(args.patch)] * 3])
+    patch = [args.patch] * 3
+    flags = ["--channel_mul", CHANNEL_MUL[args.size], "--patch_size", *patch]
     with started("cpu") as processes:
         if "RANK" in os.environ:  # started by `measure_scaling`
-            return measure_steps(options, processes)
+            return measure_steps(flags, patch, processes)
         print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-        measure_saving(options, processes)
-        measure_guards(options, processes, args.seconds)
+        measure_saving(flags, processes)
+        measure_guards(patch, processes, args.seconds)
     measure_scaling()
 
 
 @contextmanager
-def new_checkpoint(parts: dict[str, object], processes: Processes) -> Iterator[Checkpoint]:
-    """Make a checkpoint in a folder of its own, the first state saved."""
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        checkpoint = Checkpoint(Path(folder), {"processes": processes.world_size}, parts, FP32, processes)
-        checkpoint.restore(None)
-        yield checkpoint
+def new_run(parts: dict[str, object], processes: Processes) -> Iterator[Run]:
+    """Begin a run in a folder of its own, the first state saved."""
+    with tempfile.TemporaryDirectory(dir=".") as made:
+        folder = Path(made)
+        run = Run(folder, processes, RunSettings(output_root=folder), MachineSettings(precision="fp32"))
+        run.begin({})
+        run.restore(**parts)
+        yield run
         processes.gather(None)  # none removes the folder while another saves into it
 
 
-def measure_saving(options: argparse.Namespace, processes: Processes) -> None:
+def measure_saving(flags: list[object], processes: Processes) -> None:
     """Tell the median of some saves with the momentum that a training has."""
-    supernet = search_dints.Supernet(options, TASK, FP32, processes)
-    print(f"supernet of {sum(weight.numel() for weight in supernet.weights_parameters) / 1e6:.1f} million weights")
-    with new_checkpoint(supernet.parts, processes) as checkpoint:
+    supernet = a_search(flags, TASK, FP32, processes)
+    print(f"supernet of {sum(weight.numel() for weight in supernet.weights.weights) / 1e6:.1f} million weights")
+    with new_run(supernet.parts, processes) as run:
+        checkpoint: Checkpoint = run.checkpoint
         seconds = [timed(checkpoint.save) for _ in range(5)]
         size = checkpoint.latest.stat().st_size
         load = timed(lambda: find_state(checkpoint.latest.parent, checkpoint.configuration))
@@ -94,19 +99,19 @@ def measure_scaling() -> None:
         print(done.stdout.rstrip())
 
 
-def measure_steps(options: argparse.Namespace, processes: Processes) -> None:
+def measure_steps(flags: list[object], patch: list[int], processes: Processes) -> None:
     """Tell time and bytes of each kind of step, from random data that differ between the ranks."""
-    supernet = search_dints.Supernet(options, TASK, FP32, processes)
-    with new_checkpoint({}, processes) as checkpoint:
-        stops, count = Stops(checkpoint, processes, Requests()), 1000
-        added = timed(lambda: [None for _ in stops.steps(range(count))]) / count
+    supernet: Search = a_search(flags, TASK, FP32, processes)
+    with new_run({}, processes) as run:
+        count = 1000
+        added = timed(lambda: [None for _ in run.steps(Repeated(None, count))]) / count
     lines = [f"{processes.world_size} processes of one thread; between two steps: {1e6 * added:.1f} us"]
     torch.manual_seed(processes.rank)
-    batch, retraining = random_batch(options), retraining_of(processes)
+    batch, retraining = random_batch(patch), retraining_of(processes)
     for name, step in (
-        ("weights step", lambda: search_dints.weights_step(supernet, batch)),
-        ("architecture step", lambda: search_dints.architecture_step(supernet, batch, 0.5)),
-        ("retraining step", lambda: steps.weights_step(retraining, batch)),
+        ("weights step", lambda: supernet.weights.step(batch)),
+        ("architecture step", lambda: half_way(supernet, batch)),
+        ("retraining step", lambda: retraining.step(batch)),
     ):
         step()
         seconds = statistics.median(timed(step) for _ in range(5))
@@ -116,10 +121,10 @@ def measure_steps(options: argparse.Namespace, processes: Processes) -> None:
         print("\n".join(lines))
 
 
-def measure_guards(options: argparse.Namespace, processes: Processes, at_least: float) -> None:
+def measure_guards(patch: list[int], processes: Processes, at_least: float) -> None:
     """Time all there is around a step: the agreement before, the check that its loss is finite, the sum of losses."""
-    batch, training = {**random_batch(options), "cases": ["a case"]}, retraining_of(processes)
-    optimizer, losses = training.optimizer, EpochLoss("loss", processes)
+    batch, training = {**random_batch(patch), "cases": ["a case"]}, retraining_of(processes)
+    optimizer = training.optimizer
     count = 20  # steps, of which one looks at the losses of all
 
     def bare() -> None:
@@ -131,30 +136,40 @@ def measure_guards(options: argparse.Namespace, processes: Processes, at_least: 
             training.criterion(scores.float(), batch["label"]).backward()
             optimizer.step()
 
-    def guarded(stops: Stops) -> None:
-        progress = stops.checkpoint.progress
-        for one in stops.steps([batch] * count):
-            losses.add(steps.weights_step(training, one), progress.iteration, one["cases"])
-            progress.step_done()
+    def guarded(run: Run) -> None:
+        for one in run.steps(Repeated(batch, count)):
+            run.record("loss", training.step(one), one)
 
-    with new_checkpoint({}, processes) as checkpoint:
-        stops = Stops(checkpoint, processes, Requests())
-        bare(), guarded(stops)
+    with new_run({}, processes) as run:
+        run.losses = {"loss": EpochLoss("loss", processes)}
+        bare(), guarded(run)
         pairs, deadline = [], time.monotonic() + at_least
         while len(pairs) < 3 or time.monotonic() < deadline:
-            pairs.append((timed(bare), timed(lambda: guarded(stops))))
+            pairs.append((timed(bare), timed(lambda: guarded(run))))
     ratios = sorted(after / before - 1 for before, after in pairs)
     low, middle, high = ratios[0], statistics.median(ratios), ratios[-1]
     print(f"guards of a retraining step: {middle:+.1%} ({low:+.1%} to {high:+.1%} in {len(ratios)} pairs)")
 
 
-def random_batch(options: argparse.Namespace) -> dict[str, torch.Tensor]:
-    shape = (1, 1, *options.patch_size)
+class Repeated:
+    """Stands for a loader that gives one batch so many times, whatever the epoch."""
+
+    seconds_waited = 0.0
+
+    def __init__(self, batch: object, count: int):
+        self.batch, self.count = batch, count
+
+    def epoch(self, *_place: int) -> Iterator[object]:
+        return itertools.repeat(self.batch, self.count)
+
+
+def random_batch(patch: list[int]) -> dict[str, torch.Tensor]:
+    shape = (1, 1, *patch)
     label = torch.randint(0, TASK.num_classes, shape, dtype=torch.uint8)
     return {"image": torch.rand(shape), "label": label}
 
 
-def retraining_of(processes: Processes) -> steps.WeightsTraining:
+def retraining_of(processes: Processes) -> WeightsTrainer:
     """Make the training of what a space with random alphas decodes to: all five operations, in all 12 blocks."""
     torch.manual_seed(0)
     space, generator = SearchSpace(channel_mul=0.0625, num_blocks=12, num_depths=4), torch.Generator().manual_seed(0)
@@ -162,7 +177,7 @@ def retraining_of(processes: Processes) -> steps.WeightsTraining:
         space.log_alpha_a.normal_(generator=generator)
         space.log_alpha_c.normal_(generator=generator)
     network = DiscreteNetwork(space.architecture(), TASK.num_channels, TASK.num_classes, 0.5)
-    return steps.weights_training(network, network.parameters(), FP32, processes, learning_rate=0.025)
+    return a_training(network, FP32, processes)
 
 
 def bytes_of(step: Callable[[], object]) -> int:

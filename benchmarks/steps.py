@@ -22,7 +22,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import published  # noqa: E402  (the repository is no package: its root must be on the path first)
+from parts import Search, a_search, a_training  # noqa: E402
 
-import search_dints  # noqa: E402
 from dints.data.tasks import TASKS  # noqa: E402
 from dints.network.architecture import Architecture  # noqa: E402
 from dints.network.discrete import DiscreteNetwork  # noqa: E402
@@ -101,21 +100,19 @@ def build_rows(
         label = torch.randint(0, TASK.num_classes, shape, generator=generator, dtype=torch.uint8)
         return {"image": image.to(device), "label": label.to(device)}
 
-    def searches() -> tuple[published.Search, search_dints.Supernet]:
+    def searches() -> tuple[published.Search, Search]:
         return twin_searches(args, size, processes, precision)
 
     def decode() -> tuple[Call, Call]:
         theirs, ours = searches()
-        return theirs.space.decode, ours.space.decode
+        return theirs.space.decode, ours.arch.space.decode
 
     def regularisers() -> tuple[Call, Call]:
         theirs, ours = searches()
         shape = batch(1)["image"].shape
 
         def our_loss() -> torch.Tensor:
-            return search_dints.architecture_loss(
-                search_dints.regularisers(ours.space, shape, ours.ram_budget), *ours.loss_settings
-            )
+            return ours.arch.loss()
 
         return lambda: theirs.architecture_loss(shape).backward(), lambda: our_loss().backward()
 
@@ -143,9 +140,9 @@ def build_rows(
 
         def run_ours() -> None:
             if weights:
-                search_dints.weights_step(ours, samples)
+                ours.weights.step(samples)
             if arch:
-                search_dints.architecture_step(ours, samples, RAMP)
+                ours.arch.step(samples, RAMP)
 
         return run_published, run_ours
 
@@ -155,12 +152,10 @@ def build_rows(
     def retraining(num_images: int) -> tuple[Call, Call]:
         samples, (theirs, ours) = batch(num_images), networks()
         ours.checkpoint_activations = args.checkpoint_activations
-        ours = training.weights_training(
-            training.compiled(ours, args.compile, device), ours.parameters(), precision, processes, learning_rate=0.025
-        )
-        published_sgd, scaler = published.sgd(theirs.parameters(), 0.025), precision.scaler()
-        theirs = training.WeightsTraining(theirs, published_sgd, scaler, published.criterion(), precision)
-        return lambda: training.weights_step(theirs, samples), lambda: training.weights_step(ours, samples)
+        ours = a_training(ours, precision, processes, compile=args.compile)
+        theirs = a_training(theirs, precision, processes)
+        theirs.optimizer, theirs.criterion = published.sgd(theirs.weights, 0.025), published.criterion()
+        return lambda: theirs.step(samples), lambda: ours.step(samples)
 
     def window() -> tuple[Call, Call]:
         theirs, ours = networks()
@@ -184,16 +179,15 @@ def build_rows(
     }
 
 
-def twin_searches(args, size: dict, processes, precision) -> tuple[published.Search, search_dints.Supernet]:
+def twin_searches(args, size: dict, processes, precision) -> tuple[published.Search, Search]:
     """The published search and ours with the same weights and alphas."""
     torch.manual_seed(0)
     theirs = published.Search(12, 4, size["search_channel_mul"], 1, TASK.num_classes, precision)
     patch = [str(size["patch_size"])] * 3
-    flags = ["--root", ".", "--output_root", ".", "--channel_mul", str(size["search_channel_mul"])]
+    flags = ["--channel_mul", size["search_channel_mul"]]
     flags += ["--checkpoint_activations"] * args.checkpoint_activations
-    options = search_dints.parse_args([*flags, "--patch_size", *patch, "--compile", args.compile])
-    task = replace(TASK, patch_size=tuple(options.patch_size))
-    ours = search_dints.Supernet(options, task, precision, processes)
+    flags += ["--patch_size", *patch, "--compile", args.compile]
+    ours = a_search(flags, TASK, precision, processes)
     ours.network.load_state_dict(theirs.network.state_dict())
     return theirs, ours
 
