@@ -38,14 +38,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "data")]
 
 import published_data  # noqa: E402  (the repository is no package: its root must be on the path first)
 import steps  # noqa: E402
-from dints.data.leniency import Leniency  # noqa: E402
 
 from dints.data.augmentation import augment  # noqa: E402
-from dints.data.cache import Cache, CasesInMemory  # noqa: E402
-from dints.data.cases import Case, Prepared, open_case, prepare, read_image, read_label  # noqa: E402
+from dints.data.cache import Cache  # noqa: E402
+from dints.data.cases import Prepared, prepare, read_image, read_label, resampling_of  # noqa: E402
 from dints.data.crops import crop_masks  # noqa: E402
 from dints.data.grid import in_c_order  # noqa: E402
-from dints.data.listing import ListedCase  # noqa: E402
+from dints.data.listing import Case  # noqa: E402
 from dints.data.loaders import TrainingSamples, training_loader  # noqa: E402
 from dints.data.phantom import make_case  # noqa: E402
 from dints.data.tasks import TASKS  # noqa: E402
@@ -118,7 +117,7 @@ def write_case(shape: Shape, number: int, folder: Path) -> Case:
     paths = [str(folder / f"{kind}_{'x'.join(map(str, shape))}_{number}.nii.gz") for kind in ("image", "label")]
     for volume, path in zip(volumes, paths, strict=True):
         nib.save(volume, path)
-    return open_case(ListedCase(Path(paths[0]).name, (paths[0],), paths[1]))
+    return Case(Path(paths[0]).name, (paths[0],), paths[1])
 
 
 def measure(shape: Shape, args: argparse.Namespace, folder: Path) -> dict[str, dict]:
@@ -150,7 +149,7 @@ def measure_caching(case: Case, name: str, args: argparse.Namespace) -> tuple[di
             took, theirs = timed(lambda transform=transform, theirs=theirs: transform(theirs))
             for label in ("cache a case", f"- {PARTS.get(type(transform).__name__)}"):
                 seconds[label] = seconds.get(label, 0.0) + took
-        took, ours = timed(lambda: prepare(case, TASK, Leniency()))
+        took, ours = timed(lambda: prepare(case, TASK))
         parts = {f"- {part}": timed(call)[0] for part, call in parts_of_ours(case).items()}
         note(rows, seconds, {"cache a case": took, **parts}, name, repeat, args.repeats)
     return rows, theirs, ours
@@ -158,10 +157,10 @@ def measure_caching(case: Case, name: str, args: argparse.Namespace) -> tuple[di
 
 def parts_of_ours(case: Case) -> dict[str, Callable]:
     """Return the calls of `prepare` that take its time, each with what the one before it gave."""
-    given, resampling = {}, case.resampling(TASK)
+    given, resampling = {}, resampling_of(case, TASK)
 
     def read() -> None:
-        given.update(image=read_image(case.images, Leniency())[0], label=read_label(case.label, TASK))
+        given.update(image=read_image(case)[0], label=read_label(case.label_header, TASK))
 
     def resample() -> None:
         resampling.apply(given.pop("image"))
@@ -196,15 +195,15 @@ def measure_samples(
 ) -> dict[str, dict]:
     """Measure the rows of the time of a training sample: from memory, and ours from the cache on disk."""
     transforms = published_data.sampling(TASK).set_random_state(0)
-    held = {"training sample": CasesInMemory([ours])}
-    held["training sample from disk"] = Cache("disk", folder / "cache", TASK, Leniency(), 1).hold([case], name)
+    held = {"training sample": [ours]}
+    held["training sample from disk"] = Cache("disk", folder / "cache", TASK, 1).hold([case], name)
     rows = {label: row("s", [], []) for label in held}
     samples = {label: TrainingSamples(cases, [name], [0], TASK.patch_size, 0, "bench") for label, cases in held.items()}
     turns, threads = count(), torch.get_num_threads()
 
     def ours_of(label: str, turn: int) -> None:
         *patch, _ = samples[label][0, turn, 0]
-        augment(*patch)
+        augment(*patch, samples[label].steps)
 
     torch.set_num_threads(1)
     for repeat in range(args.repeats + 1):
@@ -232,9 +231,9 @@ def memory_in_own_process(side: str, case: Case) -> float:
 def memory_of_caching(args: argparse.Namespace) -> float:
     """Return the MiB at the peak of caching a case above what was held before, what is cached included."""
     side, image, label = args.memory_of
-    case = open_case(ListedCase("case", (image,), label))
+    case = Case("case", (image,), label)
     if side == "ours":
-        return steps.memory_of_first_call(lambda: prepare(case, TASK, Leniency()), CPU)
+        return steps.memory_of_first_call(lambda: prepare(case, TASK), CPU)
     transforms = published_data.caching(TASK, np.dtype(args.masks_type))
     return steps.memory_of_first_call(lambda: transforms(published_data.files(case)), CPU)
 
@@ -244,7 +243,7 @@ def share_of_waiting(args: argparse.Namespace, folder: Path, processes: Processe
     task = replace(TASK, patch_size=(args.patch_size,) * 3)
     precision = choose_precision(args.precision, processes)
     cases = [write_case((256, 256, 128), number, folder) for number in range(1, args.num_cases + 1)]
-    cache = Cache("disk", folder / "cache", task, Leniency(), cores_per_process())
+    cache = Cache("disk", folder / "cache", task, cores_per_process())
     loader = training_loader(
         cases, cache, processes, batch_size=2, steps=args.iterations, num_workers=args.num_workers, stream="bench"
     )

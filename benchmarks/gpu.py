@@ -164,7 +164,7 @@ def describe(result: dict) -> str:
     return f"{'ok' if result['ok'] else 'WRONG'} after {result.get('seconds', 0)} s: {said}"
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = os.environ.get("DINTS_TASK04", CHECKOUT.parent / "shared" / "data" / "Task04_Hippocampus")
     parser.add_argument("--output", type=Path, required=True, help="what was found, as JSON")
@@ -173,7 +173,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=data, help="Task04_Hippocampus, where it is there")
     parser.add_argument("--patience", type=float, default=1, help="times the seconds that parts have (default: 1)")
     parser.add_argument("--rehearse", action="store_true", help="small, on the CPU, all in one process")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.device = "cpu" if args.rehearse else "cuda"
     args.parts = [name for name in args.parts if name not in args.without]
     return args

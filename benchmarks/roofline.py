@@ -1,6 +1,6 @@
 """Computes what bounds a step on a GPU, without one: its kernels, the bytes that they move, and their FLOP.
 
-    python tests/fake_gpu.py benchmarks/roofline.py        with the CUDA build of PyTorch, see tests/fake_cuda.py
+    python benchmarks/fake_gpu.py benchmarks/roofline.py   with the CUDA build of PyTorch, see fake_cuda.py
 
 Published size: 12 blocks and 4 resolutions, patches of 96x96x96, bf16. Of each call of an operation the longest counts
 of what a launch takes, of its bytes at the GPU's bandwidth and of its FLOP at its peak: no measurement, and a bound
@@ -32,7 +32,7 @@ ROWS = ("weights step", "architecture step", "retraining step, batch 1", "retrai
 
 def main(args: argparse.Namespace) -> None:
     if not is_there():
-        sys.exit("error: run it by tests/fake_gpu.py")
+        sys.exit("error: run it by benchmarks/fake_gpu.py")
     print("| | | kernels | at 5 us | GB | at 3.35 TB/s | TFLOP | at 989 TFLOP/s | bound |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for row in args.rows:

@@ -335,7 +335,7 @@ def resident_kib(field: str) -> int:
 
 
 def describe_machine(device: torch.device, precision: Precision, args: argparse.Namespace) -> str:
-    """What the numbers hold for, and the ceilings that they can be held against."""
+    """What the numbers hold for, and the ceilings that they can be compared with."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
     else:

@@ -1,4 +1,4 @@
-"""Errors that the person at the keyboard can mend, and how a script ends."""
+"""Errors that the person at the keyboard can correct, and how a script ends."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PartlyDone(Exception):
 
 
 class ProcessLost(Exception):
-    """A process that this one needs died or does not answer; starting all of them again may mend it."""
+    """A process that this one needs died or does not answer; starting all of them again may help."""
 
 
 def shown(value: object) -> str:
@@ -59,7 +59,7 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, MAX_SHOWN, MAX_SHOWN
 
 
 def exit_on_user_error(main: Callable[..., None], *args) -> None:
-    """Run ``main(*args)``; what a person can mend or asked for ends the process with one line on stderr.
+    """Run ``main(*args)``; what a person can correct or asked for ends the process with one line on stderr.
 
     The exit code is 1 for a `UserError`, 3 for a batch that is done but in part, 128 and the signal's number for a run
     that was asked to stop, and 141 without a word where nobody reads on what is printed. What nobody expected keeps
@@ -80,7 +80,7 @@ def exit_on_user_error(main: Callable[..., None], *args) -> None:
             tell(f"stopped {stopped.saved}: {_again('continues it')}: {shlex.join(_continuing(sys.argv))}")
         _end(128 + stopped.signal)
     except KeyboardInterrupt:
-        _leave(f"interrupted: {_again('goes on with what is saved')}", 130)
+        _leave(f"interrupted: {_again('resumes from the last save')}", 130)
     except ProcessLost as error:
         tell(f"error: {_speaker()}{error}")
         _end(1)

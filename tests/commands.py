@@ -22,7 +22,9 @@ SPACE = "--num_blocks 2 --num_depths 3"
 
 def words(*flags: object) -> list[str]:
     """Split text as it stands on a command line into words; paths and numbers are words already."""
-    return [word for flag in flags for word in (flag.split() if isinstance(flag, str) else [str(flag)])]
+    return [
+        word for flag in flags for word in (flag.split() if isinstance(flag, str) else [str(flag)])
+    ]
 
 
 def search(root: Path, output_root: Path, *flags: object) -> Path:
@@ -41,7 +43,9 @@ def evolve(root: Path, output_root: Path, *flags: object) -> Path:
 
 def train(root: Path, output_root: Path, arch_ckpt: Path, *flags: object) -> Path:
     """Retrain in this process; return the run's folder."""
-    arguments = words("--root", root, "--output_root", output_root, "--arch_ckpt", arch_ckpt, TINY, *flags)
+    arguments = words(
+        "--root", root, "--output_root", output_root, "--arch_ckpt", arch_ckpt, TINY, *flags
+    )
     train_dints.main(train_dints.parse_args(arguments))
     return output_root
 
@@ -53,7 +57,9 @@ def infer(output_root: Path, *flags: object) -> Path:
     return output_root
 
 
-def run(*command: object, folder: Path = CHECKOUT, timeout: float = 120) -> subprocess.CompletedProcess:
+def run(
+    *command: object, folder: Path = CHECKOUT, timeout: float = 120
+) -> subprocess.CompletedProcess:
     """Run a script, or Python with other words, as a process of its own to its end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -75,7 +81,9 @@ def only_error(done: subprocess.CompletedProcess) -> str:
 
 def copy_checkout(folder: Path) -> Path:
     """Copy the files that git tracks, as they are now, into a new ``folder``."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    ).stdout
     for name in listed.split("\0"):
         if (CHECKOUT / name).is_file():  # not one that is being deleted
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

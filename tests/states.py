@@ -10,7 +10,15 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # The cost has a latency; each run has an identity of its own.
-MEASURED = {"run", "seconds", "seconds_per_iteration", "seconds_in_epoch", "data_wait", "minutes", "cost"}
+MEASURED = {
+    "run",
+    "seconds",
+    "seconds_per_iteration",
+    "seconds_in_epoch",
+    "data_wait",
+    "minutes",
+    "cost",
+}
 
 
 def progress_of(folder: Path, name: str = "latest.pth") -> dict:
@@ -31,14 +39,19 @@ def rows(path: Path) -> list[dict[str, str]]:
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Return steps and values of each curve, as TensorBoard's own reader finds them."""
     events = EventAccumulator(str(folder / "Events"), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def without_measured(content: object) -> object:
     """Return a nested state without what is measured, and of absolute paths the file's name only."""
     if isinstance(content, dict):
         return {
-            key: without_measured(value) for key, value in content.items() if str(key).split("/")[-1] not in MEASURED
+            key: without_measured(value)
+            for key, value in content.items()
+            if str(key).split("/")[-1] not in MEASURED
         }
     if isinstance(content, (list, tuple)):
         return [without_measured(value) for value in content]
@@ -55,7 +68,10 @@ def assert_equal(first: object, second: object, where: str = "state") -> int:
         return sum(assert_equal(first[key], second[key], f"{where}.{key}") for key in first)
     if isinstance(first, (list, tuple)):
         assert len(first) == len(second), where
-        return sum(assert_equal(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(first, second, strict=True)))
+        return sum(
+            assert_equal(a, b, f"{where}[{i}]")
+            for i, (a, b) in enumerate(zip(first, second, strict=True))
+        )
     assert first == second, where
     return 0
 
@@ -67,7 +83,11 @@ def assert_same_end(straight: Path, other: Path, ignored: str = "") -> None:
         ignored: opening of the names of files that only one of them has.
     """
     found = [
-        {path.name: path for path in folder.glob("*.pth") if not ignored or not path.name.startswith(ignored)}
+        {
+            path.name: path
+            for path in folder.glob("*.pth")
+            if not ignored or not path.name.startswith(ignored)
+        }
         for folder in (straight, other)
     ]
     assert found[0].keys() == found[1].keys()

@@ -27,7 +27,7 @@ STOPPED = Stopped(signal.SIGTERM, "after iteration 7, with its state in run/late
         ),
         (ProcessLost("rank 1 is gone"), 1, "error: rank 1 is gone\n"),
         (STOPPED, 143, "stopped after iteration 7, with its state in run/latest.pth: the same command continues it: "),
-        (KeyboardInterrupt(), 130, "interrupted: the same command goes on with what is saved\n"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command resumes with what is saved\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )

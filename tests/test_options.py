@@ -73,7 +73,9 @@ def test_a_command_line_becomes_groups_of_typed_values():
     given = parse(ToySettings, "It does.", ["--root", "a", "--deep", "--recipe", "recommended"])
     assert (given.toy.root, given.toy.deep, given.toy.size) == (Path("a"), True, (3, 4))
     assert given.toy.average_decay == 0.99 and given.other.size2 == (1, 2)
-    own = parse(ToySettings, "It does.", ["--root", "a", "--size", "5", "6", "--average_decay", "0"])
+    own = parse(
+        ToySettings, "It does.", ["--root", "a", "--size", "5", "6", "--average_decay", "0"]
+    )
     assert own.toy.size == (5, 6) and own.toy.average_decay == 0.0
     assert course(own) == {
         "size": [5, 6],
@@ -106,7 +108,12 @@ def test_help_lists_groups_defaults_and_those_of_recipes(capsys):
 
 @pytest.mark.parametrize(
     ("steps", "iterations", "expected"),
-    [(10, 500, (50, 25, 5)), (10, 10, (1, 0, 1)), (1000, 500, (1, 0, 1)), (7, None, (1000, 500, 100))],
+    [
+        (10, 500, (50, 25, 5)),
+        (10, 10, (1, 0, 1)),
+        (1000, 500, (1, 0, 1)),
+        (7, None, (1000, 500, 100)),
+    ],
 )
 def test_a_length_in_iterations_scales_every_number_of_epochs(steps, iterations, expected):
     epochs = {"num_epochs": 1000, "num_epochs_warmup": 500, "num_epochs_per_validation": 100}
@@ -122,7 +129,11 @@ def test_validations_are_regular_and_the_last_epoch_has_one():
 
 def test_the_architecture_learns_after_the_warm_up():
     length = SearchLengthSettings(num_epochs=6, num_epochs_warmup=2)
-    assert [length.past_warmup(epoch) for epoch in (1, 2, 5)] == [(False, 0), (True, 0), (True, 0.75)]
+    assert [length.past_warmup(epoch) for epoch in (1, 2, 5)] == [
+        (False, 0),
+        (True, 0),
+        (True, 0.75),
+    ]
 
 
 def test_defaults_are_the_published_numbers():
@@ -130,7 +141,11 @@ def test_defaults_are_the_published_numbers():
     length = search.length
     assert (length.num_epochs, length.num_epochs_warmup) == (1430, 715)
     assert length.num_epochs_per_validation == 100 and search.patches.num_images_per_batch == 1
-    assert (search.space.num_blocks, search.space.num_depths, search.space.channel_mul) == (12, 4, 0.5)
+    assert (search.space.num_blocks, search.space.num_depths, search.space.channel_mul) == (
+        12,
+        4,
+        0.5,
+    )
     assert search.weights.learning_rate_milestones == (0.4, 0.8)
     assert search.arch.loss_weights == (1, 1, 1, 0.001) and search.arch.factor_ram_cost == 0.8
     assert (search.arch.learning_rate_arch, search.window.overlap_ratio) == (0.001, 0.625)
@@ -179,7 +194,11 @@ def test_a_run_by_the_published_recipe_hears_of_the_other():
 
 def test_tables_that_help_does_not_import_are_those_of_the_settings():
     assert (*CHAINS, "auto") == settings.AUGMENTATIONS
-    assert settings.PROPOSALS == proposals.KINDS and {*KINDS} == {*proposals.KINDS, "given", "mutant"}
+    assert settings.PROPOSALS == proposals.KINDS and {*KINDS} == {
+        *proposals.KINDS,
+        "given",
+        "mutant",
+    }
     limits = architecture._MAX_BLOCKS, architecture._MAX_DEPTHS
     assert limits == (settings.MAX_BLOCKS, settings.MAX_DEPTHS)
 
@@ -192,24 +211,48 @@ MISTAKES = [
     ("train", "--batch_size 3", f"{UNKNOWN} --batch_size: did you mean --num_images_per_batch? -h"),
     ("train", "--xyz 3 --local-rnk 3", f"{UNKNOWN} --xyz: --local-rnk: -h lists all"),
     ("train", "--num_epochs ten", "argument --num_epochs: invalid int value: 'ten' (-h lists all"),
-    ("train", "--fold first", "argument --fold: 'first' is neither a fold's number, from 0 on, nor"),
+    (
+        "train",
+        "--fold first",
+        "argument --fold: 'first' is neither a fold's number, from 0 on, nor",
+    ),
     ("train", "--fold 5", "--fold 5 is not one of --num_folds 5: give 0 to 4, or all"),
     ("train", "--flip_axes auto X", "--flip_axes auto X: give axes, or one of auto, all and none"),
     ("train", "--intensity_range 5 5", "--intensity_range 5 5: the first must be below the second"),
     ("train", "--learning_rate_milestones 0.8 0.2", "--learning_rate_milestones must rise"),
-    ("train", "--average_decay 1", "argument --average_decay: 1 is not at least 0 and at most 0.99"),
+    (
+        "train",
+        "--average_decay 1",
+        "argument --average_decay: 1 is not at least 0 and at most 0.99",
+    ),
     ("train", "--root= ", "argument --root: an empty path: is a variable in the command not set?"),
-    ("train", "--root ~no_such_user_0/data", "argument --root: ~no_such_user_0/data: there is no such"),
-    ("search", "--num_blocks 999999", "argument --num_blocks: 999999 is not at least 1 and at most"),
+    (
+        "train",
+        "--root ~no_such_user_0/data",
+        "argument --root: ~no_such_user_0/data: there is no such",
+    ),
+    (
+        "search",
+        "--num_blocks 999999",
+        "argument --num_blocks: 999999 is not at least 1 and at most",
+    ),
     ("search", "--num_epochs_warmup 1430", "--num_epochs_warmup 1430 must be below --num_epochs"),
     ("evolve", "--proposals best", "argument --proposals: invalid choice: 'best'"),
     ("evolve", "--candidates 2 --arch_ckpt a b", "--arch_ckpt gives 2 files: give --candidates 4"),
     ("infer", "--inputs a", f"{UNKNOWN} --inputs: did you mean --input? -h lists all"),
-    ("infer", "--save_probabilities yes please", "yes please belongs to no option: name it, and quote"),
+    (
+        "infer",
+        "--save_probabilities yes please",
+        "yes please belongs to no option: name it, and quote",
+    ),
     ("evaluate", "--out x", f"{UNKNOWN} --out: did you mean --output_root? -h lists all"),
     ("decode_plot", "--num_blocks 3", "--num_blocks and --num_depths go with --search_space"),
     ("decode_plot", "--filename graph.png", "--filename graph.png: give it without its ending"),
-    ("download", "--task Task09_Spleen", f"{UNKNOWN} --task: did you mean --msd_task? -h lists all"),
+    (
+        "download",
+        "--task Task09_Spleen",
+        f"{UNKNOWN} --task: did you mean --msd_task? -h lists all",
+    ),
 ]
 
 
@@ -255,5 +298,8 @@ def test_paths_may_begin_at_home_wherever_the_shell_left_that(monkeypatch):
     monkeypatch.setenv("HOME", "/home/of me")
     flags = ["--root=~/d\u00e4ta", "--json", "~", "--cache_dir", "a/~"]
     given = train_dints.parse_args([*TRAIN, *flags])
-    assert (given.data.root, given.data.json) == (Path("/home/of me/d\u00e4ta"), Path("/home/of me"))
+    assert (given.data.root, given.data.json) == (
+        Path("/home/of me/d\u00e4ta"),
+        Path("/home/of me"),
+    )
     assert given.run.cache_dir == Path("a/~")

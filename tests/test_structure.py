@@ -67,7 +67,12 @@ class TestMeasures:
 
     @pytest.mark.parametrize(
         ("head", "expected"),
-        [("f(args)", True), ("f(a: argparse.Namespace)", True), ("f(*args)", False), ("f(a)", False)],
+        [
+            ("f(args)", True),
+            ("f(a: argparse.Namespace)", True),
+            ("f(*args)", False),
+            ("f(a)", False),
+        ],
     )
     def test_namespaces(self, head, expected):
         found = measure.takers_of_namespaces([parsed("dints.running.a", f"def {head}: pass")])

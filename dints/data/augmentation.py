@@ -46,7 +46,7 @@ class Step:
     apply: Callable[[torch.Tensor, torch.Tensor, object], Sample]
 
     def __reduce__(self) -> tuple[Callable[..., Step], tuple]:
-        """Have a worker that is started anew, as on Windows and macOS, look a step of the table up: it has lambdas."""
+        """Have a worker that is started again, as on Windows and macOS, look a step of the table up: it has lambdas."""
         for chain_name, steps in CHAINS.items():
             if self in steps:
                 return _of_table, (chain_name, steps.index(self))

@@ -216,7 +216,7 @@ def _judge_whole(reports: Sequence[Report], task: Task) -> Report:
 
 
 def _findings(cases: Sequence[Case], reports: Sequence[Report], whole: Report) -> Iterator[str]:
-    """Yield a table, errors first; paths are told from the folder that all files are in."""
+    """Yield a table, errors first; paths are relative to the folder that all files are in."""
     folder = os.path.commonpath([os.path.dirname(path) for case in cases for path in case.files])
     named = [("all", whole), *((case.name, report) for case, report in zip(cases, reports, strict=True))]
     rows = [("error", name, finding) for name, report in named for finding in report.errors]

@@ -122,7 +122,7 @@ def _cases(count: int) -> str:
 
 
 def check_names(cases: Sequence[Case]) -> None:
-    """Refuse two cases of one name, where the cases of all folds are told by their names."""
+    """Refuse two cases of one name, where the cases of all folds are known by their names."""
     ((name, count),) = Counter(case.name for case in cases).most_common(1)
     if count > 1:
         raise UserError(f"{count} cases are called {name}: rename all but one of them, so that each can be scored")

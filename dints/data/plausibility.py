@@ -1,7 +1,7 @@
 """Whether a volume to segment is like those that a model was trained on: voxel size, extent, and CT intensities.
 
 A header in metres, a lost affine or HU that are shifted by 1024 give a segmentation too, and a wrong one. Ranges of the
-training cases are kept in the model file; a volume far outside of them is told in one line, and segmented.
+training cases are kept in the model file; a volume far outside of them is reported in one line, and segmented.
 """
 
 from __future__ import annotations

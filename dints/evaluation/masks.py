@@ -54,7 +54,7 @@ class Pair:
         if difference > AFFINE_TOLERANCE and not self.trust_shapes:
             raise UserError(
                 f"{self.prediction} has another affine than {self.reference} (an entry differs by {difference:.4g}): "
-                "resample it to the reference's grid, or mend its header"
+                "resample it to the reference's grid, or correct its header"
             )
         return reference, _read_mask(other), (other if self.trust_shapes else header).spacing
 

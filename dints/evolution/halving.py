@@ -181,7 +181,7 @@ class Ledger:
             if network != _network(candidate):
                 raise UserError(
                     f"{path} is of another architecture than {candidate.name} is in this version of the scripts: "
-                    "go on with the version that wrote it, or start afresh with --resume never"
+                    "use the version that wrote it, or start afresh with --resume never"
                 )
         return done
 

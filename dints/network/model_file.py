@@ -109,7 +109,7 @@ def validation_of(path: Path, run: str) -> dict[str, float | int | None] | None:
     noted = {key: content.get(key) for key in ("iteration", "dice")} if isinstance(content, dict) else {}
     is_sound = type(noted.get("iteration")) is int and isinstance(noted["dice"], (float, type(None)))
     if not is_sound or content.get("run", "") != run:
-        raise UserError(f"{path} is not of this run: move it away, and the same command writes it anew")
+        raise UserError(f"{path} is not of this run: move it away, and the same command writes it again")
     return noted
 
 

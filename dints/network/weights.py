@@ -1,4 +1,4 @@
-"""Weights in files, held against the network that is to take them."""
+"""Weights in files, compared with the network that is to take them."""
 
 from __future__ import annotations
 

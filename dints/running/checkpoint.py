@@ -1,4 +1,4 @@
-"""The state that a run goes on from: ``latest.pth`` and the one before, saved, found and restored."""
+"""The state that a run is resumed from: ``latest.pth`` and the one before, saved, found and restored."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def compare(path: Path, stored: dict, wanted: dict, allow_other_num_processes: b
 class Checkpoint:
     """``latest.pth``, all that continuing a run needs, and ``previous.pth``, the one before.
 
-    The file is a zip archive with a checksum for each tensor; a damaged one is told from a whole one, and the one
+    The file is a zip archive with a checksum for each tensor; a damaged one is recognised, and the one
     before is taken.
 
     Args:

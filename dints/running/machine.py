@@ -175,7 +175,7 @@ def free_swap() -> int:
 def keep_freed_memory() -> None:
     """Let glibc keep blocks of up to 32 MiB that are freed.
 
-    Each step frees and needs the same memory again; by default the system takes it back and clears 30,000 pages anew.
+    Each step frees and needs the same memory again; by default the system takes it back and clears 30,000 pages again.
     """
     if platform.libc_ver()[0] == "glibc":
         for option, size in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 2**31 - 1)):

@@ -12,7 +12,16 @@ from architectures import random_architecture as some_architecture
 
 from dints.errors import UserError
 from dints.evolution import proposals
-from dints.evolution.proposals import CHANGES, KINDS, Candidate, Limits, memory_of_share, mutants, mutated, proposed
+from dints.evolution.proposals import (
+    CHANGES,
+    KINDS,
+    Candidate,
+    Limits,
+    memory_of_share,
+    mutants,
+    mutated,
+    proposed,
+)
 from dints.network.architecture import Architecture, from_codes
 from dints.network.cost import cost
 from dints.network.operations import PUBLISHED
@@ -92,7 +101,11 @@ def test_without_the_operations_of_hand_made_ones_there_are_others():
         return [member.kind for member in proposed(3, ["by_hand", "random"], limits, [], seed=0)]
 
     assert made("skip_connect", "conv_3x3x1") == ["random"] * 3
-    assert made("conv_3x3x3") == ["by_hand", "random", "random"]  # the second U would be the first one
+    assert made("conv_3x3x3") == [
+        "by_hand",
+        "random",
+        "random",
+    ]  # the second U would be the first one
 
 
 def test_a_share_of_every_path_is_that_of_the_dearest_network():
@@ -102,7 +115,9 @@ def test_a_share_of_every_path_is_that_of_the_dearest_network():
     assert memory_of_share(1.0, *space, 0.25, *shapes) == 2 * half
     every_path = np.ones((4, 7), dtype=int)
     of_all = [
-        cost(from_codes(every_path, kind * every_path, *space[2:]), 1, 3, (16, 16, 16), 0.25, 2).step_mib
+        cost(
+            from_codes(every_path, kind * every_path, *space[2:]), 1, 3, (16, 16, 16), 0.25, 2
+        ).step_mib
         for kind in range(3)
     ]
     assert 2 * half == max(of_all) == of_all[2] > of_all[1]
@@ -117,7 +132,9 @@ def test_too_few_are_an_error_with_a_reason(monkeypatch):
         raise UserError("it is too large")
 
     monkeypatch.setattr(proposals, "fitting_channel_mul", refuse)
-    with pytest.raises(UserError, match="give 0 candidates for --memory_mib 1.5, .*it is too large"):
+    with pytest.raises(
+        UserError, match="give 0 candidates for --memory_mib 1.5, .*it is too large"
+    ):
         proposed(2, KINDS, LIMITS, [], seed=0)
     with pytest.raises(UserError, match="cannot compete: it is too large"):
         proposed(2, KINDS, LIMITS, GIVEN, seed=0)
@@ -127,20 +144,28 @@ class TestMutants:
     def test_are_new_and_name_their_parents(self, members):
         parents = members[:2]
         made = mutants(8, parents, members, LIMITS, seed=0)
-        assert [mutant.parent for mutant in made] == [parents[number % 2].name for number in range(8)]
+        assert [mutant.parent for mutant in made] == [
+            parents[number % 2].name for number in range(8)
+        ]
         assert [mutant.name for mutant in made] == [f"mutant_{number}" for number in range(1, 9)]
         assert len({str(one.architecture.codes()) for one in (*members, *made)}) == len(members) + 8
 
     def test_keep_the_finest_resolution_where_that_is_asked_for(self):
         generator, parent, left = np.random.default_rng(0), everything(3, 3), []
         for keep_finest in (True, False):
-            made = [one for one in (mutated(parent, keep_finest, generator) for _ in range(300)) if one]
+            made = [
+                one for one in (mutated(parent, keep_finest, generator) for _ in range(300)) if one
+            ]
             left.append(sum(not one.arch_code_a[:, 0].all() for one in made))
         assert left[0] == 0 < left[1]
 
     def test_each_change_occurs(self):
         generator, parent = np.random.default_rng(0), some_architecture(3, 4, 3)
-        seen = {change for _ in range(300) for change in changes(parent, mutated(parent, False, generator))}
+        seen = {
+            change
+            for _ in range(300)
+            for change in changes(parent, mutated(parent, False, generator))
+        }
         assert seen == set(CHANGES)
 
     def test_there_are_fewer_where_no_more_are_found(self, members, monkeypatch):

@@ -1,4 +1,4 @@
-"""The experiments' runner trains and scores rows, ours and opponents', and goes on where it was stopped."""
+"""The experiments' runner trains and scores rows, ours and opponents', and resumes where it was stopped."""
 
 from __future__ import annotations
 

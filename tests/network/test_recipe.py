@@ -28,7 +28,9 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
     made = []
     for _ in range(count):
         centre = 4 + (SIZE - 8) * torch.rand(3, generator=generator)
-        distance = sum((axis.view([-1 if i == j else 1 for j in range(3)]) - centre[i]) ** 2 for i in range(3)).sqrt()
+        distance = sum(
+            (axis.view([-1 if i == j else 1 for j in range(3)]) - centre[i]) ** 2 for i in range(3)
+        ).sqrt()
         label = (distance < 4).to(torch.uint8) + (distance < 2)
         image = label + 0.3 * torch.randn(label.shape, generator=generator)
         made.append({"image": image[None, None].float(), "label": label[None, None]})
@@ -47,9 +49,15 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
     ],
     ids=str,
 )
-def test_the_published_search_and_ours_take_the_same_course(dtype, iterations, tolerance, monkeypatch):
+def test_the_published_search_and_ours_take_the_same_course(
+    dtype, iterations, tolerance, monkeypatch
+):
     """Two thirds of the iterations also train the architecture."""
-    for threshold in ("MIN_MULTIPLY_ADDS", "MIN_WEIGHTS", "MIN_WEIGHTS_OF_PRODUCT"):  # all ways, however small the size
+    for threshold in (
+        "MIN_MULTIPLY_ADDS",
+        "MIN_WEIGHTS",
+        "MIN_WEIGHTS_OF_PRODUCT",
+    ):  # all ways, however small the size
         monkeypatch.setattr(layers, threshold, 0)
     precision = Precision("fp32", torch.device("cpu"))
     theirs = published.Search(3, 3, 0.125, 1, TASK.num_classes, precision, learning_rate_arch=0.01)
@@ -75,8 +83,12 @@ def test_the_published_search_and_ours_take_the_same_course(dtype, iterations, t
             losses[iteration, 2] = theirs.architecture_step(*other.values(), progress)
             losses[iteration, 3] = arch.step(other, progress)
     assert np.abs(losses[:, ::2] - losses[:, 1::2]).max() < tolerance
-    assert losses[-10:, 0].mean() < 0.9 * losses[:10, 0].mean()  # both learn, or the comparison shows nothing
-    assert all((alpha - start).abs().max() > 0.05 for alpha, start in zip(alphas, starts, strict=True))
+    assert (
+        losses[-10:, 0].mean() < 0.9 * losses[:10, 0].mean()
+    )  # both learn, or the comparison shows nothing
+    assert all(
+        (alpha - start).abs().max() > 0.05 for alpha, start in zip(alphas, starts, strict=True)
+    )
     if dtype == torch.float64:
         for expected, found in zip(theirs.space.decode(), ours.dints_space.decode(), strict=True):
             np.testing.assert_array_equal(found, expected)

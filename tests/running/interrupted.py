@@ -73,7 +73,9 @@ def run(stage: str, flags: list[str], world_size: int, fault: dict | None, launc
         pids.append(pid)
         os.setpgid(pid, pids[0])
     ends = {}
-    for rank in sorted(range(world_size), key=lambda rank: fault is not None and fault["to"] == rank):
+    for rank in sorted(
+        range(world_size), key=lambda rank: fault is not None and fault["to"] == rank
+    ):
         if fault is not None and fault["signal"] == "STOP" and fault["to"] == rank:
             os.kill(pids[rank], signal.SIGKILL)  # the others have ended: it has done what it was to
         ends[rank] = wait(pids[rank], pids[0], start + LIMIT)
@@ -81,13 +83,23 @@ def run(stage: str, flags: list[str], world_size: int, fault: dict | None, launc
     os.close(struck)
     with os.fdopen(reading) as times:
         seconds = time.monotonic() - float(times.read() or start)
-    return {"codes": codes, "said": [read(file) for file in said], "seconds": seconds, "survivors": survivors(pids[0])}
+    return {
+        "codes": codes,
+        "said": [read(file) for file in said],
+        "seconds": seconds,
+        "survivors": survivors(pids[0]),
+    }
 
 
 def become_rank(rank: int, world_size: int, port: int, pids: list[int], said: int) -> None:
     os.setpgid(0, pids[0] if pids else 0)
     if world_size > 1:
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        numbers = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world_size,
+            "LOCAL_WORLD_SIZE": world_size,
+        }
         os.environ |= {name: str(value) for name, value in numbers.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -111,7 +123,12 @@ def cost_unless_measured(original: Callable, *settings: object, device: object =
 
 def save_on_every_rank(checkpoint: Checkpoint, original: Callable) -> None:
     states = {name: part.state_dict() for name, part in checkpoint.parts.items()}
-    progress = {**asdict(checkpoint.progress), "seconds": 0.0, "seconds_per_iteration": 0.0, "seconds_in_epoch": 0.0}
+    progress = {
+        **asdict(checkpoint.progress),
+        "seconds": 0.0,
+        "seconds_per_iteration": 0.0,
+        "seconds_in_epoch": 0.0,
+    }
     path = checkpoint.latest.with_name(f"rank{checkpoint.processes.rank}.pth")
     torch.save({"parts": states, "progress": progress}, path)
     original(checkpoint)
@@ -175,7 +192,9 @@ def in_step(iterations: range, strike: Callable, only_if_all_is_kept: bool = Fal
 
     def steps(run, original, *loaders, until=None):
         for batch in original(run, *loaders, until=until):
-            recomputes = only_if_all_is_kept and run.checkpoint.parts["network"].checkpoint_activations
+            recomputes = (
+                only_if_all_is_kept and run.checkpoint.parts["network"].checkpoint_activations
+            )
             if run.progress.iteration + 1 in iterations and not recomputes:
                 strike(batch)
             yield batch
@@ -229,7 +248,13 @@ def in_save(iterations: range, strike: Callable, half: str) -> None:
 
     def save(checkpoint, original):
         if checkpoint.progress.iteration in iterations:
-            replace(*((torch, "save", write_half) if half == "written" else (os, "replace", rename_half)))
+            replace(
+                *(
+                    (torch, "save", write_half)
+                    if half == "written"
+                    else (os, "replace", rename_half)
+                )
+            )
         original(checkpoint)
 
     replace(Checkpoint, "save", save)

@@ -72,7 +72,12 @@ def restored(folder: Path, resume: str = "auto") -> tuple[float, Progress]:
 
 def changed(folder: Path, **more: object) -> None:
     """Save a state with other entries, as a run does not."""
-    state = {"format": module.FORMAT, "configuration": CONFIGURATION, "precision": "fp32", "parts": {}}
+    state = {
+        "format": module.FORMAT,
+        "configuration": CONFIGURATION,
+        "precision": "fp32",
+        "parts": {},
+    }
     torch.save({**state, "progress": {"epoch": 1, "iteration": 3}, **more}, folder / "latest.pth")
 
 
@@ -90,7 +95,9 @@ def test_a_run_saves_before_it_begins_and_keeps_its_identity(tmp_path):
 @KILL
 def test_the_newest_is_restored_and_the_one_before_is_kept(tmp_path):
     save(tmp_path, 1.0, 2.0, 3.0, precision="bf16")
-    names = {path.name: progress_of(tmp_path, path.name)["iteration"] for path in tmp_path.iterdir()}
+    names = {
+        path.name: progress_of(tmp_path, path.name)["iteration"] for path in tmp_path.iterdir()
+    }
     assert names == {"latest.pth": 3, "previous.pth": 2}
     value, progress = restored(tmp_path, resume="must")
     assert (value, progress.step, progress.iteration) == (3.0, 3, 3)
@@ -152,7 +159,9 @@ def test_a_full_disk_keeps_the_files_that_are_there(tmp_path, monkeypatch):
     checkpoint = save(tmp_path, 1.0)
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-        with pytest.raises(UserError, match="latest.pth needs 0.0 MiB, and 0.0 are free on its disk"):
+        with pytest.raises(
+            UserError, match="latest.pth needs 0.0 MiB, and 0.0 are free on its disk"
+        ):
             checkpoint.save()
 
     def full(*_):
@@ -160,7 +169,9 @@ def test_a_full_disk_keeps_the_files_that_are_there(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(UserError, match="latest.pth cannot be written: No space left on device"):
+        with pytest.raises(
+            UserError, match="latest.pth cannot be written: No space left on device"
+        ):
             checkpoint.save()
     assert restored(tmp_path)[0] == 1.0 and not list(tmp_path.glob(".*"))
 
@@ -171,7 +182,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     parts = parts_of(0.0)
     checkpoint = begun(tmp_path, parts)
     parts["network"].weight.data[0, 0] = float("inf")
-    with pytest.raises(UserError, match="the training diverged: weights are not finite, and are not"):
+    with pytest.raises(
+        UserError, match="the training diverged: weights are not finite, and are not"
+    ):
         checkpoint.save()
     assert restored(tmp_path)[0] == 1.0
 
@@ -321,6 +334,8 @@ def test_a_hostile_optimizer_is_refused_in_one_short_line(tmp_path, change):
     states = {name: part.state_dict() for name, part in parts.items()}
     change(states["optimizer"])
     changed(tmp_path, parts=states)
-    with pytest.raises(UserError, match="latest.pth does not fit this run: its optimizer") as refused:
+    with pytest.raises(
+        UserError, match="latest.pth does not fit this run: its optimizer"
+    ) as refused:
         begun(tmp_path, parts_of(0.0))
     assert len(str(refused.value)) < 1000

@@ -43,7 +43,9 @@ def pictures(monkeypatch) -> Pictures:
     return drawn
 
 
-def draw(folder: Path, losses: Mapping[str, Sequence], accuracy: Mapping[str, Sequence] | None = None) -> None:
+def draw(
+    folder: Path, losses: Mapping[str, Sequence], accuracy: Mapping[str, Sequence] | None = None
+) -> None:
     for name, columns in ((LOSSES, losses), (ACCURACY, accuracy)):
         if columns is not None:
             rows = [columns, *zip(*columns.values(), strict=True)]
@@ -81,8 +83,14 @@ def test_a_search_is_shown_from_where_the_architecture_learns(tmp_path, pictures
     losses, memory, entropies, changes = map(lines, pictures["search.png"])
     assert losses == {"weights": [[10, 3], [20, 2], [30, 1]], "architecture": [[30, 0.5]]}
     assert list(memory) == ["expected network", "RAM factor"]
-    assert entropies["paths"] == [[10, 1], [20, 0.5], [30, 0.25]] and entropies["topology"][2] == [30, 0]
-    assert changes == {"paths": [[10, 0], [20, 3], [30, 4]], "operations": [[10, 0], [20, 0], [30, 2]]}
+    assert entropies["paths"] == [[10, 1], [20, 0.5], [30, 0.25]] and entropies["topology"][2] == [
+        30,
+        0,
+    ]
+    assert changes == {
+        "paths": [[10, 0], [20, 3], [30, 4]],
+        "operations": [[10, 0], [20, 0], [30, 2]],
+    }
 
 
 def test_pictures_leave_out_what_has_no_values(tmp_path, pictures):
@@ -91,7 +99,9 @@ def test_pictures_leave_out_what_has_no_values(tmp_path, pictures):
         assert legend(pictures[name][0]) == expected
     time = {"iteration": [10], "seconds": [60]}
     draw(tmp_path, {**time, "loss": [3]}, {**time, "dice": [0.5], "dice_spleen": [0.5]})
-    assert legend(pictures["validation_metric.png"][0]) == ["spleen"]  # of one class, the mean says nothing
+    assert legend(pictures["validation_metric.png"][0]) == [
+        "spleen"
+    ]  # of one class, the mean says nothing
     draw(tmp_path, {**time, "loss": [3]}, {**time, "dice": [0.5], "dice_a": [""], "dice_b": [0.5]})
     assert legend(pictures["validation_metric.png"][0]) == ["mean", "b"]
 
@@ -110,20 +120,37 @@ def test_a_long_run_is_drawn_with_its_running_mean(tmp_path, pictures):
 def competed(folder: Path, *dices: tuple[str, int, float]) -> None:
     """Write the table of candidates, each given by its kind, its rung and its Dice, and draw it."""
     rows = [
-        {"candidate": f"{kind}_{number}", "kind": kind, "iterations": str(iterations), "dice": str(dice)}
+        {
+            "candidate": f"{kind}_{number}",
+            "kind": kind,
+            "iterations": str(iterations),
+            "dice": str(dice),
+        }
         for number, (kind, iterations, dice) in enumerate(dices)
     ]
     write_rows(folder / CANDIDATES, rows)
     curves.draw_candidates(folder)
 
 
-def test_candidates_below_the_axis_are_marked_with_their_dice_and_no_point_has_another(tmp_path, pictures):
-    near = [("by_hand", 200, 0.86), ("by_hand", 400, 0.87), *(("mutant", 200, 0.85 + 0.001 * n) for n in range(8))]
-    far = [("random", 200, 0.5793), ("random", 200, 0.0), *(("given", 200, 0.1 * n) for n in range(1, 5))]
+def test_candidates_below_the_axis_are_marked_with_their_dice_and_no_point_has_another(
+    tmp_path, pictures
+):
+    near = [
+        ("by_hand", 200, 0.86),
+        ("by_hand", 400, 0.87),
+        *(("mutant", 200, 0.85 + 0.001 * n) for n in range(8)),
+    ]
+    far = [
+        ("random", 200, 0.5793),
+        ("random", 200, 0.0),
+        *(("given", 200, 0.1 * n) for n in range(1, 5)),
+    ]
     competed(tmp_path, *near, *far)
     (axes,) = pictures["candidates.png"]
     bottom, top = axes.get_ylim()
-    points = sorted(dice for line in axes.lines if line.get_marker() == "o" for dice in line.get_ydata())
+    points = sorted(
+        dice for line in axes.lines if line.get_marker() == "o" for dice in line.get_ydata()
+    )
     assert points == sorted(dice for _, _, dice in [*near, *far])
     assert 0.6 < bottom < 0.85 and top > 0.87
     marks = [line for line in axes.lines if line.get_marker() == "v"]

@@ -44,11 +44,17 @@ def scores(*dice: float) -> Scores:
     return Scores(torch.tensor([dice]), [0] * len(dice))
 
 
-def run(folder: Path, epochs: range, values: Callable[[int], dict] = lambda epoch: {"loss": 1 / (epoch + 1)}) -> None:
+def run(
+    folder: Path,
+    epochs: range,
+    values: Callable[[int], dict] = lambda epoch: {"loss": 1 / (epoch + 1)},
+) -> None:
     """Note epochs of 10 iterations and 30 seconds with a validation each, from where ``epochs`` begins."""
     history = History(folder, CLASSES, iteration=10 * epochs.start, enabled=True)
     for epoch in epochs:
-        progress = Progress(epoch, 10, 10 * (epoch + 1), 30.0 * (epoch + 1), 2.5, 25.0, 0.5, 1, 10, "best.pth")
+        progress = Progress(
+            epoch, 10, 10 * (epoch + 1), 30.0 * (epoch + 1), 2.5, 25.0, 0.5, 1, 10, "best.pth"
+        )
         history.add_epoch(progress, values(epoch))
         history.add_validation(progress, scores(0.5 + epoch / 100, 0.25))
     history.close()
@@ -91,7 +97,10 @@ def test_an_absent_class_leaves_an_empty_cell(tmp_path):
     history.add_validation(Progress(1, 10, 20), scores(float("nan"), float("nan")))
     history.close()
     assert [row[3:] for row in table(tmp_path / ACCURACY)[1:]] == [["0.5", "", "0.5"], ["", "", ""]]
-    assert scalars(tmp_path) == {"validation/dice": [(10, 0.5)], "validation/dice_lesion": [(10, 0.5)]}
+    assert scalars(tmp_path) == {
+        "validation/dice": [(10, 0.5)],
+        "validation/dice_lesion": [(10, 0.5)],
+    }
 
 
 def test_progress_file_names_the_best_validation(tmp_path):
@@ -164,7 +173,9 @@ def test_a_disk_that_is_full_for_tensorboard_is_one_error_and_no_traceback(tmp_p
 
     printed = []
     monkeypatch.setattr(threading, "excepthook", printed.append)
-    written = pytest.raises(UserError, match="Events cannot be written: No space left on device; free some space, then")
+    written = pytest.raises(
+        UserError, match="Events cannot be written: No space left on device; free some space, then"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(RecordWriter, "write", full)
         with written:
@@ -174,7 +185,9 @@ def test_a_disk_that_is_full_for_tensorboard_is_one_error_and_no_traceback(tmp_p
     with written:
         history.add_epoch(Progress(0, 10, 10), {"loss": 0.5})
     assert printed == []
-    history._report_unless_raised(SimpleNamespace(exc_value=OSError(28), thread=threading.current_thread()))
+    history._report_unless_raised(
+        SimpleNamespace(exc_value=OSError(28), thread=threading.current_thread())
+    )
     assert len(printed) == 1  # of any other thread
 
 

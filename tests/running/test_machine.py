@@ -20,9 +20,12 @@ def test_cuda_without_a_gpu_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("cuda", "why"), [(None, "is a build without CUDA: run install.sh"), ("13.0", "a driver that is too old")]
+    ("cuda", "why"),
+    [(None, "is a build without CUDA: run install.sh"), ("13.0", "a driver that is too old")],
 )
-def test_a_gpu_that_pytorch_does_not_see_is_not_done_without_silently(cuda, why, tmp_path, monkeypatch):
+def test_a_gpu_that_pytorch_does_not_see_is_not_done_without_silently(
+    cuda, why, tmp_path, monkeypatch
+):
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(machine, "DEVICES", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -48,8 +51,12 @@ def test_a_gpu_that_is_too_old_for_the_build_is_refused(monkeypatch):
         ("get_device_name", "Tesla V100"),
         ("set_device", None),
     ):
-        monkeypatch.setattr(torch.cuda, name, lambda *given, answer=answer: chosen.append(given) or answer)
-    with pytest.raises(UserError, match="Tesla V100 has compute capability 7.0, and PyTorch .* built for 7.5"):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *given, answer=answer: chosen.append(given) or answer
+        )
+    with pytest.raises(
+        UserError, match="Tesla V100 has compute capability 7.0, and PyTorch .* built for 7.5"
+    ):
         choose_device("auto")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert choose_device("auto") == torch.device("cuda", 0)
@@ -63,7 +70,9 @@ def test_fp16_on_a_cpu_is_refused():
 @pytest.mark.parametrize("faster", ["fp32", "bf16"])
 def test_precision_auto_on_a_cpu_is_the_faster_one(faster, monkeypatch):
     seconds = {"fp32": 2.0, "bf16": 2.0} | {faster: 1.0}
-    monkeypatch.setattr(precision, "_seconds_of_convolution", lambda candidate: seconds[candidate.name])
+    monkeypatch.setattr(
+        precision, "_seconds_of_convolution", lambda candidate: seconds[candidate.name]
+    )
     assert choose_precision("auto", ALONE).name == faster
 
 
@@ -77,6 +86,11 @@ def test_measuring_the_precision_draws_no_random_number():
 
 def test_seeds_depend_on_every_part_and_on_nothing_else():
     """Nor on the process, whose own hashes differ from run to run: this one's are what an earlier process computed."""
-    parts = ((0, "weights", 1, 2), (0, "weights", 2, 1), (1, "weights", 1, 2), (0, "architecture", 1, 2))
+    parts = (
+        (0, "weights", 1, 2),
+        (0, "weights", 2, 1),
+        (1, "weights", 1, 2),
+        (0, "architecture", 1, 2),
+    )
     seeds = [seed_from(*of_one) for of_one in parts]
     assert seeds == [3053702576, 2804970809, 556237554, 1346377034]

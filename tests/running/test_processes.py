@@ -44,8 +44,8 @@ def test_ddp_of_pytorch_before_and_from_2_13_leaves_buffers_alone(name, monkeypa
         "forward_sync_buffers": lambda network, device_ids, gradient_as_bucket_view, forward_sync_buffers=None: (
             given.update(forward_sync_buffers=forward_sync_buffers)
         ),
-        "broadcast_buffers": lambda network, device_ids, gradient_as_bucket_view, broadcast_buffers=True: given.update(
-            broadcast_buffers=broadcast_buffers
+        "broadcast_buffers": lambda network, device_ids, gradient_as_bucket_view, broadcast_buffers=True: (
+            given.update(broadcast_buffers=broadcast_buffers)
         ),
     }
     monkeypatch.setattr(module, "DistributedDataParallel", stand_ins[name])

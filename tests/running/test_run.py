@@ -68,7 +68,11 @@ def test_the_time_of_an_epoch_has_the_wait_for_its_last_steps(tmp_path, monkeypa
     """A GPU is given steps ahead, and does the last ones after the loop."""
     clock, gpu = [0.0], torch.device("cuda", 0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.__setitem__(0, 8.0) if device == gpu else None)
+    monkeypatch.setattr(
+        torch.cuda,
+        "synchronize",
+        lambda device: clock.__setitem__(0, 8.0) if device == gpu else None,
+    )
     run = restored(tmp_path)
     run.processes = Processes(0, 1, gpu)
     for _ in run.steps(Batches(range(4))):

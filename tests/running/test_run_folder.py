@@ -21,7 +21,10 @@ TWO_RUNS = pytest.mark.fault("two runs in one output folder")
 @TWO_RUNS
 def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path):
     second = opened(tmp_path / "run", ALONE)
-    with opened(tmp_path / "run", ALONE), pytest.raises(UserError, match="another run is writing into"):
+    with (
+        opened(tmp_path / "run", ALONE),
+        pytest.raises(UserError, match="another run is writing into"),
+    ):
         second.__enter__()
     with opened(tmp_path / "run", ALONE) as folder:
         assert folder.is_dir()
@@ -57,7 +60,10 @@ def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path, place):
     root = {"a file": file, "below a file": file / "run", "denied": Path("/sys/kernel")}[place]
     if place == "denied" and not root.is_dir():
         pytest.skip("needs a folder that is closed even to root, such as Linux' /sys")
-    with pytest.raises(UserError, match=f"--output_root {root} cannot be written"), opened(root, ALONE):
+    with (
+        pytest.raises(UserError, match=f"--output_root {root} cannot be written"),
+        opened(root, ALONE),
+    ):
         pass
 
 
@@ -72,7 +78,11 @@ def test_partial_files_of_a_killed_run_are_swept(tmp_path):
 
 def test_files_of_other_runs_and_programs_are_not_swept(tmp_path):
     """A run's folder may lie in another one's, and another program may call its files so."""
-    kept = [tmp_path / "fold_0/.latest.pth.123.partial", tmp_path / ".download.partial", tmp_path / "x.1.partial"]
+    kept = [
+        tmp_path / "fold_0/.latest.pth.123.partial",
+        tmp_path / ".download.partial",
+        tmp_path / "x.1.partial",
+    ]
     for path in kept:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
@@ -96,8 +106,13 @@ def test_a_search_in_the_folder_of_another_one_is_refused_before_it_clears_it(tm
 def launch(monkeypatch):
     """Return a function that sets what torchrun and SLURM tell a process of its launch, restart, job and queueing."""
 
-    def set_variables(torchrun: str = "", restart: int = 0, job: str = "", requeued: int = 0) -> None:
-        variables = {"TORCHELASTIC_ERROR_FILE": torchrun and f"/log/{torchrun}/attempt_{restart}/0/error.json"}
+    def set_variables(
+        torchrun: str = "", restart: int = 0, job: str = "", requeued: int = 0
+    ) -> None:
+        variables = {
+            "TORCHELASTIC_ERROR_FILE": torchrun
+            and f"/log/{torchrun}/attempt_{restart}/0/error.json"
+        }
         variables |= {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(requeued or "")}
         for name, value in variables.items():
             monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
@@ -157,7 +172,9 @@ def test_a_launch_starts_afresh_once(tmp_path, launch):
 @pytest.mark.fault("torchrun --max-restarts")
 def test_a_run_of_several_nodes_continues_though_rank_0_is_on_another_one(tmp_path, launch):
     def nodes(other: str) -> SimpleNamespace:
-        return SimpleNamespace(gather=lambda own: [own, [f"torchrun {other}"]], on_main=lambda call, *args: call(*args))
+        return SimpleNamespace(
+            gather=lambda own: [own, [f"torchrun {other}"]], on_main=lambda call, *args: call(*args)
+        )
 
     launch("node_0")
     assert not begin(tmp_path, nodes("node_1"))
@@ -183,7 +200,8 @@ def test_a_fresh_start_that_would_move_an_input_is_refused(tmp_path, launch):
     model = tmp_path / "best_metric_model.pth"
     model.write_text("a network")
     with pytest.raises(
-        UserError, match="best_metric_model.pth is in the folder that --resume never clears: give another"
+        UserError,
+        match="best_metric_model.pth is in the folder that --resume never clears: give another",
     ):
         start_afresh(tmp_path, ALONE, [None, tmp_path / "x" / ".." / model.name])
     assert model.exists() and not (tmp_path / NOTE).exists()

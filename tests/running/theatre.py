@@ -14,28 +14,30 @@ from dints.data.phantom import write_phantom
 from dints.network.architecture import save_architecture
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-# Of 13 cases 3 validate and 10 train, in the search 5 and 5: uneven among two ranks, or among their batches of two.
-COMMON = "--patch_size 16 16 16 --spacing 5 5 5 --num_folds 4 --overlap_ratio 0 --device cpu --precision fp32"
+# Of 13 cases 3 validate and 10 train, in the search 5 and 5: uneven among two ranks, or batches.
+COMMON = "--patch_size 16 16 16 --spacing 5 5 5 --num_folds 4 --overlap_ratio 0"
+COMMON += " --device cpu --precision fp32"
 LENGTH = "--channel_mul 0.125 --num_epochs 4 --num_epochs_per_validation 2"
 SPACE = "--num_blocks 1 --num_depths 2"
 OF_STAGES = {
     "search": f"{LENGTH} {SPACE} --num_epochs_warmup 1 --learning_rate_arch 0.1",
     "train": f"{LENGTH} --arch_ckpt {{arch}}",
     # Eight trainings of 11 iterations, and two of 22.
-    "evolve": f"{SPACE} --channel_mul 0.125 --recipe published --candidates 8 --memory_mib 1 --num_iterations 44",
+    "evolve": f"{SPACE} --recipe published --candidates 8 --memory_mib 1 --num_iterations 44",
 }
 EPOCH = {1: 5, 2: 3}  # steps of an epoch on one and two processes, in both stages
 
 
 class Theatre:
-    """Holds data, an architecture, runs that nothing stopped, and a process that starts others (interrupted.py)."""
+    """Holds data, an architecture, runs that nothing stopped, and the process interrupted.py."""
 
     def __init__(self, folder: Path):
-        self.folder, self.root = folder, write_phantom(folder / "Task00_Phantom", 13, 1, shape=(24, 24, 24))
+        self.folder = folder
+        self.root = write_phantom(folder / "Task00_Phantom", 13, 1, shape=(24, 24, 24))
         save_architecture(self.root / "arch.pth", chain(0, 1, 0, num_depths=2))
         command = [sys.executable, str(Path(__file__).with_name("interrupted.py"))]
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
-        self.server = subprocess.Popen(command, **streams)
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.server = subprocess.Popen(command, **streams, env=ENVIRONMENT)
 
     def close(self) -> None:
         self.server.kill()
@@ -53,14 +55,14 @@ class Theatre:
         flags = ["--root", self.root, "--output_root", folder, *COMMON.split(), *own.split()]
         return [str(flag) for flag in (*flags, *more)]
 
-    def run(self, stage: str, folder: Path, processes: int, *more: object, fault: dict | None = None, **how) -> dict:
-        """Run a command of a training stage; return what interrupted.py answers."""
+    def run(self, stage: str, folder: Path, processes: int, *more: object, **how) -> dict:
+        """Run a command of a training stage; return the answer of interrupted.py."""
         workers = () if "--num_workers" in more else ("--num_workers", 0)
-        return self.command(stage, processes, *self.flags(stage, folder, *workers, *more), fault=fault, **how)
+        return self.command(stage, processes, *self.flags(stage, folder, *workers, *more), **how)
 
-    def command(self, stage: str, processes: int, *flags: object, fault: dict | None = None, launch: str = "") -> dict:
-        request = {"stage": f"{stage}_dints", "flags": [*map(str, flags)], "world_size": processes, "fault": fault}
-        request["launch"] = launch
+    def command(self, stage: str, processes: int, *flags: object, fault=None, launch="") -> dict:
+        request = {"stage": f"{stage}_dints", "flags": [*map(str, flags)], "launch": launch}
+        request |= {"world_size": processes, "fault": fault}
         print(json.dumps(request), file=self.server.stdin, flush=True)
         done = json.loads(self.server.stdout.readline())
         assert not done["survivors"], "a worker outlives its run"

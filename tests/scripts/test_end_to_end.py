@@ -49,7 +49,10 @@ def check_files(said: str, results: Path) -> None:
     winner = load_architecture(results / "evolve" / "search_code_winner.pth")
     assert model.architecture.codes() == winner.codes()
     assert model.info["channel_mul"] == winner.channel_mul
-    assert {row["kind"] for row in rows(results / "evolve" / "candidates.csv")} >= {"given", "mutant"}
+    assert {row["kind"] for row in rows(results / "evolve" / "candidates.csv")} >= {
+        "given",
+        "mutant",
+    }
     stages = (results / stage for stage in ("search", "evolve", "train"))
     for path in (path for stage in stages for path in stage.iterdir()):
         # Else a fresh start would leave it.
@@ -87,9 +90,16 @@ def test_real_mri(tmp_path, task04):
     few = "--recipe recommended --patch_size 32 32 32 --num_folds 4 --num_epochs 30 --num_epochs_per_validation 30"
     short = "--num_blocks 4 --use_downsample yes --num_iterations 6 --num_epochs_warmup 10"
     (code,) = search(root, tmp_path / "search", few, short).glob("search_code_*.pth")
-    longer = "--use_downsample auto --channel_mul 0.25 --num_images_per_batch 2 --learning_rate 0.05"
-    model = train(root, tmp_path / "train", code, few, longer, "--num_iterations 20") / "best_metric_model.pth"
-    found = infer(tmp_path / "found", "--checkpoint", model, "--root", root, "--num_folds 4 --overlap_ratio 0")
+    longer = (
+        "--use_downsample auto --channel_mul 0.25 --num_images_per_batch 2 --learning_rate 0.05"
+    )
+    model = (
+        train(root, tmp_path / "train", code, few, longer, "--num_iterations 20")
+        / "best_metric_model.pth"
+    )
+    found = infer(
+        tmp_path / "found", "--checkpoint", model, "--root", root, "--num_folds 4 --overlap_ratio 0"
+    )
     scores = rows(found / "scores.csv")
     assert len(scores) == 6
     for name in ("Anterior", "Posterior"):

@@ -43,7 +43,9 @@ class Graph:
     def replay(self) -> None:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for function, args, kwargs, results in self.calls:
-                for old, new in zip(tree_leaves(results), tree_leaves(function(*args, **kwargs)), strict=True):
+                for old, new in zip(
+                    tree_leaves(results), tree_leaves(function(*args, **kwargs)), strict=True
+                ):
                     if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
@@ -80,7 +82,9 @@ def graphs(monkeypatch):
         ("synchronize", lambda: None),
     ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    with torch.backends.mkldnn.flags(enabled=False):  # whose tensors of its own cannot be written into
+    with torch.backends.mkldnn.flags(
+        enabled=False
+    ):  # whose tensors of its own cannot be written into
         yield made
     cuda_graphs._pool.cache_clear()
 
@@ -103,7 +107,9 @@ def processes(request, tmp_path):
     if request.param == "alone":
         yield ALONE
         return
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     yield Distributed(0, 1, CPU)
     torch.distributed.destroy_process_group()
 
@@ -113,9 +119,7 @@ class Distributed(Processes):
         return torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "checkpoint_activations"), [("fp32", False), ("bf16", True)]
-)
+@pytest.mark.parametrize(("name", "checkpoint_activations"), [("fp32", False), ("bf16", True)])
 def test_a_retraining_is_the_same(name, checkpoint_activations, processes, graphs, monkeypatch):
     """So are the average of its weights and, afterwards, both networks as a validation uses them."""
     image, states = batches()[0]["image"], []
@@ -171,7 +175,9 @@ def test_both_steps_of_a_search_are_the_same(name, more, graphs, monkeypatch):
 
 def test_an_image_of_another_size_is_an_error():
     computing = cuda_graphs.recorded(
-        DiscreteNetwork(random_architecture(0, 4, 3), 1, 3, 0.125), (1, 1, 16, 16, 16), Precision("fp32", CPU)
+        DiscreteNetwork(random_architecture(0, 4, 3), 1, 3, 0.125),
+        (1, 1, 16, 16, 16),
+        Precision("fp32", CPU),
     )
     assert computing(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
     with pytest.raises(RuntimeError, match="size"):

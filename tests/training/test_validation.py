@@ -57,13 +57,20 @@ def test_absent_classes_are_not_counted_but_false_positives_are():
     assert scores.per_class == [pytest.approx(1 / 3), None, None]
     assert scores.mean == pytest.approx(1 / 3)  # over the classes that occur
     text = scores.describe(("background", "x", "y", "z"))
-    assert text == "Dice 0.3333 (x 0.3333 (false positive cases: 1), y absent (false positive cases: 1), z absent)"
+    assert (
+        text
+        == "Dice 0.3333 (x 0.3333 (false positive cases: 1), y absent (false positive cases: 1), z absent)"
+    )
 
 
 @ABSENT
 def test_without_any_foreground_there_is_no_mean():
     scores = scores_of([(torch.zeros(8), torch.zeros(8))], 3)
-    assert scores.per_class == [None, None] and scores.mean is None and scores.false_positives == [0, 0]
+    assert (
+        scores.per_class == [None, None]
+        and scores.mean is None
+        and scores.false_positives == [0, 0]
+    )
     assert scores.describe(("background", "x", "y")) == "Dice not defined (x absent, y absent)"
 
 
@@ -99,7 +106,8 @@ class Threshold(nn.Module):
 
 @pytest.mark.fault("volume smaller than the patch")
 @pytest.mark.parametrize(
-    ("shape", "overlap"), [((8, 8, 8), 0.5), ((1, 20, 8), 0.0), ((23, 11, 17), 0.625), ((2, 2, 2), 0.5)]
+    ("shape", "overlap"),
+    [((8, 8, 8), 0.5), ((1, 20, 8), 0.0), ((23, 11, 17), 0.625), ((2, 2, 2), 0.5)],
 )
 def test_a_sliding_window_scores_every_voxel_of_any_size(shape, overlap):
     image = torch.rand(1, 1, *shape)
@@ -150,7 +158,10 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 
 def validate(
-    batches: list[dict], num_cases: int, processes: Processes = ALONE, network: nn.Module | None = None
+    batches: list[dict],
+    num_cases: int,
+    processes: Processes = ALONE,
+    network: nn.Module | None = None,
 ) -> Scores | None:
     cases, run = Cases(batches), begun()
     cases.num_cases = num_cases
@@ -177,7 +188,9 @@ def test_large_volumes_are_scored_slab_by_slab_alike(batches, monkeypatch):
     expected = validate(batches, len(batches), network=before)
     monkeypatch.setattr(validation, "MANY_SCORES", 3 * 8**3)  # the second case has just as many
     calls, real = [], SlidingWindow.slabs
-    monkeypatch.setattr(SlidingWindow, "slabs", lambda self, *a: calls.append(a[-1]) or real(self, *a))
+    monkeypatch.setattr(
+        SlidingWindow, "slabs", lambda self, *a: calls.append(a[-1]) or real(self, *a)
+    )
     scores = validate(batches, len(batches), network=whole)
     assert calls == [1, 1] and whole.windows == before.windows
     assert torch.equal(scores.dice.nan_to_num(-1), expected.dice.nan_to_num(-1))

@@ -1,6 +1,6 @@
 """Prints what this project promises of its own code: sizes, imports, command lines.
 
-    python tests/measure.py
+    python benchmarks/measure.py
 
 test_structure.py checks the hard promises.
 """
@@ -57,7 +57,11 @@ class Module:
             if isinstance(node, FUNCTIONS):
                 yield node.name, node
             elif isinstance(node, ast.ClassDef):
-                yield from ((f"{node.name}.{inner.name}", inner) for inner in node.body if isinstance(inner, FUNCTIONS))
+                yield from (
+                    (f"{node.name}.{inner.name}", inner)
+                    for inner in node.body
+                    if isinstance(inner, FUNCTIONS)
+                )
 
 
 def modules(*patterns: str) -> list[Module]:
@@ -149,7 +153,9 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 def takers_of_namespaces(of: list[Module]) -> list[str]:
     """List the functions, but for those that parse command lines, that take a Namespace."""
     outside = [module for module in of if module.name != "dints.options"]
-    return [f"{m.name}.{name}" for m in outside for name, node in m.functions() if takes_namespace(node)]
+    return [
+        f"{m.name}.{name}" for m in outside for name, node in m.functions() if takes_namespace(node)
+    ]
 
 
 def main() -> None:
@@ -163,7 +169,9 @@ def main() -> None:
             all_of_it = reached(module.name, code, graph)
             print(f"{len(all_of_it):5} {lines_of(all_of_it):6} {module.name}")
     functions = [
-        (length(node), nesting(node), f"{m.path} {name}") for m in code for name, node in m.functions()
+        (length(node), nesting(node), f"{m.path} {name}")
+        for m in code
+        for name, node in m.functions()
     ]
     print("\nlongest functions of the program, in lines")
     for count, _, name in sorted(functions, reverse=True)[:12]:

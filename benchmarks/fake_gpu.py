@@ -1,6 +1,8 @@
 """Stands for a GPU where there is none: tensors on it have a shape, a type and a device, and no numbers.
 
-    python tests/fake_gpu.py -m pytest tests/fake_cuda.py       with the CUDA build: runs Python with such a GPU
+    python benchmarks/fake_gpu.py -m pytest benchmarks/fake_cuda.py
+
+It runs Python with such a GPU, and needs the CUDA build of PyTorch.
 
 `FakeTensorMode` says what each operation of the CUDA build returns, and refuses those whose tensors are on two devices.
 Autograd and autocast ask CUDA for a device and its streams first: fixtures/fake_cuda.c answers. There is
@@ -57,12 +59,12 @@ def main(arguments: list[str]) -> int:
     It needs the CUDA build of PyTorch for Linux, whose Triton brings CUDA's headers, and a C compiler.
     """
     if torch.version.cuda is None:
-        sys.exit("error: this needs the CUDA build of PyTorch, see tests/fake_cuda.py")
+        sys.exit("error: this needs the CUDA build of PyTorch, see benchmarks/fake_cuda.py")
     headers = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "include"
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / LIBRARY
         command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{LIBRARY}", f"-I{headers}", "-o", library]
-        subprocess.run([*command, CHECKOUT / "tests" / "fixtures" / "fake_cuda.c"], check=True)
+        subprocess.run([*command, CHECKOUT / "benchmarks" / "fake_cuda.c"], check=True)
         environment = {**os.environ, "LD_PRELOAD": str(library)}
         return subprocess.run([sys.executable, *arguments], env=environment).returncode
 
@@ -167,7 +169,7 @@ class Gpu(TorchDispatchMode):
             ours = (
                 f"{path.relative_to(CHECKOUT)}:{number}"
                 for path, number in places
-                if path.is_relative_to(CHECKOUT) and not path.is_relative_to(CHECKOUT / "tests")
+                if path.is_relative_to(CHECKOUT) and not path.is_relative_to(CHECKOUT / "benchmarks")
             )
             self.waits.append(Wait(what, tuple(ours)))
 

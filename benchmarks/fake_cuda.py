@@ -2,7 +2,7 @@
 
     python -m venv /tmp/cuda
     PIP_CONFIG_FILE=/dev/null /tmp/cuda/bin/pip install -r requirements.txt
-    /tmp/cuda/bin/python tests/fake_gpu.py -m pytest -p no:cacheprovider -o log_cli=true tests/fake_cuda.py
+    /tmp/cuda/bin/python benchmarks/fake_gpu.py -m pytest -p no:cacheprovider -o log_cli=true benchmarks/fake_cuda.py
 
 It needs the CUDA build of PyTorch for Linux (4.7 GB) and a C compiler. What it sees: devices that are mixed up, types
 that do not fit, operations without a CUDA path, waits. What it cannot see: numbers, kernels, several processes.
