@@ -41,7 +41,7 @@ import steps  # noqa: E402
 from parts import a_run, a_training  # noqa: E402
 
 from dints.data.augmentation import augment  # noqa: E402
-from dints.data.cache import Cache, CasesInMemory  # noqa: E402
+from dints.data.cache import Cache  # noqa: E402
 from dints.data.cases import Prepared, prepare, read_image, read_label, resampling_of  # noqa: E402
 from dints.data.crops import crop_masks  # noqa: E402
 from dints.data.grid import in_c_order  # noqa: E402
@@ -196,7 +196,7 @@ def measure_samples(
 ) -> dict[str, dict]:
     """Measure the rows of the time of a training sample: from memory, and ours from the cache on disk."""
     transforms = published_data.sampling(TASK).set_random_state(0)
-    held = {"training sample": CasesInMemory([ours])}
+    held = {"training sample": [ours]}
     held["training sample from disk"] = Cache("disk", folder / "cache", TASK, 1).hold([case], name)
     rows = {label: row("s", [], []) for label in held}
     samples = {label: TrainingSamples(cases, [name], [0], TASK.patch_size, 0, "bench") for label, cases in held.items()}
@@ -204,7 +204,7 @@ def measure_samples(
 
     def ours_of(label: str, turn: int) -> None:
         *patch, _ = samples[label][0, turn, 0]
-        augment(*patch)
+        augment(*patch, samples[label].steps)
 
     torch.set_num_threads(1)
     for repeat in range(args.repeats + 1):

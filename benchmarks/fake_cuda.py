@@ -19,7 +19,7 @@ import pytest
 import torch
 from architectures import random_architecture
 from fake_gpu import GPU, Gpu, a_gpu, is_there
-from parts import a_search, a_training, half_way
+from parts import a_run, a_search, a_training, half_way
 from torch import nn
 
 from dints.data import augmentation, loaders
@@ -30,6 +30,7 @@ from dints.running import checkpoint
 from dints.running import epoch_loss as losses
 from dints.running.precision import Precision, choose_precision
 from dints.running.processes import Processes
+from dints.running.stop_signal import StopSignal
 from dints.training import validation
 from dints.training.windows import SlidingWindow
 
@@ -152,6 +153,8 @@ def test_validation_waits_for_the_case_and_for_what_is_found(name: str, large: b
     with a_gpu() as gpu:
         network = a_network().to(GPU)
         gpu.forget()
+        run = a_run(Precision(name, GPU), ALONE)
+        run.stop_signal = StopSignal()
         scores = validation.Validation(cases, TASK.num_classes, window, run)(network)
         assert scores.dice.shape == (1, TASK.num_classes - 1)
         found = waits(gpu, f"validation {'in slabs' if large else 'whole'}, {name}")

@@ -1,4 +1,4 @@
-"""One case: its files read, compared with each other and against the task, and made what the network sees."""
+"""One case: its files are read, compared with each other and the task, and preprocessed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def resampling_of(case: Case, task: Task) -> Resampling:
 
 
 def check_cases(cases: Sequence[Case], task: Task) -> None:
-    """Read all headers, and hold each case's against each other and against the task.
+    """Read all headers, and compare each case's with each other and with the task.
 
     Raises:
         UserError: some cases cannot be trained on; they are counted, and the first one's fault is named.
@@ -87,8 +87,13 @@ def check_case(case: Case, task: Task) -> None:
         raise UserError(fault)
 
 
-def case_faults(case: Case, task: Task) -> Iterator[str]:
-    """Yield what a case's headers say against training on it."""
+def case_faults(case: Case, task: Task, trust_shapes: bool | None = None) -> Iterator[str]:
+    """Yield the faults of a case's headers, with which it cannot be trained on.
+
+    Args:
+        trust_shapes: in place of the case's own.
+    """
+    trust_shapes = case.options.trust_shapes if trust_shapes is None else trust_shapes
     first, label = case.headers[0], case.label_header
     if case.num_channels != task.num_channels:
         yield (
@@ -110,7 +115,7 @@ def case_faults(case: Case, task: Task) -> Iterator[str]:
                 f"{other.path} has shape {other.shape}, but its image {first.path} has {first.shape}: "
                 "fix or remove the case"
             )
-        elif not case.options.trust_shapes and np.abs(other.affine - first.affine).max() > AFFINE_TOLERANCE:
+        elif not trust_shapes and np.abs(other.affine - first.affine).max() > AFFINE_TOLERANCE:
             yield (
                 f"{other.path} lies elsewhere than its image {first.path} (their affines differ by up to "
                 f"{np.abs(other.affine - first.affine).max():.3g}): fix or remove the case, or give --trust_shapes to "

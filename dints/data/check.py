@@ -111,8 +111,7 @@ def judge_case(case: Case, task: Task) -> Report:
 def _judge_headers(case: Case, task: Task, report: Report) -> None:
     report.case = case
     report.errors += case_faults(case, task)
-    options = replace(case.options, trust_shapes=False)
-    strict = case_faults(replace(case, options=options), task)
+    strict = case_faults(case, task, trust_shapes=False)
     report.warnings += [fault for fault in strict if fault not in report.errors]
 
 
