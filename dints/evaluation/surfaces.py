@@ -6,7 +6,9 @@ surface element, at the cell's centre, with the area that marching cubes gives i
 A mask ends at the volume's border: what touches it has a surface there.
 
 That package (0.1 on PyPI, of 2022) fails on NumPy 2 where a mask is empty (``np.Inf``). It also transforms the whole
-box of both masks where the surfaces are near each other; their cells in a k-d tree are found several times faster.
+box of both masks where the surfaces are near each other; their cells in a k-d tree are found 5 to 8 times faster.
+A tree alone would take minutes where one surface encloses another far away. MONAI's surface Dice with
+``use_subvoxels=True`` is the same number; its Hausdorff distance is not weighted by area, and it needs PyTorch.
 """
 
 from __future__ import annotations
