@@ -1,11 +1,14 @@
-"""Runs the CUDA path where there is no GPU, forward and backward, and lists where the host would wait for one.
+"""Runs the CUDA path where there is no GPU, forward and backward, and lists where the host would
+wait for one.
 
     python -m venv /tmp/cuda
     PIP_CONFIG_FILE=/dev/null /tmp/cuda/bin/pip install -r requirements.txt
-    /tmp/cuda/bin/python benchmarks/fake_gpu.py -m pytest -p no:cacheprovider -o log_cli=true benchmarks/fake_cuda.py
+    /tmp/cuda/bin/python benchmarks/fake_gpu.py -m pytest -p no:cacheprovider -o log_cli=true
+    benchmarks/fake_cuda.py
 
-It needs the CUDA build of PyTorch for Linux (4.7 GB) and a C compiler. What it sees: devices that are mixed up, types
-that do not fit, operations without a CUDA path, waits. What it cannot see: numbers, kernels, several processes.
+It needs the CUDA build of PyTorch for Linux (4.7 GB) and a C compiler. What it sees: devices that
+are mixed up, types that do not fit, operations without a CUDA path, waits. What it cannot see:
+numbers, kernels, several processes.
 """
 
 from __future__ import annotations
@@ -47,7 +50,11 @@ each_precision = pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
 def a_batch(num_images: int = 2) -> dict[str, torch.Tensor]:
     """Make a batch as a loader hands it over, on the CPU."""
     shape = (num_images, TASK.num_channels, *PATCH)
-    return {"image": torch.rand(shape), "label": torch.zeros(shape, dtype=torch.uint8), "cases": ["a", "b"]}
+    return {
+        "image": torch.rand(shape),
+        "label": torch.zeros(shape, dtype=torch.uint8),
+        "cases": ["a", "b"],
+    }
 
 
 def a_network() -> DiscreteNetwork:
@@ -56,7 +63,10 @@ def a_network() -> DiscreteNetwork:
 
 def waits(gpu: Gpu, part: str) -> list[str]:
     """Return what was waited for and where, and say so."""
-    found = [f"{wait.what} at {wait.lines[-1] if wait.lines else 'no line of ours'}" for wait in gpu.waits]
+    found = [
+        f"{wait.what} at {wait.lines[-1] if wait.lines else 'no line of ours'}"
+        for wait in gpu.waits
+    ]
     said = ", ".join(f"{count} x {wait}" for wait, count in Counter(found).items())
     log.warning("%s: %d launches, waits: %s", part, gpu.launches, said or "none")
     return found
@@ -99,7 +109,9 @@ def test_features_keep_their_type_where_they_grow(name: str):
         types, network = [], a_network().to(GPU)
         for module in network.modules():
             if isinstance(module, nn.Upsample) and module.scale_factor == 2:
-                module.register_forward_hook(lambda _, given, result: types.append((given[0].dtype, result.dtype)))
+                module.register_forward_hook(
+                    lambda _, given, result: types.append((given[0].dtype, result.dtype))
+                )
         with Precision(name, GPU).autocast():
             network(torch.rand(1, TASK.num_channels, *PATCH).to(GPU))
     expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
@@ -125,7 +137,10 @@ def test_augmentation_does_not_wait(chain: str):
     drawn = [augmentation.draw(seed, chosen) for seed in range(60)]
     assert {name for changes in drawn for name in changes} == {step.name for step in chosen}
     count = len(drawn)
-    images, labels = [torch.rand(1, *PATCH).half()] * count, [torch.zeros(1, *PATCH, dtype=torch.uint8)] * count
+    images, labels = (
+        [torch.rand(1, *PATCH).half()] * count,
+        [torch.zeros(1, *PATCH, dtype=torch.uint8)] * count,
+    )
     with a_gpu() as gpu:
         batch = loaders.augmented((images, labels, drawn, ["a"] * count), GPU, chosen)
         assert batch["image"].device == batch["label"].device == GPU
@@ -147,7 +162,9 @@ def a_case(*shape: int) -> Cases:
 @each_precision
 @pytest.mark.parametrize("large", [False, True], ids=["whole", "in slabs"])
 def test_validation_waits_for_the_case_and_for_what_is_found(name: str, large: bool, monkeypatch):
-    """A case goes to the GPU, its size being known; in slabs, windows go there and their scores come back."""
+    """A case goes to the GPU, its size being known; in slabs, windows go there and their scores
+    come back.
+    """
     monkeypatch.setattr(validation, "MANY_SCORES", 0 if large else 2**29)
     cases, window = a_case(40, 48, 64), SlidingWindow(PATCH, 0.25, 4)
     with a_gpu() as gpu:
@@ -158,7 +175,11 @@ def test_validation_waits_for_the_case_and_for_what_is_found(name: str, large: b
         scores = validation.Validation(cases, TASK.num_classes, window, run)(network)
         assert scores.dice.shape == (1, TASK.num_classes - 1)
         found = waits(gpu, f"validation {'in slabs' if large else 'whole'}, {name}")
-        assert {wait.split(" at ")[0] for wait in found} <= {"a copy to the host", "a copy to the GPU", "a number"}
+        assert {wait.split(" at ")[0] for wait in found} <= {
+            "a copy to the host",
+            "a copy to the GPU",
+            "a number",
+        }
         windows = 2 * 2 * 3
         assert len(found) <= (4 * windows if large else 12)
 
@@ -171,9 +192,13 @@ def test_what_was_predicted_on_the_host_is_counted_on_the_gpu():
         assert overlaps.counts.device == GPU
 
 
-@pytest.mark.parametrize(("free", "to_the_host"), [(2**40, 64 // 8), (0, 3)], ids=["on the GPU", "on the CPU"])
+@pytest.mark.parametrize(
+    ("free", "to_the_host"), [(2**40, 64 // 8), (0, 3)], ids=["on the GPU", "on the CPU"]
+)
 def test_segmenting_slab_by_slab(free: int, to_the_host: int):
-    """Class scores come to the host as decided planes, eight at a time; or, where the GPU has no room, as windows."""
+    """Class scores come to the host as decided planes, eight at a time; or, where the GPU has no
+    room, as windows.
+    """
     image, window = np.random.rand(1, 40, 48, 64).astype(np.float32), SlidingWindow(PATCH, 0.25, 4)
     with a_gpu(free=free) as gpu:
         network = a_network().to(GPU)
@@ -192,7 +217,11 @@ def test_a_state_is_restored_on_the_gpu(name: str, tmp_path):
         network, processes = a_network().to(device), Processes(0, 1, device)
         precision = Precision("fp32" if device.type == "cpu" and name == "fp16" else name, device)
         training = a_training(network, precision, processes)
-        parts = {"network": network, "optimizer": training.optimizer, "loss": losses.EpochLoss("loss", processes)}
+        parts = {
+            "network": network,
+            "optimizer": training.optimizer,
+            "loss": losses.EpochLoss("loss", processes),
+        }
         return checkpoint.Checkpoint(tmp_path, {"processes": 1}, parts, precision, processes)
 
     of(torch.device("cpu")).save()
@@ -208,4 +237,6 @@ def test_a_state_is_restored_on_the_gpu(name: str, tmp_path):
 def test_the_precision_is_the_newest_and_says_what_fp32_is():
     with a_gpu():
         assert choose_precision("auto", ALONE).name == "bf16"
-        assert choose_precision("fp32", ALONE).describe(ALONE) == "1 x cuda in fp32, convolutions in TF32"
+        assert choose_precision("fp32", ALONE).describe(ALONE) == (
+            "1 x cuda in fp32, convolutions in TF32"
+        )

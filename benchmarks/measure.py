@@ -14,8 +14,8 @@ from itertools import chain
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-# From the ground up: a module imports from its own group and from the levels below; two groups of one
-# level do not know each other.
+# From the ground up: a module imports from its own group and from the levels below; two groups of
+# one level do not know each other.
 LEVELS = (
     ("ground",),
     ("running",),
@@ -52,12 +52,18 @@ class Module:
         return parts[1] if len(parts) > 1 and parts[1] in chain(*LEVELS) else "ground"
 
     def functions(self) -> Iterator[tuple[str, FUNCTIONS]]:
-        """Give every function with its name, within its class if it has one; functions in functions are left out."""
+        """Give every function with its name, within its class if it has one; functions in functions
+        are left out.
+        """
         for node in self.tree.body:
             if isinstance(node, FUNCTIONS):
                 yield node.name, node
             elif isinstance(node, ast.ClassDef):
-                yield from ((f"{node.name}.{inner.name}", inner) for inner in node.body if isinstance(inner, FUNCTIONS))
+                yield from (
+                    (f"{node.name}.{inner.name}", inner)
+                    for inner in node.body
+                    if isinstance(inner, FUNCTIONS)
+                )
 
 
 def modules(*patterns: str) -> list[Module]:
@@ -138,7 +144,9 @@ def reached(script: str, of: list[Module], graph: dict[str, set[str]]) -> list[M
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Return the modules that import each other in a circle, or lead into one; none, as it should be."""
+    """Return the modules that import each other in a circle, or lead into one; none, as it should
+    be.
+    """
     left = {module: set(imported) for module, imported in graph.items()}
     while free := [module for module, imported in left.items() if not imported & left.keys()]:
         for module in free:
@@ -149,7 +157,9 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 def takers_of_namespaces(of: list[Module]) -> list[str]:
     """List the functions, but for those that parse command lines, that take a Namespace."""
     outside = [module for module in of if module.name != "dints.options"]
-    return [f"{m.name}.{name}" for m in outside for name, node in m.functions() if takes_namespace(node)]
+    return [
+        f"{m.name}.{name}" for m in outside for name, node in m.functions() if takes_namespace(node)
+    ]
 
 
 def main() -> None:
@@ -162,7 +172,11 @@ def main() -> None:
         if module.path.parent == Path():
             all_of_it = reached(module.name, code, graph)
             print(f"{len(all_of_it):5} {lines_of(all_of_it):6} {module.name}")
-    functions = [(length(node), nesting(node), f"{m.path} {name}") for m in code for name, node in m.functions()]
+    functions = [
+        (length(node), nesting(node), f"{m.path} {name}")
+        for m in code
+        for name, node in m.functions()
+    ]
     print("\nlongest functions of the program, in lines")
     for count, _, name in sorted(functions, reverse=True)[:12]:
         print(f"{count:5} {name}")

@@ -1,4 +1,6 @@
-"""Makes the parts that benchmarks measure: searches and trainings of random patches, without a loop."""
+"""Makes the parts that benchmarks measure: searches and trainings of random patches, without a
+loop.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Search:
         return {"network": self.network, **self.weights.parts, **self.arch.parts}
 
 
-def a_run(precision: Precision, processes: Processes, machine: MachineSettings | None = None) -> Run:
+def a_run(
+    precision: Precision, processes: Processes, machine: MachineSettings | None = None
+) -> Run:
     """Make a run that has its precision, and no state."""
     machine = machine or MachineSettings(precision=precision.name)
     run = Run(NOWHERE, processes, RunSettings(output_root=NOWHERE), machine)
@@ -47,7 +51,9 @@ def a_run(precision: Precision, processes: Processes, machine: MachineSettings |
     return run
 
 
-def a_search(flags: Sequence[str], task: Task, precision: Precision, processes: Processes) -> Search:
+def a_search(
+    flags: Sequence[str], task: Task, precision: Precision, processes: Processes
+) -> Search:
     """Make a search by the flags of search_dints.py, of which --patch_size is the task's too."""
     settings = search_dints.parse_args(["--root", ".", "--output_root", ".", *map(str, flags)])
     task = replace(task, patch_size=settings.data.patch_size or task.patch_size)

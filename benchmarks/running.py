@@ -1,12 +1,14 @@
-"""Time what it costs to be able to go on: saving, agreeing between steps, and what two processes tell each other.
+"""Time what it costs to be able to go on: saving, agreeing between steps, and what two processes
+tell each other.
 
     python benchmarks/running.py
     python benchmarks/running.py --size small
 
-Of the supernet at its published size (12 blocks, 4 depths, channel multiplier 0.5: 150 million weights): the time of a
-save and its share of a run that saves every ten minutes; the time that `Stops.steps` adds to a step; and with two gloo
-processes on this machine, the bytes that each hands to the collectives in a weights step and in an architecture step,
-and what one and two processes compute in a second, in a search and in a retraining. Of a retraining step of a small
+Of the supernet at its published size (12 blocks, 4 depths, channel multiplier 0.5: 150 million
+weights): the time of a save and its share of a run that saves every ten minutes; the time that
+`Stops.steps` adds to a step; and with two gloo processes on this machine, the bytes that each hands
+to the collectives in a weights step and in an architecture step, and what one and two processes
+compute in a second, in a search and in a retraining. Of a retraining step of a small
 network, the shortest that there is: all that guards it, against the bare step in turn.
 """
 
@@ -66,7 +68,9 @@ def new_run(parts: dict[str, object], processes: Processes) -> Iterator[Run]:
     """Begin a run in a folder of its own, the first state saved."""
     with tempfile.TemporaryDirectory(dir=".") as made:
         folder = Path(made)
-        run = Run(folder, processes, RunSettings(output_root=folder), MachineSettings(precision="fp32"))
+        run = Run(
+            folder, processes, RunSettings(output_root=folder), MachineSettings(precision="fp32")
+        )
         run.begin({})
         run.restore(**parts)
         yield run
@@ -76,7 +80,10 @@ def new_run(parts: dict[str, object], processes: Processes) -> Iterator[Run]:
 def measure_saving(flags: list[object], processes: Processes) -> None:
     """Tell the median of some saves with the momentum that a training has."""
     supernet = a_search(flags, TASK, FP32, processes)
-    print(f"supernet of {sum(weight.numel() for weight in supernet.weights.weights) / 1e6:.1f} million weights")
+    print(
+        f"supernet of {sum(weight.numel() for weight in supernet.weights.weights) / 1e6:.1f} "
+        "million weights"
+    )
     with new_run(supernet.parts, processes) as run:
         checkpoint: Checkpoint = run.checkpoint
         seconds = [timed(checkpoint.save) for _ in range(5)]
@@ -84,8 +91,14 @@ def measure_saving(flags: list[object], processes: Processes) -> None:
         load = timed(lambda: find_state(checkpoint.latest.parent, checkpoint.configuration))
     save = statistics.median(seconds)
     share = save / (60 * SAVE_MINUTES + save)
-    print(f"save: {save:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), {size / 2**20:,.0f} MiB", end="; ")
-    print(f"{share:.2%} of a run that saves every {SAVE_MINUTES} minutes; found whole again in {load:.2f} s")
+    print(
+        f"save: {save:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), {size / 2**20:,.0f} MiB",
+        end="; ",
+    )
+    print(
+        f"{share:.2%} of a run that saves every {SAVE_MINUTES} minutes; found whole again in "
+        f"{load:.2f} s"
+    )
 
 
 def measure_scaling() -> None:
@@ -93,7 +106,9 @@ def measure_scaling() -> None:
     for count in (1, 2):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *launcher, *sys.argv], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *launcher, *sys.argv], env=environment, capture_output=True, text=True
+        )
         if done.returncode:
             raise SystemExit(done.stderr)
         print(done.stdout.rstrip())
@@ -105,7 +120,9 @@ def measure_steps(flags: list[object], patch: list[int], processes: Processes) -
     with new_run({}, processes) as run:
         count = 1000
         added = timed(lambda: [None for _ in run.steps(Repeated(None, count))]) / count
-    lines = [f"{processes.world_size} processes of one thread; between two steps: {1e6 * added:.1f} us"]
+    lines = [
+        f"{processes.world_size} processes of one thread; between two steps: {1e6 * added:.1f} us"
+    ]
     torch.manual_seed(processes.rank)
     batch, retraining = random_batch(patch), retraining_of(processes)
     for name, step in (
@@ -115,14 +132,22 @@ def measure_steps(flags: list[object], patch: list[int], processes: Processes) -
     ):
         step()
         seconds = statistics.median(timed(step) for _ in range(5))
-        line = f"  {name}: {1e3 * seconds:.0f} ms, {processes.world_size / seconds:.2f} patches a second"
-        lines.append(line + (f", {bytes_of(step):,} bytes to the collectives" if processes.world_size > 1 else ""))
+        line = (
+            f"  {name}: {1e3 * seconds:.0f} ms, {processes.world_size / seconds:.2f} patches a "
+            "second"
+        )
+        lines.append(
+            line
+            + (f", {bytes_of(step):,} bytes to the collectives" if processes.world_size > 1 else "")
+        )
     if processes.is_main:
         print("\n".join(lines))
 
 
 def measure_guards(patch: list[int], processes: Processes, at_least: float) -> None:
-    """Time all there is around a step: the agreement before, the check that its loss is finite, the sum of losses."""
+    """Time all there is around a step: the agreement before, the check that its loss is finite, the
+    sum of losses.
+    """
     batch, training = {**random_batch(patch), "cases": ["a case"]}, retraining_of(processes)
     optimizer = training.optimizer
     count = 20  # steps, of which one looks at the losses of all
@@ -148,7 +173,10 @@ def measure_guards(patch: list[int], processes: Processes, at_least: float) -> N
             pairs.append((timed(bare), timed(lambda: guarded(run))))
     ratios = sorted(after / before - 1 for before, after in pairs)
     low, middle, high = ratios[0], statistics.median(ratios), ratios[-1]
-    print(f"guards of a retraining step: {middle:+.1%} ({low:+.1%} to {high:+.1%} in {len(ratios)} pairs)")
+    print(
+        f"guards of a retraining step: {middle:+.1%} ({low:+.1%} to {high:+.1%} in {len(ratios)} "
+        "pairs)"
+    )
 
 
 class Repeated:
@@ -170,9 +198,14 @@ def random_batch(patch: list[int]) -> dict[str, torch.Tensor]:
 
 
 def retraining_of(processes: Processes) -> WeightsTrainer:
-    """Make the training of what a space with random alphas decodes to: all five operations, in all 12 blocks."""
+    """Make the training of what a space with random alphas decodes to: all five operations, in all
+    12 blocks.
+    """
     torch.manual_seed(0)
-    space, generator = SearchSpace(channel_mul=0.0625, num_blocks=12, num_depths=4), torch.Generator().manual_seed(0)
+    space, generator = (
+        SearchSpace(channel_mul=0.0625, num_blocks=12, num_depths=4),
+        torch.Generator().manual_seed(0),
+    )
     with torch.no_grad():
         space.log_alpha_a.normal_(generator=generator)
         space.log_alpha_c.normal_(generator=generator)
@@ -181,11 +214,20 @@ def retraining_of(processes: Processes) -> WeightsTrainer:
 
 
 def bytes_of(step: Callable[[], object]) -> int:
-    """Count what this process hands to collectives in a step: those called from Python and DDP's own."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+    """Count what this process hands to collectives in a step: those called from Python and DDP's
+    own.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as profile:
         step()
     collectives = ("gloo:all_reduce", "gloo:broadcast", "gloo:all_gather")
-    shapes = [shape for event in profile.events() if event.name in collectives for shape in event.input_shapes]
+    shapes = [
+        shape
+        for event in profile.events()
+        if event.name in collectives
+        for shape in event.input_shapes
+    ]
     return sum(4 * int(torch.Size(shape).numel()) for shape in shapes if shape)
 
 
@@ -198,7 +240,9 @@ def timed(call: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=CHANNEL_MUL, default="published")
     parser.add_argument("--patch", type=int, default=32, help="edge of the patch of every step")
     parser.add_argument("--seconds", type=float, default=60, help="that the guards are timed for")

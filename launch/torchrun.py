@@ -1,10 +1,11 @@
-"""Run a stage as torchrun does, with the exit code of its processes and without tracebacks; launch.sh calls it.
+"""Run a stage as torchrun does, with the exit code of its processes and without tracebacks;
+launch.sh calls it.
 
     python -P launch/torchrun.py --standalone --nproc_per_node=2 search_dints.py --root ...
 
-Arguments are torchrun's. It forwards SIGTERM, SIGINT, SIGQUIT, SIGUSR1 and SIGUSR2 to all processes of
-this node, SIGHUP as SIGTERM. Those that have not ended after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds are killed.
-The exit code is 128 + signal then, else that of the process that failed first.
+Arguments are torchrun's. It forwards SIGTERM, SIGINT, SIGQUIT, SIGUSR1 and SIGUSR2 to all processes
+of this node, SIGHUP as SIGTERM. Those that have not ended after TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+seconds are killed. The exit code is 128 + signal then, else that of the process that failed first.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     except RendezvousError as error:
         reason = " ".join(str(error.__cause__ or error).splitlines()[:1])
         print(
-            f"error: the nodes do not meet, or lost each other ({reason}): see the messages of the others; "
-            "MASTER_ADDR must be the address of node 0, with a free MASTER_PORT",
+            f"error: the nodes do not meet, or lost each other ({reason}): see the messages of the "
+            "others; MASTER_ADDR must be the address of node 0, with a free MASTER_PORT",
             file=sys.stderr,
         )
         return 1
