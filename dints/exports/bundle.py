@@ -298,8 +298,9 @@ python -m monai.bundle run $files --dataset_dir SCANS --output_dir SEGMENTATIONS
 python -m monai.bundle verify_net_in_out network_def $files
 ```
 
-SCANS holds {images} in mm. A volume that has less than about a third of {patch_size} voxels along an axis is too small
-to be segmented. `evaluator`, for applications that ask for one, needs `pytorch-ignite`.
+SCANS holds {images} in mm. A volume that has less than about a third of {patch_size} voxels along
+an axis is too small to be segmented. `evaluator`, for applications that ask for one, needs
+`pytorch-ignite`.
 
 Not a medical device; nothing here is a statement about its use on patients.
 """

@@ -43,11 +43,11 @@ def test_ddp_of_pytorch_before_and_from_2_13_leaves_buffers_alone(name, monkeypa
     """
     given = {}
     stand_ins = {
-        "forward_sync_buffers": lambda network, device_ids, gradient_as_bucket_view, forward_sync_buffers=None: (
-            given.update(forward_sync_buffers=forward_sync_buffers)
+        "forward_sync_buffers": lambda network, *, forward_sync_buffers=None, **_: given.update(
+            forward_sync_buffers=forward_sync_buffers
         ),
-        "broadcast_buffers": lambda network, device_ids, gradient_as_bucket_view, broadcast_buffers=True: (
-            given.update(broadcast_buffers=broadcast_buffers)
+        "broadcast_buffers": lambda network, *, broadcast_buffers=True, **_: given.update(
+            broadcast_buffers=broadcast_buffers
         ),
     }
     monkeypatch.setattr(module, "DistributedDataParallel", stand_ins[name])
