@@ -1,4 +1,4 @@
-"""The experiments' runner trains and scores rows, ours and opponents', and goes on where it was stopped."""
+"""The experiments' runner trains and scores rows, ours and opponents', and resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dints.network.discrete import DiscreteNetwork
 # MONAI's own layers in bf16 need at least 3 planes at the coarsest of 3 resolutions: dints/network/fast/layers.py.
 RECIPE = "--channel_mul 0.125 --patch_size 12 12 12 --spacing 6 6 6 --num_iterations 2"
 ROW = rows.Training(rows.U, "small", 6, 0, 0)
-OPPONENT = rows.Training("dynunet", "small", 6, 1, 3, processes=2)
+OPPONENT = rows.Training("dynunet", "small", 6, 1, 3)
 
 
 def run(monkeypatch, folder: Path, *flags: str, table: Sequence = (ROW, OPPONENT)) -> list[dict]:
@@ -43,13 +43,6 @@ def run(monkeypatch, folder: Path, *flags: str, table: Sequence = (ROW, OPPONENT
 
 def parameters_of(opponent: str, channel_mul: float) -> int:
     return sum(weight.numel() for weight in opponents.OPPONENTS[opponent](1, 3, channel_mul).parameters())
-
-
-def test_a_row_that_fails_is_told_and_leaves_no_line(monkeypatch, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, tmp_path, "--rows", "u_shaped*")
-    assert f"{ROW.name} failed" in str(caught.value) and f"{ROW.name}.log" in str(caught.value)
-    assert not (tmp_path / "results.jsonl").exists()
 
 
 def test_every_row_has_a_name_of_its_own_and_a_network():
@@ -77,8 +70,8 @@ def test_at_equal_memory_each_network_fills_it_but_for_one_channel():
 
 
 def test_random_opponents_are_different_and_keep_the_finest_resolution():
-    drawn = [rows.architecture_of(f"random_{number}") for number in range(rows.NUM_RANDOM)]
-    assert len({str(one.codes()) for one in drawn}) == rows.NUM_RANDOM
+    drawn = [rows.architecture_of(f"random_{number}") for number in range(2)]
+    assert drawn[0].codes() != drawn[1].codes()
     assert all(one.arch_code_a[:, 0].all() and not one.use_downsample for one in drawn)
 
 
@@ -101,24 +94,9 @@ def test_what_a_search_finds_is_trained_after_it_and_other_rows_beside_it(monkey
     assert len(lines) == 3 and ended.index(search) < ended.index(of_found)
 
 
-def test_what_a_failed_search_would_have_found_is_not_trained(monkeypatch, tmp_path):
-    search = rows.Search("control", 30.0, 2, 0)
-    of_found = rows.Training(search.name, "recommended", None, 2, 0, memory_mib=30.0)
-    tried = []
-
-    def fails(row, *_) -> dict:
-        tried.append(row)
-        raise KeyError("dice")
-
-    monkeypatch.setattr(runner, "run", fails)
-    with pytest.raises(KeyError):
-        run(monkeypatch, tmp_path, "--jobs", "2", table=[search, of_found])
-    assert tried == [search] and not (tmp_path / "results.jsonl").exists()
-
-
 @pytest.mark.slow
 def test_rows_are_run_once_and_their_lines_tell_what_was_measured(monkeypatch, tmp_path, capsys):
-    """A search, the training of what it finds, and a training of an opponent by two processes."""
+    """A search, the training of what it finds, and a training of an opponent."""
     write_phantom(tmp_path / "Task00_Phantom", 8, 1, shape=(24, 24, 24))
     monkeypatch.setitem(rows.SEARCHES, "search", 4)
     monkeypatch.setattr(rows, "COMPETITION", "--num_iterations 8")
@@ -152,13 +130,6 @@ def test_rows_are_run_once_and_their_lines_tell_what_was_measured(monkeypatch, t
     assert capsys.readouterr().out == "".join(f"done {row.name}\n" for row in table)
 
 
-def test_a_row_whose_network_no_search_will_find_is_refused(monkeypatch, tmp_path):
-    missing = rows.Training("control_3mib_fold1_seed0", "recommended", None, 1, 0, memory_mib=3.0)
-    with pytest.raises(SystemExit, match="1 rows train what no search has found yet, for example control_3mib"):
-        run(monkeypatch, tmp_path, table=[missing, ROW])
-    assert not (tmp_path / "work").exists()
-
-
 def test_rows_of_as_many_minutes_take_equally_long():
     seconds = {name: network.seconds for name, network in rows.NETWORKS.items()}
     for row in (rows.Training(name, "recommended", 10, 0, 0) for name in seconds):
@@ -175,11 +146,6 @@ def test_the_us_of_the_experiments_are_ours_at_full_resolution(size):
     assert committed.codes()[:2] == made.codes() and not committed.use_downsample
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("dynunet", 1_355_971), ("segresnet", 1_152_003)])
-def test_opponents_are_monais_networks_of_three_resolutions(name, parameters):
-    assert parameters_of(name, 1.0) == parameters
-
-
 def test_a_table_has_a_row_a_setting_and_a_column_a_fold():
     def result(recipe: str, fold: int, dice: float, seconds: float | None = 90.0) -> dict:
         counts = {"parameters": 421_475, "gmac": 10.14, "iterations": 1800}
@@ -190,17 +156,6 @@ def test_a_table_has_a_row_a_setting_and_a_column_a_fold():
         "| flips | 0.42 M | 10.1 | 1,800 | 1.8 | 0.8500 (0.8000 to 0.9000) | 0.7000 |",
         "| half | 0.42 M | 10.1 | 1,800 | - | - | 0.5000 |",
     ]
-
-
-def test_the_curves_are_of_one_fold_and_one_seed():
-    def result(network: str, minutes: float, dice: float, **others) -> dict:
-        plain = {"recipe": "recommended", "processes": 1, "fold": 0, "seed": 0}
-        return {"network": network, "minutes": minutes, "dice": dice, **plain, **others}
-
-    results = [result("u", 6, 0.8), result("u", 3, 0.7), result("dynunet", 3, 0.6)]  # one point is no curve
-    others = ({"recipe": "published"}, {"processes": 2}, {"fold": 1}, {"seed": 1}, {"minutes": None})
-    results += [{**result("u", 6, 0), **other} for other in others]
-    assert figures.time_to_dice(results) == {"u": [(3, 0.7), (6, 0.8)]}
 
 
 def test_at_equal_memory_a_kind_has_a_row_and_what_candidates_gain_over_it():

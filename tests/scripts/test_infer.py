@@ -23,7 +23,6 @@ import infer_dints
 from dints.data import nifti
 from dints.data.tasks import Task
 from dints.errors import PartlyDone, UserError
-from dints.inference import predictor
 from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import save_model
 
@@ -142,16 +141,6 @@ def test_the_most_probable_of_many_classes_is_taken(tmp_path, knowing):
     assert [np.unique(part).tolist() for part in (result[:7], result[9:15], result[17:])] == [[0], [1], [2]]
 
 
-def test_borders_do_not_depend_on_the_size_of_the_scores(tmp_path, knowing):
-    """A class has at most probability 1 in the resampling, however sure the network is of it."""
-    source = bands(tmp_path / "a.nii.gz", 24, 0.25)
-    results = []
-    for sure in (9, 900):
-        knowing(Bands([[sure, 0], [0, 9], [sure, 0]]))
-        results.append(voxels(infer(tmp_path / str(sure), "--input", source) / "a.nii.gz"))
-    assert np.array_equal(*results) and results[0].any()
-
-
 @pytest.mark.parametrize("name", ["body.nii", "body.nii.gz"])
 def test_header_and_format_are_the_images(tmp_path, knowing, name):
     image, _, affine = body("oblique")
@@ -255,12 +244,6 @@ class TestDicom:
         infer(tmp_path / "out", "--input", save(tmp_path / "a.nii.gz", image, affine))
         assert not left.exists()
 
-    def test_what_is_no_folder_of_a_series_is_refused(self, tmp_path, knowing, scans):
-        knowing(Threshold(), replace(TASK, num_channels=2))
-        assert "which has one channel, and the model takes 2" in refused(tmp_path / "out", "--input", scans)
-        both = [scans / "first/CT/..", scans / "second"]
-        assert "would both be CT" in refused(tmp_path / "out", "--input", *both)
-
 
 # Scores
 
@@ -338,17 +321,6 @@ class TestItsOwnCases:
         (root / "dataset.json").write_text(json.dumps(described))
         message = refused(tmp_path / "out", "--root", root)
         assert "has the classes background, organ, tumour" in message and "segments background, organ:" in message
-
-
-def test_windows_overlap_as_in_the_models_validation(tmp_path, knowing, monkeypatch):
-    image, _, affine = body("RAS")
-    source, overlaps = save(tmp_path / "a.nii.gz", image, affine), []
-    real = predictor.SlidingWindow
-    monkeypatch.setattr(predictor, "SlidingWindow", lambda *a: overlaps.append(a[1]) or real(*a))
-    for info, flags in (({}, []), ({"overlap_ratio": 0.25}, []), ({"overlap_ratio": 0.25}, ["--overlap_ratio", 0])):
-        knowing(Threshold(), **info)
-        infer(tmp_path / "out", "--input", source, *flags)
-    assert overlaps == [0.5, 0.25, 0]
 
 
 # Refusals
@@ -548,14 +520,6 @@ class TestAnotherRunInTheFolder:
             infer(folder, "--input", *images)
         assert self.files(out) == self.files(tmp_path / "fresh")
 
-    def test_a_mask_of_this_run_stays_though_its_label_turned_bad(self, tmp_path, both, root):
-        out = self.score(tmp_path / "out", root)
-        before = (out / "case_0.nii.gz").read_bytes()
-        (root / "labelsTr/case_0.nii.gz").write_bytes(b"nothing")
-        with pytest.raises(PartlyDone):
-            self.score(out, root)
-        assert (out / "case_0.nii.gz").read_bytes() == before
-
     @pytest.mark.fault("kill -9 in a batch, then other flags")
     def test_a_kill_leaves_nothing_to_a_run_with_other_flags(self, tmp_path, both, root, monkeypatch):
         """The first batch of one model is whole; one of another is killed at a file; a third has its own flags."""
@@ -606,9 +570,8 @@ class TestNames:
         saved = save(folder.parent / "saved.nii.gz", voxels, affine)
         os.rename(saved, os.path.join(os.fsencode(folder), os.fsencode(name)))
 
-    @pytest.mark.parametrize("name", ["é" * 123, b"caf\xe9"], ids=["long", "not UTF-8"])
-    def test_a_case_of_such_a_name_is_as_any_other(self, tmp_path, knowing, name):
-        name = os.fsdecode(name)
+    def test_a_case_of_such_a_name_is_as_any_other(self, tmp_path, knowing):
+        name = os.fsdecode(b"caf\xe9" + b"n" * 242)
         try:
             for case in (name, "a", "b"):
                 self.image(tmp_path / "in", f"{case}.nii.gz")
@@ -624,26 +587,7 @@ class TestNames:
         assert (out / f"{name}.nii.gz").is_file() and (out / f"probabilities/{name}.nii.gz").is_file()
         states = {case: told["state"] for case, told in json.loads((out / "run.json").read_text())["cases"].items()}
         assert states == dict.fromkeys([f"{case}.nii.gz" for case in (name, "a", "b")], "done")
-        assert "caf\\udce9" in (out / "report.html").read_text() or name.isprintable()
-
-
-def test_images_in_a_folder_of_the_output_root(tmp_path, knowing, monkeypatch):
-    """Masks go into a dataset's folder, whose imagesTs holds the images; what would be overwritten is refused."""
-    image, _, affine = body("RAS")
-    for name in ("imagesTs/a.nii.gz", "uncertainty/a.nii.gz", "within/out/a.nii.gz"):
-        save(tmp_path / name, image, affine)
-    before = (tmp_path / "uncertainty/a.nii.gz").read_bytes()
-    knowing(Threshold())
-    out = infer(tmp_path, "--input", tmp_path / "imagesTs")
-    assert (out / "a.nii.gz").is_file() and json.loads((out / "run.json").read_text())["cases"]["a.nii.gz"]
-    (tmp_path / "a.nii.gz").unlink()
-    (tmp_path / "uncertainty").mkdir(exist_ok=True)
-    (tmp_path / "uncertainty/a.nii.gz").write_bytes(before)
-    with pytest.raises(UserError, match=r"uncertainty/a\.nii\.gz is an input and would be overwritten"):
-        infer(tmp_path, "--input", tmp_path / "uncertainty")
-    assert (tmp_path / "uncertainty/a.nii.gz").read_bytes() == before
-    with pytest.raises(UserError, match="within is no NIfTI file, nor a folder that holds any"):
-        infer(tmp_path / "within/out", "--input", tmp_path / "within")
+        assert "caf\\udce9" in (out / "report.html").read_text()
 
 
 def test_images_of_a_test_list_are_segmented_and_not_scored(tmp_path, knowing, dataset):
