@@ -62,14 +62,6 @@ def test_an_interval_is_within_the_values(values):
     assert high <= max(values) + 1e-12
 
 
-def test_what_is_nowhere_has_no_mean_and_one_case_no_interval():
-    empty = summarise([row("a", "x", NAN)])["classes"]["x"]["dice"]
-    assert empty == {"n": 0, "mean": None, "low": None, "high": None, "median": None, "infinite": 0}
-    alone = summarise([row("a", "x", 0.5)])["all"]["dice"]
-    assert list(summarise([row("a", "all", 0.5)])["classes"]) == ["all"]  # a name as any
-    assert (alone["mean"], alone["low"], alone["high"]) == (0.5, None, None)
-
-
 def test_an_interval_over_classes_is_that_of_cases():
     rng = np.random.default_rng(0)
     values = rng.beta(9, 1, (40, 1)).repeat(3, 1)  # three classes that say the same are no more cases

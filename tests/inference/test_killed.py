@@ -1,4 +1,4 @@
-"""A batch that is killed goes on with what is not done, and ends as if nothing had happened."""
+"""A batch that is killed resumes, and ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import save_model
 
 TASK = Task("Toy", "CT", 1, ("background", "a"), spacing=None, intensity=(0.0, 1.0), patch_size=(16, 16, 16))
-IMAGES, KILLS = 12, (1, 5, 9)  # the process is killed as soon as so many masks are there
+IMAGES = 8
 
 
 @pytest.fixture
@@ -59,23 +59,12 @@ def written(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.fault("kill -9 at any moment")
-def test_a_batch_that_is_killed_goes_on(given):
+def test_a_batch_that_is_killed_resumes(given):
+    """tests/scripts/test_infer.py kills one in its own process, and starts it with other flags."""
     assert start(given, "straight").wait(120) == 0
-    for count in KILLS:
-        kill_at(start(given, "killed"), given / "killed", count)
+    kill_at(start(given, "killed"), given / "killed", IMAGES // 2)
     before = len(written(given / "killed"))
     assert start(given, "killed").wait(120) == 0
     assert before < IMAGES and written(given / "killed") == written(given / "straight")
-    assert len(written(given / "straight")) == IMAGES and not list((given / "killed").rglob("*.partial"))
-
-
-@pytest.mark.slow
-@pytest.mark.fault("kill -9 in a batch, then other flags")
-def test_a_batch_with_other_flags_keeps_nothing_of_one_that_was_killed(given):
-    other = "--overlap_ratio 0.1 --save_uncertainty"
-    assert start(given, "straight", other).wait(120) == 0
-    kill_at(start(given, "killed", "--save_probabilities"), given / "killed/probabilities", IMAGES // 2)
-    assert len(written(given / "killed")) >= IMAGES
-    assert start(given, "killed", other).wait(120) == 0
-    assert written(given / "killed") == written(given / "straight")
+    assert len(written(given / "straight")) == IMAGES
     assert not list((given / "killed").rglob("*.partial"))

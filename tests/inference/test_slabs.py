@@ -36,9 +36,9 @@ def affine(axes: np.ndarray) -> np.ndarray:
     return full
 
 
-@pytest.mark.parametrize("spacing", [None, (2.0, 2.0, 2.0), (1.7, 3.1, 2.2)], ids=str)
+@pytest.mark.parametrize("spacing", [None, (1.7, 3.1, 2.2)], ids=str)
 @pytest.mark.parametrize("axes", AXES)
-@pytest.mark.parametrize("shape", [(40, 25, 23), (22, 24, 51), (23, 64, 20)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 25, 23), (23, 64, 20)], ids=str)
 def test_labels_are_those_of_the_whole_volume(networks, axes, spacing, shape):
     resampling = Resampling(shape, affine(AXES[axes]), spacing)
     image = np.random.default_rng(0).normal(size=(2, *resampling.shape)).astype(np.float32)
@@ -59,14 +59,6 @@ def test_probabilities_are_those_of_the_whole_volume(networks, axis):
     assert np.allclose(np.concatenate(parts, 1 + axis), whole, atol=1e-6)
 
 
-def test_of_several_networks_it_is_the_mean(networks):
-    resampling = Resampling((40, 24, 16), np.eye(4), None)
-    image = np.random.default_rng(0).normal(size=(2, 40, 24, 16)).astype(np.float32)
-    mean = np.mean([WINDOW.probabilities(image, network, FP32) for network in networks], axis=0)
-    found = slabs.segmented(image, networks, WINDOW, FP32, resampling).labels
-    assert (found != mean.argmax(0)).mean() < 1e-4
-
-
 @pytest.mark.parametrize("spacing", [None, (1.7, 3.1, 2.2)], ids=str)
 def test_maps_are_those_of_the_whole_volume(networks, spacing):
     resampling = Resampling((40, 25, 23), affine(AXES["permuted PIR"]), spacing)
@@ -78,13 +70,6 @@ def test_maps_are_those_of_the_whole_volume(networks, spacing):
     assert np.abs(found.probabilities / 255 - expected).max() < 0.5 / 255 + 1e-5
     assert np.abs(found.uncertainty / 255 - entropy).max() < 0.5 / 255 + 1e-5
     assert np.ptp(found.uncertainty) > 10
-
-
-def test_scores_are_added_up_on_a_gpu_that_has_the_room(monkeypatch):
-    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {gpu: (2000, 9000)}[device])
-    assert [windows.place_of_sums(count, gpu) for count in (1000, 1001)] == [gpu, cpu]
-    assert windows.place_of_sums(10**15, cpu) == cpu
 
 
 def test_the_room_is_asked_for_after_a_pass_and_is_that_of_a_patchs_planes(networks, monkeypatch):

@@ -189,9 +189,6 @@ class TestLabelled:
             assert text in labelled_page.text
         assert "resolution" in labelled_page.text  # of the drawing
 
-    def test_its_size(self, labelled):
-        assert (labelled / "report.html").stat().st_size < 1_000_000
-
 
 def segmented(out: Path, patch: pytest.MonkeyPatch, images: Path, *flags: object, **facts: object) -> Page:
     knows(patch, TASK)(Threshold(num_classes=3), **{**FACTS, **facts})
@@ -287,9 +284,3 @@ def test_volumes_that_are_far_from_the_others_are_told():
     assert [len(of_case) for of_case in told] == [0] * 9 + [2]
     assert told[9][0].startswith("a has 9.4 ml, where half of these cases have 1.")
     assert unusual_volumes(volumes[5:], ["a", "b"]) == [[]] * 5  # too few to compare with
-
-
-def test_numbers_for_people():
-    assert [page.number(value) for value in (0.12345, NAN, np.inf, None)] == ["0.123", "–", "∞", "–"]
-    assert [page.volume(value) for value in (1.4, 12.34, 1234.5)] == ["1.40", "12.3", "1,234"]
-    assert [page.percent(value) for value in (0.1234, -0.05, NAN)] == ["+12.3%", "−5.0%", "–"]

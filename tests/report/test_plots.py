@@ -50,15 +50,3 @@ def test_volumes_agree_on_the_diagonal():
     drawn = plots.agreement({"organ": [1.0, math.nan, 2.0]}, {"organ": [1.0, 3.0, 2.0]}, ["one", "two", "three"])
     assert [link.get("href") for link in parsed(drawn).iter("a")] == ["#case-0", "#case-2"]
     assert len(list(parsed(plots.agreement({"organ": [0.0]}, {"organ": [0.0]}, ["one"])).iter("a"))) == 1
-
-
-def test_volumes_of_a_lesion_are_seen_beside_those_of_its_organ():
-    drawn = plots.agreement(
-        {"liver": [900.0, 950.0], "lesion": [0.5, 0.0]}, {"liver": [910.0, 940.0], "lesion": [0, 1]}, "ab"
-    )
-    texts = [text.text for text in parsed(drawn).iter("text")]
-    assert {"0", "0.1", "1", "10", "100"} <= {*texts} and not any("$" in text for text in texts)
-
-
-def test_a_run_without_tables_has_no_course(tmp_path):
-    assert plots.course(tmp_path) == {}

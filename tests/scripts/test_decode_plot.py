@@ -81,14 +81,6 @@ def test_a_search_space_is_drawn_from_the_command_line(tmp_path):
     assert (tmp_path / "space.png").read_bytes().startswith(b"\x89PNG")
 
 
-class Malicious:
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
 def assert_told_in_a_line(result: subprocess.CompletedProcess, part: str) -> None:
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and part in result.stderr
@@ -98,14 +90,6 @@ def test_without_dot_one_line_says_so(tmp_path):
     save_architecture(tmp_path / "code.pth", random_architecture(3, 4, 3))
     result = run("--checkpoint", tmp_path / "code.pth", "--directory", tmp_path / "out", PATH=str(tmp_path))
     assert_told_in_a_line(result, "graph.gv is written, but drawing")
-
-
-@pytest.mark.fault("malicious pickle")
-def test_a_malicious_file_ends_the_script_with_one_line(tmp_path):
-    file, marker = tmp_path / "malicious.pth", tmp_path / "it ran"
-    torch.save({"node_a": Malicious(marker)}, file)
-    assert_told_in_a_line(run("--checkpoint", file, "--directory", tmp_path / "out"), str(file))
-    assert not marker.exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.fault("truncated, empty or foreign file")
@@ -124,9 +108,6 @@ def test_a_bad_file_is_named_before_anything_is_written(tmp_path, monkeypatch, w
         ("", "give one of --checkpoint and --search_space"),
         ("--checkpoint a.pth --search_space", "give one of --checkpoint and --search_space"),
         ("--checkpoint a.pth --num_blocks 6", "go with --search_space"),
-        ("--search_space --num_depths 1", "--num_depths: 1"),
-        ("--search_space --cost", "--cost goes with --checkpoint"),
-        ("--checkpoint a.pth --patch_size 32 32 32", "--patch_size: only with --cost"),
         ("--checkpoint a.pth --num_classes 2 --channel_mul 1", "--num_classes, --channel_mul: only"),
         ("--checkpoint a.pth --cost --patch_size 32 32 0", "--patch_size: 0 is not at least 1"),
     ],
@@ -170,11 +151,8 @@ def test_cost_is_printed_and_drawn(tmp_path, monkeypatch, capsys):
     ("task", "flags", "settings"),
     [
         ("Task04_Hippocampus", "", (1, 3, (32, 32, 32), 1.0)),
-        ("Task00_Phantom", "--channel_mul 0.5", (1, 3, (32, 32, 32), 0.5)),
         ("Task05_Prostate", "--num_classes 2", (2, 2, (96, 96, 32), 1.0)),
-        (None, "--patch_size 32 16 32", (1, 2, (32, 16, 32), 1.0)),
-        ("Task77_Own", "--num_classes 7", (1, 7, (96, 96, 96), 1.0)),
-        (["Task05_Prostate"], "--in_channels 2 --channel_mul 0.25", (2, 2, (96, 96, 96), 0.25)),
+        (None, "--patch_size 32 16 32 --channel_mul 0.5", (1, 2, (32, 16, 32), 0.5)),
     ],
 )
 def test_cost_is_of_the_files_task(tmp_path, monkeypatch, task, flags, settings):
@@ -192,21 +170,10 @@ def test_cost_is_of_the_files_task(tmp_path, monkeypatch, task, flags, settings)
     assert asked == [(architecture.codes(), settings, "cuda" if torch.cuda.is_available() else "cpu")]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--patch_size 30 32 32", "--patch_size 30 32 32 does not fit 3 depths"),
-        ("--channel_mul 1e300", r"channel_mul 1e\+300.* too large"),
-        pytest.param(
-            "--device cuda",
-            "--device cuda, but PyTorch sees no GPU",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
-    ],
-)
-def test_cost_that_cannot_be_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, capsys, flags, message):
+def test_cost_that_cannot_be_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, capsys):
     save_architecture(tmp_path / "code.pth", random_architecture(0, 3, 3))
-    with pytest.raises(UserError, match=message):
-        main(monkeypatch, "--cost", "--checkpoint", tmp_path / "code.pth", "--directory", tmp_path, *flags.split())
+    flags = ["--cost", "--checkpoint", tmp_path / "code.pth", "--directory", tmp_path]
+    with pytest.raises(UserError, match="--patch_size 30 32 32 does not fit 3 depths"):
+        main(monkeypatch, *flags, "--patch_size", 30, 32, 32)
     assert [file.name for file in tmp_path.iterdir()] == ["code.pth"]
     assert capsys.readouterr().out == ""

@@ -97,15 +97,6 @@ def reach_all_indexes(packages: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_names_every_option_and_does_nothing(machine, flag):
-    result = machine.install(flag)
-    assert result.returncode == 0 and result.stderr == ""
-    for word in ("--active", "--help", "VENV=", "PYTHON=", "ACTIVE=1"):
-        assert word in result.stdout
-    assert sorted(path.name for path in machine.checkout.iterdir()) == ["install.sh", "requirements.txt"]
-
-
 def test_second_run_installs_nothing_until_the_requirements_change(machine):
     with_torch(machine.venv(), TORCH)
     first = machine.install()
@@ -128,28 +119,10 @@ def test_second_run_installs_nothing_until_the_requirements_change(machine):
     assert len(machine.calls()) > len(before)
 
 
-def test_a_failed_install_is_tried_again(machine):
-    with_torch(machine.venv(), TORCH)
-    failed = machine.install(PIP_FAILS="1")
-    assert failed.returncode == 1 and "error: pip could not install" in failed.stderr
-    assert len(machine.calls()) == 1
-    assert machine.install().returncode == 0
-    assert len(machine.calls()) == 2
-
-
 @linux
-def test_without_gpu_a_torch_that_is_there_is_kept(machine):
-    with_torch(machine.venv(), f"{TORCH}+cpu")
-    assert "keeping" in machine.install().stdout
-    assert not any("--index-url" in call for call in machine.calls())
-
-
-@linux
-@pytest.mark.parametrize("found", [None, "1.13.0"])
-def test_without_gpu_the_cpu_index_comes_first(machine, found):
+def test_without_gpu_the_cpu_index_comes_first(machine):
     packages = machine.venv()
-    if found:
-        with_torch(packages, found)
+    with_torch(packages, "1.13.0")
     reach_all_indexes(packages)
     result = machine.install()
     assert result.returncode == 0, result.stderr
@@ -186,10 +159,8 @@ DRIVER = """[[ "$*" != *driver_version* ]] || printf '%s\\n%s\\n' "$DRIVER" "$DR
     ("driver", "there", "sees_gpu", "installs"),
     [
         ("535.161.08", None, False, True),
-        ("535.161.08", TORCH, False, True),  # PyPI's, which that driver refuses
         ("535.161.08", f"{TORCH}+cu126", True, False),
         ("580.65.06", None, False, False),
-        ("No devices were found", None, False, False),
     ],
 )
 def test_with_a_driver_that_is_too_old_for_cuda_13_the_build_is_an_older_cuda_s(
@@ -206,15 +177,6 @@ def test_with_a_driver_that_is_too_old_for_cuda_13_the_build_is_an_older_cuda_s(
     *torch, rest = machine.calls()
     wanted = f"pip install --no-deps --index-url https://download.pytorch.org/whl/cu126 torch=={TORCH}+cu126"
     assert torch == [wanted] * installs and " -r " in rest
-
-
-@linux
-def test_with_an_old_driver_and_without_the_index_nothing_is_downloaded(machine):
-    machine.venv()
-    machine.program("nvidia-smi", DRIVER)
-    result = machine.install(DRIVER="470.57.02")
-    assert result.returncode == 1 and machine.calls() == []
-    assert re.fullmatch("error: The NVIDIA driver is 470.57.02, .*/cu126 cannot be reached: update .*\n", result.stderr)
 
 
 @pytest.mark.parametrize("how", ["active", "TORCH"])
@@ -271,15 +233,6 @@ def test_dot_that_cannot_be_installed_is_a_warning(machine, user, calls, warning
     assert "warning: no graphviz program 'dot'" in result.stderr and warning in result.stderr
 
 
-def test_dot_comes_from_conda_where_one_is_active(machine):
-    (machine.bin / "dot").unlink()
-    with_torch(machine.venv(), TORCH)
-    machine.program("conda")
-    result = machine.install(CONDA_PREFIX="/somewhere")
-    assert result.returncode == 0 and result.stderr == ""
-    assert machine.calls()[-1] == "conda install --yes --quiet --channel conda-forge graphviz"
-
-
 @pytest.mark.parametrize("how", [["--active"], []])
 def test_active_environment_is_used_as_it_is(machine, tmp_path, how):
     with_torch(machine.venv(tmp_path / "mine"), TORCH)
@@ -295,36 +248,18 @@ def old_python(machine):
     machine.program("python3", "echo 3.8")
 
 
-def no_venv_module(machine):
-    machine.program("python3", "case $2 in *venv*) exit 1 ;; *) echo 3.11 ;; esac")
-
-
 def files_in_the_way(machine):
     (machine.checkout / ".venv").mkdir()
     (machine.checkout / ".venv" / "notes.txt").touch()
     machine.program("python3", "echo 3.11")
 
 
-def moved_environment(machine):
-    machine.venv()
-    (machine.checkout / ".venv" / "bin" / "python").unlink()
-
-
-def no_requirements(machine):
-    (machine.checkout / "requirements.txt").unlink()
-
-
 @pytest.mark.parametrize(
     "prepare, arguments, environment, message",
     [
         (old_python, [], {}, "Python 3.11 or newer is needed, but python3 is 3.8; .*PYTHON=python3.11 bash install.sh"),
-        (old_python, [], {"PYTHON": "python3"}, "python3 is 3.8"),
-        (old_python, ["--active"], {}, "python3 is 3.8"),
         (old_python, [], {"PYTHON": "nowhere/python"}, "none of nowhere/python runs"),
-        (no_venv_module, [], {}, "python3 has no venv module: .*apt-get install python3.11-venv"),
         (files_in_the_way, [], {}, r"\.venv exists and is not a Python environment: .*VENV=DIR"),
-        (moved_environment, [], {}, r"\.venv is an environment whose Python does not run: remove it"),
-        (no_requirements, [], {}, "requirements.txt does not exist"),
         (old_python, ["--actve"], {}, "unknown argument --actve: .*--help"),
         (Machine.venv, [], {"TORCH": "2.9.1"}, "TORCH is 2.9.1: 2.11 to 2.13 are supported"),
     ],
@@ -339,7 +274,7 @@ def test_what_is_wrong_is_said_in_one_line(machine, prepare, arguments, environm
 
 def third_party_imports() -> dict[str, str]:
     """Find the top-level modules that the project's Python files import, each with a file that does."""
-    folders = ("dints", "experiments", "tests")
+    folders = ("dints", "experiments", "benchmarks", "tests")
     files = [*PROJECT.glob("*.py"), *(path for folder in folders for path in (PROJECT / folder).rglob("*.py"))]
     own = {"dints", *(path.stem for path in files)}
     found = {}
