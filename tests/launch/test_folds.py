@@ -188,8 +188,3 @@ def test_a_fold_is_done_until_anything_changes(change, each, script):
 def test_a_wrong_request_is_refused_before_any_training(arguments, environment, said, each, script):
     with pytest.raises(UserError, match=re.escape(said)):
         script.parse(arguments, each.environment | environment).check()
-
-
-def test_a_refusal_is_one_line(each):
-    assert each.code("--fold", "3") == 1
-    assert each.said() == "error: --fold cannot be given with FOLD=each: leave it out\n"
