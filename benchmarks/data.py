@@ -41,7 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "data")]
 
 import published_data  # noqa: E402  (the repository is no package: its root must be on the path first)
 import steps  # noqa: E402
-from parts import a_run, a_training  # noqa: E402
+from small_run import begun  # noqa: E402
 
 from dints.data.augmentation import augment  # noqa: E402
 from dints.data.cache import Cache  # noqa: E402
@@ -54,9 +54,9 @@ from dints.data.phantom import make_case  # noqa: E402
 from dints.data.tasks import TASKS  # noqa: E402
 from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.running.machine import cores_per_process  # noqa: E402
-from dints.running.precision import choose_precision  # noqa: E402
 from dints.running.processes import Processes, started  # noqa: E402
-from dints.settings import PatchSettings  # noqa: E402
+from dints.settings import PatchSettings, RetrainingSettings, TrainingMachineSettings  # noqa: E402
+from dints.training.steps import WeightsTrainer  # noqa: E402
 
 TASK = TASKS["Task07_Pancreas"]
 # mm, nearly: such that the resampled shape is exactly the one asked for
@@ -68,6 +68,7 @@ PARTS = {
     "Lambdad": "masks",
 }
 CPU = torch.device("cpu")
+WEIGHTS = RetrainingSettings(learning_rate_schedule="halvings", average_decay=0.0)
 SIDES = ("published", "ours")
 
 Shape = tuple[int, int, int]
@@ -321,19 +322,17 @@ def memory_of_caching(args: argparse.Namespace) -> float:
 def share_of_waiting(args: argparse.Namespace, folder: Path, processes: Processes) -> str:
     """Train a network on batches of our loader, and tell how long it waited for them."""
     task = replace(TASK, patch_size=(args.patch_size,) * 3)
-    precision = choose_precision(args.precision, processes)
+    machine = TrainingMachineSettings(precision=args.precision, compile=args.compile)
+    run = begun(folder, processes=processes, machine=machine, num_workers=args.num_workers)
     cases = [write_case((256, 256, 128), number, folder) for number in range(1, args.num_cases + 1)]
     cache = Cache("disk", folder / "cache", task, cores_per_process())
-    run = a_run(precision, processes)
-    run.settings = replace(run.settings, num_workers=args.num_workers)
     patches = PatchSettings(num_images_per_batch=2, flip_axes=("all",))
-    loader = training_loader(cases, cache, patches, run, args.iterations, stream="bench")
-    network = DiscreteNetwork(
-        steps.typical_architecture(), 1, task.num_classes, args.channel_mul
-    ).to(processes.device)
-    training = a_training(network, precision, processes, compile=args.compile)
-    # at each iteration's end, since the first one's start
-    ends, waits, start = [], [], time.perf_counter()
+    loader = training_loader(cases, cache, patches, run, steps=args.iterations, stream="bench")
+    sizes = 1, task.num_classes, args.channel_mul
+    network = DiscreteNetwork(steps.typical_architecture(), *sizes).to(processes.device)
+    shape = (2, 1, *task.patch_size)
+    training = WeightsTrainer(network, network.parameters(), WEIGHTS, run, shape)
+    ends, waits, start = [], [], time.perf_counter()  # at each iteration's end, since the start
     for batch in loader.epoch(0):
         training.step(batch)
         steps.synchronise(processes.device)
@@ -342,7 +341,7 @@ def share_of_waiting(args: argparse.Namespace, folder: Path, processes: Processe
     steady, waited = ends[-1] - ends[0], waits[-1] - waits[0]
     return (
         f"{args.iterations} iterations of batches of 2, patch {args.patch_size}, channel_mul "
-        f"{args.channel_mul:g}, {precision.name}, compile {args.compile}, "
+        f"{args.channel_mul:g}, {run.precision.name}, compile {args.compile}, "
         f"{loader.loader.num_workers} workers, {len(cases)} cases of 256x256x128 on disk: "
         f"{steps.duration(steady / (len(ends) - 1))} an iteration after the first\nwaiting: "
         f"{waited / steady:.2%} without the first batch, {waits[-1] / ends[-1]:.2%} with it "

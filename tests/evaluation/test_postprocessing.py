@@ -25,9 +25,12 @@ def bars(*bars: tuple[int, int, int], order: str = "C") -> np.ndarray:
     return labels
 
 
+NOTHING = Rule()
+
+
 def removing(
-    largest_foreground: bool = False, organ: Rule = Rule(), lesion: Rule = Rule()
-) -> Postprocessing:  # noqa: B008
+    largest_foreground: bool = False, organ: Rule = NOTHING, lesion: Rule = NOTHING
+) -> Postprocessing:
     return Postprocessing(NAMES, largest_foreground, (organ, lesion))
 
 

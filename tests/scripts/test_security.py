@@ -271,6 +271,13 @@ def endless() -> list:
     return value
 
 
+def entry(key: str, index: tuple[int, int], value: float) -> dict:
+    """Return the content of ``GOOD`` with one other number."""
+    array = GOOD[key].double()
+    array[index] = value
+    return {**GOOD, key: array}
+
+
 ARCHITECTURES = {
     "missing key": (
         {key: value for key, value in GOOD.items() if key != "arch_code_c"},
