@@ -1,8 +1,8 @@
 """Stand in for Python under the launchers: play a fold's training and segmenting; run all else.
 
-A stage adds a line to $CALLS. A training writes a file for its model; segmenting copies the labels of
-the fold's cases as their masks. $HANG, as "train 1", names a stage and fold that waits for a signal;
-$FAIL one that exits with code 7.
+A stage adds a line to $CALLS. A training writes a file for its model; segmenting copies the labels
+of the fold's cases as their masks. $HANG, as "train 1", names a stage and fold that waits for a
+signal; $FAIL one that exits with code 7.
 """
 
 import json
