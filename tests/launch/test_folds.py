@@ -178,11 +178,7 @@ def test_a_fold_is_done_until_anything_changes(change, each, script):
     ("arguments", "environment", "said"),
     [
         (["--output_root=x"], {}, "--output_root cannot be given with FOLD=each: set OUTPUT_ROOT"),
-        (
-            [],
-            {"ARCH_CKPT": "none{fold}"},
-            "there is no none0, no none1, no none2: run search_dints",
-        ),
+        ([], {"ARCH_CKPT": "none{fold}"}, "there is no none0, no none1, no none2: run"),
         ([], {"NUM_FOLDS": "x"}, "NUM_FOLDS is 'x': give a number of folds, 2 or more"),
         ([], {"NUM_FOLDS": "4"}, "--num_folds 4, but there are only 3 cases"),
         (["--json_key", "twice"], {}, "2 cases are called case_0: rename all but one"),

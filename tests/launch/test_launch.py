@@ -1,7 +1,6 @@
 """The launchers and the SLURM script: command, signals, exit codes, restarts.
 
-No SLURM and no GPU is needed. Most of the time starts processes, so that one test starts several
-runs at once.
+No SLURM and no GPU is needed. Most of the time starts processes: one test starts several at once.
 """
 
 import os
@@ -58,8 +57,7 @@ def test_missing_data_is_an_error_with_the_command_that_fetches_it(tmp_path):
 
 NVIDIA_SMI = {
     "three GPUs": "printf 'GPU %s: NVIDIA H100 (UUID: GPU-8a)\\n' 0 1 2",
-    "slices": "printf 'GPU %s: H100 (UUID: GPU-8a)\\n  MIG 1g.10gb Device 0: (UUID: MIG-3f)\\n' 0 "
-    "1",
+    "slices": "printf 'GPU %s: H100 (UUID: GPU-8a)\\n  MIG 1g.10gb: (UUID: MIG-3f)\\n' 0 1",
     "no driver": "echo NVIDIA-SMI has failed; exit 9",
 }
 
@@ -99,9 +97,7 @@ def test_a_variable_that_is_no_number_is_an_error_and_not_run(name, value, tmp_p
 
 
 def launched(folder: Path, script: str, *arguments: str, **environment: str) -> list[str]:
-    """Return the threads, whether torchrun keeps its store, and the arguments of a launcher's
-    call.
-    """
+    """Return two variables of a launcher's call, and its arguments."""
     variables = '"$OMP_NUM_THREADS" "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE"'
     python = stand_in(folder / "python", f'printf "%s\\n" {variables} "$@"')
     (folder / "dataset.json").touch()
@@ -277,10 +273,9 @@ STOPS = {
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
 def test_a_signal_stops_the_workers_and_starts_none_again(tmp_path):
     variables = {"MAX_RESTARTS": "3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
-    runs = {
-        name: Launch(tmp_path / name, "--alone", *arguments, **variables)
-        for name, (arguments, *_) in STOPS.items()
-    }
+    runs = {}
+    for name, (arguments, *_) in STOPS.items():
+        runs[name] = Launch(tmp_path / name, "--alone", *arguments, **variables)
     for run in runs.values():
         run.reach(5)
     for name, run in runs.items():

@@ -1,7 +1,6 @@
 """Stand in for a stage: count in FOLDER/saved, in step with the other ranks, or resume there.
 
-A signal stops it as it stops a stage: on all ranks after the same step, with exit code 128 +
-    signal.
+A signal stops it as it stops a stage: on all ranks after the same step, with code 128 + signal.
 With --deaf it ignores signals. With --alone it neither meets other ranks nor imports torch, which
 is most of a short run's time. --fail CODE: rank 0 exits with it after ten steps, at every start.
 """
