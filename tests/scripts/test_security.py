@@ -234,7 +234,6 @@ def endless() -> list:
 
 ARCHITECTURES = {
     "missing key": ({key: value for key, value in GOOD.items() if key != "arch_code_c"}, "has no 'arch_code_c'"),
-    "unconnected": (entry("arch_code_a", (1, 1), 1), "block 1 ends at depths [0, 1], but block 2 starts from [1]"),
     "endless lists": ({**GOOD, "best_path": endless()}, "'best_path' is [["),
     "a tensor to be shown": ({**GOOD, "task": torch.zeros(1).expand(10**9)}, "'task' is tensor("),
     "a long name": ({**GOOD, "x" * 10**6: endless()}, "'xxx"),
