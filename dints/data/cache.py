@@ -1,5 +1,5 @@
-"""Prepared cases between epochs and runs: in memory, in files that processes and later runs share,
-or prepared each time.
+"""Prepared cases between epochs and runs: in memory, in shared files, or prepared
+each time.
 
 A case takes 2 bytes a voxel and channel (float16), 1 for the label and at most 1/8 a class for the
 crop masks. Files are memory-mapped: only what is cut out of them is read, and the system keeps in
@@ -37,11 +37,13 @@ from dints.running.run import Run
 
 log = logging.getLogger(__name__)
 
-# what ``auto`` gives to the cache of the memory that is free; the rest is for training
-SHARE_OF_MEMORY = 0.5
-# bytes that cases take which are prepared at the same time, but for a single larger one
-WORKING_MEMORY = 1 << 30
-# a voxel and channel, while a case is prepared: the file's, interpolated along two axes, float16
+SHARE_OF_MEMORY = (
+    0.5  # what ``auto`` gives to the cache of the memory that is free; the rest is for training
+)
+WORKING_MEMORY = (
+    1 << 30
+)  # bytes that cases take which are prepared at the same time, but for a single larger one
+# A voxel and channel, while a case is prepared: the file's, interpolated along two axes, float16.
 WORKING_BYTES = 16
 
 
@@ -61,8 +63,7 @@ class Cache:
     num_threads: int
 
     def hold(self, cases: Sequence[Case], what: str) -> Sequence[Prepared]:
-        """Prepare the cases now (``ram``, ``disk``), or check them now and prepare each when asked
-        for it (``none``).
+        """Prepare the cases now; in mode ``none``, check them and prepare each when asked.
 
         Args:
             what: the cases are, for messages.
@@ -106,8 +107,9 @@ class Cache:
         read_label(case.label_header, self.task)
 
     def _store(self, case: Case) -> Path:
-        """Return the entry of a case, written unless it is there; one process writes it, the others
-        wait.
+        """Return the entry of a case, written unless it is there.
+
+        One process writes it, the others wait.
         """
         entry = self.folder / self._key(case)
         try:
@@ -118,12 +120,12 @@ class Cache:
         except OSError as error:
             raise UserError(
                 f"--cache_dir {self.folder} cannot be used: {error.strerror or error}; free some "
-                "space, or give another folder"
+                "space, or give "
+                "another folder"
             ) from error
 
     def _key(self, case: Case) -> str:
-        """Name an entry after all that it depends on: the files' content, what is done to it, and
-        by which code.
+        """Name an entry after all that it depends on: the files' content, the task, and the code.
 
         The headers count as they were read: a file that changed since makes an entry that no later
             run takes.
@@ -143,8 +145,9 @@ class Cache:
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
     def _digest(self, path: str) -> str:
-        """Return a file's digest; it is noted, and a file is read again only if its size or time of
-        change differs.
+        """Return a file's digest.
+
+        It is noted, and a file is read again only if its size or time of change differs.
         """
         name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]
         note, noted = self.folder / "digests" / f"{name}.json", None
@@ -157,8 +160,7 @@ class Cache:
 
 
 def open_cache(fold: Fold, run: Run, on_every_rank: bool = False) -> Cache:
-    """Check that a resumed run learns from the same files, and choose where its prepared cases are
-    kept.
+    """Check that the files are those of the run, and choose where prepared cases are kept.
 
     Says how much memory that takes and how much there is, and writes the task into the run folder.
 
@@ -202,7 +204,8 @@ def _choose_mode(mode: str, num_cases: int, needed: int, folder: Path, num_nodes
     if mode == "ram" and needed > memory:
         raise UserError(
             f"--cache ram: {num_cases} cases take {machine.gib(needed)} of memory, and "
-            f"{machine.gib(memory)} are free: use --cache disk, a larger machine, or more nodes"
+            f"{machine.gib(memory)} are free: "
+            "use --cache disk, a larger machine, or more nodes"
         )
     return mode
 
@@ -285,8 +288,6 @@ def _write_entry(entry: Path, prepared: Prepared) -> None:
 
 
 def _code_digest() -> str:
-    """Return the digest of this folder's modules: no entry outlives a change of what makes it,
-    wherever that stands.
-    """
+    """Return the digest of this folder's modules: no entry outlives a change of its code."""
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(sources).hexdigest()

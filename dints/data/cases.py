@@ -20,8 +20,9 @@ from dints.running.machine import threads
 log = logging.getLogger(__name__)
 
 AFFINE_TOLERANCE = 1e-3  # by which a label's affine may differ from its image's, an entry
-# voxels of a case on the task's grid; a whole body at 1 mm has a quarter of them
-MAX_GRID = 1 << 31
+MAX_GRID = (
+    1 << 31
+)  # voxels of a case on the task's grid; a whole body at 1 mm has a quarter of them
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def check_cases(cases: Sequence[Case], task: Task) -> None:
     if len(faults) > 1:
         raise UserError(
             f"{len(faults)} of {len(cases)} cases cannot be used (search_dints.py --check lists "
-            f"them), for example {faults[0]}"
+            "them), for example "
+            f"{faults[0]}"
         )
     for fault in faults:
         raise fault
@@ -66,8 +68,9 @@ def check_cases(cases: Sequence[Case], task: Task) -> None:
 def first_faults(
     cases: Sequence[Case], task: Task, check: Callable[[Case], None] = lambda case: None
 ) -> list[UserError | None]:
-    """Return for each case its first fault, of which `check_cases` would tell; None where it can be
-    used.
+    """Return for each case its first fault, of which `check_cases` would tell.
+
+    None where it can be used.
 
     Args:
         check: raises `UserError` for a case that the caller cannot use, before the task is looked
@@ -102,8 +105,10 @@ def case_faults(case: Case, task: Task, trust_shapes: bool | None = None) -> Ite
     if case.num_channels != task.num_channels:
         yield (
             f"{first.path} has {case.num_channels} channel{'' if case.num_channels == 1 else 's'} "
-            f"of shape {first.shape}; {task.name} has {task.num_channels}: fix or remove the case, "
-            "or the channels in dataset.json"
+            "of shape "
+            f"{first.shape}; {task.name} has {task.num_channels}: fix or remove the case, or the "
+            "channels in "
+            "dataset.json"
         )
     grid = resampling_of(case, task).shape
     if np.prod(grid, dtype=object) > MAX_GRID or max(grid) == 1 < max(first.shape):
@@ -111,30 +116,35 @@ def case_faults(case: Case, task: Task, trust_shapes: bool | None = None) -> Ite
             f"{first.path} would become {' x '.join(map(str, grid))} voxels at a spacing of "
             f"{' x '.join(f'{size:.4g}' for size in task.spacing)} mm; its own is "
             f"{' x '.join(f'{size:.4g}' for size in first.spacing)} mm: fix its header, give "
-            "another --spacing, or remove the case"
+            "another --spacing, or "
+            "remove the case"
         )
     for other in [*case.headers[1:], *([] if label is None else [label])]:
         if other.shape != first.shape:
             yield (
                 f"{other.path} has shape {other.shape}, but its image {first.path} has "
-                f"{first.shape}: fix or remove the case"
+                f"{first.shape}: "
+                "fix or remove the case"
             )
         elif not trust_shapes and np.abs(other.affine - first.affine).max() > AFFINE_TOLERANCE:
             yield (
                 f"{other.path} lies elsewhere than its image {first.path} (their affines differ by "
-                f"up to {np.abs(other.affine - first.affine).max():.3g}): fix or remove the case, "
-                "or give --trust_shapes to take the image's place for both"
+                "up to "
+                f"{np.abs(other.affine - first.affine).max():.3g}): fix or remove the case, or "
+                "give --trust_shapes to "
+                "take the image's place for both"
             )
     if label is not None and label.num_channels != 1:
         yield (
-            f"{label.path} has {label.num_channels} channels, and a label has 1: fix or remove "
-            "the case"
+            f"{label.path} has {label.num_channels} channels, and a label has 1: fix or remove the "
+            "case"
         )
 
 
 def read_image(case: Case) -> tuple[np.ndarray, int]:
-    """Read the voxels (channels, x, y, z) of a case's image files as they hold them; count those
-    that were replaced.
+    """Read the voxels (channels, x, y, z) of a case's image files as they hold them.
+
+    Count those that were replaced.
 
     Raises:
         UserError: a file is damaged, or has voxels that are not finite.
@@ -179,13 +189,16 @@ def read_label(header: Header, task: Task) -> np.ndarray:
         if len(values) > MAX_CLASSES:
             raise UserError(
                 f"{header.path} holds {values[0]:g}{others} in {int(wrong.sum())} voxels, where "
-                f"{task.name} has the labels 0 to {task.num_classes - 1}: it looks like an image: "
-                "give the label's path in dataset.json"
+                f"{task.name} has the "
+                f"labels 0 to {task.num_classes - 1}: it looks like an image: give the label's "
+                "path in "
+                "dataset.json"
             )
         raise UserError(
             f"{header.path} holds the label {first}{others} in {int(wrong.sum())} voxels; "
-            f"{task.name} has the labels 0 to {task.num_classes - 1}: fix or remove the case, or "
-            "the labels in dataset.json"
+            f"{task.name} has the "
+            f"labels 0 to {task.num_classes - 1}: fix or remove the case, or the labels in "
+            "dataset.json"
         )
     return label
 
@@ -196,8 +209,9 @@ def preprocess_image(voxels: np.ndarray, resampling: Resampling, task: Task) -> 
 
 
 def normalise(image: np.ndarray, task: Task) -> np.ndarray:
-    """Map the task's window to 0..1, clipped; without one, z-score the non-zero voxels of each
-    channel. In place.
+    """Map the task's window to 0..1, clipped.
+
+    Without one, z-score the non-zero voxels of each channel. In place.
     """
     if task.intensity is not None:
         low, high = task.intensity
@@ -237,9 +251,7 @@ def prepare(case: Case, task: Task) -> Prepared:
 
 
 def class_centres(label: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return the mean voxel of each foreground class of a label (x, y, z), uint8:
-    `Prepared.centres`.
-    """
+    """Return `Prepared.centres` of a label (x, y, z), uint8: each class's mean voxel."""
     centres = np.full((num_classes, 3), np.nan, np.float32)
     for value in range(1, num_classes):
         voxels = np.unravel_index(np.flatnonzero(label == value), label.shape)

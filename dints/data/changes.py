@@ -21,8 +21,9 @@ NAME = "data.json"  # in a run's folder
 
 
 def digest(path: str, noted: object) -> list:
-    """Return size, time of change and digest of a file; it is read only where one of these two is
-    new.
+    """Return size, time of change and digest of a file.
+
+    It is read only where one of these two is new.
 
     Args:
         noted: an earlier result of this function; anything else counts as nothing.

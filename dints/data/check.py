@@ -155,9 +155,7 @@ def _judge_label(header: Header, task: Task, report: Report) -> None:
 
 
 def _compare_voxels(cases: Sequence[Case], folds: Sequence[int], reports: Sequence[Report]) -> None:
-    """Tell cases with the same voxels: an error across folds, where one is validated on what it is
-    trained on.
-    """
+    """Report cases with the same voxels: an error where they are in different folds."""
     first: dict[str, int] = {}
     for number, report in enumerate(reports):
         other = number if report.digest is None else first.setdefault(report.digest, number)
@@ -169,16 +167,15 @@ def _compare_voxels(cases: Sequence[Case], folds: Sequence[int], reports: Sequen
         else:
             report.errors.append(
                 f"{finding}, but they are in the folds {folds[number]} and {folds[other]}, so that "
-                "one is trained on where the other is validated: remove one of the cases"
+                "one is trained on "
+                "where the other is validated: remove one of the cases"
             )
 
 
 def _compare_grids(
     cases: Sequence[Case], reports: Sequence[Report], whole: Report, task: Task
 ) -> None:
-    """Judge what only the median tells: which cases are far from it, and are impossible at its
-    spacing.
-    """
+    """Report cases that are far from the median, or impossible at its spacing."""
     read = [
         (case.images[0], report)
         for case, report in zip(cases, reports, strict=True)
@@ -200,7 +197,8 @@ def _compare_grids(
             if (np.maximum(value / median, median / value) > FAR).any():
                 report.warnings.append(
                     f"{path} is far from the others in {what}: {_times(value, form)}, where the "
-                    f"median is {_times(median, form)}: look at its header"
+                    "median is "
+                    f"{_times(median, form)}: look at its header"
                 )
     for _, report in read:
         faults = case_faults(report.case, task)
@@ -213,8 +211,9 @@ def _compare_grids(
     if len(thin) > max(1, len(read) // 2):  # as thick slices make it, and no header is wrong
         whole.warnings.append(
             f"{len(thin)} of {len(reports)} cases have fewer than {THIN} voxels along an axis of "
-            f"the task's grid, for example {thin[0][0]} with {_times(thin[0][2])}: there is little "
-            "to learn in 3D along it"
+            "the task's grid, for "
+            f"example {thin[0][0]} with {_times(thin[0][2])}: there is little to learn in 3D along "
+            "it"
         )
         return
     for path, report, grid in thin:
@@ -267,22 +266,16 @@ def _findings(cases: Sequence[Case], reports: Sequence[Report], whole: Report) -
     width = max(len(name) for _, name, _ in [("", "case", ""), *rows])
     yield f"{'kind':<8} {'case':<{width}}  finding; files are in {folder}"
     for kind, name, finding in rows:
-        yield (
-            f"{kind:<8} {name:<{width}}  "
-            f"{' '.join(finding.replace(os.path.join(folder, ''), '').split())}"
-        )
+        text = " ".join(finding.replace(os.path.join(folder, ""), "").split())
+        yield f"{kind:<8} {name:<{width}}  {text}"
     yield ""
 
 
 def _summary(reports: Sequence[Report], task: Task) -> Iterator[str]:
     wrong, unusual = sum(bool(r.errors) for r in reports), sum(bool(r.warnings) for r in reports)
-    yield (
-        f"{task.name}: {_count(len(reports), 'case')}, {wrong} with errors, {unusual} with warnings"
-    )
-    yield (
-        f"{task.modality}, {_count(task.num_channels, 'channel')}; classes: "
-        f"{', '.join(task.class_names)}"
-    )
+    cases, channels = _count(len(reports), "case"), _count(task.num_channels, "channel")
+    yield f"{task.name}: {cases}, {wrong} with errors, {unusual} with warnings"
+    yield f"{task.modality}, {channels}; classes: {', '.join(task.class_names)}"
     read = [report for report in reports if report.case is not None]
     rows = [("", "cases", "smallest", "median", "largest")]
     if read:

@@ -1,5 +1,4 @@
-"""Where training patches are cut out: around each class equally often, from its mask grown by 48
-steps.
+"""Where training patches are cut out: around each class equally often.
 
 The published scripts draw a patch's centre from these masks, so that small structures are seen
 often but not always in the centre. MONAI's ``RandCropByLabelClassesd`` lists the indices of every
@@ -14,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# steps along the axes by which a class's mask grows before centres are drawn from it
-CROP_DILATION = 48
+CROP_DILATION = (
+    48  # steps along the axes by which a class's mask grows before centres are drawn from it
+)
 DRAWS = 64  # centres drawn at once
 
 
@@ -41,9 +41,7 @@ class CropMasks:
         return np.flatnonzero(np.all(self.boxes[:, 1] > self.boxes[:, 0], axis=1))
 
     def contains(self, value: int, voxels: np.ndarray) -> np.ndarray:
-        """Tell which of ``voxels`` (n, 3), all inside the box of class ``value``, its mask
-        contains.
-        """
+        """Tell which of ``voxels`` (n, 3), all in the box of class ``value``, its mask contains."""
         if self.starts[value] < 0:
             return np.ones(len(voxels), bool)
         first, end = self.boxes[value]
@@ -51,9 +49,7 @@ class CropMasks:
         return (self.bits[self.starts[value] + (index >> 3)] >> (7 - (index & 7))) & 1 == 1
 
     def draw_centre(self, rng: np.random.Generator) -> np.ndarray:
-        """Draw a voxel of a mask: each present class equally likely, then each of its mask's
-        voxels.
-        """
+        """Draw a voxel: each present class is equally likely, then each voxel of its mask."""
         value = rng.choice(self.present)
         first, end = self.boxes[value]
         while True:
@@ -79,8 +75,7 @@ def crop_masks(label: np.ndarray, num_classes: int) -> CropMasks:
 def grown_mask(
     present: np.ndarray, steps: int = CROP_DILATION
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Do as ``steps`` binary dilations of a mask (x, y, z): return its bounding box (2, 3), and the
-    voxels inside it.
+    """Do as ``steps`` binary dilations of a mask (x, y, z): return its box (2, 3) and voxels.
 
     The voxels are None where they all belong to the mask (and where the mask is empty, and the box
     too).
@@ -105,8 +100,9 @@ def grown_mask(
 
 
 def bounding_box(mask: np.ndarray) -> np.ndarray | None:
-    """Return first voxel and end (2, 3) of what is true in a mask (x, y, z); None where nothing
-    is.
+    """Return first voxel and end (2, 3) of what is true in a mask (x, y, z).
+
+    None where nothing is.
     """
     spans = []
     for axis in range(3):
@@ -120,16 +116,16 @@ def bounding_box(mask: np.ndarray) -> np.ndarray | None:
 
 
 def _distance(present: np.ndarray, limit: int) -> np.ndarray:
-    """Count steps along the axes to the nearest voxel that is present, at most ``limit`` (below
-    255): uint8.
+    """Count steps along the axes to the nearest present voxel, at most ``limit`` (below 255).
 
     Distances along one axis after another: each plane takes over its neighbour's, plus one.
     """
     distance = np.where(present, np.uint8(0), np.uint8(limit))
     for axes in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
         view = distance.transpose(axes)
-        # single bytes apart would be slow
-        planes = np.ascontiguousarray(view) if axes[0] == 2 else view
+        planes = (
+            np.ascontiguousarray(view) if axes[0] == 2 else view
+        )  # single bytes apart would be slow
         for order in (range(1, len(planes)), range(len(planes) - 2, -1, -1)):
             for plane in order:
                 np.minimum(
@@ -172,7 +168,8 @@ def _padded(
     for sizes, mode in (([size // 3 + 1 for size in patch_size], "edge"), (patch_size, "reflect")):
         lacking = [max(size - count, 0) for size, count in zip(sizes, label.shape, strict=True)]
         if any(lacking):
-            # the same for both, or they would drift apart
-            padding = [(gap // 2, gap - gap // 2) for gap in lacking]
+            padding = [
+                (gap // 2, gap - gap // 2) for gap in lacking
+            ]  # the same for both, or they would drift apart
             image, label = np.pad(image, [(0, 0), *padding], mode), np.pad(label, padding)
     return image, label

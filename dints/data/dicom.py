@@ -1,5 +1,4 @@
-"""DICOM series, as scanners and archives have them: slices, or frames in one file, made one NIfTI
-file.
+"""DICOM series: slices, or frames in one file, which become one NIfTI file.
 
 Whatever a header lacks or says wrongly ends in one line that names the file; no slice is guessed,
 moved or left out. pydicom, which reads them, is not among the requirements.
@@ -96,9 +95,7 @@ class Slice:
 
 
 def folders_with_dicom(folder: Path) -> list[Path]:
-    """List the folders, ``folder`` itself and those in it, that hold DICOM files, but for hidden
-    ones.
-    """
+    """List ``folder`` and the folders in it that hold DICOM files, without hidden ones."""
     found = {
         path.parent
         for path in sorted(folder.rglob("*"))
@@ -121,8 +118,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def write_nifti(folder: Path, path: Path) -> None:
-    """Write the series in a folder as NIfTI: voxels in the scanner's units (CT: HU), and their
-    place in space.
+    """Write the series in a folder as NIfTI, with voxels in the scanner's units (CT: HU).
 
     Files without an image, such as reports and contours, are passed over.
 
@@ -142,8 +138,9 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
     They are int16 where they are whole numbers of that range, as HU are, else float32.
     """
-    # pydicom's, of what it repairs: all that counts is checked here
-    with warnings.catch_warnings():
+    with (
+        warnings.catch_warnings()
+    ):  # pydicom's, of what it repairs: all that counts is checked here
         warnings.simplefilter("ignore")
         slices = _slices(folder)
         affine, order = _geometry(slices, folder)
@@ -179,9 +176,7 @@ def _pydicom(folder: Path):
 
 @contextmanager
 def _named(path: Path, action: str, remedy: str) -> Iterator[None]:
-    """Make an error that names the file of all that pydicom raises: what its many converters and
-    decoders do.
-    """
+    """Make an error that names the file of whatever pydicom's converters and decoders raise."""
     try:
         yield
     except UserError:
@@ -208,8 +203,8 @@ def _slices(folder: Path) -> list[Slice]:
     if not slices:
         names = ", ".join(path.name for path, _ in others[:2])
         raise UserError(
-            f"{folder} holds DICOM files ({names}), but no image among them: give the "
-            "folder of a series"
+            f"{folder} holds DICOM files ({names}), but no image among them: give the folder of a "
+            "series"
         )
     for path, series in others:
         if series in {one.series for one in slices}:
@@ -231,9 +226,7 @@ def _slices(folder: Path) -> list[Slice]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """List the DICOM files; one that is called like them and is none might be a slice that is
-    lost.
-    """
+    """List the DICOM files; another one that is called like them might be a lost slice."""
     paths = [
         path
         for path in sorted(folder.iterdir())
@@ -244,8 +237,8 @@ def _files(folder: Path) -> list[Path]:
     for path in paths:
         if path not in found and path.name != "DICOMDIR" and _ending(path) in endings:
             raise UserError(
-                f"{path} is called like the DICOM files beside it and is none: replace "
-                "or remove the file"
+                f"{path} is called like the DICOM files beside it and is none: replace or remove "
+                "the file"
             )
     return [path for path in paths if path in found]
 
@@ -269,22 +262,20 @@ def _is_image(header: Dataset, pydicom) -> bool:
 
 
 def _frames(path: Path, header: Dataset) -> list[Slice]:
-    """Return the slices of a file: itself, or the frames of an enhanced object (DICOM Part 3,
-    C.7.6.16).
-    """
+    """Return a file, or the frames of an enhanced object (DICOM Part 3, C.7.6.16), as slices."""
     count = _whole(path, header, "NumberOfFrames") if "NumberOfFrames" in header else 1
     if FRAMES not in header:
         if count > 1:
             raise UserError(
-                f"{path} holds several frames that do not say where they lie: convert "
-                "it with dcm2niix"
+                f"{path} holds several frames that do not say where they lie: convert it with "
+                "dcm2niix"
             )
         return [_slice(path, 0, header, header)]
     groups, shared = header[FRAMES].value, header.get(SHARED) or [{}]
     if len(groups) != count:
         raise UserError(
-            f"{path} has {count} frames (NumberOfFrames), and {FRAMES} of "
-            f"{len(groups)}: replace the file"
+            f"{path} has {count} frames (NumberOfFrames), and {FRAMES} of {len(groups)}: replace "
+            "the file"
         )
     return [
         _slice(path, frame, header, _joined(path, shared[0], group))
@@ -311,7 +302,8 @@ def _slice(path: Path, frame: int, header: Dataset, place: Dataset) -> Slice:
     ):
         raise UserError(
             f"{path} holds colours (SamplesPerPixel {header.SamplesPerPixel}, "
-            f"PhotometricInterpretation {_shown(colours)}), not one value a voxel: replace the file"
+            "PhotometricInterpretation "
+            f"{_shown(colours)}), not one value a voxel: replace the file"
         )
     if "ModalityLUTSequence" in header:
         raise UserError(
@@ -332,10 +324,12 @@ def _slice(path: Path, frame: int, header: Dataset, place: Dataset) -> Slice:
     if np.abs(axes @ axes.T - np.eye(2)).max() > 2 * PERPENDICULAR:
         raise UserError(
             f"{path} has ImageOrientationPatient {_shown(place.ImageOrientationPatient)}, not two "
-            "unit vectors at a right angle: replace the file"
+            "unit vectors at a "
+            "right angle: replace the file"
         )
-    # it may be there and empty
-    has_thickness = "SliceThickness" in place and place.get_item("SliceThickness").value
+    has_thickness = (
+        "SliceThickness" in place and place.get_item("SliceThickness").value
+    )  # it may be there and empty
     return Slice(
         path=path,
         frame=frame,
@@ -343,8 +337,9 @@ def _slice(path: Path, frame: int, header: Dataset, place: Dataset) -> Slice:
         shape=(_whole(path, header, "Columns"), _whole(path, header, "Rows")),
         position=np.array(_numbers(path, place, "ImagePositionPatient", 3)),
         axes=axes / lengths[:, None],
-        # the header has that of rows first
-        spacing=np.array(_numbers(path, place, "PixelSpacing", 2, SIZES)[::-1]),
+        spacing=np.array(
+            _numbers(path, place, "PixelSpacing", 2, SIZES)[::-1]
+        ),  # the header has that of rows first
         thickness=_numbers(path, place, "SliceThickness")[0] if has_thickness else None,
         scale=scale,
     )
@@ -360,9 +355,7 @@ def _whole(path: Path, header: Dataset, tag: str) -> int:
 def _numbers(
     path: Path, header: Dataset, tag: str, count: int = 1, limits: tuple[float, float] = FLOATS
 ) -> list[float]:
-    """Return the ``count`` finite numbers of a tag, which pydicom converts only when they are asked
-    for.
-    """
+    """Return the ``count`` finite numbers of a tag; pydicom converts them only when asked."""
     if tag not in header:
         raise UserError(
             f"{path} has no {tag}: replace the file, or convert the series with dcm2niix"
@@ -380,8 +373,8 @@ def _numbers(
         wanted = "a number" if count == 1 else f"{count} numbers"
         where = "" if limits == FLOATS else f" from {limits[0]:g} to {limits[1]:g}"
         raise UserError(
-            f"{path} has {tag} {_shown(header.get_item(tag).value)}, not "
-            f"{wanted}{where}: replace the file"
+            f"{path} has {tag} {_shown(header.get_item(tag).value)}, not {wanted}{where}: replace "
+            "the file"
         )
     return numbers
 
@@ -440,7 +433,8 @@ def _geometry(slices: Sequence[Slice], folder: Path) -> tuple[np.ndarray, list[i
         if not SIZES[0] <= (slices[0].thickness or 0) <= SIZES[1]:
             raise UserError(
                 f"{slices[0].path} is a series of one slice, and its SliceThickness is "
-                f"{slices[0].thickness}, not a number of mm: replace the file"
+                f"{slices[0].thickness}, not a "
+                "number of mm: replace the file"
             )
         affine[:3, 2] = normal * slices[0].thickness
     else:
@@ -452,9 +446,7 @@ def _geometry(slices: Sequence[Slice], folder: Path) -> tuple[np.ndarray, list[i
 def _check_places(
     ordered: Sequence[Slice], affine: np.ndarray, normal: np.ndarray, folder: Path
 ) -> None:
-    """Raise `UserError` where slices are missing, twice, or anywhere else than the affine places
-    them.
-    """
+    """Raise `UserError` where slices are missing, twice, or not where the affine has them."""
     positions = np.array([one.position for one in ordered])
     steps = np.diff(positions, axis=0)
     heights = steps @ normal
@@ -462,8 +454,8 @@ def _check_places(
         at = heights.argmin()
         raise UserError(
             f"{folder} holds several slices at one place, {_name(ordered[at])} and "
-            f"{_name(ordered[at + 1])}: give a folder with one image of each place, or convert the "
-            "series with dcm2niix"
+            f"{_name(ordered[at + 1])}: give a "
+            "folder with one image of each place, or convert the series with dcm2niix"
         )
     off = positions - (positions[0] + np.arange(len(positions))[:, None] * affine[:3, 2])
     if np.abs(np.linalg.solve(affine[:3, :3], off.T)).max() <= DISPLACED:
@@ -471,8 +463,8 @@ def _check_places(
         if aside > STEEPEST * heights.mean():
             raise UserError(
                 f"{folder} has slices {heights.mean():.4g} mm apart and displaced by {aside:.4g} "
-                f"mm sideways, from {_name(ordered[0])} to {_name(ordered[-1])}: no gantry is "
-                "tilted so far"
+                "mm sideways, from "
+                f"{_name(ordered[0])} to {_name(ordered[-1])}: no gantry is tilted so far"
             )
         return
     usual = np.sort(steps, axis=0)[(len(steps) - 1) // 2]  # the median, never between two
@@ -502,30 +494,34 @@ def _pixels(path: Path, num_frames: int) -> np.ndarray:
     with _named(path, "decoded", "replace the file, or convert the series with dcm2niix"):
         whole = pydicom.dcmread(path, force=True)
         meta = whole.file_meta
-        # nor in what lacks a preamble: as pydicom read the rest
-        if "TransferSyntaxUID" not in meta:
+        if (
+            "TransferSyntaxUID" not in meta
+        ):  # nor in what lacks a preamble: as pydicom read the rest
             implicit, little = whole.original_encoding
             uids = pydicom.uid
             explicit = uids.ExplicitVRLittleEndian if little else uids.ExplicitVRBigEndian
             meta.TransferSyntaxUID = uids.ImplicitVRLittleEndian if implicit else explicit
-        # it would cut values that are too large
-        whole.pixel_array_options(correct_unused_bits=False)
+        whole.pixel_array_options(
+            correct_unused_bits=False
+        )  # it would cut values that are too large
         pixels = whole.pixel_array
         pixels = pixels.reshape(-1, *pixels.shape[-2:])
         size = len(whole.PixelData) if "PixelData" in whole else pixels.nbytes
         is_native = not meta.TransferSyntaxUID.is_compressed
-        # padded to be even
-        if len(pixels) != num_frames or is_native and size - pixels.nbytes not in (0, 1):
+        if (
+            len(pixels) != num_frames or is_native and size - pixels.nbytes not in (0, 1)
+        ):  # padded to be even
             raise ValueError(
-                f"its {size} bytes of pixels are more than Rows, Columns, "
-                "BitsAllocated and frames make"
+                f"its {size} bytes of pixels are more than Rows, Columns, BitsAllocated and frames "
+                "make"
             )
         return pixels if pixels.dtype.kind == "f" else _signed(pixels, int(whole.BitsStored))
 
 
 def _signed(pixels: np.ndarray, bits: int) -> np.ndarray:
-    """Return integers of ``bits`` bits as signed ones where their type is; some writers leave the
-    bits above at 0.
+    """Return integers of ``bits`` bits as signed ones where their type is.
+
+    Some writers leave the bits above at 0.
     """
     span = 1 << bits
     low = -span // 2 if pixels.dtype.kind == "i" else 0

@@ -1,5 +1,4 @@
-"""What a dataset that is not in the table of tasks has in common, measured: spacing, intensity
-window and patch size.
+"""Spacing, intensity window and patch size of a dataset that is not in the table: measured.
 
 It is kept in the run folder as ``task.json``, for people and for the runs that follow.
 """
@@ -53,9 +52,7 @@ class Fingerprint:
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
-        """As large as the cases, in steps that networks of up to five depths can halve, and 96 at
-        most.
-        """
+        """As large as the cases, in steps that five depths can halve, and 96 at most."""
         return tuple(
             int(np.clip(size // PATCH_STEP * PATCH_STEP, PATCH_STEP, LARGEST_PATCH))
             for size in self.shape
@@ -104,8 +101,7 @@ def write_task(folder: Path, task: Task, measured: Fingerprint | None) -> None:
 
 
 def use_downsample(choice: str, cases: Sequence[Case], task: Task) -> bool:
-    """Tell whether a network is to halve the image first: ``yes``, ``no``, or ``auto``, unless
-    volumes are small.
+    """Tell whether a network is to halve the image first; ``auto``: unless volumes are small.
 
     Args:
         cases: what ``auto`` looks at, on the task's grid.
@@ -164,8 +160,8 @@ def _window(cases: Sequence[Case], task: Task, num_threads: int) -> tuple[float,
     values = np.concatenate(samples)
     if not len(values):
         raise UserError(
-            "no case has any foreground: there is nothing to learn; --check lists what "
-            "the labels hold"
+            "no case has any foreground: there is nothing to learn; --check lists what the labels "
+            "hold"
         )
     low, high = (float(value) for value in np.percentile(values, PERCENTILES))
     return low, max(high, low + 1)

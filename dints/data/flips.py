@@ -1,5 +1,4 @@
-"""Which axes patches are flipped along: those along which the classes lie as often one way as the
-other.
+"""The axes that patches are flipped along: those along which classes lie either way.
 
 Where one class is always in front of another, and little but its place tells which it is, a flipped
 patch shows the one under the name of the other. The hippocampus is such a task: its anterior part
@@ -63,8 +62,7 @@ def choose_flips(
 
 
 def sides_of(cases: Sequence[Prepared], task: Task, processes: Processes) -> torch.Tensor:
-    """Count on which side of each other the classes lie in this rank's cases: (pairs, 3 axes, 2
-    sides).
+    """Count the sides of classes from each other in these cases: (pairs, 3 axes, 2 sides).
 
     Pairs are those of `class_pairs`; the sides are: the first one's centre beyond the second one's
     along the axis, or not.
@@ -72,8 +70,9 @@ def sides_of(cases: Sequence[Prepared], task: Task, processes: Processes) -> tor
     pairs = np.array(class_pairs(task), np.int64).reshape(-1, 2)
     counts = torch.zeros(len(pairs), 3, 2, dtype=torch.float64)
     for case in cases:
-        # NaN where one is absent: on neither side
-        ahead = case.centres[pairs[:, 0]] - case.centres[pairs[:, 1]]
+        ahead = (
+            case.centres[pairs[:, 0]] - case.centres[pairs[:, 1]]
+        )  # NaN where one is absent: on neither side
         counts += torch.from_numpy(np.stack([ahead > 0, ahead <= 0], -1))
     return counts.to(processes.device)
 
@@ -84,8 +83,7 @@ def class_pairs(task: Task) -> list[tuple[int, int]]:
 
 
 def allowed(sides: np.ndarray, task: Task) -> Flips:
-    """Allow an axis unless a class lies on one and the same side of another one in nearly all
-    cases.
+    """Allow an axis unless a class lies on the same side of another one in nearly all cases.
 
     Args:
         sides: what `sides_of` counts, over all cases.
@@ -106,7 +104,7 @@ def allowed(sides: np.ndarray, task: Task) -> Flips:
             axes.append(axis)
         reasons.append(
             f"flips along {AXES[axis]}: {'yes' if is_allowed else 'no'}; {first} is nearer to the "
-            f"{SIDES[axis]} than {second} in {sides[pair, axis, 0]:.0f} of "
-            f"{sides[pair, axis].sum():.0f} cases"
+            f"{SIDES[axis]} than "
+            f"{second} in {sides[pair, axis, 0]:.0f} of {sides[pair, axis].sum():.0f} cases"
         )
     return Flips(tuple(axes), tuple(reasons))

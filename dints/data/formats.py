@@ -78,9 +78,7 @@ def read_task(root: str | Path, description: str | Path | None = None) -> Task:
 def provenance(
     root: str | Path, description: str | Path | None = None
 ) -> dict[str, str | list[str]]:
-    """Return what a dataset's description says of where it comes from, its licence and its
-    channels, as it says it.
-    """
+    """Return origin, licence and channels of a dataset, as its description says them."""
     described = _described(root, description, "training")
     keys = ("name", "description", "reference", "licence", "license", "release")
     said = {
@@ -94,8 +92,7 @@ def list_cases(
     description: str | Path | None = None,
     key: str = "training",
 ) -> list[Case]:
-    """Read a dataset's cases alone: the description need not say what channels and classes there
-    are.
+    """Read a dataset's cases alone: the description need not say channels and classes.
 
     In the Decathlon's form they may lack labels, or be image paths alone, as those of its ``test``
     list are. Args and errors are those of `read_dataset`.
@@ -107,8 +104,9 @@ def list_cases(
 def described_classes(
     root: str | Path, description: str | Path | None = None
 ) -> tuple[str, ...] | None:
-    """Return the class of each label value that a dataset's description names; None where it names
-    none.
+    """Return the class of each label value that a dataset's description names.
+
+    None where it names none.
 
     Args and errors are those of `read_dataset`.
     """
@@ -117,8 +115,7 @@ def described_classes(
 
 
 def read_class_names(description: str | Path) -> tuple[str, ...]:
-    """Read the class of each label value 0, 1, 2, ..., background first, from a ``dataset.json`` of
-    either form.
+    """Read the class of each label value, background first, from a ``dataset.json``.
 
     Raises:
         UserError: it is malformed, or its labels are.
@@ -165,7 +162,7 @@ def _no_description(root: Path, description: Path | None) -> str:
         meant = (
             f"did you mean --root {root.parent / alike[0]}?"
             if alike
-            else ("give the dataset's folder")
+            else "give the dataset's folder"
         )
         return f"--root {root} does not exist, or may not be looked into: {meant}"
     if description is not None:
@@ -173,7 +170,7 @@ def _no_description(root: Path, description: Path | None) -> str:
         meant = (
             f"did you mean --json {root / description}?"
             if is_inside
-            else ("give the dataset's description")
+            else "give the dataset's description"
         )
         return f"--json {description} does not exist: {meant}"
     found = [*around, *(path.parent for path in sorted(root.glob("*/dataset.json")))]
@@ -264,21 +261,20 @@ def _cases_of_nnunet_object(description: Description) -> list[Case]:
 
 
 def _cases_of_nnunet_folders(description: Description) -> list[Case]:
-    """List every ``labelsTr/<case>.nii.gz``, with ``imagesTr/<case>_0000.nii.gz`` and so on for
-    each channel.
-    """
+    """List each ``labelsTr/<case>.nii.gz``, with ``imagesTr/<case>_0000.nii.gz``, ``_0001``, ..."""
     source, root = description.source, description.root
     ending = description.content.get("file_ending", ".nii.gz")
     if ending not in (".nii", ".nii.gz"):
         raise UserError(
-            f"{source}: 'file_ending' is {ending!r}: convert the dataset to .nii.gz, "
-            "and say so there"
+            f"{source}: 'file_ending' is {ending!r}: convert the dataset to .nii.gz, and say so "
+            "there"
         )
     labels = _file_names(root / "labelsTr", ending, source)
     if not labels:
         raise UserError(
             f"{source} lists no cases, and {root / 'labelsTr'} has no {ending} file: complete the "
-            "dataset, correct 'file_ending', or give its folder with --root"
+            "dataset, correct "
+            "'file_ending', or give its folder with --root"
         )
     num_channels = len(channel_names(description))
     listed = []
@@ -313,9 +309,9 @@ FORMS = (
 # What the description says of channels and classes.
 
 EXAMPLE = (
-    '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "tumour": 1}, "file_ending": '
-    '".nii.gz"} for images '
-    "imagesTr/<case>_0000.nii.gz and labels labelsTr/<case>.nii.gz"
+    '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "tumour": 1}, '
+    '"file_ending": ".nii.gz"} for images imagesTr/<case>_0000.nii.gz and labels '
+    "labelsTr/<case>.nii.gz"
 )
 EXAMPLES = {
     "modality": '{"0": "CT"}',
@@ -325,12 +321,14 @@ EXAMPLES = {
 
 
 def read_json(path: str | Path) -> dict:
-    """Read the object in a JSON file; errors name the file, and the line and column where it is
-    malformed.
+    """Read the object in a JSON file.
+
+    Errors name the file, and the line and column where it is malformed.
     """
     try:
-        # Windows' editors put a mark first
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        content = json.loads(
+            Path(path).read_text(encoding="utf-8-sig")
+        )  # Windows' editors put a mark first
     except FileNotFoundError as error:
         raise UserError(
             f"{path} does not exist: give the dataset's description with --json, or its folder "
@@ -341,8 +339,11 @@ def read_json(path: str | Path) -> dict:
             f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
             "correct it there"
         ) from error
-    # ValueError: not UTF-8, or an endless number
-    except (OSError, ValueError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: not UTF-8, or an endless number
         raise UserError(
             f"{path} cannot be read as a dataset description: {error}; give a dataset.json, a text "
             "in UTF-8"
@@ -356,9 +357,7 @@ def read_json(path: str | Path) -> dict:
 
 
 def channel_names(description: Description) -> tuple[str, ...]:
-    """Return the image channels, from ``channel_names`` (nnU-Net v2) or else ``modality`` (the
-    Decathlon).
-    """
+    """Return the channels, of ``channel_names`` (nnU-Net v2) or ``modality`` (Decathlon)."""
     # nnU-Net lets people add keys of their own, so a "modality" beside "channel_names" may be
     # anything.
     return _numbered(
@@ -374,7 +373,8 @@ def _class_names(description: Description) -> tuple[str, ...]:
         regions = [name for name, value in labels.items() if isinstance(value, list)]
         raise UserError(
             f"{source}: 'labels' has regions, lists of numbers ({', '.join(regions)}), which are "
-            f"not supported: give each class one number of its own, {EXAMPLES['labels']}"
+            "not supported: "
+            f"give each class one number of its own, {EXAMPLES['labels']}"
         )
     classes = (
         _by_number(labels, source)
@@ -387,28 +387,29 @@ def _class_names(description: Description) -> tuple[str, ...]:
         )
     if len(classes) < 2:
         raise UserError(
-            f"{source}: 'labels' names only {classes[0]!r}; background and at least "
-            "one more are needed"
+            f"{source}: 'labels' names only {classes[0]!r}; background and at least one more are "
+            "needed"
         )
     if len(classes) > MAX_CLASSES:
         raise UserError(
             f"{source}: 'labels' has {len(classes)} values; at most {MAX_CLASSES}, background "
-            "included, are supported: merge classes"
+            "included, are supported: "
+            "merge classes"
         )
     return classes
 
 
 def _by_number(labels: dict, source: str | Path) -> tuple[str, ...]:
-    """Return the names of ``{a: 0, b: 1, ...}`` in the order of their numbers, which must be 0, 1,
-    2, ...
-    """
+    """Return the names of ``{a: 0, b: 1, ...}`` in the order of their numbers: 0, 1, 2, ..."""
     if "ignore" in labels:
         raise UserError(
             f"{source}: 'labels' has nnU-Net's 'ignore' label, which is not supported: every voxel "
-            "needs a class, so label those voxels, or remove it and the cases that have them"
+            "needs a class, so "
+            "label those voxels, or remove it and the cases that have them"
         )
-    # true and 1.0 equal 1
-    names = {number: name for name, number in labels.items() if type(number) is int}
+    names = {
+        number: name for name, number in labels.items() if type(number) is int
+    }  # true and 1.0 equal 1
     if sorted(names) != list(range(len(labels))):
         raise UserError(
             f"{source}: the numbers of 'labels' must be 0 to {len(labels) - 1}, each once, not "
@@ -418,9 +419,7 @@ def _by_number(labels: dict, source: str | Path) -> tuple[str, ...]:
 
 
 def _numbered(description: Description, key: str) -> tuple[str, ...]:
-    """Return the values of ``{"0": a, "1": b, ...}`` in the order of their numbers, which must be
-    0, 1, 2, ...
-    """
+    """Return the values of ``{"0": a, "1": b, ...}`` in the order of their keys: 0, 1, 2, ..."""
     source = description.source
     if key not in description.content:
         raise UserError(f"{source} has no '{key}': add an object such as {EXAMPLES[key]}")
@@ -448,9 +447,7 @@ def _case(name: str, images: Sequence[str], label: str | None, root: Path, place
 
 
 def _is_file_name(name: str) -> bool:
-    """Tell whether a segmentation's file can have the name, with an ending, and people can read
-    it.
-    """
+    """Tell whether a segmentation's file can have the name, and people can read it."""
     is_plain = Path(name).name == name and not name.startswith(".")
     return (
         bool(name) and is_plain and name.isprintable() and len(name.encode(errors="replace")) <= 200
@@ -458,15 +455,14 @@ def _is_file_name(name: str) -> bool:
 
 
 def _file_names(folder: Path, ending: str, source: str | Path) -> list[str]:
-    """List the files with that ending, sorted, without hidden ones (macOS leaves a ``._<name>``
-    beside a file).
-    """
+    """List the files with that ending, sorted, without hidden ones, as macOS leaves them."""
     try:
         found = os.listdir(folder)
     except OSError as error:
         raise UserError(
             f"{source} lists no cases, and {folder} cannot be read ({error.strerror}): complete "
-            "the dataset, or give its folder with --root"
+            "the dataset, or give "
+            "its folder with --root"
         ) from error
     return sorted(name for name in found if name.endswith(ending) and not name.startswith("."))
 
@@ -495,5 +491,6 @@ def _check_count(images: Sequence[str], description: Description, place: str) ->
     if len(images) != len(channels):
         raise UserError(
             f"{description.source}: {place} has {len(images)} image files for {len(channels)} "
-            f"channels ({', '.join(channels)}): list one a channel"
+            "channels "
+            f"({', '.join(channels)}): list one a channel"
         )

@@ -33,20 +33,23 @@ class Resampling:
 
     def __init__(self, shape: Sequence[int], affine: np.ndarray, spacing: Sequence[float] | None):
         self.file_shape = tuple(shape)
-        # to RAS: which axis each becomes, and whether it flips
-        self.turn = nib.orientations.io_orientation(affine)
+        self.turn = nib.orientations.io_orientation(
+            affine
+        )  # to RAS: which axis each becomes, and whether it flips
         self.turned_shape = tuple(self.file_shape[axis] for axis in self._axes_of_file)
         turned = affine @ nib.orientations.inv_ornt_aff(self.turn, self.file_shape)
         self.shape, self.affine = self.turned_shape, turned
         if spacing is not None:
             own, spacing = affine_to_spacing(turned), np.asarray(spacing, np.float64)
-            # such an axis keeps its own
-            near = (spacing - AFFINE_TOL <= own) & (own <= spacing + AFFINE_TOL)
+            near = (spacing - AFFINE_TOL <= own) & (
+                own <= spacing + AFFINE_TOL
+            )  # such an axis keeps its own
             self.affine = zoom_affine(turned, np.where(near, own, spacing), diagonal=False)
             shape, offset = compute_shape_offset(self.turned_shape, turned, self.affine)
             self.shape, self.affine[:3, 3] = tuple(int(count) for count in shape), offset
-        # the grid's indices to those of the turned file
-        self.matrix = np.linalg.solve(turned, self.affine)
+        self.matrix = np.linalg.solve(
+            turned, self.affine
+        )  # the grid's indices to those of the turned file
         same = self.shape == self.turned_shape and (
             np.allclose(self.affine, turned, atol=AFFINE_TOL)
             or np.allclose(self.matrix, np.eye(4), atol=AFFINE_TOL)
@@ -60,8 +63,9 @@ class Resampling:
         return np.argsort(self.turn[:, 0]).tolist()
 
     def apply(self, voxels: np.ndarray, *, nearest: bool = False) -> np.ndarray:
-        """Bring voxels (channels, *file) to the grid: interpolated, float32; or the ``nearest``, in
-        their type.
+        """Bring voxels (channels, *file) to the grid: interpolated, float32.
+
+        Or the ``nearest``, in their type.
         """
         turned = voxels.transpose([0, *(axis + 1 for axis in self._axes_of_file)])
         return _resample(self._flipped(turned), self.matrix, self.shape, nearest)
@@ -74,16 +78,13 @@ class Resampling:
 
     @property
     def is_separable(self) -> bool:
-        """Whether the grid's axes are those of the file, so that each can be interpolated by
-        itself.
-        """
+        """Whether the axes are those of the file, so that each can be interpolated by itself."""
         return self.matrix is None or not _is_sheared(np.linalg.inv(self.matrix), self.turned_shape)
 
     def undone_by_slabs(
         self, slabs: Iterable[tuple[int, np.ndarray]], axis: int
     ) -> Iterator[np.ndarray]:
-        """Bring a volume that comes in slabs back to the file's voxels, slab by slab, but for flips
-        and transposition.
+        """Bring a volume that comes in slabs back to the file's voxels, but for its orientation.
 
         Args:
             slabs: first plane along ``axis`` of the grid, and (channels, *slab) in C order; one
@@ -139,20 +140,20 @@ class Resampling:
 def _resample(
     voxels: np.ndarray, matrix: np.ndarray | None, shape: tuple[int, ...], nearest: bool
 ) -> np.ndarray:
-    """Sample voxels (channels, *spatial) at the places that ``matrix`` gives to the indices of a
-    grid of ``shape``.
-    """
+    """Sample voxels (channels, *spatial) on a grid of ``shape``, placed by ``matrix``."""
     if matrix is None:
-        # a copy, so that no stride is negative
-        return voxels.astype(voxels.dtype if nearest else np.float32)
+        return voxels.astype(
+            voxels.dtype if nearest else np.float32
+        )  # a copy, so that no stride is negative
     if _is_sheared(matrix, shape):
         return _resample_sheared(voxels, matrix, shape, nearest)
     places = _places(matrix, voxels.shape[1:], shape)
     if nearest:
         mixing = _mixing(matrix, shape)
         halfway = [np.abs(place - np.floor(place) - 0.5).min() for place in places]
-        # the other axes decide to which side it is rounded
-        if ((mixing > 0) & (halfway <= 2 * mixing + 1e-9)).any():
+        if (
+            (mixing > 0) & (halfway <= 2 * mixing + 1e-9)
+        ).any():  # the other axes decide to which side it is rounded
             return _resample_sheared(voxels, matrix, shape, nearest)
     # In the order of the file's memory, so that nothing is moved; first the axes that lose most
     # voxels.
@@ -170,9 +171,7 @@ def _resample(
 
 
 def _mixing(matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Return by how many voxels the other axes of a grid of ``shape`` move a place along each
-    axis.
-    """
+    """Return by how many voxels a grid's other axes move a place along each axis."""
     return np.abs(matrix[:3, :3] * (1 - np.eye(3))) @ shape
 
 
@@ -181,8 +180,9 @@ def _is_sheared(matrix: np.ndarray, shape: Sequence[int]) -> bool:
 
 
 def _places(matrix: np.ndarray, shape: Sequence[int], new_shape: Sequence[int]) -> list[np.ndarray]:
-    """Tell for each axis where along the old one the new voxels are; in MONAI's arithmetic,
-    rounding included.
+    """Tell for each axis where along the old one the new voxels are.
+
+    In MONAI's arithmetic, rounding included.
 
     A label that lies halfway between two voxels goes to the same one as there.
     """
@@ -200,9 +200,7 @@ def _places(matrix: np.ndarray, shape: Sequence[int], new_shape: Sequence[int]) 
 
 
 def _interpolate(voxels: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
-    """Interpolate linearly along one axis of (channels, x, y, z): products with small matrices, two
-    weights a row.
-    """
+    """Interpolate linearly along one axis of (channels, x, y, z), by products of matrices."""
     low = np.floor(places).astype(np.int64)
     high = np.minimum(low + 1, voxels.shape[axis] - 1)
     share = torch.from_numpy((places - low).astype(np.float32))
@@ -225,9 +223,7 @@ def _interpolate(voxels: np.ndarray, axis: int, places: np.ndarray) -> np.ndarra
 
 
 def in_c_order(voxels: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Copy volumes (channels, x, y, z) to an array of ``dtype`` in C order, quickly where they have
-    a file's order.
-    """
+    """Copy (channels, x, y, z) to an array in C order, quickly where it has a file's order."""
     source = torch.from_numpy(voxels.transpose(0, 3, 2, 1)).to(dtype)
     result = torch.empty(voxels.shape, dtype=dtype)
     if not source.is_contiguous():

@@ -34,8 +34,7 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Case:
-    """A volume to learn from or to segment. Headers are read when they are first asked for, and
-    kept.
+    """A volume to learn from or to segment; its headers are read when first asked for.
 
     Attributes:
         name: of its segmentation's file, without ending; two cases share it where their image files
@@ -84,8 +83,9 @@ class Case:
 def split_fold(
     cases: Sequence, num_folds: int, fold: int | str, least_training: int = 0
 ) -> tuple[list, list]:
-    """Divide cases into those that train and those that validate ``fold``; each is validated in
-    exactly one fold.
+    """Divide cases into those that train and those that validate ``fold``.
+
+    Each is validated in exactly one fold.
 
     Folds are contiguous and differ by at most one case; ``all`` trains on every case and validates
     on none.
@@ -105,10 +105,8 @@ def split_fold(
         return training, validation
     if fits:
         given = f"--fold {fold}" + (f" of --num_folds {num_folds}" if fold != "all" else "")
-        fault = (
-            f"{given} leaves {len(training)} of {_cases(len(cases))} to train on, and "
-            f"{least_training} are needed"
-        )
+        left = f"{len(training)} of {_cases(len(cases))}"
+        fault = f"{given} leaves {left} to train on, and {least_training} are needed"
     else:
         are_only = "is only" if len(cases) == 1 else "are only"
         fault = f"--num_folds {num_folds}, but there {are_only} {_cases(len(cases))}"
@@ -123,10 +121,8 @@ def _options_that_fit(count: int, fold: int | str, least_training: int) -> str:
     every = "--fold all, which takes every case"
     if count < max(2, least_training + 1):
         return f"give {every}"
-    return (
-        f"give --num_folds {count}{' --fold 0' if fold == 'all' or fold >= count else ''}, or "
-        f"{every}"
-    )
+    first = " --fold 0" if fold == "all" or fold >= count else ""
+    return f"give --num_folds {count}{first}, or {every}"
 
 
 def _cases(count: int) -> str:
@@ -138,8 +134,8 @@ def check_names(cases: Sequence[Case]) -> None:
     ((name, count),) = Counter(case.name for case in cases).most_common(1)
     if count > 1:
         raise UserError(
-            f"{count} cases are called {name}: rename all but one of them, so that "
-            "each can be scored"
+            f"{count} cases are called {name}: rename all but one of them, so that each can be "
+            "scored"
         )
 
 
@@ -150,7 +146,8 @@ def check_files(cases: Sequence[Case], source: str | Path, root: str | Path) -> 
     if wrong:
         raise UserError(
             f"{len(wrong)} of the {len(files)} files that {source} lists do not end in .nii or "
-            f".nii.gz, for example {wrong[0]}: convert them to NIfTI"
+            ".nii.gz, for example "
+            f"{wrong[0]}: convert them to NIfTI"
         )
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
@@ -164,22 +161,25 @@ def check_files(cases: Sequence[Case], source: str | Path, root: str | Path) -> 
             )
         raise UserError(
             f"{len(missing)} of the {len(files)} files that {source} lists are not under --root "
-            f"{root}, for example {', '.join(missing[:3])}: {remedy}"
+            f"{root}, "
+            f"for example {', '.join(missing[:3])}: {remedy}"
         )
     _check_unique(cases, source, _real_paths(files))
 
 
 def _real_paths(files: Sequence[str]) -> dict[str, str]:
-    """Return each file's path without symlinks; their folders, which are few, are looked up
-    once.
+    """Return each file's path without symlinks.
+
+    Their folders, which are few, are looked up once.
     """
 
     @cache
     def real_folder(folder: str) -> str:
         try:
             return os.path.realpath(folder)
-        # a NUL or half a surrogate pair, which no file's name has: it will count as missing
-        except ValueError:
+        except (
+            ValueError
+        ):  # a NUL or half a surrogate pair, which no file's name has: it will count as missing
             return folder
 
     def real(file: str) -> str:

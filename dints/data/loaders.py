@@ -85,8 +85,7 @@ class TrainingSamples(Dataset):
 
 
 class EpochSampler(Sampler):
-    """(epoch, turn, index), from a place on without end, in an order that depends on seed, stream
-    and epoch only.
+    """(epoch, turn, index) without end, in an order of seed, stream and epoch only.
 
     A turn is a pass over the cases; there are as many as an epoch's ``length`` takes, the last one
     cut short. The epoch travels with the index, so workers that live on from epoch to epoch hold no
@@ -110,8 +109,7 @@ class EpochSampler(Sampler):
 
 
 class TrainingLoader:
-    """Batches of one rank; ``epoch(n)`` iterates over those of epoch ``n``, equally many on every
-    rank.
+    """Batches of one rank; ``epoch(n)`` gives those of epoch ``n``, as many as on every rank.
 
     Workers go on into the next epoch while the network validates. Patches are augmented by them, or
     on a GPU where the network is on one.
@@ -141,8 +139,10 @@ class TrainingLoader:
             pin_memory=device.type == "cuda",
         )
         self.seconds_waited = 0.0
-        # iterator, and the epoch and step that it gives next
-        self._batches, self._place = None, None
+        self._batches, self._place = (
+            None,
+            None,
+        )  # iterator, and the epoch and step that it gives next
 
     def __len__(self) -> int:
         return self.steps
@@ -189,8 +189,9 @@ class TrainingLoader:
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Leave it to the main process to stop when the whole group is asked to; it needs its workers
-    until then.
+    """Leave it to the main process to stop when the whole group is asked to.
+
+    It needs its workers until then.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -242,15 +243,15 @@ def steps_per_epoch(num_cases: int, batch_size: int, processes: Processes) -> in
 
 
 def workers(num_workers: int | None) -> int:
-    """Return how many processes prepare batches; of None, what is left of this process's cores, at
-    most 6.
+    """Return how many processes prepare batches.
+
+    Of None, what is left of this process's cores, at most 6.
     """
     return min(6, cores_per_process() - 1) if num_workers is None else num_workers
 
 
 def bytes_ahead(task: Task, batch_size: int, num_workers: int | None, device_type: str) -> int:
-    """Count the bytes of patches that a loader holds while the network validates: all that its
-    workers prepare ahead.
+    """Count the bytes of patches that a loader's workers prepare while the network validates.
 
     Without workers that is one batch. For a GPU patches stay float16 until they are there.
     """
@@ -317,9 +318,7 @@ def choose_augmentation(
 
 
 class ValidationLoader:
-    """A rank's share of the validation cases, whole, one at a time, with its ``number`` among all
-    ``num_cases``.
-    """
+    """A rank's share of the validation cases, whole, one at a time, with its ``number``."""
 
     def __init__(self, held: Sequence[Prepared], numbers: Sequence[int], num_cases: int):
         self.held, self.numbers, self.num_cases = held, numbers, num_cases

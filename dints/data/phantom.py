@@ -1,5 +1,4 @@
-"""Write Task00_Phantom, a CT-like dataset in MSD layout, so that every command can be tried without
-a download.
+"""Write Task00_Phantom, a CT-like dataset in MSD layout, to try all commands without a download.
 
     python -m dints.data.phantom --root data_msd/Task00_Phantom --num_training 16 --num_test 4
     --seed 0
@@ -35,8 +34,16 @@ log = logging.getLogger(__name__)
 VERSION = 2  # of the recipe: a phantom of another one is replaced
 OWN_FILES = r"dataset\.json|(imagesTr|labelsTr|imagesTs)(/phantom_\w+\.nii\.gz)?"
 MIN_SIZE, MAX_VOXELS = 16, 2**27  # voxels of an axis; of a volume
-# one is mirrored, as in scanner data
-ORIENTATIONS = ("RAS", "RAS", "LPS", "RAS", "RAS", "LAS", "RAS", "RAS")
+ORIENTATIONS = (
+    "RAS",
+    "RAS",
+    "LPS",
+    "RAS",
+    "RAS",
+    "LAS",
+    "RAS",
+    "RAS",
+)  # one is mirrored, as in scanner data
 LESION_FREE_EVERY = 8
 LIVER, LESION = 1, 2
 
@@ -45,10 +52,17 @@ LIVER, LESION = 1, 2
 FIELD_OF_VIEW = (120, 104, 112)
 AIR, FAT, LIVER_HU, LESION_HU = -1000, -100, (54, 66), (22, 38)
 CAVITY = (0, 0), (41, 30)
-# skin, fat, muscle
-TRUNK = ((0, 0), (52, 41), 10), ((0, 0), (50, 39), FAT), ((0, 0), (47, 36), 52), (*CAVITY, FAT)
-# shell, marrow, canal
-SPINE = ((0, -25), (10, 8), 380), ((0, -25), (8, 6), 170), ((0, -32), (4, 3), 30)
+TRUNK = (
+    ((0, 0), (52, 41), 10),
+    ((0, 0), (50, 39), FAT),
+    ((0, 0), (47, 36), 52),
+    (*CAVITY, FAT),
+)  # skin, fat, muscle
+SPINE = (
+    ((0, -25), (10, 8), 380),
+    ((0, -25), (8, 6), 170),
+    ((0, -32), (4, 3), 30),
+)  # shell, marrow, canal
 ORGANS = (
     ((23, -14, -17), (8, 7, 15), LESION_HU),  # kidneys
     ((-23, -14, -12), (8, 7, 15), LESION_HU),
@@ -69,8 +83,7 @@ def write_phantom(
     shape: XYZ = None,
     spacing: XYZ = None,
 ) -> Path:
-    """Write the dataset into ``root`` and return it, unless the same one is there: `make_case`
-    makes its cases.
+    """Write the dataset into ``root``, unless the same one is there, and return ``root``.
 
     Raises:
         UserError: a bad argument, a folder that holds anything but a phantom, or a disk that cannot
@@ -156,9 +169,7 @@ def _describe(num_training: int, num_test: int, **recipe: int | XYZ) -> dict:
 
 
 def _refuse_foreign(root: Path, found: object) -> None:
-    """Raise where ``root``, with ``found`` in its dataset.json, holds what this module did not
-    write.
-    """
+    """Raise where ``root``, with ``found`` in its dataset.json, holds anything of others."""
     own = OWN_FILES if isinstance(found, dict) and "phantom" in found else ""
     names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*"))]
     foreign = [name for name in names if not re.fullmatch(own, name)]
@@ -178,8 +189,9 @@ def _write(folder: Path, description: dict) -> None:
     cases += [("Ts", case, [path]) for case, path in enumerate(description["test"])]
     seed, shape, spacing = (description["phantom"][key] for key in ("seed", "shape", "spacing"))
     for split, case, paths in tqdm(cases, desc="phantom", unit="case", disable=None):
-        # or image alone
-        for volume, path in zip(make_case(seed, case, split, shape, spacing), paths, strict=False):
+        for volume, path in zip(
+            make_case(seed, case, split, shape, spacing), paths, strict=False
+        ):  # or image alone
             nib.save(volume, folder / path)
     (folder / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -187,8 +199,7 @@ def _write(folder: Path, description: dict) -> None:
 def make_case(
     seed: int, case: int, split: str = "Tr", shape: XYZ = None, spacing: XYZ = None
 ) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
-    """Make image (int16, HU) and label (uint8) number ``case`` of a split, ``Tr`` or ``Ts``, the
-    same in any dataset.
+    """Make image (int16, HU) and label (uint8) number ``case`` of a split, ``Tr`` or ``Ts``.
 
     Where ``shape`` or ``spacing`` (mm) is given, a child's trunk decides the other; the anatomy is
     scaled to both.
@@ -226,9 +237,7 @@ def make_case(
 def _draw_anatomy(
     rng: np.random.Generator, shape: np.ndarray, step: np.ndarray, num_lesions: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw HU, free of noise, and label of one patient in RAS order, at voxels of ``step`` unscaled
-    mm.
-    """
+    """Draw HU, without noise, and label of a patient in RAS order, at voxels of ``step`` mm."""
     points = np.ix_(
         *((np.arange(n) - (n - 1) / 2) * size for n, size in zip(shape, step, strict=True))
     )

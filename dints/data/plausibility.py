@@ -1,5 +1,4 @@
-"""Whether a volume to segment is like those that a model was trained on: voxel size, extent, and CT
-intensities.
+"""Whether a volume to segment is like those that a model was trained on.
 
 A header in metres, a lost affine or HU that are shifted by 1024 give a segmentation too, and a
 wrong one. Ranges of the training cases are kept in the model file; a volume far outside of them is
@@ -19,19 +18,19 @@ from dints.data.tasks import Task
 
 AXES = "right-left", "back-front", "bottom-top"
 TIMES_OUTSIDE = 2.0  # voxel sizes and extents may be so many times beyond the training cases'
-# intensities may be so many times the width of the training cases' range beyond it
-SPREADS_OUTSIDE = 1.5
+SPREADS_OUTSIDE = (
+    1.5  # intensities may be so many times the width of the training cases' range beyond it
+)
 LEAST_SPREAD = 0.1  # of normalised intensities, where training cases hardly differ
 CASES = 16  # of a rank, that intensities are measured on: without a cache each is prepared for it
 Ranges = Mapping[str, Sequence]
 
 
 def sizes(header: Header) -> tuple[np.ndarray, np.ndarray]:
-    """Return mm between voxels, and mm that the volume extends, along right-left, back-front and
-    bottom-top.
-    """
-    # of space, for each axis of the file
-    axes = np.abs(header.affine[:3, :3] / header.spacing).argmax(0)
+    """Return mm between voxels, and mm of the volume, along the axes of the body (`AXES`)."""
+    axes = np.abs(header.affine[:3, :3] / header.spacing).argmax(
+        0
+    )  # of space, for each axis of the file
     if len({*axes.tolist()}) < 3:  # oblique by more than 45 degrees, so that two point the same way
         axes = np.arange(3)
     order = axes.argsort()
@@ -63,9 +62,7 @@ def joined(ranges: Sequence[Ranges]) -> dict[str, list]:
 
 
 def intensities(image: np.ndarray) -> np.ndarray:
-    """Return mean and standard deviation of a CT volume, (channels, x, y, z), in the task's window
-    from 0 to 1.
-    """
+    """Return mean and standard deviation of a CT volume (channels, x, y, z) in its window."""
     image = np.asarray(image[:, ::2, ::2, ::2], np.float32)
     return np.array([image.mean(), image.std()])
 
@@ -75,8 +72,8 @@ def unusual(case: Case, ranges: Ranges) -> list[str]:
     header, found = case.headers[0], []
     if int(header.nifti["sform_code"]) == int(header.nifti["qform_code"]) == 0:
         found.append(
-            "its header does not say where it lies (no sform or qform): right and left "
-            "may be exchanged"
+            "its header does not say where it lies (no sform or qform): right and left may be "
+            "exchanged"
         )
     for key, values in zip(("spacing", "extent"), sizes(header), strict=True):
         low, high = np.array(ranges[key]) if key in ranges else (np.zeros(3), np.full(3, np.inf))
@@ -91,8 +88,9 @@ def unusual(case: Case, ranges: Ranges) -> list[str]:
 
 
 def unusual_intensities(image: np.ndarray, ranges: Ranges) -> list[str]:
-    """List facts of a preprocessed image that are unlike the training cases; only CT has comparable
-    units.
+    """List facts of a preprocessed image that are unlike the training cases.
+
+    Only CT has comparable units.
     """
     if "intensity" not in ranges:
         return []
@@ -104,7 +102,8 @@ def unusual_intensities(image: np.ndarray, ranges: Ranges) -> list[str]:
         if not low - margin <= value <= high + margin:
             found.append(
                 f"the {what} of its intensities in the window is {value:.2f}, where training cases "
-                f"have {low:.2f} to {high:.2f}: are they in Hounsfield units?"
+                f"have {low:.2f} to "
+                f"{high:.2f}: are they in Hounsfield units?"
             )
     return found
 

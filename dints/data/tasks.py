@@ -42,8 +42,9 @@ class Task:
         return len(self.class_names)
 
     def to_dict(self) -> dict:
-        """Return plain types only, for checkpoints that ``weights_only=True`` reads; `from_dict` is
-        the inverse.
+        """Return plain types only, for checkpoints that ``weights_only=True`` reads.
+
+        `from_dict` is the inverse.
         """
         return {
             key: list(value) if isinstance(value, tuple) else value
