@@ -131,7 +131,7 @@ def end(process: multiprocessing.Process, left: float, said: Path) -> dict:
     if process.is_alive():
         ended["why"] = f"no end after {left:.0f} s"
         for number, patience in ((signal.SIGTERM, SECONDS_TO_END), (signal.SIGKILL, None)):
-            # its processes are in its session, but for launch/agent.py's: that ends
+            # its processes are in its session, but for launch/torchrun.py's: that ends
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)  # them, given SIGTERM
             process.join(patience)
