@@ -1,4 +1,4 @@
-"""Masks grown by 48 binary dilations, centres as MONAI draws them, patches as MONAI pads and cuts."""
+"""Masks grown by 48 dilations; centres drawn and patches padded and cut as MONAI does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A DICOM series lies where the scanner says, in its units; no other is read, and its file is named."""
+"""A DICOM series lies where the scanner says, in its units; others are refused by name."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid
 
 # Of the intensities' range. MONAI interpolates in float64, and we in float32, whose weights and
 # sums are rounded to 6e-8 along each axis. Where a header's float32 affine is oblique, its axes are
-# askew by 1e-7 of a volume's length, which is ignored: 5e-5 of a voxel in 512, and so of the step to
-# the next voxel. The cache rounds to 5e-4.
+# askew by 1e-7 of a volume's length, which is ignored: 5e-5 of a voxel in 512, and so of the step
+# to the next voxel. The cache rounds to 5e-4.
 TOLERANCE = 1e-4
 
 
