@@ -1,4 +1,6 @@
-"""Masks grown by 48 dilations; centres drawn and patches padded and cut as MONAI does."""
+"""Masks grown by 48 binary dilations, centres as MONAI draws them, patches as MONAI pads and
+cuts.
+"""
 
 from __future__ import annotations
 

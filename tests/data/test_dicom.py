@@ -1,4 +1,6 @@
-"""A DICOM series lies where the scanner says, in its units; others are refused by name."""
+"""A DICOM series lies where the scanner says, in its units; no other is read, and its file is
+named.
+"""
 
 from __future__ import annotations
 

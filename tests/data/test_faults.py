@@ -143,7 +143,9 @@ def with_sform(column: int, value: float) -> Spoil:
 
 
 def turned(*orientation: tuple[int, int]) -> Spoil:
-    """Leave both in their place, with other axes in the file: its new number, and its sign."""
+    """Leave both in their place, with other axes in the file: which one each becomes, and its
+    sign.
+    """
 
     def spoil(root: Path) -> None:
         affine = AFFINE @ nib.orientations.inv_ornt_aff(orientation, SHAPE)

@@ -36,9 +36,9 @@ def affine(axes: np.ndarray) -> np.ndarray:
     return full
 
 
-@pytest.mark.parametrize("spacing", [None, (2.0, 2.0, 2.0), (1.7, 3.1, 2.2)], ids=str)
+@pytest.mark.parametrize("spacing", [None, (1.7, 3.1, 2.2)], ids=str)
 @pytest.mark.parametrize("axes", AXES)
-@pytest.mark.parametrize("shape", [(40, 25, 23), (22, 24, 51), (23, 64, 20)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 25, 23), (23, 64, 20)], ids=str)
 def test_labels_are_those_of_the_whole_volume(networks, axes, spacing, shape):
     resampling = Resampling(shape, affine(AXES[axes]), spacing)
     image = np.random.default_rng(0).normal(size=(2, *resampling.shape)).astype(np.float32)
@@ -46,7 +46,8 @@ def test_labels_are_those_of_the_whole_volume(networks, axes, spacing, shape):
     found = slabs.segmented(image, networks[:1], WINDOW, FP32, resampling).labels
     expected = resampling.undo(WINDOW.probabilities(image, networks[0], FP32)).argmax(0)
     assert found.shape == shape and found.dtype == np.uint8 and len(np.unique(found)) == 3
-    assert (found != expected).mean() < 1e-4  # where two classes are equally probable but for rounding
+    # where two classes are equally probable but for rounding
+    assert (found != expected).mean() < 1e-4
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -59,19 +60,13 @@ def test_probabilities_are_those_of_the_whole_volume(networks, axis):
     assert np.allclose(np.concatenate(parts, 1 + axis), whole, atol=1e-6)
 
 
-def test_of_several_networks_it_is_the_mean(networks):
-    resampling = Resampling((40, 24, 16), np.eye(4), None)
-    image = np.random.default_rng(0).normal(size=(2, 40, 24, 16)).astype(np.float32)
-    mean = np.mean([WINDOW.probabilities(image, network, FP32) for network in networks], axis=0)
-    found = slabs.segmented(image, networks, WINDOW, FP32, resampling).labels
-    assert (found != mean.argmax(0)).mean() < 1e-4
-
-
 @pytest.mark.parametrize("spacing", [None, (1.7, 3.1, 2.2)], ids=str)
 def test_maps_are_those_of_the_whole_volume(networks, spacing):
     resampling = Resampling((40, 25, 23), affine(AXES["permuted PIR"]), spacing)
     image = np.random.default_rng(0).normal(size=(2, *resampling.shape)).astype(np.float32)
-    found = slabs.segmented(image, networks[:1], WINDOW, FP32, resampling, ("probabilities", "uncertainty"))
+    found = slabs.segmented(
+        image, networks[:1], WINDOW, FP32, resampling, ("probabilities", "uncertainty")
+    )
     expected = resampling.undo(WINDOW.probabilities(image, networks[0], FP32)).astype(np.float64)
     entropy = -(expected * np.log(expected)).sum(0) / np.log(3)
     assert found.probabilities.dtype == found.uncertainty.dtype == np.uint8
@@ -80,30 +75,30 @@ def test_maps_are_those_of_the_whole_volume(networks, spacing):
     assert np.ptp(found.uncertainty) > 10
 
 
-def test_scores_are_added_up_on_a_gpu_that_has_the_room(monkeypatch):
-    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {gpu: (2000, 9000)}[device])
-    assert [windows.place_of_sums(count, gpu) for count in (1000, 1001)] == [gpu, cpu]
-    assert windows.place_of_sums(10**15, cpu) == cpu
-
-
 def test_the_room_is_asked_for_after_a_pass_and_is_that_of_a_patchs_planes(networks, monkeypatch):
     asked, passes = [], []
-    monkeypatch.setattr(windows, "place_of_sums", lambda count, device: asked.append((count, len(passes))) or device)
+    monkeypatch.setattr(
+        windows, "place_of_sums", lambda count, device: asked.append((count, len(passes))) or device
+    )
     hook = networks[0].register_forward_hook(lambda *_: passes.append(1))
     image = np.random.default_rng(0).normal(size=(2, 40, 24, 16)).astype(np.float32)
     list(slabs.probabilities(image, networks[0], WINDOW, FP32, 0))
     hook.remove()
-    assert asked == [(16 * 24 * 16 * (3 + 1) * 4, 1)]  # float32 of three classes, and the weights' sums
+    # float32 of three classes, and the weights' sums
+    assert asked == [(16 * 24 * 16 * (3 + 1) * 4, 1)]
 
 
 def test_what_needs_padding_or_shearing_is_done_at_once():
     straight = Resampling((40, 40, 40), np.eye(4), (2.0, 2.0, 2.0))
     assert straight.is_separable and not slabs.fits((15, 40, 40), WINDOW, straight)
     angle = np.radians(20)
-    rotated = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1.2]])
+    rotated = np.array(
+        [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1.2]]
+    )
     sheared = rotated @ np.array([[1, 0.3, 0], [0, 1, 0], [0, 0, 1]])
     for axes, separable in ((rotated, True), (sheared, False)):
         resampling = Resampling((40, 40, 40), affine(axes), (2.0, 2.0, 2.0))
         assert resampling.is_separable == separable
-        assert slabs.fits(resampling.shape, SlidingWindow((8, 8, 8), 0.5, 1), resampling) == separable
+        assert (
+            slabs.fits(resampling.shape, SlidingWindow((8, 8, 8), 0.5, 1), resampling) == separable
+        )

@@ -52,7 +52,10 @@ ERRORS = [
     (torch.AcceleratorError("CUDA error: out of memory"), FLAGS),
     (DistBackendError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"), FLAGS),
     (DistBackendError(f"{NCCL}Error: failed to extend /dev/shm/nccl-WU8 to 9 bytes"), "SHM_DISAB"),
-    (DistBackendError(f"{NCCL}Error while creating segment /dev/shm/nccl-N (size 9)"), "--shm-size"),
+    (
+        DistBackendError(f"{NCCL}Error while creating segment /dev/shm/nccl-N (size 9)"),
+        "--shm-size",
+    ),
 ]
 
 
@@ -88,7 +91,8 @@ def test_a_batch_that_shared_memory_does_not_hold_is_told_and_not_waited_for(
 
     def refuse(_: torch.Tensor) -> None:
         raise RuntimeError(
-            "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)"
+            "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device "
+            "(28)"
         )
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
@@ -104,7 +108,8 @@ def test_a_batch_that_shared_memory_does_not_hold_is_told_and_not_waited_for(
     )
     with pytest.raises(UserError, match="a batch does not fit .*shared memory"), started("cpu"):
         next(loader.epoch(0))
-    # Its worker ignores the signal by which Python would end it, before waiting for it: a script ends otherwise.
+    # Its worker ignores the signal by which Python would end it, before waiting for it: a script
+    # ends otherwise.
     for worker in multiprocessing.active_children():
         worker.kill()
 

