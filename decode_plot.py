@@ -1,14 +1,16 @@
 """Draw a DiNTS architecture, or the whole search space, as a graph.
 
-    python decode_plot.py --checkpoint runs/search/search_code_600.pth --directory Figures --filename graph
-    python decode_plot.py --checkpoint search_code_600.pth --cost --patch_size 96 96 96
-    python decode_plot.py --search_space --num_blocks 12 --num_depths 4 --directory Figures --filename search_space
+    python decode_plot.py --checkpoint runs/search/search_code_600.pth --directory Figures
+    --filename graph python decode_plot.py --checkpoint search_code_600.pth --cost --patch_size 96
+    96 96 python decode_plot.py --search_space --num_blocks 12 --num_depths 4 --directory Figures
+    --filename search_space
 
-Blocks run from left to right, numbered from 0; resolutions from top to bottom. The image enters through one stem per
-active node of the first column; what leaves the last column is upsampled and added from the deepest row to the topmost.
-Every node and path has its fixed place, so that two architectures can be compared at sight. The .gv source, written
-beside the picture, can be rendered again by "dot -Tpng graph.gv -o graph.png". With --cost, the network's parameters,
-multiply-adds, activations and time are printed, and stand below the picture's title.
+Blocks run from left to right, numbered from 0; resolutions from top to bottom. The image enters
+through one stem per active node of the first column; what leaves the last column is upsampled and
+added from the deepest row to the topmost. Every node and path has its fixed place, so that two
+architectures can be compared at sight. The .gv source, written beside the picture, can be rendered
+again by "dot -Tpng graph.gv -o graph.png". With --cost, the network's parameters, multiply-adds,
+activations and time are printed, and stand below the picture's title.
 """
 
 from collections.abc import Iterable, Sequence
@@ -54,9 +56,7 @@ class DrawingSettings(Settings):
         if not self.search_space and (self.num_blocks or self.num_depths):
             yield "--num_blocks and --num_depths go with --search_space: an arch file has its own"
         if Path(self.filename).suffix in (".gv", ".png", ".svg", ".pdf"):
-            yield (
-                f"--filename {self.filename}: give it without its ending, and that as --format"
-            )
+            yield (f"--filename {self.filename}: give it without its ending, and that as --format")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,19 +148,20 @@ def plot_graph(
 
     Args:
         codepath: arch file, ours or a published one.
-        code2in, code2out: source and target depth of each path of a block. They follow from the file's number of
-            depths; published callers pass them.
+        code2in, code2out: source and target depth of each path of a block. They follow from the
+            file's number of depths; published callers pass them.
 
     Raises:
-        UserError: as `load_architecture` and `draw_architecture`, or ``code2in``/``code2out`` are not the file's.
+        UserError: as `load_architecture` and `draw_architecture`, or ``code2in``/``code2out`` are
+            not the file's.
     """
     architecture = load_architecture(codepath)
     sources, targets = zip(*paths(architecture.num_depths), strict=True)
     for name, given, expected in (("code2in", code2in, sources), ("code2out", code2out, targets)):
         if given is not None and [int(depth) for depth in given] != list(expected):
             raise UserError(
-                f"{name} is {[int(depth) for depth in given]}, but the {architecture.num_depths} depths of {codepath} "
-                f"make it {list(expected)}: leave {name} out"
+                f"{name} is {[int(depth) for depth in given]}, but the {architecture.num_depths} "
+                f"depths of {codepath} make it {list(expected)}: leave {name} out"
             )
     return draw_architecture(architecture, filename, directory, format, caption)
 

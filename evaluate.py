@@ -1,11 +1,15 @@
-"""Score a folder of segmentations against a folder of references; any system's, so that two can be compared.
+"""Score a folder of segmentations against a folder of references; any system's, so that two can be
+compared.
 
-    python evaluate.py --prediction segmentations --reference data_msd/Task09_Spleen/labelsTr --output_root evaluation
+    python evaluate.py --prediction segmentations --reference data_msd/Task09_Spleen/labelsTr
+    --output_root evaluation
 
-Files of one name are a case, and lie on one grid. OUTPUT_ROOT/scores.csv has a row for each case and class: Dice, ours
-and nnU-Net's for a class that the reference does not have; normalised surface Dice and 95% Hausdorff distance as
-DeepMind's surface-distance defines them; volumes; lesions found and missed. OUTPUT_ROOT/summary.json, and a table that
-is printed, have the means over the cases with bootstrap intervals. PyTorch is not needed.
+Files of one name are a case, and lie on one grid. OUTPUT_ROOT/scores.csv has a row for each case
+and class: Dice, ours and nnU-Net's for a class that the reference does not have; normalised surface
+    Dice and 95% Hausdorff distance as
+DeepMind's surface-distance defines them; volumes; lesions found and missed.
+OUTPUT_ROOT/summary.json, and a table that is printed, have the means over the cases with bootstrap
+intervals. PyTorch is not needed.
 """
 
 from collections.abc import Iterable
@@ -92,13 +96,17 @@ def main(settings: EvaluateSettings) -> None:
     for folder in (given.prediction, given.reference):
         if given.output_root.resolve() == folder.resolve():
             raise UserError(
-                f"--output_root {given.output_root} holds masks and perhaps their scores: give another folder"
+                f"--output_root {given.output_root} holds masks and perhaps their scores: give "
+                "another folder"
             )
     if given.labels is not None and not given.labels.is_file():
         raise UserError(f"--labels {given.labels} is no file: give a dataset.json")
     names = None if given.labels is None else read_class_names(given.labels)
     pairs = pair_files(
-        given.prediction, given.reference, allow_missing=given.allow_missing, predicted_only=given.predicted_only
+        given.prediction,
+        given.reference,
+        allow_missing=given.allow_missing,
+        predicted_only=given.predicted_only,
     )
     classes = check(pairs, names)
     files.check_folder(given.output_root, "--output_root")
@@ -128,7 +136,9 @@ def main(settings: EvaluateSettings) -> None:
 
 
 def check(pairs: list[Pair], names: tuple[str, ...] | None) -> dict[int, str]:
-    """Read every mask, so that a bad one is told before the first is scored; return the classes by label."""
+    """Read every mask, so that a bad one is told before the first is scored; return the classes by
+    label.
+    """
     found = []
     for pair in tqdm(pairs, desc="checking", unit="case", disable=None, leave=False):
         reference, prediction, _ = pair.read()

@@ -1,12 +1,15 @@
-"""Segment volumes with a retrained network, and score the segmentations where labels are known: stage 3 of DiNTS.
+"""Segment volumes with a retrained network, and score the segmentations where labels are known:
+stage 3 of DiNTS.
 
-    python infer_dints.py --checkpoint runs/train/best_metric_model.pth --input data_msd/Task09_Spleen/imagesTs
-    python infer_dints.py --checkpoint runs/train/best_metric_model.pth --root data_msd/Task09_Spleen
+    python infer_dints.py --checkpoint runs/train/best_metric_model.pth --input
+    data_msd/Task09_Spleen/imagesTs python infer_dints.py --checkpoint
+    runs/train/best_metric_model.pth --root data_msd/Task09_Spleen
 
-The model file holds the network and its preprocessing. With --input, every given NIfTI file (or every one in a given
-folder) is segmented. With --root, the model's validation cases are, or those of another --fold, and
-OUTPUT_ROOT/scores.csv tells each case's Dice on the grid of its own label, as a challenge would compute it. Cases that
-the model was trained on are refused. Segmentations have the grid of their image.
+The model file holds the network and its preprocessing. With --input, every given NIfTI file (or
+every one in a given folder) is segmented. With --root, the model's validation cases are, or those
+of another --fold, and OUTPUT_ROOT/scores.csv tells each case's Dice on the grid of its own label,
+as a challenge would compute it. Cases that the model was trained on are refused. Segmentations have
+the grid of their image.
 """
 
 from collections.abc import Iterable
@@ -82,8 +85,9 @@ class OutputSettings(Settings):
         "print what the model is as JSON, and segment nothing unless asked to", default=False
     )
     export: tuple[str, ...] = option(
-        "do not segment, but write the network to OUTPUT_ROOT as onnx, exported_program (PyTorch's) "
-        "or bundle (MONAI's), or several; each is checked on the first image, on the CPU in fp32",
+        "do not segment, but write the network to OUTPUT_ROOT as onnx, exported_program "
+        "(PyTorch's) or bundle (MONAI's), or several; each is checked on the first image, on the "
+        "CPU in fp32",
         default=(),
         nargs="+",
         choices=("onnx", "exported_program", "bundle"),

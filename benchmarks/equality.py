@@ -1,11 +1,13 @@
-"""Compare what two checkouts compute, to the last bit: searches, candidates, trainings, resumes and segmentations.
+"""Compare what two checkouts compute, to the last bit: searches, candidates, trainings, resumes and
+segmentations.
 
     python benchmarks/equality.py run --checkout OLD --output old.json
     python benchmarks/equality.py run --checkout . --output new.json
     python benchmarks/equality.py compare old.json new.json
 
-Every run is a small one on the phantom, by command line as a user gives it. Each file that it leaves counts by the
-digests of its tensors, or as a table without times. A spelling that changed between versions is one entry of `RUNS`.
+Every run is a small one on the phantom, by command line as a user gives it. Each file that it
+leaves counts by the digests of its tensors, or as a table without times. A spelling that changed
+between versions is one entry of `RUNS`.
 """
 
 from __future__ import annotations
@@ -23,31 +25,42 @@ import time
 from pathlib import Path
 
 TINY = (
-    "--patch_size 16 16 16 --num_workers 0 --num_folds 3 --overlap_ratio 0 --channel_mul 0.125 --device cpu "
-    "--save_minutes 0"
+    "--patch_size 16 16 16 --num_workers 0 --num_folds 3 --overlap_ratio 0 --channel_mul 0.125 "
+    "--device cpu --save_minutes 0"
 )
-SPACE = "--num_blocks 2 --num_depths 3 --num_epochs 4 --num_epochs_warmup 2 --num_epochs_per_validation 2"
+SPACE = (
+    "--num_blocks 2 --num_depths 3 --num_epochs 4 --num_epochs_warmup 2 "
+    "--num_epochs_per_validation 2"
+)
 SHORT = "--num_epochs 4 --num_epochs_per_validation 2"
 COMPETITION = (  # since issue 29, and before
-    "evolve_dints.py --num_blocks 2 --num_depths 3 --candidates 4 --memory_mib 4 --num_iterations 8",
-    "search_dints.py --num_blocks 2 --num_depths 3 --candidates 4 --proposals by_hand random --memory_mib 4 "
-    "--candidate_iterations 8",
+    "evolve_dints.py --num_blocks 2 --num_depths 3 --candidates 4 --memory_mib 4 --num_iterations "
+    "8",
+    "search_dints.py --num_blocks 2 --num_depths 3 --candidates 4 --proposals by_hand random "
+    "--memory_mib 4 --candidate_iterations 8",
 )
 ARCH = "--arch_ckpt {search_published_fp32}"
 # By name: the words of a command line. `{name}` is the newest architecture of that run.
 RUNS = {
     "search_published_fp32": f"search_dints.py {SPACE} --recipe published --precision fp32",
-    "search_recommended_fp32": f"search_dints.py {SPACE} --recipe recommended --precision fp32 --ram_budget fixed",
-    "search_published_bf16": f"search_dints.py {SPACE} --recipe published --precision bf16 --keep_finest",
-    "competition_fp32": tuple(f"{line} --recipe recommended --precision fp32" for line in COMPETITION),
+    "search_recommended_fp32": f"search_dints.py {SPACE} --recipe recommended --precision fp32 "
+    "--ram_budget fixed",
+    "search_published_bf16": f"search_dints.py {SPACE} --recipe published --precision bf16 "
+    "--keep_finest",
+    "competition_fp32": tuple(
+        f"{line} --recipe recommended --precision fp32" for line in COMPETITION
+    ),
     "train_published_fp32": f"train_dints.py {ARCH} {SHORT} --recipe published --precision fp32",
     "train_published_bf16": f"train_dints.py {ARCH} {SHORT} --recipe published --precision bf16",
-    "train_recommended_fp32": f"train_dints.py {ARCH} {SHORT} --recipe recommended --precision fp32",
-    "train_recommended_bf16": f"train_dints.py {ARCH} {SHORT} --recipe recommended --precision bf16",
+    "train_recommended_fp32": f"train_dints.py {ARCH} {SHORT} --recipe recommended --precision "
+    "fp32",
+    "train_recommended_bf16": f"train_dints.py {ARCH} {SHORT} --recipe recommended --precision "
+    "bf16",
     "train_nnunet_fp32": f"train_dints.py {ARCH} {SHORT} --augmentation nnunet --precision fp32 "
     "--checkpoint_activations",
 }
-STOPPED = ("search_published_fp32", "train_recommended_fp32")  # these are also stopped in the middle, and resumed
+# these are also stopped in the middle, and resumed
+STOPPED = ("search_published_fp32", "train_recommended_fp32")
 TIMES = ("second", "time", "wait", "s/it")
 
 
@@ -74,11 +87,17 @@ def tensors(content: object, name: str = "") -> dict[str, str]:
         items = enumerate(content)
     else:
         return {}
-    return {key: value for place, part in items for key, value in tensors(part, f"{name}/{place}").items()}
+    return {
+        key: value
+        for place, part in items
+        for key, value in tensors(part, f"{name}/{place}").items()
+    }
 
 
 def digests(folder: Path) -> dict[str, object]:
-    """Return what a run left: architectures and models by their tensors, the state by the set of them, and tables."""
+    """Return what a run left: architectures and models by their tensors, the state by the set of
+    them, and tables.
+    """
     import torch
 
     found = {}
@@ -88,12 +107,14 @@ def digests(folder: Path) -> dict[str, object]:
             continue
         if path.suffix == ".pth" and not path.name.startswith("previous"):
             of = tensors(torch.load(path, weights_only=True))
-            found[name] = sorted(of.values()) if path.name == "latest.pth" else of  # parts may be renamed
+            # parts may be renamed
+            found[name] = sorted(of.values()) if path.name == "latest.pth" else of
         elif path.suffix == ".csv":
             with open(path, newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
             found[name] = [
-                {key: value for key, value in row.items() if not any(word in key for word in TIMES)} for row in rows
+                {key: value for key, value in row.items() if not any(word in key for word in TIMES)}
+                for row in rows
             ]
         elif path.name.endswith((".nii.gz", ".nii")):
             import nibabel
@@ -111,7 +132,11 @@ def start(checkout: Path, words: str, flags: list[str], log: Path) -> subprocess
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "a", encoding="utf-8") as file:
         return subprocess.Popen(
-            [sys.executable, *words.split(), *flags], cwd=checkout, env=environment, stdout=file, stderr=file
+            [sys.executable, *words.split(), *flags],
+            cwd=checkout,
+            env=environment,
+            stdout=file,
+            stderr=file,
         )
 
 
@@ -121,7 +146,17 @@ def run(checkout: Path, names: list[str]) -> dict[str, object]:
         work = Path(made)
         root = work / "Task00_Phantom"
         subprocess.run(
-            [sys.executable, "-m", "dints.data.phantom", "--root", root, "--num_training", "8", "--num_test", "2"],
+            [
+                sys.executable,
+                "-m",
+                "dints.data.phantom",
+                "--root",
+                root,
+                "--num_training",
+                "8",
+                "--num_test",
+                "2",
+            ],
             cwd=checkout,
             check=True,
             stdout=subprocess.DEVNULL,
@@ -141,7 +176,8 @@ def run(checkout: Path, names: list[str]) -> dict[str, object]:
             log = work / f"{folder.name}.log"
             if is_stopped:
                 process = start(checkout, words, flags, log)
-                while process.poll() is None:  # save_minutes 0: a save a step; stopped once the first epoch is noted
+                # save_minutes 0: a save a step; stopped once the first epoch is noted
+                while process.poll() is None:
                     if (
                         "epoch 1" in log.read_text(encoding="utf-8", errors="replace")
                         or (folder / "loss_history.csv").exists()
@@ -154,11 +190,20 @@ def run(checkout: Path, names: list[str]) -> dict[str, object]:
             if code:
                 sys.exit(f"{folder.name} ended with {code}:\n{log.read_text()[-3000:]}")
             results[folder.name] = digests(folder)
-            print(folder.name, "stopped and resumed" if is_stopped and "stopped" in log.read_text() else "", flush=True)
+            print(
+                folder.name,
+                "stopped and resumed" if is_stopped and "stopped" in log.read_text() else "",
+                flush=True,
+            )
             if name == "train_recommended_fp32" and not is_stopped:
                 masks = work / "masks"
-                words = f"infer_dints.py --checkpoint {folder}/best_metric_model.pth --device cpu --precision fp32"
-                code = start(checkout, words, ["--root", str(root), "--output_root", str(masks)], log).wait()
+                words = (
+                    f"infer_dints.py --checkpoint {folder}/best_metric_model.pth --device cpu "
+                    "--precision fp32"
+                )
+                code = start(
+                    checkout, words, ["--root", str(root), "--output_root", str(masks)], log
+                ).wait()
                 if code:
                     sys.exit(log.read_text()[-3000:])
                 results["infer"] = digests(masks)
@@ -180,7 +225,9 @@ def differences(one: object, other: object, place: str = "") -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, dest="command")
     runs = commands.add_parser("run")
     runs.add_argument("--checkout", type=Path, default=Path("."))

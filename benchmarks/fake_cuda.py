@@ -1,11 +1,14 @@
-"""Runs the CUDA path where there is no GPU, forward and backward, and lists where the host would wait for one.
+"""Runs the CUDA path where there is no GPU, forward and backward, and lists where the host would
+wait for one.
 
     python -m venv /tmp/cuda
     PIP_CONFIG_FILE=/dev/null /tmp/cuda/bin/pip install -r requirements.txt
-    /tmp/cuda/bin/python benchmarks/fake_gpu.py -m pytest -p no:cacheprovider -o log_cli=true benchmarks/fake_cuda.py
+    /tmp/cuda/bin/python benchmarks/fake_gpu.py -m pytest -p no:cacheprovider -o log_cli=true
+    benchmarks/fake_cuda.py
 
-It needs the CUDA build of PyTorch for Linux (4.7 GB) and a C compiler. What it sees: devices that are mixed up, types
-that do not fit, operations without a CUDA path, waits. What it cannot see: numbers, kernels, several processes.
+It needs the CUDA build of PyTorch for Linux (4.7 GB) and a C compiler. What it sees: devices that
+are mixed up, types that do not fit, operations without a CUDA path, waits. What it cannot see:
+numbers, kernels, several processes.
 """
 
 from __future__ import annotations
@@ -19,16 +22,19 @@ import pytest
 import torch
 from architectures import random_architecture
 from fake_gpu import GPU, Gpu, a_gpu, is_there
+from parts import a_run, a_search, a_training, half_way
 from torch import nn
 
-import search_dints
 from dints.data import augmentation, loaders
 from dints.data.tasks import TASKS
 from dints.inference import slabs
 from dints.network.discrete import DiscreteNetwork
+from dints.running import checkpoint
+from dints.running import epoch_loss as losses
 from dints.running.precision import Precision, choose_precision
 from dints.running.processes import Processes
-from dints.training import checkpoint, losses, steps, validation
+from dints.running.stop_signal import StopSignal
+from dints.training import validation
 from dints.training.windows import SlidingWindow
 
 pytestmark = pytest.mark.skipif(not is_there(), reason="its docstring has the command")
@@ -37,14 +43,18 @@ log = logging.getLogger(__name__)
 ALONE = Processes(0, 1, GPU)
 PATCH = (32, 32, 32)
 TASK = replace(TASKS["Task07_Pancreas"], patch_size=PATCH)
-SETTINGS = "--root . --output_root . --channel_mul 0.125 --num_blocks 3 --num_depths 3 --patch_size 32 32 32"
+SETTINGS = "--channel_mul 0.125 --num_blocks 3 --num_depths 3 --patch_size 32 32 32"
 each_precision = pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
 
 
 def a_batch(num_images: int = 2) -> dict[str, torch.Tensor]:
     """Make a batch as a loader hands it over, on the CPU."""
     shape = (num_images, TASK.num_channels, *PATCH)
-    return {"image": torch.rand(shape), "label": torch.zeros(shape, dtype=torch.uint8), "cases": ["a", "b"]}
+    return {
+        "image": torch.rand(shape),
+        "label": torch.zeros(shape, dtype=torch.uint8),
+        "cases": ["a", "b"],
+    }
 
 
 def a_network() -> DiscreteNetwork:
@@ -53,7 +63,10 @@ def a_network() -> DiscreteNetwork:
 
 def waits(gpu: Gpu, part: str) -> list[str]:
     """Return what was waited for and where, and say so."""
-    found = [f"{wait.what} at {wait.lines[-1] if wait.lines else 'no line of ours'}" for wait in gpu.waits]
+    found = [
+        f"{wait.what} at {wait.lines[-1] if wait.lines else 'no line of ours'}"
+        for wait in gpu.waits
+    ]
     said = ", ".join(f"{count} x {wait}" for wait, count in Counter(found).items())
     log.warning("%s: %d launches, waits: %s", part, gpu.launches, said or "none")
     return found
@@ -63,15 +76,14 @@ def waits(gpu: Gpu, part: str) -> list[str]:
 @pytest.mark.parametrize("more", ["", "--checkpoint_activations"])
 def test_neither_step_of_the_search_waits(name: str, more: str):
     with a_gpu() as gpu:
-        settings = search_dints.parse_args([*SETTINGS.split(), *more.split()])
-        supernet = search_dints.Supernet(settings, TASK, Precision(name, GPU), ALONE)
+        supernet = a_search([*SETTINGS.split(), *more.split()], TASK, Precision(name, GPU), ALONE)
         gpu.forget()
-        assert search_dints.weights_step(supernet, a_batch()).device == GPU
+        assert supernet.weights.step(a_batch()).device == GPU
         assert waits(gpu, f"weights step, {name} {more}") == []
-        weights = supernet.weights_parameters
+        weights = supernet.weights.weights
         assert all(weight.device == GPU and weight.grad.device == GPU for weight in weights)
         gpu.forget()
-        assert search_dints.architecture_step(supernet, a_batch(), 0.5).device == GPU
+        assert half_way(supernet, a_batch()).device == GPU
         assert waits(gpu, f"architecture step, {name} {more}") == []
 
 
@@ -81,18 +93,11 @@ def test_the_step_of_a_retraining_does_not_wait(name: str, checkpoint_activation
     with a_gpu() as gpu:
         network = a_network().to(GPU)
         network.checkpoint_activations = checkpoint_activations
-        training = steps.weights_training(
-            network,
-            network.parameters(),
-            Precision(name, GPU),
-            ALONE,
-            learning_rate=0.1,
-            max_gradient_norm=1.0,
-            average=steps.averaged(network, 0.99),
-        )
+        how = {"learning_rate": 0.1, "max_gradient_norm": 1.0, "average_decay": 0.99}
+        training = a_training(network, Precision(name, GPU), ALONE, **how)
         for _ in range(2):
             gpu.forget()
-            assert steps.weights_step(training, a_batch()).device == GPU
+            assert training.step(a_batch()).device == GPU
             assert waits(gpu, f"retraining step, {name}") == []
         assert all(weight.device == GPU for weight in training.average.module.parameters())
 
@@ -104,7 +109,9 @@ def test_features_keep_their_type_where_they_grow(name: str):
         types, network = [], a_network().to(GPU)
         for module in network.modules():
             if isinstance(module, nn.Upsample) and module.scale_factor == 2:
-                module.register_forward_hook(lambda _, given, result: types.append((given[0].dtype, result.dtype)))
+                module.register_forward_hook(
+                    lambda _, given, result: types.append((given[0].dtype, result.dtype))
+                )
         with Precision(name, GPU).autocast():
             network(torch.rand(1, TASK.num_channels, *PATCH).to(GPU))
     expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
@@ -130,7 +137,10 @@ def test_augmentation_does_not_wait(chain: str):
     drawn = [augmentation.draw(seed, chosen) for seed in range(60)]
     assert {name for changes in drawn for name in changes} == {step.name for step in chosen}
     count = len(drawn)
-    images, labels = [torch.rand(1, *PATCH).half()] * count, [torch.zeros(1, *PATCH, dtype=torch.uint8)] * count
+    images, labels = (
+        [torch.rand(1, *PATCH).half()] * count,
+        [torch.zeros(1, *PATCH, dtype=torch.uint8)] * count,
+    )
     with a_gpu() as gpu:
         batch = loaders.augmented((images, labels, drawn, ["a"] * count), GPU, chosen)
         assert batch["image"].device == batch["label"].device == GPU
@@ -152,16 +162,24 @@ def a_case(*shape: int) -> Cases:
 @each_precision
 @pytest.mark.parametrize("large", [False, True], ids=["whole", "in slabs"])
 def test_validation_waits_for_the_case_and_for_what_is_found(name: str, large: bool, monkeypatch):
-    """A case goes to the GPU, its size being known; in slabs, windows go there and their scores come back."""
+    """A case goes to the GPU, its size being known; in slabs, windows go there and their scores
+    come back.
+    """
     monkeypatch.setattr(validation, "MANY_SCORES", 0 if large else 2**29)
     cases, window = a_case(40, 48, 64), SlidingWindow(PATCH, 0.25, 4)
     with a_gpu() as gpu:
         network = a_network().to(GPU)
         gpu.forget()
-        scores = validation.Validation(cases, TASK.num_classes, window, Precision(name, GPU), ALONE).scores(network)
+        run = a_run(Precision(name, GPU), ALONE)
+        run.stop_signal = StopSignal()
+        scores = validation.Validation(cases, TASK.num_classes, window, run)(network)
         assert scores.dice.shape == (1, TASK.num_classes - 1)
         found = waits(gpu, f"validation {'in slabs' if large else 'whole'}, {name}")
-        assert {wait.split(" at ")[0] for wait in found} <= {"a copy to the host", "a copy to the GPU", "a number"}
+        assert {wait.split(" at ")[0] for wait in found} <= {
+            "a copy to the host",
+            "a copy to the GPU",
+            "a number",
+        }
         windows = 2 * 2 * 3
         assert len(found) <= (4 * windows if large else 12)
 
@@ -174,9 +192,13 @@ def test_what_was_predicted_on_the_host_is_counted_on_the_gpu():
         assert overlaps.counts.device == GPU
 
 
-@pytest.mark.parametrize(("free", "to_the_host"), [(2**40, 64 // 8), (0, 3)], ids=["on the GPU", "on the CPU"])
+@pytest.mark.parametrize(
+    ("free", "to_the_host"), [(2**40, 64 // 8), (0, 3)], ids=["on the GPU", "on the CPU"]
+)
 def test_segmenting_slab_by_slab(free: int, to_the_host: int):
-    """Class scores come to the host as decided planes, eight at a time; or, where the GPU has no room, as windows."""
+    """Class scores come to the host as decided planes, eight at a time; or, where the GPU has no
+    room, as windows.
+    """
     image, window = np.random.rand(1, 40, 48, 64).astype(np.float32), SlidingWindow(PATCH, 0.25, 4)
     with a_gpu(free=free) as gpu:
         network = a_network().to(GPU)
@@ -194,8 +216,12 @@ def test_a_state_is_restored_on_the_gpu(name: str, tmp_path):
     def of(device: torch.device) -> checkpoint.Checkpoint:
         network, processes = a_network().to(device), Processes(0, 1, device)
         precision = Precision("fp32" if device.type == "cpu" and name == "fp16" else name, device)
-        training = steps.weights_training(network, network.parameters(), precision, processes, learning_rate=0.1)
-        parts = {"network": network, "optimizer": training.optimizer, "loss": losses.EpochLoss("loss", processes)}
+        training = a_training(network, precision, processes)
+        parts = {
+            "network": network,
+            "optimizer": training.optimizer,
+            "loss": losses.EpochLoss("loss", processes),
+        }
         return checkpoint.Checkpoint(tmp_path, {"processes": 1}, parts, precision, processes)
 
     of(torch.device("cpu")).save()
@@ -211,4 +237,6 @@ def test_a_state_is_restored_on_the_gpu(name: str, tmp_path):
 def test_the_precision_is_the_newest_and_says_what_fp32_is():
     with a_gpu():
         assert choose_precision("auto", ALONE).name == "bf16"
-        assert choose_precision("fp32", ALONE).describe(ALONE) == "1 x cuda in fp32, convolutions in TF32"
+        assert choose_precision("fp32", ALONE).describe(ALONE) == (
+            "1 x cuda in fp32, convolutions in TF32"
+        )

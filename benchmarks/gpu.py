@@ -1,14 +1,17 @@
 """Settles in one go what only a machine with a GPU can: whether all is right there, and how fast.
 
-    bash benchmarks/gpu.sh                                               at most 9 minutes on one GPU; see there
-    python benchmarks/gpu.py --output results.json --parts agrees steps  some of it
-    python benchmarks/gpu.py --output results.json --rehearse            all of it small, on the CPU, to try this script
+    bash benchmarks/gpu.sh                                               at most 9 minutes on one
+    GPU; see there python benchmarks/gpu.py --output results.json --parts agrees steps  some of it
+    python benchmarks/gpu.py --output results.json --rehearse            all of it small, on the
+    CPU, to try this script
 
-Needed are torch, monai, nibabel and what else requirements.txt names for running; no internet. Correctness comes first
-(gpu_checks.py), then speed (gpu_speed.py), then what takes whole runs. Each part is a process of its own, so that one
-that fails or hangs takes no other with it; they are forked from one that has imported what takes seconds. A part has
-the seconds of `SECONDS`, and what those before it have left; then it is killed. The file has what was found so far,
-also by the part that is running: `ok` is false where something was wrong, with the end of what it said.
+Needed are torch, monai, nibabel and what else requirements.txt names for running; no internet.
+Correctness comes first (gpu_checks.py), then speed (gpu_speed.py), then what takes whole runs. Each
+part is a process of its own, so that one that fails or hangs takes no other with it; they are
+forked from one that has imported what takes seconds. A part has the seconds of `SECONDS`, and what
+those before it have left; then it is killed. The file has what was found so far,
+also by the part that is running: `ok` is false where something was wrong, with the end of what it
+    said.
 """
 
 from __future__ import annotations
@@ -81,14 +84,20 @@ def main(args: argparse.Namespace) -> int:
 
 
 def start_server() -> None:
-    """Let processes be forked from one that has imported all that a part needs, and has not touched a GPU."""
+    """Let processes be forked from one that has imported all that a part needs, and has not touched
+    a GPU.
+    """
     CONTEXT.set_forkserver_preload([*MODULES])
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([*sys.path[:3], *PYTHON_PATH])):
         forkserver.ensure_running()
 
 
-def run(name: str, args: argparse.Namespace, folder: Path, left: float, results: dict[str, dict]) -> None:
-    """Run a part in a process of its own, or in this one in a rehearsal; put what it found into ``results``."""
+def run(
+    name: str, args: argparse.Namespace, folder: Path, left: float, results: dict[str, dict]
+) -> None:
+    """Run a part in a process of its own, or in this one in a rehearsal; put what it found into
+    ``results``.
+    """
     start, notes = time.monotonic(), folder / f"{name}.json"
     given = {"device": args.device, "small": args.rehearse, "folder": folder, "root": args.root}
     if args.rehearse:
@@ -111,7 +120,8 @@ def perform(name: str, notes: Path, seconds: float, **given) -> None:
     with said_of(notes).open("w") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
-    os.environ["PYTHONPATH"] = os.pathsep.join(PYTHON_PATH)  # for what it starts: without what was for the imports
+    # for what it starts: without what was for the imports
+    os.environ["PYTHONPATH"] = os.pathsep.join(PYTHON_PATH)
     part_of(name)(setting(notes, seconds=seconds - 2 * SECONDS_TO_END, **given))
 
 
@@ -121,7 +131,8 @@ def end(process: multiprocessing.Process, left: float, said: Path) -> dict:
     if process.is_alive():
         ended["why"] = f"no end after {left:.0f} s"
         for number, patience in ((signal.SIGTERM, SECONDS_TO_END), (signal.SIGKILL, None)):
-            with suppress(ProcessLookupError):  # its processes are in its session, but for launch/agent.py's: that ends
+            # its processes are in its session, but for launch/agent.py's: that ends
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)  # them, given SIGTERM
             process.join(patience)
     elif process.exitcode:
@@ -141,7 +152,9 @@ def part_of(name: str) -> Callable:
 def setting(notes: Path, seconds: float, **given):
     """Make what a part is given, a `gpu_checks.Setting`."""
     checks = importlib.import_module("gpu_checks")
-    return checks.Setting(found=checks.Findings(notes), deadline=time.monotonic() + seconds, **given)
+    return checks.Setting(
+        found=checks.Findings(notes), deadline=time.monotonic() + seconds, **given
+    )
 
 
 def said_of(notes: Path) -> Path:
@@ -165,14 +178,30 @@ def describe(result: dict) -> str:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = os.environ.get("DINTS_TASK04", CHECKOUT.parent / "shared" / "data" / "Task04_Hippocampus")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    data = os.environ.get(
+        "DINTS_TASK04", CHECKOUT.parent / "shared" / "data" / "Task04_Hippocampus"
+    )
     parser.add_argument("--output", type=Path, required=True, help="what was found, as JSON")
-    parser.add_argument("--parts", nargs="+", choices=SECONDS, default=list(SECONDS), help="(default: all, in order)")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=SECONDS,
+        default=list(SECONDS),
+        help="(default: all, in order)",
+    )
     parser.add_argument("--without", nargs="+", choices=SECONDS, default=[], help="leave these out")
-    parser.add_argument("--root", type=Path, default=data, help="Task04_Hippocampus, where it is there")
-    parser.add_argument("--patience", type=float, default=1, help="times the seconds that parts have (default: 1)")
-    parser.add_argument("--rehearse", action="store_true", help="small, on the CPU, all in one process")
+    parser.add_argument(
+        "--root", type=Path, default=data, help="Task04_Hippocampus, where it is there"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=1, help="times the seconds that parts have (default: 1)"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="small, on the CPU, all in one process"
+    )
     args = parser.parse_args(arguments)
     args.device = "cpu" if args.rehearse else "cuda"
     args.parts = [name for name in args.parts if name not in args.without]

@@ -1,4 +1,6 @@
-"""How fast it is on a GPU: the parts of gpu.py that measure, and in the end a search and a retraining of real cases."""
+"""How fast it is on a GPU: the parts of gpu.py that measure, and in the end a search and a
+retraining of real cases.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,13 @@ from functools import partial
 import steps as benchmark
 import torch
 from architectures import random_architecture
-from gpu_checks import SPACE, STAGE, Setting, a_batch, a_search, history, phantom, ran, training_of
+from gpu_checks import SPACE, STAGE, Setting, a_batch, history, phantom, ran, search_of
+from parts import a_training, half_way
 
-import search_dints
 from dints.network.architecture import save_architecture
 from dints.network.cost import counts
 from dints.network.discrete import DiscreteNetwork
 from dints.running.precision import Precision
-from dints.training import steps
 
 ROWS = ("retraining step, batch 2", "weights step", "architecture step", "validation, 4 windows")
 LONGEST = 20  # kernels that a profile lists
@@ -28,13 +29,18 @@ KEYS = ("candidate", "channel_mul", "iterations", "seconds", "dice")
 
 
 def published_against_ours(setting: Setting) -> None:
-    """Time the published recipe against ours, as benchmarks/steps.py does: seconds, kernels, waits."""
+    """Time the published recipe against ours, as benchmarks/steps.py does: seconds, kernels,
+    waits.
+    """
     size, repeats = ("small", 1) if setting.small else ("published", 5)
     flags = (
-        f"--device {setting.device} --precision bf16 --size {size} --repeats {repeats} --seconds_per_row 6 --no_memory"
+        f"--device {setting.device} --precision bf16 --size {size} --repeats {repeats} "
+        "--seconds_per_row 6 --no_memory"
     )
     args = benchmark.parse_args(flags.split())
-    rows = benchmark.build_rows(args, setting.processes, Precision("bf16", setting.processes.device))
+    rows = benchmark.build_rows(
+        args, setting.processes, Precision("bf16", setting.processes.device)
+    )
     for name in ROWS[-1:] if setting.small else ROWS:
         setting.found[name] = benchmark.measure(name, rows[name], args, setting.processes.device)
 
@@ -67,14 +73,25 @@ def plain(
     precision, processes = Precision("bf16", setting.processes.device), setting.processes
     torch.manual_seed(0)
     width = 0.0625 if setting.small else size["train_channel_mul"]
-    network = DiscreteNetwork(benchmark.typical_architecture(), 1, benchmark.TASK.num_classes, width)
+    network = DiscreteNetwork(
+        benchmark.typical_architecture(), 1, benchmark.TASK.num_classes, width
+    )
     network = network.to(precision.device).to(memory_format=layout)
     network.checkpoint_activations = checkpoint_activations
-    image = torch.rand(2, 1, *[size["patch_size"]] * 3).to(precision.device).to(memory_format=layout)
+    image = (
+        torch.rand(2, 1, *[size["patch_size"]] * 3).to(precision.device).to(memory_format=layout)
+    )
     batch = {"image": image, "label": (image > 0.5).to(torch.uint8)}
-    training = training_of(network, precision, processes)
-    training.network = steps.computing(network, image.shape, precision, compile=how, cuda_graphs=cuda_graphs)
-    return partial(steps.weights_step, training, batch)
+    training = a_training(
+        network,
+        precision,
+        processes,
+        image.shape,
+        compile=how,
+        cuda_graphs=cuda_graphs,
+        average_decay=0.99,
+    )
+    return partial(training.step, batch)
 
 
 GRAPHS = "cuda graphs"
@@ -87,7 +104,8 @@ VARIANTS: dict[str, Callable[[Setting], Callable]] = {
 
 
 def timed(step: Callable[[], object], setting: Setting) -> dict:
-    """Return the first step's seconds, and of later ones the median, waited for one by one and ten by ten.
+    """Return the first step's seconds, and of later ones the median, waited for one by one and ten
+    by ten.
 
     And the memory at the peak of one, on a GPU.
     """
@@ -109,15 +127,17 @@ def profile(setting: Setting) -> None:
     setting.found["retraining step"] = kernels_of(plain(setting), setting)
     size = benchmark.SIZES["small" if setting.small else "published"]["patch_size"]
     flags = SPACE if setting.small else f"--channel_mul 0.5 --patch_size {size} {size} {size}"
-    supernet = a_search(flags, setting.processes, "bf16")
-    batch = a_batch(setting.processes.device, 1, supernet.input_shape[2:])
-    setting.found["weights step"] = kernels_of(lambda: search_dints.weights_step(supernet, batch), setting)
-    step = partial(search_dints.architecture_step, supernet, batch, 0.5)
+    supernet = search_of(flags, setting.processes, "bf16")
+    batch = a_batch(setting.processes.device, 1, supernet.arch.input_shape[2:])
+    setting.found["weights step"] = kernels_of(lambda: supernet.weights.step(batch), setting)
+    step = partial(half_way, supernet, batch)
     setting.found["architecture step"] = kernels_of(step, setting)
 
 
 def kernels_of(step: Callable[[], object], setting: Setting) -> dict:
-    """Profile a step after the first two; return its milliseconds, and the longest kernels as lines of text."""
+    """Profile a step after the first two; return its milliseconds, and the longest kernels as lines
+    of text.
+    """
     on_gpu, device = setting.device == "cuda", setting.processes.device
     for _ in range(0 if setting.small else 2):
         step()
@@ -127,7 +147,10 @@ def kernels_of(step: Callable[[], object], setting: Setting) -> dict:
         step()
         benchmark.synchronise(device)
     taken = {
-        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
+        event.key: (
+            event.self_device_time_total if on_gpu else event.self_cpu_time_total,
+            event.count,
+        )
         for event in profiled.key_averages()
         if not on_gpu or event.device_type.name == "CUDA"
     }
@@ -136,13 +159,16 @@ def kernels_of(step: Callable[[], object], setting: Setting) -> dict:
         "kernels": sum(count for _, count in taken.values()),
         "ms": round(sum(microseconds for microseconds, _ in taken.values()) / 1e3, 2),
         "longest": [
-            f"{microseconds / 1e3:9.3f} ms {count:5} x {name[:110]}" for name, (microseconds, count) in longest
+            f"{microseconds / 1e3:9.3f} ms {count:5} x {name[:110]}"
+            for name, (microseconds, count) in longest
         ],
     }
 
 
 def activations(setting: Setting) -> None:
-    """Hold the activations that are counted against what a pass takes at its peak, beside weights and gradients."""
+    """Hold the activations that are counted against what a pass takes at its peak, beside weights
+    and gradients.
+    """
     device, width = setting.processes.device, 0.125 if setting.small else 1.0
     shape = (2, 1, *[32 if setting.small else 96] * 3)
     image = torch.rand(shape).to(device)
@@ -174,10 +200,16 @@ def peak_mib(network: torch.nn.Module, image: torch.Tensor, precision: Precision
 
 
 def candidates(setting: Setting) -> None:
-    """Let candidates compete at the published 12 x 4, and note how long each took, the first step included."""
+    """Let candidates compete at the published 12 x 4, and note how long each took, the first step
+    included.
+    """
     small = setting.small or not (setting.root / "dataset.json").is_file()
     root = phantom(setting) if small else setting.root
-    size = "--patch_size 16 16 16 --num_blocks 2 --num_depths 3" if setting.small else "--patch_size 32 32 32"
+    size = (
+        "--patch_size 16 16 16 --num_blocks 2 --num_depths 3"
+        if setting.small
+        else "--patch_size 32 32 32"
+    )
     folder, start = setting.folder / "candidates", time.monotonic()
     command = [sys.executable, "search_dints.py", "--root", root, "--num_folds", 4, *size.split()]
     command += ["--proposals", "by_hand", "random", "--candidates", 4, "--candidate_iterations"]
@@ -190,7 +222,9 @@ def candidates(setting: Setting) -> None:
 
 
 def loader(setting: Setting) -> None:
-    """Retrain at the published size from real files: seconds an iteration, and the share of it that waits for data."""
+    """Retrain at the published size from real files: seconds an iteration, and the share of it that
+    waits for data.
+    """
     setting.found["rates"] = rates(setting, 1)
 
 
@@ -203,18 +237,59 @@ def scaling(setting: Setting) -> None:
 
 
 def rates(setting: Setting, processes: int) -> dict:
-    """Retrain for a few epochs; return the first epoch's seconds an iteration, the later ones', and how these wait."""
+    """Retrain for a few epochs; return the first epoch's seconds an iteration, the later ones', and
+    how these wait.
+    """
     root = phantom(setting) if setting.small else phantom(setting, side=112)
     arch, folder = setting.folder / "typical.pth", setting.folder / f"on_{processes}"
     save_architecture(arch, benchmark.typical_architecture())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command = [*command, "train_dints.py", "--arch_ckpt", arch, "--root", root, "--num_folds", 4, "--resume", "never"]
-    size = "--patch_size 32 32 32 --channel_mul 0.0625" if setting.small else "--patch_size 96 96 96 --channel_mul 1"
-    command += [*size.split(), "--num_epochs_per_validation", 1000, "--overlap_ratio", 0, "--device", setting.device]
-    command += ["--num_epochs", 2 if setting.small else 20, "--num_images_per_batch", 2, "--precision", "bf16"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        processes,
+    ]
+    command = [
+        *command,
+        "train_dints.py",
+        "--arch_ckpt",
+        arch,
+        "--root",
+        root,
+        "--num_folds",
+        4,
+        "--resume",
+        "never",
+    ]
+    size = (
+        "--patch_size 32 32 32 --channel_mul 0.0625"
+        if setting.small
+        else ("--patch_size 96 96 96 --channel_mul 1")
+    )
+    command += [
+        *size.split(),
+        "--num_epochs_per_validation",
+        1000,
+        "--overlap_ratio",
+        0,
+        "--device",
+        setting.device,
+    ]
+    command += [
+        "--num_epochs",
+        2 if setting.small else 20,
+        "--num_images_per_batch",
+        2,
+        "--precision",
+        "bf16",
+    ]
     ran([*command, "--output_root", folder], setting)
     first, *others = history(folder)
-    seconds, waits = ([float(row[key]) for row in others] for key in ("seconds_per_iteration", "data_wait"))
+    seconds, waits = (
+        [float(row[key]) for row in others] for key in ("seconds_per_iteration", "data_wait")
+    )
     return {
         "s_per_iteration": statistics.median(seconds),
         "share_of_waiting": statistics.median(waits),
@@ -223,7 +298,9 @@ def rates(setting: Setting, processes: int) -> dict:
 
 
 def task04(setting: Setting) -> None:
-    """Search Task04 at the published 12 x 4, and retrain what is found; in a rehearsal a phantom, small."""
+    """Search Task04 at the published 12 x 4, and retrain what is found; in a rehearsal a phantom,
+    small.
+    """
     if setting.small:
         data = ["--root", phantom(setting), *STAGE.split()]
         search, train = ["--num_blocks", 2, "--num_depths", 3], []
@@ -231,19 +308,38 @@ def task04(setting: Setting) -> None:
         setting.found["left out"] = f"{setting.root} is not there"
         return
     else:
-        data = ["--root", setting.root, "--num_folds", 4, "--num_images_per_batch", 4, "--overlap_ratio", 0.25]
+        data = [
+            "--root",
+            setting.root,
+            "--num_folds",
+            4,
+            "--num_images_per_batch",
+            4,
+            "--overlap_ratio",
+            0.25,
+        ]
         search, train = [], ["--use_downsample", "no"]
     every = ["--num_epochs", 12, "--num_epochs_per_validation", 12, "--device", setting.device]
     search += ["--num_epochs_warmup", 4, "--learning_rate_arch", 0.02]
     setting.found["search"] = stage("search", setting, 100, *data, *every, *search)
     arch = max((setting.folder / "task04_search").glob("search_code_*.pth"))
-    setting.found["train"] = stage("train", setting, 400, *data, *every, *train, "--arch_ckpt", arch)
+    setting.found["train"] = stage(
+        "train", setting, 400, *data, *every, *train, "--arch_ckpt", arch
+    )
 
 
 def stage(name: str, setting: Setting, iterations: int, *flags: object) -> dict:
     """Run a stage; return its iterations, its seconds in all, and its last Dice."""
     start, folder = time.monotonic(), setting.folder / f"task04_{name}"
-    command = [sys.executable, f"{name}_dints.py", "--output_root", folder, "--recipe", "recommended", *flags]
+    command = [
+        sys.executable,
+        f"{name}_dints.py",
+        "--output_root",
+        folder,
+        "--recipe",
+        "recommended",
+        *flags,
+    ]
     said = ran([*command, "--num_iterations", 1 if setting.small else iterations], setting)
     return {
         "iterations": int(history(folder)[-1]["iteration"]),

@@ -28,15 +28,14 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dints.data.listing import ReadOptions  # noqa: E402
-from dints.network.discrete import DiscreteNetwork  # noqa: E402
-from dints.network.baselines import u_shaped  # noqa: E402
-
 from dints.data.cases import read_image_file  # noqa: E402  the checkout comes first on the path
+from dints.data.listing import ReadOptions  # noqa: E402
 from dints.data.nifti import read_header  # noqa: E402
 from dints.data.tasks import Task  # noqa: E402
 from dints.inference import slabs  # noqa: E402
 from dints.inference.predictor import Predictor  # noqa: E402
+from dints.network.baselines import u_shaped  # noqa: E402
+from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.network.model_file import Model  # noqa: E402
 
 CT = Task("CT", "CT", 1, ("background", "a", "b"), None, (-100.0, 300.0), (96, 96, 96))
@@ -104,7 +103,9 @@ def peak() -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     shape = {"type": int, "nargs": 3, "default": (256, 256, 128)}
     parser.add_argument("--shape", **shape, help="of the random CT, in voxels (256 256 128)")
     parser.add_argument("--image", type=Path, help="a volume to be timed instead")
@@ -113,7 +114,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="after one to warm up (3)")
     parser.add_argument("--memory", action="store_true", help="measure the memory, not the time")
     parser.add_argument("--classes", type=int, default=16, help="for --memory (16)")
-    parser.add_argument("--spacing", type=float, nargs=3, default=(1.0, 1.0, 1.0), help="in mm (1 1 1)")
+    parser.add_argument(
+        "--spacing", type=float, nargs=3, default=(1.0, 1.0, 1.0), help="in mm (1 1 1)"
+    )
     parser.add_argument("--at_once", action="store_true", help="keep the scores of a whole volume")
     return parser.parse_args()
 

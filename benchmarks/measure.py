@@ -14,8 +14,8 @@ from itertools import chain
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-# From the ground up: a module imports from its own group and from the levels below; two groups of one
-# level do not know each other.
+# From the ground up: a module imports from its own group and from the levels below; two groups of
+# one level do not know each other.
 LEVELS = (
     ("ground",),
     ("running",),
@@ -52,7 +52,9 @@ class Module:
         return parts[1] if len(parts) > 1 and parts[1] in chain(*LEVELS) else "ground"
 
     def functions(self) -> Iterator[tuple[str, FUNCTIONS]]:
-        """Give every function with its name, within its class if it has one; functions in functions are left out."""
+        """Give every function with its name, within its class if it has one; functions in functions
+        are left out.
+        """
         for node in self.tree.body:
             if isinstance(node, FUNCTIONS):
                 yield node.name, node
@@ -142,7 +144,9 @@ def reached(script: str, of: list[Module], graph: dict[str, set[str]]) -> list[M
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Return the modules that import each other in a circle, or lead into one; none, as it should be."""
+    """Return the modules that import each other in a circle, or lead into one; none, as it should
+    be.
+    """
     left = {module: set(imported) for module, imported in graph.items()}
     while free := [module for module, imported in left.items() if not imported & left.keys()]:
         for module in free:

@@ -1,10 +1,14 @@
-"""Computes what bounds a step on a GPU, without one: its kernels, the bytes that they move, and their FLOP.
+"""Computes what bounds a step on a GPU, without one: its kernels, the bytes that they move, and
+their FLOP.
 
-    python benchmarks/fake_gpu.py benchmarks/roofline.py   with the CUDA build of PyTorch, see fake_cuda.py
+    python benchmarks/fake_gpu.py benchmarks/roofline.py   with the CUDA build of PyTorch, see
+    fake_cuda.py
 
-Published size: 12 blocks and 4 resolutions, patches of 96x96x96, bf16. Of each call of an operation the longest counts
-of what a launch takes, of its bytes at the GPU's bandwidth and of its FLOP at its peak: no measurement, and a bound
-from below, for kernels reach neither, and an operation may be several kernels.
+Published size: 12 blocks and 4 resolutions, patches of 96x96x96, bf16. Of each call of an operation
+    the longest counts
+of what a launch takes, of its bytes at the GPU's bandwidth and of its FLOP at its peak: no
+measurement, and a bound from below, for kernels reach neither, and an operation may be several
+kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from fake_gpu import GPU, Gpu, OnGpu, a_gpu, is_there  # noqa: E402
 from dints.running.precision import Precision  # noqa: E402
 from dints.running.processes import Processes  # noqa: E402
 
-# NVIDIA's data sheet of the H100 SXM: memory, and bf16 without sparsity. A launch: what hosts take for small kernels.
+# NVIDIA's data sheet of the H100 SXM: memory, and bf16 without sparsity. A launch: what hosts take
+# for small kernels.
 BYTES_PER_SECOND, FLOP_PER_SECOND, SECONDS_OF_A_LAUNCH = 3.35e12, 989e12, 5e-6
 ROWS = ("weights step", "architecture step", "retraining step, batch 1", "retraining step, batch 2")
 
@@ -43,7 +48,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def calls(row: str, args: argparse.Namespace) -> list[list[OnGpu]]:
-    """Return what the published step and ours have the GPU do, after a first one that may set things up."""
+    """Return what the published step and ours have the GPU do, after a first one that may set
+    things up.
+    """
     with a_gpu() as gpu:
         options = argparse.Namespace(size=args.size, compile="off", checkpoint_activations=False)
         rows = benchmark.build_rows(options, Processes(0, 1, GPU), Precision("bf16", GPU))
@@ -58,16 +65,30 @@ def of_second_call(step: Callable[[], object], gpu: Gpu) -> list[OnGpu]:
 
 
 def describe(calls: list[OnGpu]) -> list[str]:
-    kernels, moved, flop = (sum(getattr(call, name) for call in calls) for name in ("kernels", "bytes", "flop"))
+    kernels, moved, flop = (
+        sum(getattr(call, name) for call in calls) for name in ("kernels", "bytes", "flop")
+    )
     seconds = kernels * SECONDS_OF_A_LAUNCH, moved / BYTES_PER_SECOND, flop / FLOP_PER_SECOND
     launch, move, compute = (f"{1e3 * value:.1f} ms" for value in seconds)
     bound = f"{1e3 * sum(map(bound_of, calls)):.1f} ms"
-    return [f"{kernels:,}", launch, f"{moved / 1e9:.1f}", move, f"{flop / 1e12:.2f}", compute, bound]
+    return [
+        f"{kernels:,}",
+        launch,
+        f"{moved / 1e9:.1f}",
+        move,
+        f"{flop / 1e12:.2f}",
+        compute,
+        bound,
+    ]
 
 
 def bound_of(call: OnGpu) -> float:
     """Return the seconds that a call takes at the least."""
-    times = call.kernels * SECONDS_OF_A_LAUNCH, call.bytes / BYTES_PER_SECOND, call.flop / FLOP_PER_SECOND
+    times = (
+        call.kernels * SECONDS_OF_A_LAUNCH,
+        call.bytes / BYTES_PER_SECOND,
+        call.flop / FLOP_PER_SECOND,
+    )
     return max(times)
 
 
@@ -86,10 +107,16 @@ def dearest(calls: list[OnGpu], count: int = 15) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=benchmark.SIZES, default="published", help="patch 32 or 96")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--size", choices=benchmark.SIZES, default="published", help="patch 32 or 96"
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="(default: all)")
-    parser.add_argument("--operations", action="store_true", help="also list each step's dearest operations")
+    parser.add_argument(
+        "--operations", action="store_true", help="also list each step's dearest operations"
+    )
     return parser.parse_args()
 
 

@@ -1,12 +1,14 @@
-"""Kills runs at random times, many times over, and looks at what is left: not part of the tests, for it takes minutes.
+"""Kills runs at random times, many times over, and looks at what is left: not part of the tests,
+for it takes minutes.
 
     OMP_NUM_THREADS=1 python benchmarks/soak.py --kills 50 --seed 0 --output soak.log
 
-Part A kills a process that does nothing but save a state of some 20 MB: the newest good state must be whole and at most
-one save old. Part B kills a small search, all its processes, and starts it again until it ends. Part C kills one of two
-ranks under search_dints.sh, which starts both again; part D does so on two nodes that are network namespaces (for root,
-where there is `ip`). Part E kills the segmenting of a batch. Each must end as an undisturbed one. The exit code is 1
-if anything differs.
+Part A kills a process that does nothing but save a state of some 20 MB: the newest good state must
+be whole and at most one save old. Part B kills a small search, all its processes, and starts it
+again until it ends. Part C kills one of two ranks under search_dints.sh, which starts both again;
+part D does so on two nodes that are network namespaces (for root, where there is `ip`). Part E
+kills the segmenting of a batch. Each must end as an undisturbed one. The exit code is 1 if anything
+differs.
 """
 
 from __future__ import annotations
@@ -50,9 +52,16 @@ LAUNCHER = ("bash", str(CHECKOUT / "search_dints.sh"))
 FP32, ALONE = Precision("fp32", torch.device("cpu")), Processes(0, 1, torch.device("cpu"))
 SETTINGS = {"processes": 1}
 IMAGES = 30  # of the batch
-SEARCH = "--patch_size 16 16 16 --spacing 5 5 5 --num_folds 3 --overlap_ratio 0 --device cpu --precision fp32"
-SEARCH += " --channel_mul 0.125 --num_blocks 2 --num_depths 3 --learning_rate_arch 0.1 --num_workers 1"
-SEARCH += " --num_epochs 24 --num_epochs_warmup 8 --num_epochs_per_validation 6 --save_minutes 0.002"
+SEARCH = (
+    "--patch_size 16 16 16 --spacing 5 5 5 --num_folds 3 --overlap_ratio 0 --device cpu "
+    "--precision fp32"
+)
+SEARCH += (
+    " --channel_mul 0.125 --num_blocks 2 --num_depths 3 --learning_rate_arch 0.1 --num_workers 1"
+)
+SEARCH += (
+    " --num_epochs 24 --num_epochs_warmup 8 --num_epochs_per_validation 6 --save_minutes 0.002"
+)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -99,13 +108,18 @@ def kill_saves(folder: Path, kills: int, rng: random.Random, tell: Callable[[str
         fault, found = judge(folder, known)
         known = known if found is None else found
         wrong += fault is not None
-        tell(f"save kill {number}: {len(lines)} saves, {partial} half written, found {found}: {fault or 'good'}")
+        tell(
+            f"save kill {number}: {len(lines)} saves, {partial} half written, found {found}: "
+            f"{fault or 'good'}"
+        )
     tell(f"{in_save} of {kills} kills came in the middle of a save")
     return wrong
 
 
 def state_of(folder: Path) -> tuple[torch.nn.Module, Checkpoint]:
-    """Make some 20 MB of weights, which are all to have the value of the iteration, and their checkpoint."""
+    """Make some 20 MB of weights, which are all to have the value of the iteration, and their
+    checkpoint.
+    """
     weights = torch.nn.ModuleList(torch.nn.Linear(512, 256) for _ in range(40))
     return weights, Checkpoint(folder, SETTINGS, {"state": weights}, FP32, ALONE)
 
@@ -126,7 +140,9 @@ def save_for_ever(folder: Path, writing: int) -> None:
 
 
 def judge(folder: Path, known: int) -> tuple[str | None, int | None]:
-    """Return what is wrong with the state that a new start finds, and its iteration; ``known``: of the last save."""
+    """Return what is wrong with the state that a new start finds, and its iteration; ``known``: of
+    the last save.
+    """
     try:
         with run_folder.opened(folder, ALONE):
             if list(folder.glob(".*.partial")):
@@ -154,13 +170,27 @@ class Search:
 
     def started(self, output: Path, *launcher: str, **more: object) -> subprocess.Popen:
         """Start search_dints.py, or search_dints.sh if the ``launcher`` ends with its name."""
-        script = [sys.executable, CHECKOUT / "search_dints.py", "--root", self.root, "--output_root", output]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "TASK": "Task00_Phantom"}
+        script = [
+            sys.executable,
+            CHECKOUT / "search_dints.py",
+            "--root",
+            self.root,
+            "--output_root",
+            output,
+        ]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHON": sys.executable,
+            "TASK": "Task00_Phantom",
+        }
         environment |= {"DATA_ROOT": str(self.root), "OUTPUT_ROOT": str(output), "FOLD": "0"}
         environment |= {name: str(value) for name, value in more.items()}
         with output.with_name(f"{output.name}.said").open("a") as said:
             streams = {"stdout": said, "stderr": said, "start_new_session": True}
-            return subprocess.Popen([*(launcher or script), *SEARCH.split()], env=environment, **streams)
+            return subprocess.Popen(
+                [*(launcher or script), *SEARCH.split()], env=environment, **streams
+            )
 
     def undisturbed(self, name: str, *launcher: str, **more: object) -> tuple[Path, float]:
         """Run it to its end; return its folder and the seconds that it took."""
@@ -199,25 +229,40 @@ class Search:
             shutil.rmtree(killed)  # it ended too soon: once more from the beginning
 
     def kill_one_of_two(self, kills: int, nodes: Sequence[tuple[str, str, str]] = ()) -> int:
-        """Kill one of two ranks (part C), or of two nodes (part D); return the number of wrong ends."""
+        """Kill one of two ranks (part C), or of two nodes (part D); return the number of wrong
+        ends.
+        """
         wrong = 0
         for number in range(1, kills + 1):
             straight, seconds = self.two_ranks
             what = f"{'node' if nodes else 'rank'} kill {number}"
             output, agents = self.folder / what, []
             for rank, (name, interface, address) in enumerate(nodes):
-                more = {"NUM_NODES": 2, "NODE_RANK": rank, "NUM_GPUS_PER_NODE": 1, "NODE_ADDR": address}
+                more = {
+                    "NUM_NODES": 2,
+                    "NODE_RANK": rank,
+                    "NUM_GPUS_PER_NODE": 1,
+                    "NODE_ADDR": address,
+                }
                 more |= {"MASTER_ADDR": nodes[0][2], "GLOO_SOCKET_IFNAME": interface}
                 agents.append(self.started(output, "ip", "netns", "exec", name, *LAUNCHER, **more))
             agents = agents or [self.started(output, *LAUNCHER, NUM_GPUS_PER_NODE=2)]
             place = self.kill_one(agents, seconds, output)
-            wrong += self.judge(f"{what}: {place}", straight, output, [agent.wait() for agent in agents])
+            wrong += self.judge(
+                f"{what}: {place}", straight, output, [agent.wait() for agent in agents]
+            )
         return wrong
 
     def kill_one(self, agents: list[subprocess.Popen], seconds: float, output: Path) -> str:
-        """Kill one process of a run at a random moment, mostly after its first save; return where that was."""
+        """Kill one process of a run at a random moment, mostly after its first save; return where
+        that was.
+        """
         early = self.rng.random() < 0.2
-        while not early and not (output / "latest.pth").exists() and all(agent.poll() is None for agent in agents):
+        while (
+            not early
+            and not (output / "latest.pth").exists()
+            and all(agent.poll() is None for agent in agents)
+        ):
             time.sleep(0.05)
         time.sleep(self.rng.uniform(0, 0.5 * seconds))
         while not (workers := [pid for agent in agents for pid in children(agent.pid)]):
@@ -242,14 +287,31 @@ class Search:
 
 
 def kill_batch(folder: Path, kills: int, rng: random.Random, tell: Callable[[str], None]) -> int:
-    """Kill the segmenting of a batch (part E) until it is done; return 1 if its masks are not those of another one."""
+    """Kill the segmenting of a batch (part E) until it is done; return 1 if its masks are not those
+    of another one.
+    """
     if kills == 0:
         return 0
     write_batch(folder)
 
     def started(name: str) -> subprocess.Popen:
-        flags = ["--checkpoint", folder / "model.pth", "--input", folder / "in", "--output_root", folder / name]
-        command = [sys.executable, CHECKOUT / "infer_dints.py", *flags, "--device", "cpu", "--precision", "fp32"]
+        flags = [
+            "--checkpoint",
+            folder / "model.pth",
+            "--input",
+            folder / "in",
+            "--output_root",
+            folder / name,
+        ]
+        command = [
+            sys.executable,
+            CHECKOUT / "infer_dints.py",
+            *flags,
+            "--device",
+            "cpu",
+            "--precision",
+            "fp32",
+        ]
         with (folder / f"{name}.said").open("a") as said:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             return subprocess.Popen(command, env=environment, stdout=said, stderr=said)
@@ -263,26 +325,48 @@ def kill_batch(folder: Path, kills: int, rng: random.Random, tell: Callable[[str
     tell(f"the undisturbed batch of {len(straight)} took {seconds:.1f} s")
     for number in range(1, kills + 1):
         process, before = started("killed"), len(masks("killed"))
-        while len(masks("killed")) == before < IMAGES - 1 and process.poll() is None and rng.random() < 0.99:
-            time.sleep(0.05)  # mostly until it has done another one, or its start would be all that is killed
+        while (
+            len(masks("killed")) == before < IMAGES - 1
+            and process.poll() is None
+            and rng.random() < 0.99
+        ):
+            # mostly until it has done another one, or its start would be all that is killed
+            time.sleep(0.05)
         time.sleep(rng.uniform(0, 1.5 * seconds / IMAGES))
         process.kill()
         process.wait()
         partial = len(list((folder / "killed").rglob(".*.partial")))
         tell(f"batch kill {number}: {len(masks('killed'))} masks, {partial} files half written")
     code = started("killed").wait()
-    equal = code == 0 and masks("killed") == straight and not list((folder / "killed").rglob(".*.partial"))
-    tell(f"after {kills} kills: {'all masks are' if equal else 'NOT all masks are'} byte-equal (exit code {code})")
+    equal = (
+        code == 0
+        and masks("killed") == straight
+        and not list((folder / "killed").rglob(".*.partial"))
+    )
+    tell(
+        f"after {kills} kills: {'all masks are' if equal else 'NOT all masks are'} byte-equal "
+        f"(exit code {code})"
+    )
     return int(not equal)
 
 
 def write_batch(folder: Path) -> None:
     """Write a model of random weights, and images that take it some tenths of a second each."""
     architecture = chain(0, 1, 0, num_depths=2)
-    task = Task("Toy", "CT", 1, ("background", "a"), spacing=None, intensity=(0.0, 1.0), patch_size=(16, 16, 16))
+    task = Task(
+        "Toy",
+        "CT",
+        1,
+        ("background", "a"),
+        spacing=None,
+        intensity=(0.0, 1.0),
+        patch_size=(16, 16, 16),
+    )
     torch.manual_seed(0)
     (folder / "in").mkdir(parents=True)
-    save_model(folder / "model.pth", DiscreteNetwork(architecture, 1, 2, 0.125), architecture, 0.125, task)
+    save_model(
+        folder / "model.pth", DiscreteNetwork(architecture, 1, 2, 0.125), architecture, 0.125, task
+    )
     for number in range(IMAGES):
         image = np.random.default_rng(number).random((64, 64, 64)).astype(np.float32)
         nib.save(nib.Nifti1Image(image, np.eye(4)), folder / f"in/{number:02}.nii.gz")
@@ -294,7 +378,9 @@ def children(pid: int) -> list[int]:
 
 @contextmanager
 def namespaces() -> Iterator[list[tuple[str, str, str]]]:
-    """Make two nodes with a network between them, and none with anything else; give name, interface and address."""
+    """Make two nodes with a network between them, and none with anything else; give name, interface
+    and address.
+    """
     nodes = [(f"dints{rank}", f"veth{rank}", f"10.77.0.{rank + 1}") for rank in (0, 1)]
 
     def ip(line: str) -> None:
@@ -321,15 +407,20 @@ def where(folder: Path) -> str:
         if (folder / name).exists():
             progress = progress_of(folder, name)
             return (
-                f"saved at iteration {progress['iteration']}, step {progress['step']} of epoch {progress['epoch'] + 1}"
+                f"saved at iteration {progress['iteration']}, step {progress['step']} of epoch "
+                f"{progress['epoch'] + 1}"
             )
     return "before the first save"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50, help="of saves")
-    parser.add_argument("--search_kills", type=int, default=10, help="of the search, all its processes")
+    parser.add_argument(
+        "--search_kills", type=int, default=10, help="of the search, all its processes"
+    )
     parser.add_argument("--rank_kills", type=int, default=20, help="of one of two ranks")
     parser.add_argument("--node_kills", type=int, default=3, help="of one of two nodes' processes")
     parser.add_argument("--batch_kills", type=int, default=20, help="of the segmenting of a batch")

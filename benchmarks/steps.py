@@ -1,12 +1,15 @@
-"""Time the published recipe in MONAI's calls against ours: the two alternate in one process, on the same input.
+"""Time the published recipe in MONAI's calls against ours: the two alternate in one process, on the
+same input.
 
     python benchmarks/steps.py
     python benchmarks/steps.py --device cuda --size published --precision bf16 --compile on
     python benchmarks/steps.py --rows decode "bilevel iteration" --repeats 9
 
-"speedup" is the median over the pairs of published/ours, with the smallest and the largest. "operations" are tensor
-operations per call on a CPU, kernels on a GPU; "syncs" are the places where a call waits for the GPU; "memory" is what
-a first call takes beyond what was held before it: resident memory, each in a process of its own, or GPU memory.
+"speedup" is the median over the pairs of published/ours, with the smallest and the largest.
+"operations" are tensor operations per call on a CPU, kernels on a GPU; "syncs" are the places where
+a call waits for the GPU; "memory" is what
+a first call takes beyond what was held before it: resident memory, each in a process of its own, or
+    GPU memory.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,8 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import published  # noqa: E402  (the repository is no package: its root must be on the path first)
+from parts import Search, a_search, a_training  # noqa: E402
 
-import search_dints  # noqa: E402
 from dints.data.tasks import TASKS  # noqa: E402
 from dints.network.architecture import Architecture  # noqa: E402
 from dints.network.discrete import DiscreteNetwork  # noqa: E402
@@ -66,24 +68,44 @@ def main(args: argparse.Namespace) -> None:
             print(json.dumps(memory_of_first_call(rows[row]()[side == "ours"], processes.device)))
             return
         print(describe_machine(processes.device, precision, args))
-        results = {name: measure(name, rows[name], args, processes.device) for name in args.rows or rows}
+        results = {
+            name: measure(name, rows[name], args, processes.device) for name in args.rows or rows
+        }
     print(table(results, processes.device))
     if args.output:
         args.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--size", choices=SIZES, default="small", help="patch 32 or 96, see SIZES")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of both sides")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="fp32",
+        help="of both sides",
+    )
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="of ours")
-    parser.add_argument("--checkpoint_activations", action="store_true", help="of ours: see train_dints.py -h")
-    parser.add_argument("--repeats", type=int, default=7, help="pairs per row, after one that is not counted")
-    parser.add_argument("--seconds_per_row", type=float, default=120, help="but no more pairs after so long and three")
+    parser.add_argument(
+        "--checkpoint_activations", action="store_true", help="of ours: see train_dints.py -h"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="pairs per row, after one that is not counted"
+    )
+    parser.add_argument(
+        "--seconds_per_row",
+        type=float,
+        default=120,
+        help="but no more pairs after so long and three",
+    )
     parser.add_argument("--rows", nargs="+", help="names of rows (default: all)")
     parser.add_argument("--no_memory", action="store_true", help="leave the memory columns out")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write all numbers as JSON")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="also write all numbers as JSON"
+    )
     parser.add_argument("--memory_of", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -91,7 +113,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def build_rows(
     args: argparse.Namespace, processes: running.Processes, precision: Precision
 ) -> dict[str, Callable[[], tuple[Call, Call]]]:
-    """Return for each row what builds its two calls, the published one first; nothing is built before its turn."""
+    """Return for each row what builds its two calls, the published one first; nothing is built
+    before its turn.
+    """
     size, device = SIZES[args.size], processes.device
 
     def batch(num_images: int) -> dict[str, torch.Tensor]:
@@ -101,21 +125,19 @@ def build_rows(
         label = torch.randint(0, TASK.num_classes, shape, generator=generator, dtype=torch.uint8)
         return {"image": image.to(device), "label": label.to(device)}
 
-    def searches() -> tuple[published.Search, search_dints.Supernet]:
+    def searches() -> tuple[published.Search, Search]:
         return twin_searches(args, size, processes, precision)
 
     def decode() -> tuple[Call, Call]:
         theirs, ours = searches()
-        return theirs.space.decode, ours.space.decode
+        return theirs.space.decode, ours.arch.space.decode
 
     def regularisers() -> tuple[Call, Call]:
         theirs, ours = searches()
         shape = batch(1)["image"].shape
 
         def our_loss() -> torch.Tensor:
-            return search_dints.architecture_loss(
-                search_dints.regularisers(ours.space, shape, ours.ram_budget), *ours.loss_settings
-            )
+            return ours.arch.loss()
 
         return lambda: theirs.architecture_loss(shape).backward(), lambda: our_loss().backward()
 
@@ -143,9 +165,9 @@ def build_rows(
 
         def run_ours() -> None:
             if weights:
-                search_dints.weights_step(ours, samples)
+                ours.weights.step(samples)
             if arch:
-                search_dints.architecture_step(ours, samples, RAMP)
+                ours.arch.step(samples, RAMP)
 
         return run_published, run_ours
 
@@ -155,20 +177,26 @@ def build_rows(
     def retraining(num_images: int) -> tuple[Call, Call]:
         samples, (theirs, ours) = batch(num_images), networks()
         ours.checkpoint_activations = args.checkpoint_activations
-        ours = training.weights_training(
-            training.compiled(ours, args.compile, device), ours.parameters(), precision, processes, learning_rate=0.025
+        ours = a_training(ours, precision, processes, compile=args.compile)
+        theirs = a_training(theirs, precision, processes)
+        theirs.optimizer, theirs.criterion = (
+            published.sgd(theirs.weights, 0.025),
+            published.criterion(),
         )
-        published_sgd, scaler = published.sgd(theirs.parameters(), 0.025), precision.scaler()
-        theirs = training.WeightsTraining(theirs, published_sgd, scaler, published.criterion(), precision)
-        return lambda: training.weights_step(theirs, samples), lambda: training.weights_step(ours, samples)
+        return lambda: theirs.step(samples), lambda: ours.step(samples)
 
     def window() -> tuple[Call, Call]:
         theirs, ours = networks()
         image, patch = batch(1)["image"].repeat(1, 1, 2, 1, 1), (size["patch_size"],) * 3
         sliding = SlidingWindow(patch, overlap=0.625, batch_size=6)
         return (
-            inferring(lambda: sliding_window_inference(image, patch, 6, theirs, 0.625, mode="gaussian"), precision),
-            inferring(lambda: sliding(image, training.compiled(ours, args.compile, device)), precision),
+            inferring(
+                lambda: sliding_window_inference(image, patch, 6, theirs, 0.625, mode="gaussian"),
+                precision,
+            ),
+            inferring(
+                lambda: sliding(image, training.compiled(ours, args.compile, device)), precision
+            ),
         )
 
     return {
@@ -184,32 +212,39 @@ def build_rows(
     }
 
 
-def twin_searches(args, size: dict, processes, precision) -> tuple[published.Search, search_dints.Supernet]:
+def twin_searches(args, size: dict, processes, precision) -> tuple[published.Search, Search]:
     """The published search and ours with the same weights and alphas."""
     torch.manual_seed(0)
     theirs = published.Search(12, 4, size["search_channel_mul"], 1, TASK.num_classes, precision)
     patch = [str(size["patch_size"])] * 3
-    flags = ["--root", ".", "--output_root", ".", "--channel_mul", str(size["search_channel_mul"])]
+    flags = ["--channel_mul", size["search_channel_mul"]]
     flags += ["--checkpoint_activations"] * args.checkpoint_activations
-    options = search_dints.parse_args([*flags, "--patch_size", *patch, "--compile", args.compile])
-    task = replace(TASK, patch_size=tuple(options.patch_size))
-    ours = search_dints.Supernet(options, task, precision, processes)
+    flags += ["--patch_size", *patch, "--compile", args.compile]
+    ours = a_search(flags, TASK, precision, processes)
     ours.network.load_state_dict(theirs.network.state_dict())
     return theirs, ours
 
 
-def twin_networks(channel_mul: float, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """MONAI's network and ours of one architecture that stands for found ones, with the same weights."""
+def twin_networks(
+    channel_mul: float, device: torch.device
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """MONAI's network and ours of one architecture that stands for found ones, with the same
+    weights.
+    """
     torch.manual_seed(0)
     architecture = typical_architecture()
     theirs = published.network(architecture, 1, TASK.num_classes, channel_mul)
     ours = DiscreteNetwork(architecture, 1, TASK.num_classes, channel_mul)
-    ours.load_state_dict(fitting_state(ours, theirs.state_dict(), "MONAI's network", ours.unused_stems))
+    ours.load_state_dict(
+        fitting_state(ours, theirs.state_dict(), "MONAI's network", ours.unused_stems)
+    )
     return theirs.to(device), ours.to(device)
 
 
 def typical_architecture() -> Architecture:
-    """What a space with random alphas decodes to: connected, with all five operations, in all 12 blocks."""
+    """What a space with random alphas decodes to: connected, with all five operations, in all 12
+    blocks.
+    """
     generator = torch.Generator().manual_seed(0)
     space = SearchSpace(channel_mul=0.0625, num_blocks=12, num_depths=4)
     with torch.no_grad():
@@ -226,7 +261,12 @@ def inferring(call: Call, precision: Precision) -> Call:
     return infer
 
 
-def measure(name: str, build: Callable[[], tuple[Call, Call]], args: argparse.Namespace, device: torch.device) -> dict:
+def measure(
+    name: str,
+    build: Callable[[], tuple[Call, Call]],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> dict:
     """All numbers of a row."""
     theirs, ours = build()
     result = {"seconds": [[], []]}
@@ -236,12 +276,23 @@ def measure(name: str, build: Callable[[], tuple[Call, Call]], args: argparse.Na
         if repeat > 0:  # the first calls warm up
             for seconds, new in zip(result["seconds"], pair, strict=True):
                 seconds.append(new)
-        print(f"{name}: pair {repeat} of {args.repeats}", *map(duration, pair), file=sys.stderr, flush=True)
+        print(
+            f"{name}: pair {repeat} of {args.repeats}",
+            *map(duration, pair),
+            file=sys.stderr,
+            flush=True,
+        )
         if repeat >= 3 and time.monotonic() > deadline:
             break
-    result["speedup"] = [theirs_took / ours_took for theirs_took, ours_took in zip(*result["seconds"], strict=True)]
-    compiled = args.compile == "on" and device.type == "cpu"  # a compiled graph cannot be counted there
-    result["operations"] = [count_operations(theirs, device), None if compiled else count_operations(ours, device)]
+    result["speedup"] = [
+        theirs_took / ours_took for theirs_took, ours_took in zip(*result["seconds"], strict=True)
+    ]
+    # a compiled graph cannot be counted there
+    compiled = args.compile == "on" and device.type == "cpu"
+    result["operations"] = [
+        count_operations(theirs, device),
+        None if compiled else count_operations(ours, device),
+    ]
     if device.type == "cuda":
         result["syncs"] = [count_syncs(call) for call in (theirs, ours)]
     with FlopCounterMode(display=False) as counter:
@@ -279,7 +330,9 @@ def count_operations(call: Call, device: torch.device) -> int:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             call()
             torch.cuda.synchronize()
-        return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
+        return sum(
+            event.count for event in profile.key_averages() if event.device_type.name == "CUDA"
+        )
     with OperationCounter() as counter:
         call()
     return counter.count
@@ -323,7 +376,8 @@ def memory_of_first_call(call: Call, device: torch.device) -> float:
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew; that of getrusage would be the parent's
+    # the peak starts anew; that of getrusage would be the parent's
+    Path("/proc/self/clear_refs").write_text("5")
     before = resident_kib("VmRSS")
     call()
     return max(0.0, (resident_kib("VmHWM") - before) / 1024)
@@ -335,7 +389,7 @@ def resident_kib(field: str) -> int:
 
 
 def describe_machine(device: torch.device, precision: Precision, args: argparse.Namespace) -> str:
-    """What the numbers hold for, and the ceilings that they can be held against."""
+    """What the numbers hold for, and the ceilings that they can be compared with."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
     else:
@@ -348,13 +402,16 @@ def describe_machine(device: torch.device, precision: Precision, args: argparse.
     product, copy = ceilings(device, precision)
     size = " ".join(f"{key} {value:g}" for key, value in SIZES[args.size].items())
     return (
-        f"{machine}, torch {torch.__version__}, {precision.name}, compile {args.compile}; 12 blocks, 4 depths, {size}\n"
-        f"ceilings measured now: matrix product {product:.3g} TFLOP/s, copy {copy:.3g} GB/s"
+        f"{machine}, torch {torch.__version__}, {precision.name}, compile {args.compile}; 12 "
+        f"blocks, 4 depths, {size}\nceilings measured now: matrix product {product:.3g} TFLOP/s, "
+        f"copy {copy:.3g} GB/s"
     )
 
 
 def ceilings(device: torch.device, precision: Precision) -> tuple[float, float]:
-    """TFLOP/s of a large matrix product in this precision, and GB/s (read + written) of a large copy."""
+    """TFLOP/s of a large matrix product in this precision, and GB/s (read + written) of a large
+    copy.
+    """
     size, megabytes = (8192, 4096) if device.type == "cuda" else (2048, 512)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.name]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -377,9 +434,14 @@ def table(results: dict[str, dict], device: torch.device) -> str:
         low, middle, high = (of(result["speedup"]) for of in (min, statistics.median, max))
         speed = f"{result['flop'] / medians[1] / 1e12:.3g}" if result["flop"] else ""
         cells = [name, *map(duration, medians), f"{middle:.3g} ({low:.3g} to {high:.3g})"]
-        cells += [" / ".join("-" if count is None else f"{count:,}" for count in result["operations"]), speed]
+        cells += [
+            " / ".join("-" if count is None else f"{count:,}" for count in result["operations"]),
+            speed,
+        ]
         cells += ["{} / {}".format(*result["syncs"])] if "syncs" in result else []
-        cells += ["{:,.0f} / {:,.0f}".format(*result["memory_mib"])] if "memory_mib" in result else []
+        cells += (
+            ["{:,.0f} / {:,.0f}".format(*result["memory_mib"])] if "memory_mib" in result else []
+        )
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

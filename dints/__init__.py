@@ -7,5 +7,6 @@ __version__ = "0.1.0"
 
 try:
     getpass.getuser()
-except (KeyError, ImportError, OSError):  # MONAI asks for the name as it is imported; a container's user often has none
+# MONAI asks for the name as it is imported; a container's user often has none
+except (KeyError, ImportError, OSError):
     os.environ["USER"] = "user"

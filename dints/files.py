@@ -32,22 +32,30 @@ def digest(path: str | Path) -> str:
 
 
 def internal_name(name: str, ending: str) -> str:
-    """Return the name of a file of our own beside one called ``name``: a digest in its place where that is too long."""
+    """Return the name of a file of our own beside one called ``name``: a digest in its place where
+    that is too long.
+    """
     if len(os.fsencode(name + ending)) > LONGEST_NAME:
         name = hashlib.blake2b(os.fsencode(name)).hexdigest()[:DIGITS]
     return name + ending
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Replace the file at ``path`` by ``content``; text may hold names of files that are not UTF-8."""
+    """Replace the file at ``path`` by ``content``; text may hold names of files that are not
+    UTF-8.
+    """
     with replacing(path) as file:
-        # Python holds such a byte as half a surrogate pair, which UTF-8 has no code for: it is written as \udcff.
-        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+        # Python holds such a byte as half a surrogate pair, which UTF-8 has no code for: it is
+        # written as \udcff.
+        file.write(
+            content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        )
 
 
 @contextmanager
 def replacing(path: str | Path, keep: Path | None = None) -> Iterator[io.BufferedWriter]:
-    """Give a file to write into, which takes the place of ``path`` once it is whole and on the disk.
+    """Give a file to write into, which takes the place of ``path`` once it is whole and on the
+    disk.
 
     Args:
         keep: what the file that was there is called from then on.
@@ -60,7 +68,8 @@ def replacing(path: str | Path, keep: Path | None = None) -> Iterator[io.Buffere
             try:
                 yield file
             except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # of which torch.save makes one that does not tell why
+                # of which torch.save makes one that does not tell why
+                if isinstance(error.__context__, OSError):
                     raise error.__context__ from error
                 raise
             file.flush()
@@ -77,13 +86,21 @@ def replacing(path: str | Path, keep: Path | None = None) -> Iterator[io.Buffere
 
 
 def reason(path: Path, error: OSError) -> str:
-    """Say why a file cannot be written: the system's own words name no file that stands where a folder should."""
+    """Say why a file cannot be written: the system's own words name no file that stands where a
+    folder should.
+    """
     there = next((folder for folder in path.parents if os.path.lexists(folder)), path.parent)
-    return f"{there} is a file: give a folder" if os.path.isfile(there) else error.strerror or str(error)
+    return (
+        f"{there} is a file: give a folder"
+        if os.path.isfile(there)
+        else error.strerror or str(error)
+    )
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Make a folder and write into it, before work begins that would be lost; ``flag`` is what names it."""
+    """Make a folder and write into it, before work begins that would be lost; ``flag`` is what
+    names it.
+    """
     probe = folder / f".probe.{os.getpid()}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,10 +112,12 @@ def check_folder(folder: Path, flag: str) -> None:
 
 @contextmanager
 def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
-    """Hold a lock on the file at ``path``, which is made if need be; it ends with the process that holds it.
+    """Hold a lock on the file at ``path``, which is made if need be; it ends with the process that
+    holds it.
 
     Raises:
-        BlockingIOError: another process, or another part of this one, holds it, and ``wait`` is not set.
+        BlockingIOError: another process, or another part of this one, holds it, and ``wait`` is not
+            set.
         OSError: the file cannot be made.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)

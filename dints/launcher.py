@@ -33,7 +33,8 @@ def local_world_size() -> int:
 
 
 def stop_with_launcher() -> None:
-    """Have SIGTERM stop this process, which saves, where its launcher dies without a word, as of SIGKILL.
+    """Have SIGTERM stop this process, which saves, where its launcher dies without a word, as of
+    SIGKILL.
 
     Only Linux can do that.
     """
@@ -42,11 +43,13 @@ def stop_with_launcher() -> None:
 
 
 def launches() -> list[str]:
-    """Name the launch and the SLURM job of this process, either of which may start it again by itself.
+    """Name the launch and the SLURM job of this process, either of which may start it again by
+    itself.
 
-    ``TORCHELASTIC_RUN_ID`` is no name: for several nodes it is a constant, and ``TORCHELASTIC_RESTART_COUNT``
-    differs between nodes. Error files lie in a folder that each launch makes for itself, with a random name:
-    PyTorch 2.11 to 2.13 call them <folder>/attempt_<restart>/<local rank>/error.json.
+    ``TORCHELASTIC_RUN_ID`` is no name: for several nodes it is a constant, and
+        ``TORCHELASTIC_RESTART_COUNT``
+    differs between nodes. Error files lie in a folder that each launch makes for itself, with a
+    random name: PyTorch 2.11 to 2.13 call them <folder>/attempt_<restart>/<local rank>/error.json.
     """
     names = []
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -57,9 +60,11 @@ def launches() -> list[str]:
 
 
 def restarted(names: Collection[str], noted: Collection[str]) -> list[str]:
-    """Return those of the `launches` of a run's processes that an earlier start of it has noted, and that began both.
+    """Return those of the `launches` of a run's processes that an earlier start of it has noted,
+    and that began both.
 
-    A SLURM job counts only once it was queued again: in an interactive one, a person may give a command twice.
+    A SLURM job counts only once it was queued again: in an interactive one, a person may give a
+        command twice.
     """
     requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
     return [name for name in names if name in noted and (requeued or name != _job())]

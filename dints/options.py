@@ -185,7 +185,9 @@ class Parser(argparse.ArgumentParser):
         self.group(COMMON)  # before all others
 
     def group(self, title: str) -> argparse._ArgumentGroup:
-        """Return the group of options of this title; help shows groups in the order of this call."""
+        """Return the group of options of this title; help shows groups in the order of this
+        call.
+        """
         if title not in self._titles:
             self._titles[title] = self.add_argument_group(title)
         return self._titles[title]
@@ -196,7 +198,8 @@ class Parser(argparse.ArgumentParser):
         namespace, extra = self.parse_known_args(words, namespace)
         if extra:
             self.error(
-                f"{shlex.join(extra)} belongs to no option: name it, and quote values that have spaces"
+                f"{shlex.join(extra)} belongs to no option: name it, and quote values that have "
+                "spaces"
             )
         return namespace
 
@@ -253,7 +256,9 @@ def path(text: str) -> Path:
 def number(
     kind: type, low: float, high: float = float("inf"), *, above: bool = False
 ) -> Callable[[str], float]:
-    """Make an argparse type: an ``int`` or ``float`` from ``low`` (or just above it) to ``high``."""
+    """Make an argparse type: an ``int`` or ``float`` from ``low`` (or just above it) to
+    ``high``.
+    """
 
     def parse(text: str) -> float:
         value = kind(text)

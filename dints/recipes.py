@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# By the options' names; an option that is given overrides its recipe's value. What each was measured to bring:
-# docs/recipes.md.
+# By the options' names; an option that is given overrides its recipe's value. What each was
+# measured to bring: docs/recipes.md.
 RECIPES = {
     "published": {
         "use_downsample": "yes",

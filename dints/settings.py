@@ -1,6 +1,7 @@
 """The groups of settings that more than one script has: each flag, its default and its help, once.
 
-A script's own groups stand in the script. See `dints.options` for how a command line is made of them.
+A script's own groups stand in the script. See `dints.options` for how a command line is made of
+them.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class DataSettings(Settings):
     def complaints(self) -> Iterable[str]:
         if self.fold not in (None, "all") and self.fold >= self.num_folds:
             yield (
-                f"--fold {self.fold} is not one of --num_folds {self.num_folds}: give 0 to {self.num_folds - 1}, or all"
+                f"--fold {self.fold} is not one of --num_folds {self.num_folds}: give 0 to "
+                f"{self.num_folds - 1}, or all"
             )
         window = self.intensity_range
         if window is not None and window[0] >= window[1]:
@@ -139,7 +141,8 @@ class LengthSettings(Settings):
         "epochs between two validations; the last epoch also ends with one", default=1, type=count
     )
     num_iterations: int | None = option(
-        "length of the run in iterations, however many processes share it: all numbers of epochs are scaled to it",
+        "length of the run in iterations, however many processes share it: all numbers of epochs "
+        "are scaled to it",
         common=True,
         default=None,
         type=count,
@@ -320,7 +323,8 @@ class RunSettings(Settings):
         type=number(float, 0),
     )
     warning_signal: str = option(
-        "signal that, as TERM and INT do, stops the run after saving; schedulers send it ahead of a time limit",
+        "signal that, as TERM and INT do, stops the run after saving; schedulers send it ahead of "
+        "a time limit",
         default="USR1",
         decides=False,
         choices=("USR1", "USR2", "HUP", "TERM"),
@@ -378,11 +382,13 @@ class SpaceSettings(Settings):
         choices=("yes", "no", "auto"),
     )
     keep_finest: bool = option(
-        "keep the path along the finest resolution active in every block (default: a path like any other)",
+        "keep the path along the finest resolution active in every block (default: a path like any "
+        "other)",
         default=False,
     )
     operations: tuple[str, ...] = option(
-        "operations that a path may hold, of the table in dints/network/operations.py (default: the published five)",
+        "operations that a path may hold, of the table in dints/network/operations.py (default: "
+        "the published five)",
         default=(),
         nargs="+",
         metavar="NAME",
@@ -394,7 +400,8 @@ class SupernetSettings(SpaceSettings):
     """Search space."""
 
     checkpoint: Path | None = option(
-        "weights to start from: latest.pth of a search in this space, or a state dict of MONAI's supernet",
+        "weights to start from: latest.pth of a search in this space, or a state dict of MONAI's "
+        "supernet",
         default=None,
         type=Path,
     )
@@ -411,7 +418,8 @@ class SearchLengthSettings(LengthSettings):
     def complaints(self) -> Iterable[str]:
         if self.num_epochs_warmup >= self.num_epochs:
             yield (
-                f"--num_epochs_warmup {self.num_epochs_warmup} must be below --num_epochs {self.num_epochs}"
+                f"--num_epochs_warmup {self.num_epochs_warmup} must be below --num_epochs "
+                f"{self.num_epochs}"
             )
 
     def scaled(self, steps_per_epoch: int) -> SearchLengthSettings:
@@ -449,7 +457,8 @@ class ArchSettings(Settings):
         choices=("published", "fixed"),
     )
     max_ram_ratio: float | None = option(
-        "write the most probable architecture within this share of the fixed budget (default: the most probable)",
+        "write the most probable architecture within this share of the fixed budget (default: the "
+        "most probable)",
         default=None,
         type=number(float, 0, 1),
     )
@@ -613,4 +622,7 @@ def recipe_line(settings: object, recipe: str) -> str:
     other = {name: RECIPES["recommended"][name] for name in fields}
     words = {k: " ".join(v) if isinstance(v, (list, tuple)) else v for k, v in other.items()}
     changes = ", ".join(f"--{name} {word}" for name, word in words.items())
-    return f"recipe: published, the paper's scripts' settings; --recipe recommended trains with {changes}"
+    return (
+        "recipe: published, the paper's scripts' settings; --recipe recommended trains with "
+        f"{changes}"
+    )

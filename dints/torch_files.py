@@ -37,35 +37,43 @@ _DAMAGE = (
 
 
 def load_safely(path: str | Path) -> object:
-    """Load plain values, tensors and NumPy arrays onto the CPU; nothing else in the file is ever called.
+    """Load plain values, tensors and NumPy arrays onto the CPU; nothing else in the file is ever
+    called.
 
     Raises:
         UserError: the file is missing, empty, truncated, foreign, or names a type beyond those.
     """
     try:
         with torch.serialization.safe_globals(_numpy_globals()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual pickles: what is wrong with one is said below
+            # about unusual pickles: what is wrong with one is said below
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251  the one place
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: {_meant_beside(Path(path))}") from error
     except IsADirectoryError as error:
         inside = ", ".join(sorted(file.name for file in Path(path).glob("*.pth"))[-3:])
         raise UserError(
-            f"{path} is a folder, not a file: give one{f' of those in it, as {inside}' if inside else ''}"
+            f"{path} is a folder, not a file: give "
+            f"one{f' of those in it, as {inside}' if inside else ''}"
         ) from error
     except pickle.UnpicklingError as error:
         wanted = _refused_global(str(error))
         if wanted:
             raise UserError(
-                f"{path} asks for {wanted} while loading; only tensors and NumPy arrays are accepted: do not trust it"
+                f"{path} asks for {wanted} while loading; only tensors and NumPy arrays are "
+                "accepted: do not trust it"
             ) from error
         raise UserError(f"{path} is damaged or not a PyTorch file: give another") from error
     except _DAMAGE as error:
-        raise UserError(f"{path} is damaged or not a PyTorch file ({type(error).__name__}): give another") from error
+        raise UserError(
+            f"{path} is damaged or not a PyTorch file ({type(error).__name__}): give another"
+        ) from error
 
 
 def is_plain(content: object) -> bool:
-    """Tell whether it is text, numbers, None, and lists and dicts of them, neither nested nor long without reason."""
+    """Tell whether it is text, numbers, None, and lists and dicts of them, neither nested nor long
+    without reason.
+    """
     left, waiting = MAX_VALUES, [(content, 0)]
     while waiting:
         value, depth = waiting.pop()
@@ -90,8 +98,15 @@ def is_plain(content: object) -> bool:
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
-    """Tell whether its numbers are all in the file; some are meta or sparse, or repeat one number."""
-    if tensor.device.type != "cpu" or tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
+    """Tell whether its numbers are all in the file; some are meta or sparse, or repeat one
+    number.
+    """
+    if (
+        tensor.device.type != "cpu"
+        or tensor.is_nested
+        or tensor.layout is not torch.strided
+        or tensor.is_quantized
+    ):
         return False
     return tensor.nbytes <= tensor.untyped_storage().nbytes()
 

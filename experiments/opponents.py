@@ -1,11 +1,13 @@
-"""Run a stage with one of MONAI's networks in the discrete network's place: the opponents of the experiments.
+"""Run a stage with one of MONAI's networks in the discrete network's place: the opponents of the
+experiments.
 
-    python experiments/opponents.py dynunet train_dints.py --arch_ckpt ANY --root ... --output_root ...
-    python experiments/opponents.py dynunet infer_dints.py --checkpoint ... --root ...
+    python experiments/opponents.py dynunet train_dints.py --arch_ckpt ANY --root ... --output_root
+    ... python experiments/opponents.py dynunet infer_dints.py --checkpoint ... --root ...
 
-Data, loss, schedule, validation and files are the stage's own. ARCH_CKPT is read and not built; --channel_mul scales
-the opponent's channels. Its layers stay MONAI's: on a CPU in bf16 a patch should have 12 voxels an axis or more, lest
-PyTorch's gradients be what lay in memory before (dints/network/fast/layers.py).
+Data, loss, schedule, validation and files are the stage's own. ARCH_CKPT is read and not built;
+--channel_mul scales the opponent's channels. Its layers stay MONAI's: on a CPU in bf16 a patch
+should have 12 voxels an axis or more, lest PyTorch's gradients be what lay in memory before
+(dints/network/fast/layers.py).
 """
 
 from __future__ import annotations
@@ -50,13 +52,18 @@ def segresnet(in_channels: int, num_classes: int, channel_mul: float) -> nn.Modu
     )
 
 
-OPPONENTS: dict[str, Callable[[int, int, float], nn.Module]] = {"dynunet": dynunet, "segresnet": segresnet}
+OPPONENTS: dict[str, Callable[[int, int, float], nn.Module]] = {
+    "dynunet": dynunet,
+    "segresnet": segresnet,
+}
 
 
 def take_place(name: str, stage: ModuleType) -> None:
     """Have a stage build the opponent where it would build the discrete network."""
 
-    def build(_architecture: object, in_channels: int, num_classes: int, channel_mul: float = 1.0) -> nn.Module:
+    def build(
+        _architecture: object, in_channels: int, num_classes: int, channel_mul: float = 1.0
+    ) -> nn.Module:
         opponent = OPPONENTS[name](in_channels, num_classes, channel_mul)
         opponent.unused_stems = ()
         return opponent

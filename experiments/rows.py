@@ -1,7 +1,10 @@
-"""What the experiments are: searches and trainings, each a row with the commands that run it and the line it leaves.
+"""What the experiments are: searches and trainings, each a row with the commands that run it and
+the line it leaves.
 
-All are of Task04_Hippocampus, on a CPU, a process of one thread on a core of its own. What a row's commands find is
-measured on its fold: folds 0 and 1 take part in choices of recipes, 2 and 3 in none. Searches see none of the cases
+All are of Task04_Hippocampus, on a CPU, a process of one thread on a core of its own. What a row's
+commands find is
+measured on its fold: folds 0 and 1 take part in choices of recipes, 2 and 3 in none. Searches see
+    none of the cases
 of the fold that their winners are scored on.
 """
 
@@ -44,7 +47,8 @@ class Network:
 
     Attributes:
         channel_mul: of an arch file in experiments/architectures, or of one of opponents.py.
-        seconds: of a step of `BATCH_SIZE` patches on one idle core of an AMD EPYC (Zen 4): how many steps a row has.
+        seconds: of a step of `BATCH_SIZE` patches on one idle core of an AMD EPYC (Zen 4): how many
+            steps a row has.
         speedup_of_two: of two processes on two cores over one on one, the other idle.
     """
 
@@ -70,7 +74,8 @@ RECIPES = {
     "nnunet": "--recipe recommended --augmentation nnunet",
     "published-augmentation": "--recipe recommended --augmentation published",
 }
-SHORT = [name for name in RECIPES if name != "published-augmentation"]  # short ones have it by the recommended recipe
+# short ones have it by the recommended recipe
+SHORT = [name for name in RECIPES if name != "published-augmentation"]
 TIMES_AS_LONG = {"half-resolution": 0.59}
 # One validation, at the end: each training has the whole of its time.
 TRAINING = "--learning_rate 0.05 --num_epochs 100 --num_epochs_per_validation 100"
@@ -79,13 +84,18 @@ TRAINING += " --overlap_ratio 0 --num_workers 0 --cache ram"
 EQUAL_ITERATIONS = 2000  # of trainings at equal memory
 NUM_RANDOM = 8  # random architectures that they are compared with
 SPACE = "--num_blocks 5 --num_depths 3 --keep_finest"
-GRADIENT = "--channel_mul 0.25 --num_images_per_batch 2 --num_epochs 16 --num_epochs_warmup 6 --learning_rate_arch 0.02"
+GRADIENT = (
+    "--channel_mul 0.25 --num_images_per_batch 2 --num_epochs 16 --num_epochs_warmup 6 "
+    "--learning_rate_arch 0.02"
+)
 GRADIENT += " --num_epochs_per_validation 16 --ram_budget fixed --factor_ram_cost 0.5"
 COMMON = "--overlap_ratio 0.25 --num_workers 0 --cache ram"
 COMPETITION = "--num_iterations 800"
-# Candidates of each kind of search. The control has as many more as the gradient search before the other takes time.
+# Candidates of each kind of search. The control has as many more as the gradient search before the
+# other takes time.
 SEARCHES = {"search": 16, "control": 24}
-BUDGETS = {30.0: ("search", "control"), 60.0: ("control",)}  # MiB, and the kinds of searches: the first told enough
+# MiB, and the kinds of searches: the first told enough
+BUDGETS = {30.0: ("search", "control"), 60.0: ("control",)}
 SEARCH_SEEDS, TRAINING_SEEDS = (0, 1, 2), (0, 1)
 
 
@@ -132,19 +142,47 @@ class Training:
         return filling(self.network, self.memory_mib)
 
     def commands(self, root: Path, folder: Path) -> list[list[object]]:
-        """Return what trains it, on as many cores as it has processes, and then what scores it, on one."""
+        """Return what trains it, on as many cores as it has processes, and then what scores it, on
+        one.
+        """
         # An opponent's stages read some architecture and do not build it.
         opponent = [HERE / "opponents.py", self.network] if self.network in OPPONENTS else []
         architecture = folder.with_suffix(".pth")
         save_architecture(architecture, architecture_of(U if opponent else self.network))
         data = ["--root", root, "--fold", self.fold, "--num_folds", NUM_FOLDS]
-        train = ["--arch_ckpt", architecture, "--channel_mul", self.channel_mul, "--seed", self.seed]
-        train += ["--num_images_per_batch", BATCH_SIZE // self.processes, "--num_iterations", self.iterations]
+        train = [
+            "--arch_ckpt",
+            architecture,
+            "--channel_mul",
+            self.channel_mul,
+            "--seed",
+            self.seed,
+        ]
+        train += [
+            "--num_images_per_batch",
+            BATCH_SIZE // self.processes,
+            "--num_iterations",
+            self.iterations,
+        ]
         train += [*TRAINING.split(), *RECIPES[self.recipe].split(), "--output_root", folder]
-        infer = ["--checkpoint", folder / "best_metric_model.pth", "--output_root", folder / "segmentations"]
-        launched = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", self.processes]
+        infer = [
+            "--checkpoint",
+            folder / "best_metric_model.pth",
+            "--output_root",
+            folder / "segmentations",
+        ]
+        launched = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            self.processes,
+        ]
         launched = launched if self.processes > 1 else []
-        return [[*launched, *opponent, "train_dints.py", *data, *train], [*opponent, "infer_dints.py", *data, *infer]]
+        return [
+            [*launched, *opponent, "train_dints.py", *data, *train],
+            [*opponent, "infer_dints.py", *data, *infer],
+        ]
 
     def result(self, folder: Path) -> dict:
         """Gather what is to be known about a row that is done."""
@@ -154,7 +192,10 @@ class Training:
             for line in _table(folder / "segmentations" / "scores.csv")
         }
         names = {name: None for case in cases.values() for name in case}
-        classes = {name: statistics.mean(case[name] for case in cases.values() if name in case) for name in names}
+        classes = {
+            name: statistics.mean(case[name] for case in cases.values() if name in case)
+            for name in names
+        }
         return {
             **asdict(self),
             "iterations": self.iterations,
@@ -204,19 +245,35 @@ class Search:
         if self.kind == "search":
             yield ["search_dints.py", *data, *GRADIENT.split(), "--output_root", folder]
             given = ["--arch_ckpt", *folder.glob("search_code_[0-9]*.pth")]
-        competition = [*COMPETITION.split(), "--candidates", SEARCHES[self.kind], "--memory_mib", self.memory_mib]
+        competition = [
+            *COMPETITION.split(),
+            "--candidates",
+            SEARCHES[self.kind],
+            "--memory_mib",
+            self.memory_mib,
+        ]
         yield ["evolve_dints.py", *data, *competition, *given, "--output_root", folder]
 
     def result(self, folder: Path) -> dict:
-        """Keep what was found as arch files, which are committed, and return the course of the competition."""
+        """Keep what was found as arch files, which are committed, and return the course of the
+        competition.
+        """
         shutil.copy(folder / "search_code_winner.pth", ARCHITECTURES / f"{self.name}.pth")
         gradient, losses = 0.0, folder / "loss_history.csv"
         if losses.exists():
-            gradient, (found,) = float(_table(losses)[-1]["seconds"]), folder.glob("search_code_[0-9]*.pth")
+            gradient, (found,) = (
+                float(_table(losses)[-1]["seconds"]),
+                folder.glob("search_code_[0-9]*.pth"),
+            )
             shutil.copy(found, ARCHITECTURES / f"{self._gradient}.pth")
         candidates = _table(folder / "candidates.csv")
         seconds = gradient + sum(float(row["seconds"]) for row in candidates)
-        return {**asdict(self), "seconds": seconds, "gradient_seconds": gradient, "candidates": candidates}
+        return {
+            **asdict(self),
+            "seconds": seconds,
+            "gradient_seconds": gradient,
+            "candidates": candidates,
+        }
 
 
 Row = Training | Search
@@ -239,18 +296,28 @@ def equal_time() -> list[Row]:
         rows += [Training(U, recipe, 6, fold, 0) for recipe in ("published", "recommended")]
         rows += [Training(network, "recommended", 6, fold, 0) for network in opponents]
     rows += [
-        Training(U, recipe, 24, fold, 0) for fold in (0, 1) for recipe in ("recommended", "published-augmentation")
+        Training(U, recipe, 24, fold, 0)
+        for fold in (0, 1)
+        for recipe in ("recommended", "published-augmentation")
     ]
-    rows += [Training(U, "nnunet", 12, fold, 0) for fold in (0, 1)]  # at which length `auto` should change
+    # at which length `auto` should change
+    rows += [Training(U, "nnunet", 12, fold, 0) for fold in (0, 1)]
     rows += [Training(U, "recommended", 12, 1, 0)]
     for minutes in (3, 12, 24, 48):  # how Dice grows with time: each length has its own schedule
-        rows += [Training(network, "recommended", minutes, 0, 0) for network in (U, "dynunet", "segresnet")]
+        rows += [
+            Training(network, "recommended", minutes, 0, 0)
+            for network in (U, "dynunet", "segresnet")
+        ]
     rows += [Training(network, "recommended", 60, 0, 0) for network in (U, "dynunet")]
-    return rows + [Training(network, "recommended", 10, 0, 0, processes=2) for network in (U, "dynunet")]
+    return rows + [
+        Training(network, "recommended", 10, 0, 0, processes=2) for network in (U, "dynunet")
+    ]
 
 
 def equal_memory(fold: int = 2) -> list[Row]:
-    """List what searches are compared by: what they found, and what costs no search, trained alike at equal memory."""
+    """List what searches are compared by: what they found, and what costs no search, trained alike
+    at equal memory.
+    """
     rows = []
     for memory, kinds in BUDGETS.items():
         searches = [Search(kind, memory, fold, seed) for seed in SEARCH_SEEDS for kind in kinds]
@@ -259,7 +326,9 @@ def equal_memory(fold: int = 2) -> list[Row]:
         names += [f"gradient_fold{fold}_seed{seed}" for seed in SEARCH_SEEDS]
         rows += searches
         for seed in TRAINING_SEEDS:
-            rows += [Training(name, "recommended", None, fold, seed, memory_mib=memory) for name in names]
+            rows += [
+                Training(name, "recommended", None, fold, seed, memory_mib=memory) for name in names
+            ]
     return rows
 
 
@@ -270,7 +339,9 @@ def is_ready(row: Row) -> bool:
 
 
 def architecture_of(name: str) -> Architecture:
-    """Return the architecture of a file in experiments/architectures, or the random one with a number."""
+    """Return the architecture of a file in experiments/architectures, or the random one with a
+    number.
+    """
     if name.startswith("random_"):
         return random_architectures()[int(name.removeprefix("random_"))]
     return load_architecture(ARCHITECTURES / f"{name}.pth")
@@ -282,7 +353,9 @@ def random_architectures() -> list[Architecture]:
     task, seed = TASKS["Task04_Hippocampus"], 1000
     shape = BATCH_SIZE, task.num_channels, *task.patch_size
     limits = Limits(max(BUDGETS), 5, 3, PUBLISHED, False, True, shape, task.num_classes)
-    return [candidate.architecture for candidate in proposed(NUM_RANDOM, ["random"], limits, (), seed)]
+    return [
+        candidate.architecture for candidate in proposed(NUM_RANDOM, ["random"], limits, (), seed)
+    ]
 
 
 @cache
@@ -291,7 +364,9 @@ def filling(network: str, memory_mib: float) -> float:
     task = TASKS["Task04_Hippocampus"]
     size = task.num_channels, task.num_classes
     if network not in OPPONENTS:
-        return fitting_channel_mul(architecture_of(network), memory_mib, *size, task.patch_size, BATCH_SIZE)
+        return fitting_channel_mul(
+            architecture_of(network), memory_mib, *size, task.patch_size, BATCH_SIZE
+        )
     steps, shape = 2, (BATCH_SIZE, task.num_channels, *task.patch_size)
     while _step_mib(partial(OPPONENTS[network], *size, (steps + 1) / 32), shape) <= memory_mib:
         steps += 1
@@ -304,13 +379,17 @@ def _step_mib(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> float:
 
 
 def counted(network: str, model: dict) -> dict[str, float]:
-    """Count parameters, and the multiply-adds and activations of a training step's forward pass, of a model file."""
+    """Count parameters, and the multiply-adds and activations of a training step's forward pass, of
+    a model file.
+    """
     task = Task.from_dict(model["task"])
     settings = task.num_channels, task.num_classes, model["channel_mul"]
     if network in OPPONENTS:
         make = partial(OPPONENTS[network], *settings)
     else:
-        make = partial(DiscreteNetwork, architecture_from_dict(model["architecture"], network), *settings)
+        make = partial(
+            DiscreteNetwork, architecture_from_dict(model["architecture"], network), *settings
+        )
     return counts(make, (BATCH_SIZE, task.num_channels, *task.patch_size))
 
 

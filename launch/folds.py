@@ -1,16 +1,17 @@
-"""Train every fold, segment the cases that it did not train on, and score all: train_dints.sh with FOLD=each.
+"""Train every fold, segment the cases that it did not train on, and score all: train_dints.sh with
+FOLD=each.
 
     FOLD=each NUM_FOLDS=5 bash train_dints.sh --num_epochs 400
     FOLD=each sbatch --array=0-4 launch/dints.sbatch train_dints.sh --num_epochs 400
     FOLD=each ARCH_CKPT='runs/search_fold{fold}/search_code_winner.pth' bash train_dints.sh
 
-Fold k is trained into OUTPUT_ROOT/fold_k, its validation cases are segmented into OUTPUT_ROOT/out_of_fold/fold_k,
-and fold_k/done.json notes the request, so that the same command skips it. When all folds are done,
-dints.evaluation.cross_validation chooses the post-processing and makes the table. What is unfinished is continued
-by train_dints.py and infer_dints.py themselves.
+Fold k is trained into OUTPUT_ROOT/fold_k, its validation cases are segmented into
+OUTPUT_ROOT/out_of_fold/fold_k, and fold_k/done.json notes the request, so that the same command
+skips it. When all folds are done, dints.evaluation.cross_validation chooses the post-processing and
+makes the table. What is unfinished is continued by train_dints.py and infer_dints.py themselves.
 
-An array task does its own fold. It writes its note, and looks for those of the others, under a lock: so exactly one
-task, the last, finds all of them, and makes the table.
+An array task does its own fold. It writes its note, and looks for those of the others, under a
+lock: so exactly one task, the last, finds all of them, and makes the table.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ REFUSED = {
     "--check": "set FOLD=0, which checks all cases",
     "--resume": "leave it out, and set another OUTPUT_ROOT to start afresh",
 }
-# Options of a training, with their number of values, that segmenting and scoring its cases have too.
+# Options of a training, with their number of values, that segmenting and scoring its cases have
+# too.
 OF_SCORES = {"--json": 1, "--json_key": 1, "--trust_shapes": 0}
 OF_MASKS = {"--replace_nonfinite": 1, "--num_sw_batch_size": 1, "--device": 1, "--precision": 1}
 OF_MASKS |= {"--timeout_minutes": 1, **OF_SCORES}
@@ -57,7 +59,8 @@ class Folds:
 
     Attributes:
         arguments: of train_dints.py, beside those that the environment gives.
-        arch_ckpt: the architecture's file; {fold} in it stands for a fold's number, so that each has its own.
+        arch_ckpt: the architecture's file; {fold} in it stands for a fold's number, so that each
+            has its own.
         own: the folds that are this process's.
     """
 
@@ -81,7 +84,9 @@ class Folds:
         return self.output_root / f"fold_{fold}" / "done.json"
 
     def given(self, flags: Mapping[str, int]) -> dict[str, str | bool]:
-        """Return those of the arguments whose flags are named, with their values; True for one without."""
+        """Return those of the arguments whose flags are named, with their values; True for one
+        without.
+        """
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for flag, count in flags.items():
             parser.add_argument(flag, dest=flag, **({} if count else {"action": "store_true"}))
@@ -93,12 +98,16 @@ class Folds:
         return [word for pair in self.given(flags).items() for word in pair if word is not True]
 
     def check(self) -> None:
-        """Refuse, before any training, folds without an architecture, and cases that cannot be split or scored."""
-        missing = {str(path): None for path in map(self.architecture, self.own) if not path.is_file()}
+        """Refuse, before any training, folds without an architecture, and cases that cannot be
+        split or scored.
+        """
+        missing = {
+            str(path): None for path in map(self.architecture, self.own) if not path.is_file()
+        }
         if missing:
             raise UserError(
-                f"ARCH_CKPT={self.arch_ckpt}, but there is no {', no '.join(missing)}: run search_dints.sh for it, "
-                "or set ARCH_CKPT to an architecture file"
+                f"ARCH_CKPT={self.arch_ckpt}, but there is no {', no '.join(missing)}: run "
+                "search_dints.sh for it, or set ARCH_CKPT to an architecture file"
             )
         given = self.given(OF_SCORES)
         key = given.get("--json_key", "training")
@@ -114,12 +123,20 @@ class Folds:
 
     def is_done(self, fold: int) -> bool:
         """Tell whether a fold was trained for the same request, and its cases segmented."""
-        made = (self.architecture(fold), self.model(fold), self.masks(fold) / "run.json", self.note(fold))
-        return all(path.is_file() for path in made) and self.note(fold).read_text() == self.request(fold)
+        made = (
+            self.architecture(fold),
+            self.model(fold),
+            self.masks(fold) / "run.json",
+            self.note(fold),
+        )
+        return all(path.is_file() for path in made) and self.note(fold).read_text() == self.request(
+            fold
+        )
 
 
 def run(command: Sequence[object], **environment: object) -> None:
-    """Run a command to its end, and forward signals to it; where it fails or was stopped, exit with its code.
+    """Run a command to its end, and forward signals to it; where it fails or was stopped, exit with
+    its code.
 
     It has a session of its own, so that a terminal's Ctrl-C reaches it once.
     """
@@ -130,7 +147,8 @@ def run(command: Sequence[object], **environment: object) -> None:
         for process in started:
             process.send_signal(number)
 
-    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup's SIGHUP
+    # as nohup's SIGHUP
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in heeded}
     variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     process = subprocess.Popen(list(map(str, command)), env=variables, start_new_session=True)  # noqa: S603
@@ -147,10 +165,21 @@ def run(command: Sequence[object], **environment: object) -> None:
 def train(folds: Folds, fold: int) -> None:
     """Train a fold and segment its validation cases, on all devices of all nodes."""
     say(f"fold {fold} of {folds.num_folds}: training")
-    own = {"FOLD": fold, "OUTPUT_ROOT": folds.model(fold).parent, "ARCH_CKPT": folds.architecture(fold)}
+    own = {
+        "FOLD": fold,
+        "OUTPUT_ROOT": folds.model(fold).parent,
+        "ARCH_CKPT": folds.architecture(fold),
+    }
     run(["bash", CHECKOUT / "train_dints.sh", *folds.arguments], **own)
     say(f"fold {fold} of {folds.num_folds}: its validation cases")
-    flags = ["--checkpoint", folds.model(fold), "--root", folds.data_root, "--output_root", folds.masks(fold)]
+    flags = [
+        "--checkpoint",
+        folds.model(fold),
+        "--root",
+        folds.data_root,
+        "--output_root",
+        folds.masks(fold),
+    ]
     # Another port, since node 0 may still be at the one of the training.
     port = int(os.environ.get("MASTER_PORT", PORT)) + NEXT_PORT
     run(["bash", "-c", LAUNCH, "launch", *flags, *folds.words(OF_MASKS)], MASTER_PORT=port)
@@ -159,9 +188,22 @@ def train(folds: Folds, fold: int) -> None:
 def make_table(folds: Folds) -> None:
     """Score all cases out of fold, and choose the post-processing."""
     say("all folds: scores out of fold, and post-processing")
-    flags = ["--root", folds.data_root, "--num_folds", folds.num_folds, "--output_root", folds.output_root]
+    flags = [
+        "--root",
+        folds.data_root,
+        "--num_folds",
+        folds.num_folds,
+        "--output_root",
+        folds.output_root,
+    ]
     paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "dints.evaluation.cross_validation", *flags, *folds.words(OF_SCORES)]
+    command = [
+        sys.executable,
+        "-m",
+        "dints.evaluation.cross_validation",
+        *flags,
+        *folds.words(OF_SCORES),
+    ]
     run(command, PYTHONPATH=os.pathsep.join(paths))
 
 
@@ -185,9 +227,14 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Folds:
     own, task = range(int(text)), environment.get("SLURM_ARRAY_TASK_ID")
     if task is not None:
         if int(task) not in own:
-            raise UserError(f"the array has a task {task}, and NUM_FOLDS={text}: give sbatch --array=0-{own[-1]}")
+            raise UserError(
+                f"the array has a task {task}, and NUM_FOLDS={text}: give sbatch "
+                f"--array=0-{own[-1]}"
+            )
         own = [int(task)]
-    paths = {name: Path(environment[name.upper()]) for name in ("data_root", "arch_ckpt", "output_root")}
+    paths = {
+        name: Path(environment[name.upper()]) for name in ("data_root", "arch_ckpt", "output_root")
+    }
     return Folds(list(arguments), **paths, num_folds=int(text), own=own)
 
 
@@ -206,7 +253,10 @@ def main(folds: Folds) -> None:
             if fold == folds.own[-1] and not missing:
                 make_table(folds)
             elif fold == folds.own[-1]:
-                say(f"not done yet: folds {', '.join(map(str, missing))}; the last one makes the table")
+                say(
+                    f"not done yet: folds {', '.join(map(str, missing))}; the last one makes the "
+                    "table"
+                )
 
 
 if __name__ == "__main__":

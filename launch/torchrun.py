@@ -1,10 +1,10 @@
-"""Run a stage as torchrun does, with the exit code of its processes and without tracebacks; launch.sh calls it.
+"""Run a stage as torchrun does, with its processes' exit code and no tracebacks; for launch.sh.
 
     python -P launch/torchrun.py --standalone --nproc_per_node=2 search_dints.py --root ...
 
-Arguments are torchrun's. It forwards SIGTERM, SIGINT, SIGQUIT, SIGUSR1 and SIGUSR2 to all processes of
-this node, SIGHUP as SIGTERM. Those that have not ended after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds are killed.
-The exit code is 128 + signal then, else that of the process that failed first.
+Arguments are torchrun's. It forwards SIGTERM, SIGINT, SIGQUIT, SIGUSR1 and SIGUSR2 to all processes
+of this node, SIGHUP as SIGTERM. Those that have not ended after TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+seconds are killed. The exit code is 128 + signal then, else that of the process that failed first.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ if not hasattr(signal, "SIGHUP"):  # Windows
 try:
     from torch.distributed import run as torchrun
 except ModuleNotFoundError as missing:
-    sys.exit(
-        f"error: {sys.executable} has no module {missing.name}: run install.sh, or name another "
-        "interpreter with PYTHON"
-    )
+    sys.exit(f"error: {sys.executable} has no module {missing.name}: run install.sh, or set PYTHON")
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -38,14 +35,16 @@ def main(arguments: Sequence[str]) -> int:
         torchrun.main([f"--signals_to_handle={FORWARDED}", *arguments])
     except SignalException as stopped:
         return 128 + stopped.sigval
+    except KeyboardInterrupt:  # before the nodes have met
+        return 128 + signal.SIGINT
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code  # as a shell has it where a signal killed it
     except RendezvousError as error:
         reason = " ".join(str(error.__cause__ or error).splitlines()[:1])
         print(
-            f"error: the nodes do not meet, or lost each other ({reason}): see the messages of the others; "
-            "MASTER_ADDR must be the address of node 0, with a free MASTER_PORT",
+            f"error: the nodes do not meet, or lost each other ({reason}): see the messages of the "
+            "others; MASTER_ADDR must be the address of node 0, with a free MASTER_PORT",
             file=sys.stderr,
         )
         return 1

@@ -1,4 +1,6 @@
-"""Tests run the scripts with these as a user does: in this process, or as processes of their own."""
+"""Tests run the scripts with these as a user does: in this process, or as processes of their
+own.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ import train_dints
 CHECKOUT = Path(__file__).resolve().parents[1]
 ON_CPU = "--device cpu --precision fp32"
 # So small that a stage takes seconds; three folds, so that of eight cases some validate.
-TINY = f"--patch_size 16 16 16 --num_workers 0 --num_folds 3 --overlap_ratio 0 --channel_mul 0.125 {ON_CPU}"
+TINY = (
+    "--patch_size 16 16 16 --num_workers 0 --num_folds 3 --overlap_ratio 0 --channel_mul 0.125 "
+    f"{ON_CPU}"
+)
 SPACE = "--num_blocks 2 --num_depths 3"
 
 

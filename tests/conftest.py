@@ -19,7 +19,9 @@ MARKERS = (
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory) -> Path:
     """Make a small dataset of eight training and two test cases; nobody writes into it."""
-    return write_phantom(tmp_path_factory.mktemp("phantom") / "Task00_Phantom", num_training=8, num_test=2)
+    return write_phantom(
+        tmp_path_factory.mktemp("phantom") / "Task00_Phantom", num_training=8, num_test=2
+    )
 
 
 @pytest.fixture(scope="session")
@@ -27,13 +29,18 @@ def task04() -> Path:
     """Find the folder of real Task04_Hippocampus cases; without one, the test is skipped."""
     folder = Path(os.environ.get("DINTS_TASK04", TASK04))
     if not (folder / "dataset.json").is_file():
-        pytest.skip(f"no real cases: DINTS_TASK04 is to name a Task04_Hippocampus folder, and {folder} is none")
+        pytest.skip(
+            "no real cases: DINTS_TASK04 is to name a Task04_Hippocampus folder, and "
+            f"{folder} is none"
+        )
     return folder
 
 
 @pytest.fixture
 def as_on_gpu(monkeypatch):
-    """Have networks double volumes as they do on a GPU, and leave the rest to PyTorch's own calls, all on the CPU."""
+    """Have networks double volumes as they do on a GPU, and leave the rest to PyTorch's own calls,
+    all on the CPU.
+    """
     monkeypatch.setattr("dints.network.fast.layers._is_on_gpu", lambda image: image.ndim == 5)
     monkeypatch.setattr("dints.network.fast.layers._can_take", lambda image: False)
 
@@ -44,10 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files that hold slow tests first, so that no process waits in the end; and refuse a mark without a name."""
+    """Put files that hold slow tests first, so that no process waits in the end; and refuse a mark
+    without a name.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     for item in items:
         for mark in item.iter_markers("fault"):
             if not (len(mark.args) == 1 and isinstance(mark.args[0], str) and mark.args[0].strip()):
-                raise pytest.UsageError(f"{item.nodeid}: give the fault's name, as in pytest.mark.fault('disk full')")
+                raise pytest.UsageError(
+                    f"{item.nodeid}: give the fault's name, as in pytest.mark.fault('disk full')"
+                )

@@ -1,4 +1,6 @@
-"""Computes the published recipe of both stages in MONAI's own calls: oracle of tests and baseline of benchmarks."""
+"""Computes the published recipe of both stages in MONAI's own calls: oracle of tests and baseline
+of benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,15 @@ def quiet(build, *args, **kwargs):
 
 
 def network(
-    architecture: Architecture, in_channels: int, num_classes: int, channel_mul: float, cell: type[Cell] = Cell
+    architecture: Architecture,
+    in_channels: int,
+    num_classes: int,
+    channel_mul: float,
+    cell: type[Cell] = Cell,
 ) -> DiNTS:
-    """Build the discrete network as MONAI does; of other operations than MONAI's with another kind of cell."""
+    """Build the discrete network as MONAI does; of other operations than MONAI's with another kind
+    of cell.
+    """
     space = quiet(
         TopologyInstance,
         arch_code=[architecture.arch_code_a, architecture.arch_code_c],
@@ -35,7 +43,9 @@ def network(
         use_downsample=architecture.use_downsample,
     )
     node_a = torch.from_numpy(architecture.node_a)
-    return DiNTS(space, in_channels, num_classes, use_downsample=architecture.use_downsample, node_a=node_a)
+    return DiNTS(
+        space, in_channels, num_classes, use_downsample=architecture.use_downsample, node_a=node_a
+    )
 
 
 def criterion() -> nn.Module:
@@ -58,11 +68,13 @@ def sgd(parameters, learning_rate: float) -> torch.optim.SGD:
 class Search:
     """Takes alternating steps on MONAI's `TopologySearch` with the loss terms in MONAI's calls.
 
-    As published but for two defects that docs/published.md lists: the alphas are not in SGD's parameters, and the loss
-    is ours (foreground Dice + cross-entropy, one formula in every precision).
+    As published but for two defects that docs/published.md lists: the alphas are not in SGD's
+    parameters, and the loss is ours (foreground Dice + cross-entropy, one formula in every
+    precision).
 
     Args:
-        num_processes: of the run that it takes one process's steps of; optimizers are built with the rates times it.
+        num_processes: of the run that it takes one process's steps of; optimizers are built with
+            the rates times it.
     """
 
     def __init__(
@@ -88,7 +100,9 @@ class Search:
         )
         self.network = DiNTS(self.space, in_channels, num_classes).to(precision.device)
         self.arch = [self.space.log_alpha_a, self.space.log_alpha_c]
-        self.weights = [p for p in self.network.parameters() if all(p is not alpha for alpha in self.arch)]
+        self.weights = [
+            p for p in self.network.parameters() if all(p is not alpha for alpha in self.arch)
+        ]
         self.optimizer = sgd(self.weights, learning_rate * num_processes)
         of_arch = {"lr": learning_rate_arch * num_processes, "betas": (0.5, 0.999)}
         self.arch_optimizers = [torch.optim.Adam([alpha], **of_arch) for alpha in self.arch]
@@ -105,7 +119,9 @@ class Search:
         self.scaler.update()
         return loss.detach()
 
-    def architecture_step(self, image: torch.Tensor, label: torch.Tensor, ramp: float) -> torch.Tensor:
+    def architecture_step(
+        self, image: torch.Tensor, label: torch.Tensor, ramp: float
+    ) -> torch.Tensor:
         self._train(weights=False, arch=True)
         for optimizer in self.arch_optimizers:
             optimizer.zero_grad()
@@ -124,7 +140,9 @@ class Search:
         operations = F.softmax(self.space.log_alpha_c, -1)
         entropy_c = -(operations * F.log_softmax(self.space.log_alpha_c, -1)).mean()
         topology = self.space.get_topology_entropy(children)
-        usage = self.space.get_ram_cost_usage(input_shape) / self.space.get_ram_cost_usage(input_shape, full=True)
+        usage = self.space.get_ram_cost_usage(input_shape) / self.space.get_ram_cost_usage(
+            input_shape, full=True
+        )
         return entropy_a + entropy_c + torch.abs(self.factor_ram_cost - usage) + 0.001 * topology
 
     def _train(self, weights: bool, arch: bool) -> None:
@@ -135,7 +153,11 @@ class Search:
 
 
 def segmentation(
-    model: nn.Module, image: torch.Tensor, label: torch.Tensor, criterion: nn.Module, precision: Precision
+    model: nn.Module,
+    image: torch.Tensor,
+    label: torch.Tensor,
+    criterion: nn.Module,
+    precision: Precision,
 ) -> torch.Tensor:
     with precision.autocast():
         scores = model(image)

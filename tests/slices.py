@@ -12,7 +12,9 @@ import pytest
 pydicom = pytest.importorskip("pydicom")
 
 
-def write_series(folder: Path, affine: np.ndarray, volume: np.ndarray, uid: str = "1.2.3", **changes: object) -> None:
+def write_series(
+    folder: Path, affine: np.ndarray, volume: np.ndarray, uid: str = "1.2.3", **changes: object
+) -> None:
     """Write a volume as slices, under names whose order is not theirs."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(volume.shape[2]):
@@ -36,8 +38,12 @@ def stored(plane: np.ndarray) -> np.ndarray:
     return (plane.T.astype(np.int32) + 1024).astype(np.uint16)
 
 
-def write_enhanced(path: Path, affine: np.ndarray, volume: np.ndarray, order: list[int], uid: str = "1.2.3") -> None:
-    """Write slices as frames of one file, in the given order; frames are scaled by 1, 2, 1, 2, ..."""
+def write_enhanced(
+    path: Path, affine: np.ndarray, volume: np.ndarray, order: list[int], uid: str = "1.2.3"
+) -> None:
+    """Write slices as frames of one file, in the given order; frames are scaled by 1, 2, 1, 2,
+    ...
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     image = _image(volume.shape, uid, 0)
     image.SOPClassUID, image.NumberOfFrames = pydicom.uid.EnhancedCTImageStorage, len(order)
@@ -45,13 +51,19 @@ def write_enhanced(path: Path, affine: np.ndarray, volume: np.ndarray, order: li
     for frame, number in enumerate(order):
         place = _place(affine, number)
         measures = {"PixelSpacing": place["PixelSpacing"], "SliceThickness": 5}
-        shared.PlaneOrientationSequence = [_dataset(ImageOrientationPatient=place["ImageOrientationPatient"])]
+        shared.PlaneOrientationSequence = [
+            _dataset(ImageOrientationPatient=place["ImageOrientationPatient"])
+        ]
         shared.PixelMeasuresSequence = [_dataset(**measures)]
         slope = frame % 2 + 1
         frames.append(
             _dataset(
-                PlanePositionSequence=[_dataset(ImagePositionPatient=place["ImagePositionPatient"])],
-                PixelValueTransformationSequence=[_dataset(RescaleSlope=slope, RescaleIntercept=-1024 * slope)],
+                PlanePositionSequence=[
+                    _dataset(ImagePositionPatient=place["ImagePositionPatient"])
+                ],
+                PixelValueTransformationSequence=[
+                    _dataset(RescaleSlope=slope, RescaleIntercept=-1024 * slope)
+                ],
             )
         )
         planes.append(stored(volume[:, :, number] // slope))
@@ -61,7 +73,9 @@ def write_enhanced(path: Path, affine: np.ndarray, volume: np.ndarray, order: li
 
 
 def rewrite(path: Path, **values: object) -> None:
-    """Change a file; bytes are put in as they stand, be they valid or not, and None removes the tag."""
+    """Change a file; bytes are put in as they stand, be they valid or not, and None removes the
+    tag.
+    """
     valid = {key: value for key, value in values.items() if not isinstance(value, bytes | None)}
     if valid:
         content = pydicom.dcmread(path)
@@ -76,7 +90,9 @@ def rewrite(path: Path, **values: object) -> None:
 def put(content: bytes, key: str, value: bytes | None) -> bytes:
     """Put a value into the bytes of a file in explicit little endian; None removes the tag."""
     tag = pydicom.tag.Tag(key)
-    at = re.search(re.escape(struct.pack("<HH", tag.group, tag.elem)) + rb"[A-Z]{2}", content).start()
+    at = re.search(
+        re.escape(struct.pack("<HH", tag.group, tag.elem)) + rb"[A-Z]{2}", content
+    ).start()
     kind = content[at + 4 : at + 6]
     size, start = ("<I", at + 8) if kind in (b"OB", b"OW", b"SQ") else ("<H", at + 6)
     rest = start + struct.calcsize(size) + struct.unpack_from(size, content, start)[0]

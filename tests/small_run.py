@@ -1,4 +1,6 @@
-"""Makes runs for tests: of one process, on the CPU, with nothing in their folder but their state."""
+"""Makes runs for tests: of one process, on the CPU, with nothing in their folder but their
+state.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What runs leave behind, read, and compared but for what differs from run to run: times, and where the folder lies."""
+"""What runs leave behind, read, and compared but for what differs from run to run: times, and where
+the folder lies.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def without_measured(content: object) -> object:
-    """Return a nested state without what is measured, and of absolute paths the file's name only."""
+    """Return a nested state without what is measured, and of absolute paths the file's name
+    only.
+    """
     if isinstance(content, dict):
         return {
             key: without_measured(value)
@@ -59,7 +63,9 @@ def without_measured(content: object) -> object:
 
 
 def assert_equal(first: object, second: object, where: str = "state") -> int:
-    """Check that every tensor and value of two nested states is equal, to the bit; return the number of tensors."""
+    """Check that every tensor and value of two nested states is equal, to the bit; return the
+    number of tensors.
+    """
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second), where
         return 1
@@ -77,7 +83,8 @@ def assert_equal(first: object, second: object, where: str = "state") -> int:
 
 
 def assert_same_end(straight: Path, other: Path, ignored: str = "") -> None:
-    """Check that two runs left the same: states, networks, tables, curves, and no file that is half written.
+    """Check that two runs left the same: states, networks, tables, curves, and no file that is half
+    written.
 
     Args:
         ignored: opening of the names of files that only one of them has.

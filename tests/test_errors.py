@@ -10,7 +10,15 @@ import sys
 import pytest
 import torch
 
-from dints.errors import MAX_SHOWN, PartlyDone, ProcessLost, Stopped, UserError, exit_on_user_error, shown
+from dints.errors import (
+    MAX_SHOWN,
+    PartlyDone,
+    ProcessLost,
+    Stopped,
+    UserError,
+    exit_on_user_error,
+    shown,
+)
 
 STOPPED = Stopped(signal.SIGTERM, "after iteration 7, with its state in run/latest.pth")
 
@@ -26,8 +34,13 @@ STOPPED = Stopped(signal.SIGTERM, "after iteration 7, with its state in run/late
             f"error: {sys.executable} has no module torch: ",
         ),
         (ProcessLost("rank 1 is gone"), 1, "error: rank 1 is gone\n"),
-        (STOPPED, 143, "stopped after iteration 7, with its state in run/latest.pth: the same command continues it: "),
-        (KeyboardInterrupt(), 130, "interrupted: the same command goes on with what is saved\n"),
+        (
+            STOPPED,
+            143,
+            "stopped after iteration 7, with its state in run/latest.pth: the same "
+            "command continues it: ",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted: the same command resumes with what is saved\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
@@ -41,7 +54,9 @@ def test_what_a_person_can_mend_ends_with_one_line_and_a_code(error, code, line,
     assert ended.value.code == code and said.startswith(line) and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("given", [["--resume", "never"], ["--resume=never"], ["--resume", "never", "--resume=never"]])
+@pytest.mark.parametrize(
+    "given", [["--resume", "never"], ["--resume=never"], ["--resume", "never", "--resume=never"]]
+)
 def test_the_command_that_continues_does_not_start_afresh(given, monkeypatch, capsys):
     def fail() -> None:
         raise STOPPED
@@ -50,7 +65,8 @@ def test_the_command_that_continues_does_not_start_afresh(given, monkeypatch, ca
     with pytest.raises(SystemExit):
         exit_on_user_error(fail)
     assert capsys.readouterr().err.endswith(
-        ": the same command without --resume never continues it: train_dints.py --output_root 'my run'\n"
+        ": the same command without --resume never continues it: train_dints.py --output_root 'my "
+        "run'\n"
     )
 
 
@@ -81,7 +97,9 @@ def test_values_in_messages_are_cut(value, start):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_tells_of_a_batch_that_is_done_in_part_and_all_leave_alike(rank, monkeypatch, capsys, tmp_path):
+def test_one_rank_tells_of_a_batch_that_is_done_in_part_and_all_leave_alike(
+    rank, monkeypatch, capsys, tmp_path
+):
     def fail() -> None:
         raise PartlyDone("2 of 3 are missing")
 
@@ -91,7 +109,9 @@ def test_one_rank_tells_of_a_batch_that_is_done_in_part_and_all_leave_alike(rank
     monkeypatch.setattr("os._exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
         exit_on_user_error(fail)
-    assert ended.value.code == 3 and capsys.readouterr().err == "error: 2 of 3 are missing\n" * (rank == 0)
+    assert ended.value.code == 3 and capsys.readouterr().err == "error: 2 of 3 are missing\n" * (
+        rank == 0
+    )
     assert (tmp_path / "error.json").exists()  # or the launcher would start it again
 
 
@@ -103,8 +123,13 @@ def test_a_bug_keeps_its_traceback(capsys):
 
 
 def test_a_name_that_the_terminal_cannot_show_ends_no_script():
-    code = "import sys; from dints.errors import exit_on_user_error; exit_on_user_error(print, 'L\u00e9ber')"
-    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    code = (
+        "import sys; from dints.errors import exit_on_user_error; exit_on_user_error(print, "
+        "'L\u00e9ber')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONIOENCODING": "ascii"}, capture_output=True
+    )
     assert done.stdout == b"L\\xe9ber\n" and done.returncode == 0, done.stderr
 
 
@@ -117,7 +142,9 @@ def test_a_reader_that_leaves_ends_a_script_without_a_word(buffered):
     reader, writer = os.pipe()
     os.close(reader)
     environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
-    done = subprocess.run([sys.executable, "-c", PRINTS], env=environment, stdout=writer, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTS], env=environment, stdout=writer, stderr=subprocess.PIPE
+    )
     os.close(writer)
     assert done.stderr == b"" and done.returncode == 141
 
@@ -125,8 +152,12 @@ def test_a_reader_that_leaves_ends_a_script_without_a_word(buffered):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
 def test_output_that_cannot_be_written_is_an_error_of_one_line():
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", PRINTS], stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.stderr == "error: the output cannot be written: No space left on device: print it elsewhere\n"
+        done = subprocess.run(
+            [sys.executable, "-c", PRINTS], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.stderr == (
+        "error: the output cannot be written: No space left on device: print it elsewhere\n"
+    )
     assert done.returncode == 1
 
 

@@ -50,11 +50,15 @@ def test_a_kill_while_saving_keeps_the_old_file(tmp_path):
 
 
 def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
-    """And the folder's entry too before the writer goes on, so that a power cut leaves the old or the new one."""
+    """And the folder's entry too before the writer goes on, so that a power cut leaves the old or
+    the new one.
+    """
     calls, fsync, replace = [], os.fsync, os.replace
 
     def noted_fsync(descriptor: int) -> None:
-        calls.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else os.fstat(descriptor).st_size)
+        calls.append(
+            "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else os.fstat(descriptor).st_size
+        )
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
@@ -75,12 +79,14 @@ def test_a_file_that_does_not_fit_keeps_the_old_one_and_tells_why(tmp_path):
     save_atomically({"value": 1}, tmp_path / "state.pth")
     code = (
         "import resource, signal, sys, torch; from dints.torch_files import save_atomically\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"
-        "save_atomically(torch.zeros(99999), sys.argv[1])"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, "
+        "(9999, 9999))\nsave_atomically(torch.zeros(99999), sys.argv[1])"
     )
     command = [sys.executable, "-c", code, tmp_path / "state.pth"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1].endswith(f"UserError: {tmp_path}/state.pth cannot be written: File too large")
+    assert done.stderr.splitlines()[-1].endswith(
+        f"UserError: {tmp_path}/state.pth cannot be written: File too large"
+    )
     assert load_safely(tmp_path / "state.pth") == {"value": 1}
 
 
@@ -104,10 +110,16 @@ def test_loading_runs_nothing_from_the_file(tmp_path):
 
 
 def test_numpy_arrays_and_scalars_load(tmp_path):
-    content = {"array": np.arange(6).reshape(2, 3), "float": np.float64(0.5), "bool": np.array([True])}
+    content = {
+        "array": np.arange(6).reshape(2, 3),
+        "float": np.float64(0.5),
+        "bool": np.array([True]),
+    }
     torch.save(content, tmp_path / "arrays.pth")
     loaded = load_safely(tmp_path / "arrays.pth")
-    assert (loaded["array"] == content["array"]).all() and loaded["float"] == 0.5 and loaded["bool"][0]
+    assert (
+        (loaded["array"] == content["array"]).all() and loaded["float"] == 0.5 and loaded["bool"][0]
+    )
 
 
 @pytest.mark.parametrize("path", ["file", "file/in", "file/in/it"])
@@ -195,7 +207,10 @@ def test_one_of_our_files_in_place_of_another_is_recognised(tmp_path, load, kind
         ("search_code_6.pth", "does not exist: did you mean {folder}/search_code_60.pth?"),
         ("nothing like it", "does not exist: check its path"),
         ("no folder/search_code_60.pth", "does not exist: check its path"),
-        (".", "is a folder, not a file: give one of those in it, as latest.pth, search_code_60.pth"),
+        (
+            ".",
+            "is a folder, not a file: give one of those in it, as latest.pth, search_code_60.pth",
+        ),
     ],
 )
 def test_a_file_that_is_none_is_refused_with_what_lies_there(tmp_path, path, says):

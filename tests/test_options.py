@@ -1,4 +1,6 @@
-"""Command lines made of typed settings: values, defaults, recipes, help, and mistakes in one line."""
+"""Command lines made of typed settings: values, defaults, recipes, help, and mistakes in one
+line.
+"""
 
 from __future__ import annotations
 

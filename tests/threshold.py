@@ -15,7 +15,9 @@ from dints.network.model_file import Model
 
 
 class Threshold(nn.Module):
-    """Gives class 1 where the window's value is above ``level``, class 0 elsewhere, and never any other class."""
+    """Gives class 1 where the window's value is above ``level``, class 0 elsewhere, and never any
+    other class.
+    """
 
     def __init__(self, level: float = 0.5, num_classes: int = 2):
         super().__init__()
@@ -28,7 +30,9 @@ class Threshold(nn.Module):
 
 
 def knows(monkeypatch: pytest.MonkeyPatch, task: Task) -> Callable[..., None]:
-    """Return a function that has every model file hold a network of the test's choice, and perhaps further facts."""
+    """Return a function that has every model file hold a network of the test's choice, and perhaps
+    further facts.
+    """
 
     def use(
         network: nn.Module,

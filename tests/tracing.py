@@ -7,10 +7,15 @@ from torch import nn
 
 
 def assert_one_graph(network: nn.Module, image: torch.Tensor) -> None:
-    """Have Dynamo trace the network, which `fullgraph` forbids breaks all the same, and use the result."""
+    """Have Dynamo trace the network, which `fullgraph` forbids breaks all the same, and use the
+    result.
+    """
     graphs = []
     compiled = torch.compile(
-        network, fullgraph=True, dynamic=False, backend=lambda graph, _: graphs.append(graph) or graph
+        network,
+        fullgraph=True,
+        dynamic=False,
+        backend=lambda graph, _: graphs.append(graph) or graph,
     )
     torch.testing.assert_close(compiled(image), network(image), rtol=1e-4, atol=1e-5)
     compiled(image).sum().backward()

@@ -2,9 +2,9 @@
 
     python without_posix.py SCRIPT [ARGUMENT ...] [then SCRIPT [ARGUMENT ...]] ...
 
-What Windows lacks of Python's own modules and functions is taken away before the script is imported; PyTorch, which is
-another one there, is imported before, as are filelock and psutil. What only Windows can show, its paths and how it
-starts workers, is not tried.
+What Windows lacks of Python's own modules and functions is taken away before the script is
+imported; PyTorch, which is another one there, is imported before, as are filelock and psutil. What
+only Windows can show, its paths and how it starts workers, is not tried.
 """
 
 from __future__ import annotations
@@ -23,16 +23,48 @@ import psutil  # noqa: F401
 import torch  # noqa: F401
 
 MODULES = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
-OF_OS = ("fork", "forkpty", "sysconf", "sched_getaffinity", "statvfs", "register_at_fork", "killpg", "setsid")
-OF_OS += ("getpgid", "O_DIRECTORY", "O_NOFOLLOW", "getuid", "geteuid", "getgid", "sync", "mkfifo", "chown")
+OF_OS = (
+    "fork",
+    "forkpty",
+    "sysconf",
+    "sched_getaffinity",
+    "statvfs",
+    "register_at_fork",
+    "killpg",
+    "setsid",
+)
+OF_OS += (
+    "getpgid",
+    "O_DIRECTORY",
+    "O_NOFOLLOW",
+    "getuid",
+    "geteuid",
+    "getgid",
+    "sync",
+    "mkfifo",
+    "chown",
+)
 OF_OS += ("set_blocking",)
-SIGNALS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGQUIT", "SIGALRM", "SIGKILL", "SIGSTOP", "SIGCONT")
+SIGNALS = (
+    "SIGHUP",
+    "SIGUSR1",
+    "SIGUSR2",
+    "SIGCHLD",
+    "SIGQUIT",
+    "SIGALRM",
+    "SIGKILL",
+    "SIGSTOP",
+    "SIGCONT",
+)
 
 
 def hide() -> None:
     """Take away what Windows lacks."""
     status = os.statvfs
-    shutil.disk_usage = lambda path: SimpleNamespace(free=status(path).f_frsize * status(path).f_bavail)  # it has that
+    # it has that
+    shutil.disk_usage = lambda path: SimpleNamespace(
+        free=status(path).f_frsize * status(path).f_bavail
+    )
     for name in MODULES:
         sys.modules[name] = None
     for owner, names in ((os, OF_OS), (signal, SIGNALS)):

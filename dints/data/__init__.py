@@ -1,1 +1,3 @@
-"""From a dataset's folder to batches: the task, its cases, and loaders of patches and of whole volumes."""
+"""From a dataset's folder to batches: the task, its cases, and loaders of patches and of whole
+volumes.
+"""

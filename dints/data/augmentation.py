@@ -1,9 +1,11 @@
-"""Random chains on a patch: the published one (rotate, zoom, smooth, scale, shift, noise, flip), and nnU-Net's.
+"""Random chains on a patch: the published one (rotate, zoom, smooth, scale, shift, noise, flip),
+and nnU-Net's.
 
-`CHAINS`, at the end, lists their steps. What is drawn is apart from what is done with it: a process may draw and any
-device apply. Each step draws from a stream of its own, so that one more, or one less, does not change what the others
-draw. Each of the published ones gives what MONAI's transform of that name gives, in less time: one sampling grid for
-image and label, sums of shifted copies in place of convolutions, no metadata.
+`CHAINS`, at the end, lists their steps. What is drawn is apart from what is done with it: a process
+may draw and any device apply. Each step draws from a stream of its own, so that one more, or one
+less, does not change what the others draw. Each of the published ones gives what MONAI's transform
+of that name gives, in less time: one sampling grid for image and label, sums of shifted copies in
+    place of convolutions, no metadata.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from dints.running.seeds import seed_from
 log = logging.getLogger(__name__)
 
 SPATIAL, TINY = (1, 2, 3), 1e-7
-Sample = tuple[torch.Tensor, torch.Tensor]  # image (channels, *spatial), float32, and label (1, *spatial), uint8
+# image (channels, *spatial), float32, and label (1, *spatial), uint8
+Sample = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class Step:
     apply: Callable[[torch.Tensor, torch.Tensor, object], Sample]
 
     def __reduce__(self) -> tuple[Callable[..., Step], tuple]:
-        """Have a worker that is started anew, as on Windows and macOS, look a step of the table up: it has lambdas."""
+        """Have a worker that is started again, as on Windows and macOS, look a step of the table
+        up: it has lambdas.
+        """
         for chain_name, steps in CHAINS.items():
             if self in steps:
                 return _of_table, (chain_name, steps.index(self))
@@ -67,13 +72,17 @@ def draw(seed: int, steps: Sequence[Step]) -> dict[str, object]:
     return drawn
 
 
-def augment(image: torch.Tensor, label: torch.Tensor, drawn: Mapping[str, object], steps: Sequence[Step]) -> Sample:
-    """Do what was drawn of the steps; call it outside autocast, which would round the coordinates of a rotation.
+def augment(
+    image: torch.Tensor, label: torch.Tensor, drawn: Mapping[str, object], steps: Sequence[Step]
+) -> Sample:
+    """Do what was drawn of the steps; call it outside autocast, which would round the coordinates
+    of a rotation.
 
     The noise depends on the kind of device, all else on what was drawn only.
 
     Args:
-        image: (channels, *spatial), float16 or float32, on any device; may be a view of memory that is read-only.
+        image: (channels, *spatial), float16 or float32, on any device; may be a view of memory that
+            is read-only.
         label: (1, *spatial), uint8, on the same device.
 
     Returns:
@@ -87,7 +96,8 @@ def augment(image: torch.Tensor, label: torch.Tensor, drawn: Mapping[str, object
     return image.contiguous(), label.contiguous()
 
 
-# nnU-Net's changes cost a training that is too short to learn them, and help one that would learn its cases by heart.
+# nnU-Net's changes cost a training that is too short to learn them, and help one that would learn
+# its cases by heart.
 LONG, MANY_TIMES = 5000, 60  # iterations, and times that each case is seen: docs/recipes.md
 
 
@@ -124,12 +134,19 @@ def _rotate(image: torch.Tensor, label: torch.Tensor, angles: Sequence[float]) -
     shape = image.shape[1:]
     centre = (np.array(shape) - 1) / 2
     pull = create_translate(3, centre) @ create_rotate(3, angles) @ create_translate(3, -centre)
-    # Rounded where MONAI rounds, or a label voxel half-way between two others would now and then take the other one.
-    theta = to_norm_affine(torch.from_numpy(pull).to(torch.float32)[None], shape, shape, align_corners=False)
+    # Rounded where MONAI rounds, or a label voxel half-way between two others would now and then
+    # take the other one.
+    theta = to_norm_affine(
+        torch.from_numpy(pull).to(torch.float32)[None], shape, shape, align_corners=False
+    )
     theta = theta[:, [2, 1, 0]][:, :, [2, 1, 0, 3]]  # grids name the last axis first
-    grid = F.affine_grid(theta.to(image.device, non_blocking=True), [1, 1, *shape], align_corners=False)
+    grid = F.affine_grid(
+        theta.to(image.device, non_blocking=True), [1, 1, *shape], align_corners=False
+    )
     sample = partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
-    return sample(image[None], mode="bilinear")[0], sample(label[None].float(), mode="nearest")[0].to(label.dtype)
+    return sample(image[None], mode="bilinear")[0], sample(label[None].float(), mode="nearest")[
+        0
+    ].to(label.dtype)
 
 
 def _zoom(image: torch.Tensor, label: torch.Tensor, factor: float) -> Sample:
@@ -142,19 +159,24 @@ def _zoom(image: torch.Tensor, label: torch.Tensor, factor: float) -> Sample:
 
 
 def _fit(volume: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Crop or pad (batch, channels, *spatial) to the spatial ``shape``; an odd voxel is padded at the end."""
+    """Crop or pad (batch, channels, *spatial) to the spatial ``shape``; an odd voxel is padded at
+    the end.
+    """
     padding = []
     for axis, extent in enumerate(shape, 2):
         size = volume.shape[axis]
         missing = max(extent - size, 0)
-        padding = [missing // 2, missing - missing // 2, *padding]  # F.pad names the last axis first
+        # F.pad names the last axis first
+        padding = [missing // 2, missing - missing // 2, *padding]
         if size > extent:
             volume = volume.narrow(axis, size // 2 - extent // 2, extent)
     return F.pad(volume, padding, mode="replicate") if any(padding) else volume
 
 
 def _smooth(image: torch.Tensor, label: torch.Tensor, sigmas: Sequence[float]) -> Sample:
-    """Filter by a Gaussian, with zeros beyond the border; on a CPU 15 times faster than by convolutions."""
+    """Filter by a Gaussian, with zeros beyond the border; on a CPU 15 times faster than by
+    convolutions.
+    """
     for axis, sigma in enumerate(sigmas, 1):
         kernel = gaussian_1d(torch.tensor(sigma)).tolist()
         centre, *tail = kernel[len(kernel) // 2 :]  # it is symmetric
@@ -168,7 +190,9 @@ def _smooth(image: torch.Tensor, label: torch.Tensor, sigmas: Sequence[float]) -
     return image, label
 
 
-def _add_noise(image: torch.Tensor, label: torch.Tensor, deviation_and_seed: tuple[float, int]) -> Sample:
+def _add_noise(
+    image: torch.Tensor, label: torch.Tensor, deviation_and_seed: tuple[float, int]
+) -> Sample:
     deviation, seed = deviation_and_seed
     return image.add_(_noise(image, seed), alpha=deviation), label
 
@@ -191,21 +215,27 @@ def _shift(image: torch.Tensor, label: torch.Tensor, offset: float) -> Sample:
     return image.add_(offset), label
 
 
-def _add_relative_noise(image: torch.Tensor, label: torch.Tensor, variance_and_seed: tuple[float, int]) -> Sample:
+def _add_relative_noise(
+    image: torch.Tensor, label: torch.Tensor, variance_and_seed: tuple[float, int]
+) -> Sample:
     """Add noise of a variance, that of the patch being one."""
     variance, seed = variance_and_seed
     return image + _noise(image, seed) * (variance**0.5 * image.std()), label
 
 
 def _contrast(image: torch.Tensor, label: torch.Tensor, factor: float) -> Sample:
-    """Bring intensities nearer to each channel's mean, or further from it, within the range that they had."""
+    """Bring intensities nearer to each channel's mean, or further from it, within the range that
+    they had.
+    """
     low, high = image.amin(SPATIAL, keepdim=True), image.amax(SPATIAL, keepdim=True)
     mean = image.mean(SPATIAL, keepdim=True)
     return ((image - mean) * factor + mean).clamp(low, high), label
 
 
 def _gamma(image: torch.Tensor, label: torch.Tensor, exponent: float) -> Sample:
-    """Raise each channel's intensities, its range being 0 to 1, to a power; keep its mean and standard deviation."""
+    """Raise each channel's intensities, its range being 0 to 1, to a power; keep its mean and
+    standard deviation.
+    """
     deviation, mean = torch.std_mean(image, SPATIAL, keepdim=True)
     low, high = image.amin(SPATIAL, keepdim=True), image.amax(SPATIAL, keepdim=True)
     raised = ((image - low) / (high - low + TINY)).clamp(0, 1) ** exponent
@@ -236,13 +266,26 @@ CHAINS = {
         Step("smooth", 0.15, lambda rng: tuple(rng.uniform(0.5, 1.15, 3).tolist()), _smooth),
         Step("scale", 0.5, lambda rng: rng.uniform(0.7, 1.3), _scale),
         Step("shift", 0.5, lambda rng: rng.uniform(-0.1, 0.1), _shift),
-        Step("noise", 0.15, lambda rng: (rng.uniform(0, 0.01), int(rng.integers(2**32))), _add_noise),
+        Step(
+            "noise", 0.15, lambda rng: (rng.uniform(0, 0.01), int(rng.integers(2**32))), _add_noise
+        ),
     ),
-    # With nnU-Net's ranges (Isensee et al., Nature Methods 2021, supplementary note 4; as of its version 2).
+    # With nnU-Net's ranges (Isensee et al., Nature Methods 2021, supplementary note 4; as of its
+    # version 2).
     "nnunet": (
-        Step("rotate", 0.2, lambda rng: tuple(rng.uniform(-math.pi / 6, math.pi / 6, 3).tolist()), _rotate),
+        Step(
+            "rotate",
+            0.2,
+            lambda rng: tuple(rng.uniform(-math.pi / 6, math.pi / 6, 3).tolist()),
+            _rotate,
+        ),
         Step("zoom", 0.2, lambda rng: rng.uniform(0.7, 1.4), _zoom),
-        Step("noise", 0.1, lambda rng: (rng.uniform(0, 0.1), int(rng.integers(2**32))), _add_relative_noise),
+        Step(
+            "noise",
+            0.1,
+            lambda rng: (rng.uniform(0, 0.1), int(rng.integers(2**32))),
+            _add_relative_noise,
+        ),
         Step("smooth", 0.2, lambda rng: tuple(rng.uniform(0.5, 1.0, 3).tolist()), _smooth),
         Step("scale", 0.15, lambda rng: rng.uniform(0.75, 1.25), _scale),
         Step("contrast", 0.15, lambda rng: rng.uniform(0.75, 1.25), _contrast),

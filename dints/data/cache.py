@@ -1,8 +1,9 @@
-"""Prepared cases between epochs and runs: in memory, in files that processes and later runs share, or prepared
-each time.
+"""Prepared cases between epochs and runs: in memory, in files that processes and later runs share,
+or prepared each time.
 
-A case takes 2 bytes a voxel and channel (float16), 1 for the label and at most 1/8 a class for the crop masks. Files
-are memory-mapped: only what is cut out of them is read, and the system keeps in memory what it has room for.
+A case takes 2 bytes a voxel and channel (float16), 1 for the label and at most 1/8 a class for the
+crop masks. Files are memory-mapped: only what is cut out of them is read, and the system keeps in
+memory what it has room for.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ from dints.running.run import Run
 
 log = logging.getLogger(__name__)
 
-SHARE_OF_MEMORY = 0.5  # what ``auto`` gives to the cache of the memory that is free; the rest is for training
-WORKING_MEMORY = 1 << 30  # bytes that cases take which are prepared at the same time, but for a single larger one
-WORKING_BYTES = 16  # a voxel and channel, while a case is prepared: the file's, interpolated along two axes, float16
+# what ``auto`` gives to the cache of the memory that is free; the rest is for training
+SHARE_OF_MEMORY = 0.5
+# bytes that cases take which are prepared at the same time, but for a single larger one
+WORKING_MEMORY = 1 << 30
+# a voxel and channel, while a case is prepared: the file's, interpolated along two axes, float16
+WORKING_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class Cache:
     num_threads: int
 
     def hold(self, cases: Sequence[Case], what: str) -> Sequence[Prepared]:
-        """Prepare the cases now (``ram``, ``disk``), or check them now and prepare each when asked for it (``none``).
+        """Prepare the cases now (``ram``, ``disk``), or check them now and prepare each when asked
+        for it (``none``).
 
         Args:
             what: the cases are, for messages.
@@ -78,7 +83,16 @@ class Cache:
         log.info("reading %d cases (%s)", len(cases), what)
         silent = None if log.isEnabledFor(logging.INFO) else True
         with machine.threads(self.num_threads) as pool:
-            return list(tqdm(pool.imap(function, cases), what, len(cases), unit="case", leave=False, disable=silent))
+            return list(
+                tqdm(
+                    pool.imap(function, cases),
+                    what,
+                    len(cases),
+                    unit="case",
+                    leave=False,
+                    disable=silent,
+                )
+            )
 
     def _prepare(self, case: Case) -> Prepared:
         return prepare(case, self.task)
@@ -92,7 +106,9 @@ class Cache:
         read_label(case.label_header, self.task)
 
     def _store(self, case: Case) -> Path:
-        """Return the entry of a case, written unless it is there; one process writes it, the others wait."""
+        """Return the entry of a case, written unless it is there; one process writes it, the others
+        wait.
+        """
         entry = self.folder / self._key(case)
         try:
             with files.locked(entry.with_suffix(".lock")):
@@ -101,22 +117,35 @@ class Cache:
             return entry
         except OSError as error:
             raise UserError(
-                f"--cache_dir {self.folder} cannot be used: {error.strerror or error}; free some space, or give "
-                "another folder"
+                f"--cache_dir {self.folder} cannot be used: {error.strerror or error}; free some "
+                "space, or give another folder"
             ) from error
 
     def _key(self, case: Case) -> str:
-        """Name an entry after all that it depends on: the files' content, what is done to it, and by which code.
+        """Name an entry after all that it depends on: the files' content, what is done to it, and
+        by which code.
 
-        The headers count as they were read: a file that changed since makes an entry that no later run takes.
+        The headers count as they were read: a file that changed since makes an entry that no later
+            run takes.
         """
-        facts = [self.task.spacing, self.task.intensity, self.task.num_channels, self.task.num_classes]
+        facts = [
+            self.task.spacing,
+            self.task.intensity,
+            self.task.num_channels,
+            self.task.num_classes,
+        ]
         facts += [header.nifti.binaryblock for header in (*case.headers, case.label_header)]
-        facts += [astuple(case.options), _code_digest(), [self._digest(path) for path in case.files]]
+        facts += [
+            astuple(case.options),
+            _code_digest(),
+            [self._digest(path) for path in case.files],
+        ]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
     def _digest(self, path: str) -> str:
-        """Return a file's digest; it is noted, and a file is read again only if its size or time of change differs."""
+        """Return a file's digest; it is noted, and a file is read again only if its size or time of
+        change differs.
+        """
         name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]
         note, noted = self.folder / "digests" / f"{name}.json", None
         with suppress(OSError, ValueError):
@@ -128,7 +157,8 @@ class Cache:
 
 
 def open_cache(fold: Fold, run: Run, on_every_rank: bool = False) -> Cache:
-    """Check that a resumed run learns from the same files, and choose where its prepared cases are kept.
+    """Check that a resumed run learns from the same files, and choose where its prepared cases are
+    kept.
 
     Says how much memory that takes and how much there is, and writes the task into the run folder.
 
@@ -139,14 +169,18 @@ def open_cache(fold: Fold, run: Run, on_every_rank: bool = False) -> Cache:
         UserError: a file was replaced, or the cache that ``--cache`` asks for does not fit.
     """
     settings, processes, task = run.settings, run.processes, fold.task
-    run.on_main(check_unchanged, run.folder, fold.cases, run.is_continued, settings.allow_changed_data)
+    run.on_main(
+        check_unchanged, run.folder, fold.cases, run.is_continued, settings.allow_changed_data
+    )
     run.on_main(write_task, run.folder, task, fold.measured)
     grids = [(case.shape, resampling_of(case, task).shape) for case in fold.cases]
     voxels = [max(math.prod(shape) for shape in shapes) for shapes in grids]
     needed = int(sum(voxels) * (2 * task.num_channels + 1 + task.num_classes / 8))
     needed = needed * (processes.world_size if on_every_rank else 1) // processes.num_nodes
     folder = settings.cache_folder.absolute()
-    mode = run.on_main(_choose_mode, settings.cache, len(voxels), needed, folder, processes.num_nodes)
+    mode = run.on_main(
+        _choose_mode, settings.cache, len(voxels), needed, folder, processes.num_nodes
+    )
     at_once = max(1, WORKING_MEMORY // (max(voxels, default=1) * task.num_channels * WORKING_BYTES))
     return Cache(mode, folder, task, min(machine.cores_per_process(), at_once))
 
@@ -167,8 +201,8 @@ def _choose_mode(mode: str, num_cases: int, needed: int, folder: Path, num_nodes
     )
     if mode == "ram" and needed > memory:
         raise UserError(
-            f"--cache ram: {num_cases} cases take {machine.gib(needed)} of memory, and {machine.gib(memory)} are free: "
-            "use --cache disk, a larger machine, or more nodes"
+            f"--cache ram: {num_cases} cases take {machine.gib(needed)} of memory, and "
+            f"{machine.gib(memory)} are free: use --cache disk, a larger machine, or more nodes"
         )
     return mode
 
@@ -204,7 +238,9 @@ ARRAYS = ("image", "label", "boxes", "starts", "bits", "centres")
 def _arrays(prepared: Prepared) -> list[np.ndarray]:
     """Return the arrays of a case, in the order of `ARRAYS`."""
     masks = prepared.masks
-    return [*(prepared.image, prepared.label, masks.boxes, masks.starts, masks.bits, prepared.centres)]
+    return [
+        *(prepared.image, prepared.label, masks.boxes, masks.starts, masks.bits, prepared.centres)
+    ]
 
 
 def _from_arrays(arrays: Sequence[np.ndarray]) -> Prepared:
@@ -249,6 +285,8 @@ def _write_entry(entry: Path, prepared: Prepared) -> None:
 
 
 def _code_digest() -> str:
-    """Return the digest of this folder's modules: no entry outlives a change of what makes it, wherever that stands."""
+    """Return the digest of this folder's modules: no entry outlives a change of what makes it,
+    wherever that stands.
+    """
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(sources).hexdigest()

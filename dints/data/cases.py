@@ -1,4 +1,4 @@
-"""One case: its files read, held against each other and against the task, and made what the network sees."""
+"""One case: its files are read, compared with each other and the task, and preprocessed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from dints.running.machine import threads
 log = logging.getLogger(__name__)
 
 AFFINE_TOLERANCE = 1e-3  # by which a label's affine may differ from its image's, an entry
-MAX_GRID = 1 << 31  # voxels of a case on the task's grid; a whole body at 1 mm has a quarter of them
+# voxels of a case on the task's grid; a whole body at 1 mm has a quarter of them
+MAX_GRID = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,17 @@ def resampling_of(case: Case, task: Task) -> Resampling:
 
 
 def check_cases(cases: Sequence[Case], task: Task) -> None:
-    """Read all headers, and hold each case's against each other and against the task.
+    """Read all headers, and compare each case's with each other and with the task.
 
     Raises:
-        UserError: some cases cannot be trained on; they are counted, and the first one's fault is named.
+        UserError: some cases cannot be trained on; they are counted, and the first one's fault is
+            named.
     """
     faults = [fault for fault in first_faults(cases, task) if fault is not None]
     if len(faults) > 1:
         raise UserError(
-            f"{len(faults)} of {len(cases)} cases cannot be used (search_dints.py --check lists them), for example "
-            f"{faults[0]}"
+            f"{len(faults)} of {len(cases)} cases cannot be used (search_dints.py --check lists "
+            f"them), for example {faults[0]}"
         )
     for fault in faults:
         raise fault
@@ -64,10 +66,12 @@ def check_cases(cases: Sequence[Case], task: Task) -> None:
 def first_faults(
     cases: Sequence[Case], task: Task, check: Callable[[Case], None] = lambda case: None
 ) -> list[UserError | None]:
-    """Return for each case its first fault, of which `check_cases` would tell; None where it can be used.
+    """Return for each case its first fault, of which `check_cases` would tell; None where it can be
+    used.
 
     Args:
-        check: raises `UserError` for a case that the caller cannot use, before the task is looked at.
+        check: raises `UserError` for a case that the caller cannot use, before the task is looked
+            at.
     """
 
     def attempt(case: Case) -> UserError | None:
@@ -87,46 +91,57 @@ def check_case(case: Case, task: Task) -> None:
         raise UserError(fault)
 
 
-def case_faults(case: Case, task: Task) -> Iterator[str]:
-    """Yield what a case's headers say against training on it."""
+def case_faults(case: Case, task: Task, trust_shapes: bool | None = None) -> Iterator[str]:
+    """Yield the faults of a case's headers, with which it cannot be trained on.
+
+    Args:
+        trust_shapes: in place of the case's own.
+    """
+    trust_shapes = case.options.trust_shapes if trust_shapes is None else trust_shapes
     first, label = case.headers[0], case.label_header
     if case.num_channels != task.num_channels:
         yield (
-            f"{first.path} has {case.num_channels} channel{'' if case.num_channels == 1 else 's'} of shape "
-            f"{first.shape}; {task.name} has {task.num_channels}: fix or remove the case, or the channels in "
-            "dataset.json"
+            f"{first.path} has {case.num_channels} channel{'' if case.num_channels == 1 else 's'} "
+            f"of shape {first.shape}; {task.name} has {task.num_channels}: fix or remove the case, "
+            "or the channels in dataset.json"
         )
     grid = resampling_of(case, task).shape
     if np.prod(grid, dtype=object) > MAX_GRID or max(grid) == 1 < max(first.shape):
         yield (
             f"{first.path} would become {' x '.join(map(str, grid))} voxels at a spacing of "
             f"{' x '.join(f'{size:.4g}' for size in task.spacing)} mm; its own is "
-            f"{' x '.join(f'{size:.4g}' for size in first.spacing)} mm: fix its header, give another --spacing, or "
-            "remove the case"
+            f"{' x '.join(f'{size:.4g}' for size in first.spacing)} mm: fix its header, give "
+            "another --spacing, or remove the case"
         )
     for other in [*case.headers[1:], *([] if label is None else [label])]:
         if other.shape != first.shape:
             yield (
-                f"{other.path} has shape {other.shape}, but its image {first.path} has {first.shape}: "
-                "fix or remove the case"
+                f"{other.path} has shape {other.shape}, but its image {first.path} has "
+                f"{first.shape}: fix or remove the case"
             )
-        elif not case.options.trust_shapes and np.abs(other.affine - first.affine).max() > AFFINE_TOLERANCE:
+        elif not trust_shapes and np.abs(other.affine - first.affine).max() > AFFINE_TOLERANCE:
             yield (
-                f"{other.path} lies elsewhere than its image {first.path} (their affines differ by up to "
-                f"{np.abs(other.affine - first.affine).max():.3g}): fix or remove the case, or give --trust_shapes to "
-                "take the image's place for both"
+                f"{other.path} lies elsewhere than its image {first.path} (their affines differ by "
+                f"up to {np.abs(other.affine - first.affine).max():.3g}): fix or remove the case, "
+                "or give --trust_shapes to take the image's place for both"
             )
     if label is not None and label.num_channels != 1:
-        yield (f"{label.path} has {label.num_channels} channels, and a label has 1: fix or remove the case")
+        yield (
+            f"{label.path} has {label.num_channels} channels, and a label has 1: fix or remove "
+            "the case"
+        )
 
 
 def read_image(case: Case) -> tuple[np.ndarray, int]:
-    """Read the voxels (channels, x, y, z) of a case's image files as they hold them; count those that were replaced.
+    """Read the voxels (channels, x, y, z) of a case's image files as they hold them; count those
+    that were replaced.
 
     Raises:
         UserError: a file is damaged, or has voxels that are not finite.
     """
-    files, counts = zip(*(read_image_file(header, case.options) for header in case.headers), strict=True)
+    files, counts = zip(
+        *(read_image_file(header, case.options) for header in case.headers), strict=True
+    )
     return files[0] if len(files) == 1 else np.concatenate(files), sum(counts)
 
 
@@ -163,13 +178,14 @@ def read_label(header: Header, task: Task) -> np.ndarray:
         others = f" and {len(values) - 1} more" if len(values) > 1 else ""
         if len(values) > MAX_CLASSES:
             raise UserError(
-                f"{header.path} holds {values[0]:g}{others} in {int(wrong.sum())} voxels, where {task.name} has the "
-                f"labels 0 to {task.num_classes - 1}: it looks like an image: give the label's path in "
-                "dataset.json"
+                f"{header.path} holds {values[0]:g}{others} in {int(wrong.sum())} voxels, where "
+                f"{task.name} has the labels 0 to {task.num_classes - 1}: it looks like an image: "
+                "give the label's path in dataset.json"
             )
         raise UserError(
-            f"{header.path} holds the label {first}{others} in {int(wrong.sum())} voxels; {task.name} has the "
-            f"labels 0 to {task.num_classes - 1}: fix or remove the case, or the labels in dataset.json"
+            f"{header.path} holds the label {first}{others} in {int(wrong.sum())} voxels; "
+            f"{task.name} has the labels 0 to {task.num_classes - 1}: fix or remove the case, or "
+            "the labels in dataset.json"
         )
     return label
 
@@ -180,7 +196,9 @@ def preprocess_image(voxels: np.ndarray, resampling: Resampling, task: Task) -> 
 
 
 def normalise(image: np.ndarray, task: Task) -> np.ndarray:
-    """Map the task's window to 0..1, clipped; without one, z-score the non-zero voxels of each channel. In place."""
+    """Map the task's window to 0..1, clipped; without one, z-score the non-zero voxels of each
+    channel. In place.
+    """
     if task.intensity is not None:
         low, high = task.intensity
         image -= low
@@ -203,16 +221,25 @@ def prepare(case: Case, task: Task) -> Prepared:
     resampling = resampling_of(case, task)
     voxels, replaced = read_image(case)
     if replaced:
-        log.warning("%s: %d NaN or infinite voxels become %g", case.name, replaced, case.options.replace_nonfinite)
+        log.warning(
+            "%s: %d NaN or infinite voxels become %g",
+            case.name,
+            replaced,
+            case.options.replace_nonfinite,
+        )
     image = in_c_order(preprocess_image(voxels, resampling, task), torch.float16)
     del voxels
     label = resampling.apply(read_label(case.label_header, task)[None], nearest=True)
     label = in_c_order(label, torch.uint8)[0]
-    return Prepared(image, label, crop_masks(label, task.num_classes), class_centres(label, task.num_classes))
+    return Prepared(
+        image, label, crop_masks(label, task.num_classes), class_centres(label, task.num_classes)
+    )
 
 
 def class_centres(label: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return the mean voxel of each foreground class of a label (x, y, z), uint8: `Prepared.centres`."""
+    """Return the mean voxel of each foreground class of a label (x, y, z), uint8:
+    `Prepared.centres`.
+    """
     centres = np.full((num_classes, 3), np.nan, np.float32)
     for value in range(1, num_classes):
         voxels = np.unravel_index(np.flatnonzero(label == value), label.shape)

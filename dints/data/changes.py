@@ -21,7 +21,8 @@ NAME = "data.json"  # in a run's folder
 
 
 def digest(path: str, noted: object) -> list:
-    """Return size, time of change and digest of a file; it is read only where one of these two is new.
+    """Return size, time of change and digest of a file; it is read only where one of these two is
+    new.
 
     Args:
         noted: an earlier result of this function; anything else counts as nothing.
@@ -29,14 +30,18 @@ def digest(path: str, noted: object) -> list:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; it was there before: put it back") from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; it was there before: put it back"
+        ) from error
     state = [status.st_size, status.st_mtime_ns]
     if isinstance(noted, list) and len(noted) == 3 and noted[:2] == state:
         return noted
     return [*state, files.digest(path)]
 
 
-def check_unchanged(folder: Path, cases: Sequence[Case], is_continued: bool, allow_changed: bool) -> None:
+def check_unchanged(
+    folder: Path, cases: Sequence[Case], is_continued: bool, allow_changed: bool
+) -> None:
     """Note the content of all files of the cases in the run's folder, or compare it with the notes.
 
     Args:
@@ -55,14 +60,17 @@ def check_unchanged(folder: Path, cases: Sequence[Case], is_continued: bool, all
     changes = stored.get("changes", [])
     if changed:
         fault = (
-            f"{len(changed)} files of the data are not as they were when the run began, for example the {changed[0]}"
+            f"{len(changed)} files of the data are not as they were when the run began, for "
+            f"example the {changed[0]}"
         )
         if not allow_changed:
             raise UserError(
                 f"{fault} ({paths[changed[0]]}): put them back, give --allow_changed_data to "
                 "continue with these, or --resume never to start afresh"
             )
-        log.warning("%s: the run continues with these, not to the result that it would have had", fault)
+        log.warning(
+            "%s: the run continues with these, not to the result that it would have had", fault
+        )
         changes = [*changes, changed]
     content = json.dumps({"files": found, "changes": changes}, indent=1)
     files.write_atomically(folder / NAME, content)

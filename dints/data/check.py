@@ -34,11 +34,12 @@ class Report:
     """What was found in one case.
 
     Attributes:
-        errors, warnings: findings: what a training refuses or would do wrong with, and what is only unusual.
+        errors, warnings: findings: what a training refuses or would do wrong with, and what is only
+            unusual.
         case: None where a header could not be read.
         volumes: cm^3 of each foreground class; None where the label could not be read.
-        digest: of the images' voxels, the same in whatever orientation and type they are kept; None where they could
-            not be read.
+        digest: of the images' voxels, the same in whatever orientation and type they are kept; None
+            where they could not be read.
     """
 
     errors: list[str] = field(default_factory=list)
@@ -71,10 +72,14 @@ def check(settings: DataSettings) -> None:
     text, is_good = check_dataset(cases, folds, overridden(task, settings), cores_per_process())
     print(text, flush=True)
     if not is_good:
-        raise UserError(f"{settings.root} is not fit for training: correct the faults that are listed above")
+        raise UserError(
+            f"{settings.root} is not fit for training: correct the faults that are listed above"
+        )
 
 
-def check_dataset(cases: Sequence[Case], folds: Sequence[int], task: Task, num_threads: int) -> tuple[str, bool]:
+def check_dataset(
+    cases: Sequence[Case], folds: Sequence[int], task: Task, num_threads: int
+) -> tuple[str, bool]:
     """Read every case, and tell what is wrong with which and what they are like.
 
     Args:
@@ -111,8 +116,7 @@ def judge_case(case: Case, task: Task) -> Report:
 def _judge_headers(case: Case, task: Task, report: Report) -> None:
     report.case = case
     report.errors += case_faults(case, task)
-    options = replace(case.options, trust_shapes=False)
-    strict = case_faults(replace(case, options=options), task)
+    strict = case_faults(case, task, trust_shapes=False)
     report.warnings += [fault for fault in strict if fault not in report.errors]
 
 
@@ -123,12 +127,15 @@ def _judge_image(header: Header, options: ReadOptions, report: Report) -> str | 
         return None
     voxels, replaced = image
     if replaced:
-        report.warnings.append(f"{header.path} has {replaced} NaN or infinite voxels, which are replaced")
+        report.warnings.append(
+            f"{header.path} has {replaced} NaN or infinite voxels, which are replaced"
+        )
     for number, channel in enumerate(voxels):
         if channel.min() == channel.max():
             place = f" in channel {number}" if len(voxels) > 1 else ""
             report.warnings.append(
-                f"{header.path} has the value {channel.flat[0]:g} everywhere{place}: look at the image"
+                f"{header.path} has the value {channel.flat[0]:g} everywhere{place}: look at the "
+                "image"
             )
     turned = Resampling(header.shape, header.affine, None).apply(voxels, nearest=True)
     digest = hashlib.blake2b(repr(turned.shape).encode(), digest_size=16)
@@ -148,7 +155,9 @@ def _judge_label(header: Header, task: Task, report: Report) -> None:
 
 
 def _compare_voxels(cases: Sequence[Case], folds: Sequence[int], reports: Sequence[Report]) -> None:
-    """Tell cases with the same voxels: an error across folds, where one is validated on what it is trained on."""
+    """Tell cases with the same voxels: an error across folds, where one is validated on what it is
+    trained on.
+    """
     first: dict[str, int] = {}
     for number, report in enumerate(reports):
         other = number if report.digest is None else first.setdefault(report.digest, number)
@@ -159,46 +168,68 @@ def _compare_voxels(cases: Sequence[Case], folds: Sequence[int], reports: Sequen
             report.warnings.append(f"{finding}: remove one of the cases")
         else:
             report.errors.append(
-                f"{finding}, but they are in the folds {folds[number]} and {folds[other]}, so that one is trained on "
-                "where the other is validated: remove one of the cases"
+                f"{finding}, but they are in the folds {folds[number]} and {folds[other]}, so that "
+                "one is trained on where the other is validated: remove one of the cases"
             )
 
 
-def _compare_grids(cases: Sequence[Case], reports: Sequence[Report], whole: Report, task: Task) -> None:
-    """Judge what only the median tells: which cases are far from it, and are impossible at its spacing."""
-    read = [(case.images[0], report) for case, report in zip(cases, reports, strict=True) if report.case is not None]
+def _compare_grids(
+    cases: Sequence[Case], reports: Sequence[Report], whole: Report, task: Task
+) -> None:
+    """Judge what only the median tells: which cases are far from it, and are impossible at its
+    spacing.
+    """
+    read = [
+        (case.images[0], report)
+        for case, report in zip(cases, reports, strict=True)
+        if report.case is not None
+    ]
     if not read:
         return
-    shapes, spacings = (np.array(values, float) for values in _grids([report for _, report in read]))
+    shapes, spacings = (
+        np.array(values, float) for values in _grids([report for _, report in read])
+    )
     if task.name not in TASKS and task.spacing is None:  # as a training would choose it
         task = replace(task, spacing=tuple(np.median(spacings, axis=0)))
-    for what, values, form in (("spacing, mm", spacings, ".4g"), ("number of voxels", shapes, ".0f")):
+    for what, values, form in (
+        ("spacing, mm", spacings, ".4g"),
+        ("number of voxels", shapes, ".0f"),
+    ):
         median = np.median(values, axis=0)
         for (path, report), value in zip(read, values, strict=True):
             if (np.maximum(value / median, median / value) > FAR).any():
                 report.warnings.append(
-                    f"{path} is far from the others in {what}: {_times(value, form)}, where the median is "
-                    f"{_times(median, form)}: look at its header"
+                    f"{path} is far from the others in {what}: {_times(value, form)}, where the "
+                    f"median is {_times(median, form)}: look at its header"
                 )
     for _, report in read:
         faults = case_faults(report.case, task)
         report.errors += [fault for fault in faults if fault not in report.errors]
-    thin = [(path, report, grid) for path, report in read if min(grid := resampling_of(report.case, task).shape) < THIN]
+    thin = [
+        (path, report, grid)
+        for path, report in read
+        if min(grid := resampling_of(report.case, task).shape) < THIN
+    ]
     if len(thin) > max(1, len(read) // 2):  # as thick slices make it, and no header is wrong
         whole.warnings.append(
-            f"{len(thin)} of {len(reports)} cases have fewer than {THIN} voxels along an axis of the task's grid, for "
-            f"example {thin[0][0]} with {_times(thin[0][2])}: there is little to learn in 3D along it"
+            f"{len(thin)} of {len(reports)} cases have fewer than {THIN} voxels along an axis of "
+            f"the task's grid, for example {thin[0][0]} with {_times(thin[0][2])}: there is little "
+            "to learn in 3D along it"
         )
         return
     for path, report, grid in thin:
-        report.warnings.append(f"{path} has only {_times(grid)} voxels on the task's grid: look at its header")
+        report.warnings.append(
+            f"{path} has only {_times(grid)} voxels on the task's grid: look at its header"
+        )
 
 
 def _grids(reports: Sequence[Report]) -> tuple[list[Sequence[int]], list[np.ndarray]]:
     """Return voxels, and mm between them, along x, y and z of the patient (RAS)."""
     images = [report.case.headers[0] for report in reports]
     turned = [Resampling(image.shape, image.affine, None) for image in images]
-    return [grid.shape for grid in turned], [np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in turned]
+    return [grid.shape for grid in turned], [
+        np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in turned
+    ]
 
 
 def _judge_whole(reports: Sequence[Report], task: Task) -> Report:
@@ -209,17 +240,26 @@ def _judge_whole(reports: Sequence[Report], task: Task) -> Report:
         return whole
     found = np.any(labelled, axis=0)
     if not found.any():
-        whole.errors.append("no case has any foreground, so that there is nothing to learn: look at the labels")
+        whole.errors.append(
+            "no case has any foreground, so that there is nothing to learn: look at the labels"
+        )
     elif not found.all():
-        absent = [name for name, is_found in zip(task.class_names[1:], found, strict=True) if not is_found]
-        whole.warnings.append(f"no case has the class {', '.join(absent)}: look at the labels in dataset.json")
+        absent = [
+            name for name, is_found in zip(task.class_names[1:], found, strict=True) if not is_found
+        ]
+        whole.warnings.append(
+            f"no case has the class {', '.join(absent)}: look at the labels in dataset.json"
+        )
     return whole
 
 
 def _findings(cases: Sequence[Case], reports: Sequence[Report], whole: Report) -> Iterator[str]:
-    """Yield a table, errors first; paths are told from the folder that all files are in."""
+    """Yield a table, errors first; paths are relative to the folder that all files are in."""
     folder = os.path.commonpath([os.path.dirname(path) for case in cases for path in case.files])
-    named = [("all", whole), *((case.name, report) for case, report in zip(cases, reports, strict=True))]
+    named = [
+        ("all", whole),
+        *((case.name, report) for case, report in zip(cases, reports, strict=True)),
+    ]
     rows = [("error", name, finding) for name, report in named for finding in report.errors]
     rows += [("warning", name, finding) for name, report in named for finding in report.warnings]
     if not rows:
@@ -227,14 +267,22 @@ def _findings(cases: Sequence[Case], reports: Sequence[Report], whole: Report) -
     width = max(len(name) for _, name, _ in [("", "case", ""), *rows])
     yield f"{'kind':<8} {'case':<{width}}  finding; files are in {folder}"
     for kind, name, finding in rows:
-        yield f"{kind:<8} {name:<{width}}  {' '.join(finding.replace(os.path.join(folder, ''), '').split())}"
+        yield (
+            f"{kind:<8} {name:<{width}}  "
+            f"{' '.join(finding.replace(os.path.join(folder, ''), '').split())}"
+        )
     yield ""
 
 
 def _summary(reports: Sequence[Report], task: Task) -> Iterator[str]:
     wrong, unusual = sum(bool(r.errors) for r in reports), sum(bool(r.warnings) for r in reports)
-    yield f"{task.name}: {_count(len(reports), 'case')}, {wrong} with errors, {unusual} with warnings"
-    yield f"{task.modality}, {_count(task.num_channels, 'channel')}; classes: {', '.join(task.class_names)}"
+    yield (
+        f"{task.name}: {_count(len(reports), 'case')}, {wrong} with errors, {unusual} with warnings"
+    )
+    yield (
+        f"{task.modality}, {_count(task.num_channels, 'channel')}; classes: "
+        f"{', '.join(task.class_names)}"
+    )
     read = [report for report in reports if report.case is not None]
     rows = [("", "cases", "smallest", "median", "largest")]
     if read:
@@ -263,7 +311,9 @@ def _type(header: Header) -> str:
 
 def _range(rows: Sequence[Sequence[float]], form: str) -> tuple[str, str, str, str]:
     """Write how many there are, and the smallest, median and largest along each axis."""
-    return str(len(rows)), *(_times(of(np.array(rows, float), axis=0), form) for of in (np.min, np.median, np.max))
+    return str(len(rows)), *(
+        _times(of(np.array(rows, float), axis=0), form) for of in (np.min, np.median, np.max)
+    )
 
 
 def _times(values: Sequence[float], form: str = "") -> str:

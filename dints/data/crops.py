@@ -1,8 +1,10 @@
-"""Where training patches are cut out: around each class equally often, from its mask grown by 48 steps.
+"""Where training patches are cut out: around each class equally often, from its mask grown by 48
+steps.
 
-The published scripts draw a patch's centre from these masks, so that small structures are seen often but not always in
-the centre. MONAI's ``RandCropByLabelClassesd`` lists the indices of every mask's voxels each time; here a mask is a bit
-a voxel inside its bounding box, and centres are drawn from the box until one lies in the mask: the same distribution.
+The published scripts draw a patch's centre from these masks, so that small structures are seen
+often but not always in the centre. MONAI's ``RandCropByLabelClassesd`` lists the indices of every
+mask's voxels each time; here a mask is a bit a voxel inside its bounding box, and centres are drawn
+from the box until one lies in the mask: the same distribution.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CROP_DILATION = 48  # steps along the axes by which a class's mask grows before centres are drawn from it
+# steps along the axes by which a class's mask grows before centres are drawn from it
+CROP_DILATION = 48
 DRAWS = 64  # centres drawn at once
 
 
@@ -21,8 +24,10 @@ class CropMasks:
     """Each class's grown mask.
 
     Attributes:
-        boxes: (classes, 2, 3), first voxel and end of the mask's bounding box; an absent class has an empty one.
-        starts: (classes,), where a class's bits begin in ``bits``, bytes; -1: its mask fills its box, and has none.
+        boxes: (classes, 2, 3), first voxel and end of the mask's bounding box; an absent class has
+            an empty one.
+        starts: (classes,), where a class's bits begin in ``bits``, bytes; -1: its mask fills its
+            box, and has none.
         bits: uint8, the boxes' voxels in C order, eight a byte.
     """
 
@@ -36,7 +41,9 @@ class CropMasks:
         return np.flatnonzero(np.all(self.boxes[:, 1] > self.boxes[:, 0], axis=1))
 
     def contains(self, value: int, voxels: np.ndarray) -> np.ndarray:
-        """Tell which of ``voxels`` (n, 3), all inside the box of class ``value``, its mask contains."""
+        """Tell which of ``voxels`` (n, 3), all inside the box of class ``value``, its mask
+        contains.
+        """
         if self.starts[value] < 0:
             return np.ones(len(voxels), bool)
         first, end = self.boxes[value]
@@ -44,7 +51,9 @@ class CropMasks:
         return (self.bits[self.starts[value] + (index >> 3)] >> (7 - (index & 7))) & 1 == 1
 
     def draw_centre(self, rng: np.random.Generator) -> np.ndarray:
-        """Draw a voxel of a mask: each present class equally likely, then each of its mask's voxels."""
+        """Draw a voxel of a mask: each present class equally likely, then each of its mask's
+        voxels.
+        """
         value = rng.choice(self.present)
         first, end = self.boxes[value]
         while True:
@@ -67,10 +76,14 @@ def crop_masks(label: np.ndarray, num_classes: int) -> CropMasks:
     return CropMasks(boxes, np.array(starts), np.concatenate(parts))
 
 
-def grown_mask(present: np.ndarray, steps: int = CROP_DILATION) -> tuple[np.ndarray, np.ndarray | None]:
-    """Do as ``steps`` binary dilations of a mask (x, y, z): return its bounding box (2, 3), and the voxels inside it.
+def grown_mask(
+    present: np.ndarray, steps: int = CROP_DILATION
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Do as ``steps`` binary dilations of a mask (x, y, z): return its bounding box (2, 3), and the
+    voxels inside it.
 
-    The voxels are None where they all belong to the mask (and where the mask is empty, and the box too).
+    The voxels are None where they all belong to the mask (and where the mask is empty, and the box
+    too).
     """
     inner = bounding_box(present)
     if inner is None:
@@ -79,7 +92,8 @@ def grown_mask(present: np.ndarray, steps: int = CROP_DILATION) -> tuple[np.ndar
     gaps = bounding_box(~present)
     if gaps is None:
         return box, None
-    # Beyond the gaps every voxel belongs to the class, so a gap's distance is known from what lies right around it.
+    # Beyond the gaps every voxel belongs to the class, so a gap's distance is known from what lies
+    # right around it.
     first, end = np.maximum(box[0], gaps[0] - 1), np.minimum(box[1], gaps[1] + 1)
     region = tuple(map(slice, first, end))
     near = _distance(present[region], steps + 1) <= steps
@@ -91,10 +105,14 @@ def grown_mask(present: np.ndarray, steps: int = CROP_DILATION) -> tuple[np.ndar
 
 
 def bounding_box(mask: np.ndarray) -> np.ndarray | None:
-    """Return first voxel and end (2, 3) of what is true in a mask (x, y, z); None where nothing is."""
+    """Return first voxel and end (2, 3) of what is true in a mask (x, y, z); None where nothing
+    is.
+    """
     spans = []
     for axis in range(3):
-        found = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        found = np.flatnonzero(
+            mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis))
+        )
         if not len(found):
             return None
         spans.append((found[0], found[-1] + 1))
@@ -102,17 +120,21 @@ def bounding_box(mask: np.ndarray) -> np.ndarray | None:
 
 
 def _distance(present: np.ndarray, limit: int) -> np.ndarray:
-    """Count steps along the axes to the nearest voxel that is present, at most ``limit`` (below 255): uint8.
+    """Count steps along the axes to the nearest voxel that is present, at most ``limit`` (below
+    255): uint8.
 
     Distances along one axis after another: each plane takes over its neighbour's, plus one.
     """
     distance = np.where(present, np.uint8(0), np.uint8(limit))
     for axes in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
         view = distance.transpose(axes)
-        planes = np.ascontiguousarray(view) if axes[0] == 2 else view  # single bytes apart would be slow
+        # single bytes apart would be slow
+        planes = np.ascontiguousarray(view) if axes[0] == 2 else view
         for order in (range(1, len(planes)), range(len(planes) - 2, -1, -1)):
             for plane in order:
-                np.minimum(planes[plane], planes[plane - order.step] + np.uint8(1), out=planes[plane])
+                np.minimum(
+                    planes[plane], planes[plane - order.step] + np.uint8(1), out=planes[plane]
+                )
         if planes is not view:
             view[...] = planes
     return np.minimum(distance, np.uint8(limit), out=distance)
@@ -123,7 +145,8 @@ def cut_patch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut the patch around a centre, moved inside the volume where it would stick out; copies.
 
-    A volume smaller than the patch is padded to both sides: the image by reflection (its border voxels first, where
+    A volume smaller than the patch is padded to both sides: the image by reflection (its border
+        voxels first, where
     it is too small to be reflected), the label by background.
 
     Args:
@@ -141,11 +164,15 @@ def cut_patch(
     return np.array(image, order="C"), np.array(label, order="C")[None]
 
 
-def _padded(image: np.ndarray, label: np.ndarray, patch_size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    # A third of the patch is reflected to both sides of itself; what is smaller has too few voxels for that.
+def _padded(
+    image: np.ndarray, label: np.ndarray, patch_size: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    # A third of the patch is reflected to both sides of itself; what is smaller has too few voxels
+    # for that.
     for sizes, mode in (([size // 3 + 1 for size in patch_size], "edge"), (patch_size, "reflect")):
         lacking = [max(size - count, 0) for size, count in zip(sizes, label.shape, strict=True)]
         if any(lacking):
-            padding = [(gap // 2, gap - gap // 2) for gap in lacking]  # the same for both, or they would drift apart
+            # the same for both, or they would drift apart
+            padding = [(gap // 2, gap - gap // 2) for gap in lacking]
             image, label = np.pad(image, [(0, 0), *padding], mode), np.pad(label, padding)
     return image, label

@@ -56,11 +56,15 @@ class Fold:
         """
         order = permutation(len(self.training), seed, "halves")
         middle = len(order) // 2
-        weights, arch = ([self.training[n] for n in part] for part in (order[:middle], order[middle:]))
+        weights, arch = (
+            [self.training[n] for n in part] for part in (order[:middle], order[middle:])
+        )
         return weights, arch
 
 
-def open_fold(settings: DataSettings, measured_in: Sequence[Path] = (), least_training: int = 1) -> Fold:
+def open_fold(
+    settings: DataSettings, measured_in: Sequence[Path] = (), least_training: int = 1
+) -> Fold:
     """Read a dataset's description and the headers of its cases, and divide them; read no voxel.
 
     A task that is not in the table is measured, though: a CT's window is one of its voxels.

@@ -1,7 +1,8 @@
-"""DICOM series, as scanners and archives have them: slices, or frames in one file, made one NIfTI file.
+"""DICOM series, as scanners and archives have them: slices, or frames in one file, made one NIfTI
+file.
 
-Whatever a header lacks or says wrongly ends in one line that names the file; no slice is guessed, moved or left out.
-pydicom, which reads them, is not among the requirements.
+Whatever a header lacks or says wrongly ends in one line that names the file; no slice is guessed,
+moved or left out. pydicom, which reads them, is not among the requirements.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 MARK, PLACE = b"DICM", 128  # what a DICOM file has, and where
-# Without it (no preamble), a file begins with the tag of its first element, then with its type or its length.
-BARE = re.compile(rb"(\x02\x00[\0-\x02]\0|\x08\x00[\0-\x20]\0)(UL|OB|UI|CS|DA|TM|SH|LO|[\0-\x40]\0\0\0)", re.DOTALL)
+# Without it (no preamble), a file begins with the tag of its first element, then with its type or
+# its length.
+BARE = re.compile(
+    rb"(\x02\x00[\0-\x02]\0|\x08\x00[\0-\x20]\0)(UL|OB|UI|CS|DA|TM|SH|LO|[\0-\x40]\0\0\0)",
+    re.DOTALL,
+)
 SAME = 1e-4  # by which orientation (an entry) and spacing (mm) may differ between slices
 PERPENDICULAR = 1e-3  # by which directions may miss unit length and a right angle
 DISPLACED = 0.1  # voxels that a slice may lie off its place
@@ -91,11 +96,14 @@ class Slice:
 
 
 def folders_with_dicom(folder: Path) -> list[Path]:
-    """List the folders, ``folder`` itself and those in it, that hold DICOM files, but for hidden ones."""
+    """List the folders, ``folder`` itself and those in it, that hold DICOM files, but for hidden
+    ones.
+    """
     found = {
         path.parent
         for path in sorted(folder.rglob("*"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and is_dicom(path)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and is_dicom(path)
     }
     return sorted(found)
 
@@ -113,13 +121,15 @@ def is_dicom(path: Path) -> bool:
 
 
 def write_nifti(folder: Path, path: Path) -> None:
-    """Write the series in a folder as NIfTI: voxels in the scanner's units (CT: HU), and their place in space.
+    """Write the series in a folder as NIfTI: voxels in the scanner's units (CT: HU), and their
+    place in space.
 
     Files without an image, such as reports and contours, are passed over.
 
     Raises:
-        UserError: pydicom is not installed; the folder holds more than one series, or slices that make no volume
-            (missing, twice, displaced, not parallel); or a file cannot be read, or does not say what it has to.
+        UserError: pydicom is not installed; the folder holds more than one series, or slices that
+            make no volume (missing, twice, displaced, not parallel); or a file cannot be read, or
+            does not say what it has to.
     """
     voxels, affine = read_series(folder)
     image = nib.Nifti1Image(voxels, affine)
@@ -132,12 +142,15 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
     They are int16 where they are whole numbers of that range, as HU are, else float32.
     """
-    with warnings.catch_warnings():  # pydicom's, of what it repairs: all that counts is checked here
+    # pydicom's, of what it repairs: all that counts is checked here
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         slices = _slices(folder)
         affine, order = _geometry(slices, folder)
         voxels = np.empty((*slices[0].shape, len(slices)), np.float32, order="F")
-        for path, of_path in groupby(zip(slices, np.argsort(order), strict=True), lambda pair: pair[0].path):
+        for path, of_path in groupby(
+            zip(slices, np.argsort(order), strict=True), lambda pair: pair[0].path
+        ):
             of_path = list(of_path)
             pixels = _pixels(path, len(of_path))
             for one, place in of_path:
@@ -145,7 +158,10 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
                 voxels[:, :, place] = pixels[one.frame].T.astype(np.float32) * slope + intercept
     limits = np.iinfo(np.int16)
     planes = np.moveaxis(voxels, -1, 0)
-    if all(limits.min <= plane.min() and plane.max() <= limits.max and not (plane % 1).any() for plane in planes):
+    if all(
+        limits.min <= plane.min() and plane.max() <= limits.max and not (plane % 1).any()
+        for plane in planes
+    ):
         voxels = voxels.astype(np.int16)
     return voxels, affine
 
@@ -154,14 +170,18 @@ def _pydicom(folder: Path):
     try:
         pydicom = importlib.import_module("pydicom")
     except ModuleNotFoundError as error:
-        raise UserError(f"{folder} is a DICOM series, which pydicom reads: pip install pydicom") from error
+        raise UserError(
+            f"{folder} is a DICOM series, which pydicom reads: pip install pydicom"
+        ) from error
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     return pydicom
 
 
 @contextmanager
 def _named(path: Path, action: str, remedy: str) -> Iterator[None]:
-    """Make an error that names the file of all that pydicom raises: what its many converters and decoders do."""
+    """Make an error that names the file of all that pydicom raises: what its many converters and
+    decoders do.
+    """
     try:
         yield
     except UserError:
@@ -187,26 +207,46 @@ def _slices(folder: Path) -> list[Slice]:
                 others.append((path, str(header.get("SeriesInstanceUID"))))
     if not slices:
         names = ", ".join(path.name for path, _ in others[:2])
-        raise UserError(f"{folder} holds DICOM files ({names}), but no image among them: give the folder of a series")
+        raise UserError(
+            f"{folder} holds DICOM files ({names}), but no image among them: give the "
+            "folder of a series"
+        )
     for path, series in others:
         if series in {one.series for one in slices}:
             raise UserError(f"{path} is of the series and is no image: replace or remove the file")
-    _check_alike(folder, slices, "DICOM series", lambda one: one.series, "give each a folder of its own")
-    _check_alike(folder, slices, "sizes of slices", lambda one: one.shape, "remove what is not of the volume")
     _check_alike(
-        folder, slices, "kinds of slices", lambda one: one.scale is None, "RescaleSlope is in all of them, or in none"
+        folder, slices, "DICOM series", lambda one: one.series, "give each a folder of its own"
+    )
+    _check_alike(
+        folder, slices, "sizes of slices", lambda one: one.shape, "remove what is not of the volume"
+    )
+    _check_alike(
+        folder,
+        slices,
+        "kinds of slices",
+        lambda one: one.scale is None,
+        "RescaleSlope is in all of them, or in none",
     )
     return slices
 
 
 def _files(folder: Path) -> list[Path]:
-    """List the DICOM files; one that is called like them and is none might be a slice that is lost."""
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    """List the DICOM files; one that is called like them and is none might be a slice that is
+    lost.
+    """
+    paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.name.startswith(".")
+    ]
     found = {path for path in paths if is_dicom(path)}
     endings = {_ending(path) for path in found}
     for path in paths:
         if path not in found and path.name != "DICOMDIR" and _ending(path) in endings:
-            raise UserError(f"{path} is called like the DICOM files beside it and is none: replace or remove the file")
+            raise UserError(
+                f"{path} is called like the DICOM files beside it and is none: replace "
+                "or remove the file"
+            )
     return [path for path in paths if path in found]
 
 
@@ -221,20 +261,35 @@ def _is_image(header: Dataset, pydicom) -> bool:
     """
     uid = str(header.get("SOPClassUID"))
     name = pydicom.uid.UID(uid).name
-    return "Rows" in header or not header.get("SeriesInstanceUID") if name == uid else "Image Storage" in name
+    return (
+        "Rows" in header or not header.get("SeriesInstanceUID")
+        if name == uid
+        else "Image Storage" in name
+    )
 
 
 def _frames(path: Path, header: Dataset) -> list[Slice]:
-    """Return the slices of a file: itself, or the frames of an enhanced object (DICOM Part 3, C.7.6.16)."""
+    """Return the slices of a file: itself, or the frames of an enhanced object (DICOM Part 3,
+    C.7.6.16).
+    """
     count = _whole(path, header, "NumberOfFrames") if "NumberOfFrames" in header else 1
     if FRAMES not in header:
         if count > 1:
-            raise UserError(f"{path} holds several frames that do not say where they lie: convert it with dcm2niix")
+            raise UserError(
+                f"{path} holds several frames that do not say where they lie: convert "
+                "it with dcm2niix"
+            )
         return [_slice(path, 0, header, header)]
     groups, shared = header[FRAMES].value, header.get(SHARED) or [{}]
     if len(groups) != count:
-        raise UserError(f"{path} has {count} frames (NumberOfFrames), and {FRAMES} of {len(groups)}: replace the file")
-    return [_slice(path, frame, header, _joined(path, shared[0], group)) for frame, group in enumerate(groups)]
+        raise UserError(
+            f"{path} has {count} frames (NumberOfFrames), and {FRAMES} of "
+            f"{len(groups)}: replace the file"
+        )
+    return [
+        _slice(path, frame, header, _joined(path, shared[0], group))
+        for frame, group in enumerate(groups)
+    ]
 
 
 def _joined(path: Path, *groups: Dataset) -> Dataset:
@@ -250,26 +305,37 @@ def _joined(path: Path, *groups: Dataset) -> Dataset:
 def _slice(path: Path, frame: int, header: Dataset, place: Dataset) -> Slice:
     """Read a header, and of an enhanced object what it says of a frame."""
     colours = header.get("PhotometricInterpretation")
-    if _whole(path, header, "SamplesPerPixel") != 1 or colours not in ("MONOCHROME1", "MONOCHROME2"):
+    if _whole(path, header, "SamplesPerPixel") != 1 or colours not in (
+        "MONOCHROME1",
+        "MONOCHROME2",
+    ):
         raise UserError(
-            f"{path} holds colours (SamplesPerPixel {header.SamplesPerPixel}, PhotometricInterpretation "
-            f"{_shown(colours)}), not one value a voxel: replace the file"
+            f"{path} holds colours (SamplesPerPixel {header.SamplesPerPixel}, "
+            f"PhotometricInterpretation {_shown(colours)}), not one value a voxel: replace the file"
         )
     if "ModalityLUTSequence" in header:
-        raise UserError(f"{path} has a table of values (ModalityLUTSequence): convert the series with dcm2niix")
+        raise UserError(
+            f"{path} has a table of values (ModalityLUTSequence): convert the series with dcm2niix"
+        )
     scale = None
     if "RescaleSlope" in place or "RescaleIntercept" in place:
-        scale = _numbers(path, place, "RescaleSlope")[0], _numbers(path, place, "RescaleIntercept")[0]
+        scale = (
+            _numbers(path, place, "RescaleSlope")[0],
+            _numbers(path, place, "RescaleIntercept")[0],
+        )
         if scale[0] == 0:
-            raise UserError(f"{path} has RescaleSlope 0, which makes all voxels equal: replace the file")
+            raise UserError(
+                f"{path} has RescaleSlope 0, which makes all voxels equal: replace the file"
+            )
     axes = np.array(_numbers(path, place, "ImageOrientationPatient", 6)).reshape(2, 3)
     lengths = np.linalg.norm(axes, axis=1)
     if np.abs(axes @ axes.T - np.eye(2)).max() > 2 * PERPENDICULAR:
         raise UserError(
-            f"{path} has ImageOrientationPatient {_shown(place.ImageOrientationPatient)}, not two unit vectors at a "
-            "right angle: replace the file"
+            f"{path} has ImageOrientationPatient {_shown(place.ImageOrientationPatient)}, not two "
+            "unit vectors at a right angle: replace the file"
         )
-    has_thickness = "SliceThickness" in place and place.get_item("SliceThickness").value  # it may be there and empty
+    # it may be there and empty
+    has_thickness = "SliceThickness" in place and place.get_item("SliceThickness").value
     return Slice(
         path=path,
         frame=frame,
@@ -277,7 +343,8 @@ def _slice(path: Path, frame: int, header: Dataset, place: Dataset) -> Slice:
         shape=(_whole(path, header, "Columns"), _whole(path, header, "Rows")),
         position=np.array(_numbers(path, place, "ImagePositionPatient", 3)),
         axes=axes / lengths[:, None],
-        spacing=np.array(_numbers(path, place, "PixelSpacing", 2, SIZES)[::-1]),  # the header has that of rows first
+        # the header has that of rows first
+        spacing=np.array(_numbers(path, place, "PixelSpacing", 2, SIZES)[::-1]),
         thickness=_numbers(path, place, "SliceThickness")[0] if has_thickness else None,
         scale=scale,
     )
@@ -293,18 +360,29 @@ def _whole(path: Path, header: Dataset, tag: str) -> int:
 def _numbers(
     path: Path, header: Dataset, tag: str, count: int = 1, limits: tuple[float, float] = FLOATS
 ) -> list[float]:
-    """Return the ``count`` finite numbers of a tag, which pydicom converts only when they are asked for."""
+    """Return the ``count`` finite numbers of a tag, which pydicom converts only when they are asked
+    for.
+    """
     if tag not in header:
-        raise UserError(f"{path} has no {tag}: replace the file, or convert the series with dcm2niix")
+        raise UserError(
+            f"{path} has no {tag}: replace the file, or convert the series with dcm2niix"
+        )
     try:
         value = header[tag].value
-        numbers = [float(number) for number in (value if isinstance(value, MutableSequence) else [value])]
+        numbers = [
+            float(number) for number in (value if isinstance(value, MutableSequence) else [value])
+        ]
     except Exception:  # noqa: BLE001  it is the parser of a value that somebody else wrote
         numbers = []
-    if len(numbers) != count or not all(limits[0] <= number <= limits[1] for number in np.float32(numbers)):
+    if len(numbers) != count or not all(
+        limits[0] <= number <= limits[1] for number in np.float32(numbers)
+    ):
         wanted = "a number" if count == 1 else f"{count} numbers"
         where = "" if limits == FLOATS else f" from {limits[0]:g} to {limits[1]:g}"
-        raise UserError(f"{path} has {tag} {_shown(header.get_item(tag).value)}, not {wanted}{where}: replace the file")
+        raise UserError(
+            f"{path} has {tag} {_shown(header.get_item(tag).value)}, not "
+            f"{wanted}{where}: replace the file"
+        )
     return numbers
 
 
@@ -313,11 +391,15 @@ def _shown(value: object) -> str:
     return ascii(text[:60].strip("\0 "))
 
 
-def _check_alike(folder: Path, slices: Sequence[Slice], what: str, key: Callable, remedy: str) -> None:
+def _check_alike(
+    folder: Path, slices: Sequence[Slice], what: str, key: Callable, remedy: str
+) -> None:
     """Raise `UserError` where slices differ; it names one of the fewest and one of the most."""
     counts = Counter(key(one) for one in slices)
     if len(counts) > 1:
-        most, fewest = (next(one for one in slices if key(one) == counts.most_common()[at][0]) for at in (0, -1))
+        most, fewest = (
+            next(one for one in slices if key(one) == counts.most_common()[at][0]) for at in (0, -1)
+        )
         names = f"{_name(fewest)} is of another than {_name(most)}"
         raise UserError(f"{folder} holds {len(counts)} {what} ({names}): {remedy}")
 
@@ -332,16 +414,21 @@ def _name(one: Slice) -> str:
 def _geometry(slices: Sequence[Slice], folder: Path) -> tuple[np.ndarray, list[int]]:
     """Return the affine to mm in RAS, and the slices' order along the normal of their planes.
 
-    DICOM Part 3, C.7.6.2.1.1: columns advance along the first three numbers of ImageOrientationPatient, rows along the
-    others. Slices of a tilted gantry are shifted evenly: their affine is sheared, and exact.
+    DICOM Part 3, C.7.6.2.1.1: columns advance along the first three numbers of
+    ImageOrientationPatient, rows along the others. Slices of a tilted gantry are shifted evenly:
+    their affine is sheared, and exact.
     """
-    for what, values in (("orientation", [one.axes for one in slices]), ("spacing", [one.spacing for one in slices])):
+    for what, values in (
+        ("orientation", [one.axes for one in slices]),
+        ("spacing", [one.spacing for one in slices]),
+    ):
         values = np.array(values).reshape(len(slices), -1)
         off = np.abs(values - np.median(values, 0)).max(1)
         if off.max() > SAME:
             name = _name(slices[off.argmax()])
             raise UserError(
-                f"{folder} holds slices of several {what}s, for example {name}: remove what is not of the volume"
+                f"{folder} holds slices of several {what}s, for example {name}: remove what is not "
+                "of the volume"
             )
     affine = np.eye(4)
     affine[:3, :2] = (slices[0].axes * slices[0].spacing[:, None]).T
@@ -352,8 +439,8 @@ def _geometry(slices: Sequence[Slice], folder: Path) -> tuple[np.ndarray, list[i
     if len(slices) == 1:
         if not SIZES[0] <= (slices[0].thickness or 0) <= SIZES[1]:
             raise UserError(
-                f"{slices[0].path} is a series of one slice, and its SliceThickness is {slices[0].thickness}, not a "
-                "number of mm: replace the file"
+                f"{slices[0].path} is a series of one slice, and its SliceThickness is "
+                f"{slices[0].thickness}, not a number of mm: replace the file"
             )
         affine[:3, 2] = normal * slices[0].thickness
     else:
@@ -362,24 +449,30 @@ def _geometry(slices: Sequence[Slice], folder: Path) -> tuple[np.ndarray, list[i
     return LPS_TO_RAS @ affine, order.tolist()
 
 
-def _check_places(ordered: Sequence[Slice], affine: np.ndarray, normal: np.ndarray, folder: Path) -> None:
-    """Raise `UserError` where slices are missing, twice, or anywhere else than the affine places them."""
+def _check_places(
+    ordered: Sequence[Slice], affine: np.ndarray, normal: np.ndarray, folder: Path
+) -> None:
+    """Raise `UserError` where slices are missing, twice, or anywhere else than the affine places
+    them.
+    """
     positions = np.array([one.position for one in ordered])
     steps = np.diff(positions, axis=0)
     heights = steps @ normal
     if heights.min() < SIZES[0]:
         at = heights.argmin()
         raise UserError(
-            f"{folder} holds several slices at one place, {_name(ordered[at])} and {_name(ordered[at + 1])}: give a "
-            "folder with one image of each place, or convert the series with dcm2niix"
+            f"{folder} holds several slices at one place, {_name(ordered[at])} and "
+            f"{_name(ordered[at + 1])}: give a folder with one image of each place, or convert the "
+            "series with dcm2niix"
         )
     off = positions - (positions[0] + np.arange(len(positions))[:, None] * affine[:3, 2])
     if np.abs(np.linalg.solve(affine[:3, :3], off.T)).max() <= DISPLACED:
         aside = np.linalg.norm(affine[:3, 2] - heights.mean() * normal)
         if aside > STEEPEST * heights.mean():
             raise UserError(
-                f"{folder} has slices {heights.mean():.4g} mm apart and displaced by {aside:.4g} mm sideways, from "
-                f"{_name(ordered[0])} to {_name(ordered[-1])}: no gantry is tilted so far"
+                f"{folder} has slices {heights.mean():.4g} mm apart and displaced by {aside:.4g} "
+                f"mm sideways, from {_name(ordered[0])} to {_name(ordered[-1])}: no gantry is "
+                "tilted so far"
             )
         return
     usual = np.sort(steps, axis=0)[(len(steps) - 1) // 2]  # the median, never between two
@@ -389,12 +482,14 @@ def _check_places(ordered: Sequence[Slice], affine: np.ndarray, normal: np.ndarr
     apart, sideways = heights[at] - height, (steps[at] - usual) - (heights[at] - height) * normal
     if abs(apart) >= np.linalg.norm(sideways):
         raise UserError(
-            f"{folder} has slices {height:.4g} mm apart, but {heights[at]:.4g} mm {between}: complete the series"
+            f"{folder} has slices {height:.4g} mm apart, but {heights[at]:.4g} mm {between}: "
+            "complete the series"
         )
     aside = np.linalg.norm(steps[at] - heights[at] * normal)
     raise UserError(
         f"{folder} has slices displaced by {aside:.4g} mm sideways {between}, and by "
-        f"{np.linalg.norm(usual - height * normal):.4g} mm between most: replace or remove what is displaced"
+        f"{np.linalg.norm(usual - height * normal):.4g} mm between most: replace or remove what is "
+        "displaced"
     )
 
 
@@ -407,23 +502,31 @@ def _pixels(path: Path, num_frames: int) -> np.ndarray:
     with _named(path, "decoded", "replace the file, or convert the series with dcm2niix"):
         whole = pydicom.dcmread(path, force=True)
         meta = whole.file_meta
-        if "TransferSyntaxUID" not in meta:  # nor in what lacks a preamble: as pydicom read the rest
+        # nor in what lacks a preamble: as pydicom read the rest
+        if "TransferSyntaxUID" not in meta:
             implicit, little = whole.original_encoding
             uids = pydicom.uid
             explicit = uids.ExplicitVRLittleEndian if little else uids.ExplicitVRBigEndian
             meta.TransferSyntaxUID = uids.ImplicitVRLittleEndian if implicit else explicit
-        whole.pixel_array_options(correct_unused_bits=False)  # it would cut values that are too large
+        # it would cut values that are too large
+        whole.pixel_array_options(correct_unused_bits=False)
         pixels = whole.pixel_array
         pixels = pixels.reshape(-1, *pixels.shape[-2:])
         size = len(whole.PixelData) if "PixelData" in whole else pixels.nbytes
         is_native = not meta.TransferSyntaxUID.is_compressed
-        if len(pixels) != num_frames or is_native and size - pixels.nbytes not in (0, 1):  # padded to be even
-            raise ValueError(f"its {size} bytes of pixels are more than Rows, Columns, BitsAllocated and frames make")
+        # padded to be even
+        if len(pixels) != num_frames or is_native and size - pixels.nbytes not in (0, 1):
+            raise ValueError(
+                f"its {size} bytes of pixels are more than Rows, Columns, "
+                "BitsAllocated and frames make"
+            )
         return pixels if pixels.dtype.kind == "f" else _signed(pixels, int(whole.BitsStored))
 
 
 def _signed(pixels: np.ndarray, bits: int) -> np.ndarray:
-    """Return integers of ``bits`` bits as signed ones where their type is; some writers leave the bits above at 0."""
+    """Return integers of ``bits`` bits as signed ones where their type is; some writers leave the
+    bits above at 0.
+    """
     span = 1 << bits
     low = -span // 2 if pixels.dtype.kind == "i" else 0
     if low and pixels.max() >= span // 2:

@@ -1,4 +1,5 @@
-"""What a dataset that is not in the table of tasks has in common, measured: spacing, intensity window and patch size.
+"""What a dataset that is not in the table of tasks has in common, measured: spacing, intensity
+window and patch size.
 
 It is kept in the run folder as ``task.json``, for people and for the runs that follow.
 """
@@ -52,14 +53,23 @@ class Fingerprint:
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
-        """As large as the cases, in steps that networks of up to five depths can halve, and 96 at most."""
-        return tuple(int(np.clip(size // PATCH_STEP * PATCH_STEP, PATCH_STEP, LARGEST_PATCH)) for size in self.shape)
+        """As large as the cases, in steps that networks of up to five depths can halve, and 96 at
+        most.
+        """
+        return tuple(
+            int(np.clip(size // PATCH_STEP * PATCH_STEP, PATCH_STEP, LARGEST_PATCH))
+            for size in self.shape
+        )
 
     def applied_to(self, task: Task) -> Task:
-        return replace(task, spacing=self.spacing, intensity=self.intensity, patch_size=self.patch_size)
+        return replace(
+            task, spacing=self.spacing, intensity=self.intensity, patch_size=self.patch_size
+        )
 
 
-def fingerprint(cases: Sequence[Case], task: Task, folders: Sequence[Path], num_threads: int) -> Fingerprint:
+def fingerprint(
+    cases: Sequence[Case], task: Task, folders: Sequence[Path], num_threads: int
+) -> Fingerprint:
     """Take what one of ``folders`` holds of the same dataset, or else measure all cases.
 
     Args:
@@ -86,12 +96,16 @@ def fingerprint(cases: Sequence[Case], task: Task, folders: Sequence[Path], num_
 
 def write_task(folder: Path, task: Task, measured: Fingerprint | None) -> None:
     """Keep what a run works with as ``task.json``, and what was measured for it."""
-    content = {"task": task.to_dict(), "fingerprint": None if measured is None else asdict(measured)}
+    content = {
+        "task": task.to_dict(),
+        "fingerprint": None if measured is None else asdict(measured),
+    }
     files.write_atomically(folder / FILE, json.dumps(content, indent=2) + "\n")
 
 
 def use_downsample(choice: str, cases: Sequence[Case], task: Task) -> bool:
-    """Tell whether a network is to halve the image first: ``yes``, ``no``, or ``auto``, unless volumes are small.
+    """Tell whether a network is to halve the image first: ``yes``, ``no``, or ``auto``, unless
+    volumes are small.
 
     Args:
         cases: what ``auto`` looks at, on the task's grid.
@@ -100,7 +114,8 @@ def use_downsample(choice: str, cases: Sequence[Case], task: Task) -> bool:
         return choice == "yes"
     voxels = int(np.median([np.prod(resampling_of(case, task).shape) for case in cases]))
     log.info(
-        "volumes have %d voxels in the median: the network works at %s resolution (up to %d at full; --use_downsample)",
+        "volumes have %d voxels in the median: the network works at %s resolution (up to %d at "
+        "full; --use_downsample)",
         voxels,
         "half" if voxels > SMALL_VOLUME else "full",
         SMALL_VOLUME,
@@ -143,9 +158,14 @@ def _window(cases: Sequence[Case], task: Task, num_threads: int) -> tuple[float,
 
     silent = None if log.isEnabledFor(logging.INFO) else True
     with threads(num_threads) as pool:
-        samples = list(tqdm(pool.imap(sample, cases), "intensities", len(cases), unit="case", disable=silent))
+        samples = list(
+            tqdm(pool.imap(sample, cases), "intensities", len(cases), unit="case", disable=silent)
+        )
     values = np.concatenate(samples)
     if not len(values):
-        raise UserError("no case has any foreground: there is nothing to learn; --check lists what the labels hold")
+        raise UserError(
+            "no case has any foreground: there is nothing to learn; --check lists what "
+            "the labels hold"
+        )
     low, high = (float(value) for value in np.percentile(values, PERCENTILES))
     return low, max(high, low + 1)

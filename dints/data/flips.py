@@ -1,7 +1,9 @@
-"""Which axes patches are flipped along: those along which the classes lie as often one way as the other.
+"""Which axes patches are flipped along: those along which the classes lie as often one way as the
+other.
 
-Where one class is always in front of another, and little but its place tells which it is, a flipped patch shows the one
-under the name of the other. The hippocampus is such a task: its anterior part is the mirror image of its posterior one.
+Where one class is always in front of another, and little but its place tells which it is, a flipped
+patch shows the one under the name of the other. The hippocampus is such a task: its anterior part
+is the mirror image of its posterior one.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class Flips:
         return {"axes": list(self.axes), "reasons": list(self.reasons)}
 
 
-def choose_flips(choice: Sequence[str], cases: Sequence[Prepared], task: Task, processes: Processes) -> Flips:
+def choose_flips(
+    choice: Sequence[str], cases: Sequence[Prepared], task: Task, processes: Processes
+) -> Flips:
     """Choose the axes along which patches are to be flipped.
 
     Args:
@@ -59,15 +63,17 @@ def choose_flips(choice: Sequence[str], cases: Sequence[Prepared], task: Task, p
 
 
 def sides_of(cases: Sequence[Prepared], task: Task, processes: Processes) -> torch.Tensor:
-    """Count on which side of each other the classes lie in this rank's cases: (pairs, 3 axes, 2 sides).
+    """Count on which side of each other the classes lie in this rank's cases: (pairs, 3 axes, 2
+    sides).
 
-    Pairs are those of `class_pairs`; the sides are: the first one's centre beyond the second one's along the axis, or
-    not.
+    Pairs are those of `class_pairs`; the sides are: the first one's centre beyond the second one's
+    along the axis, or not.
     """
     pairs = np.array(class_pairs(task), np.int64).reshape(-1, 2)
     counts = torch.zeros(len(pairs), 3, 2, dtype=torch.float64)
     for case in cases:
-        ahead = case.centres[pairs[:, 0]] - case.centres[pairs[:, 1]]  # NaN where one is absent: on neither side
+        # NaN where one is absent: on neither side
+        ahead = case.centres[pairs[:, 0]] - case.centres[pairs[:, 1]]
         counts += torch.from_numpy(np.stack([ahead > 0, ahead <= 0], -1))
     return counts.to(processes.device)
 
@@ -78,14 +84,18 @@ def class_pairs(task: Task) -> list[tuple[int, int]]:
 
 
 def allowed(sides: np.ndarray, task: Task) -> Flips:
-    """Allow an axis unless a class lies on one and the same side of another one in nearly all cases.
+    """Allow an axis unless a class lies on one and the same side of another one in nearly all
+    cases.
 
     Args:
         sides: what `sides_of` counts, over all cases.
     """
     if not len(sides):
-        return Flips(ALL, (f"flips along {', '.join(AXES)}: one class, which no other can be taken for",))
-    # One case more on each side, or a single case would already tell; nothing is told of classes that never meet.
+        return Flips(
+            ALL, (f"flips along {', '.join(AXES)}: one class, which no other can be taken for",)
+        )
+    # One case more on each side, or a single case would already tell; nothing is told of classes
+    # that never meet.
     shares = (sides.min(-1) + 1) / (sides.sum(-1) + 2)
     axes, reasons = [], []
     for axis in ALL:
@@ -95,7 +105,8 @@ def allowed(sides: np.ndarray, task: Task) -> Flips:
         if is_allowed:
             axes.append(axis)
         reasons.append(
-            f"flips along {AXES[axis]}: {'yes' if is_allowed else 'no'}; {first} is nearer to the {SIDES[axis]} than "
-            f"{second} in {sides[pair, axis, 0]:.0f} of {sides[pair, axis].sum():.0f} cases"
+            f"flips along {AXES[axis]}: {'yes' if is_allowed else 'no'}; {first} is nearer to the "
+            f"{SIDES[axis]} than {second} in {sides[pair, axis, 0]:.0f} of "
+            f"{sides[pair, axis].sum():.0f} cases"
         )
     return Flips(tuple(axes), tuple(reasons))

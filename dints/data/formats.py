@@ -1,7 +1,7 @@
 """Forms of datasets, a reader each: the Medical Segmentation Decathlon's and nnU-Net v2's.
 
-Both have a ``dataset.json``. Of it, a reader makes the list of cases; `FORMS` has the readers, and a further form is
-one more entry there.
+Both have a ``dataset.json``. Of it, a reader makes the list of cases; `FORMS` has the readers, and
+a further form is one more entry there.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def read_dataset(
 ) -> tuple[Task, list[Case]]:
     """Read what a dataset is and which labelled cases it has; all their files are checked to exist.
 
-    Channels and classes are what the description says. Spacing, intensity and patch size are the table's where the
-    folder has the name of a task that it knows; otherwise they are None, None and 96x96x96, for the caller to measure,
-    and the modality is CT only if every channel is.
+    Channels and classes are what the description says. Spacing, intensity and patch size are the
+    table's where the folder has the name of a task that it knows; otherwise they are None, None and
+    96x96x96, for the caller to measure, and the modality is CT only if every channel is.
 
     Args:
         root: the dataset's folder.
@@ -61,8 +61,8 @@ def read_dataset(
         key: name of the list of labelled cases in it, in the Decathlon's form.
 
     Raises:
-        UserError: the description is malformed; files are missing or no NIfTI files (all counted, the
-            first named); or one file is listed twice.
+        UserError: the description is malformed; files are missing or no NIfTI files (all counted,
+            the first named); or one file is listed twice.
     """
     described = _described(root, description, key)
     task = _task_of(described)
@@ -75,11 +75,17 @@ def read_task(root: str | Path, description: str | Path | None = None) -> Task:
     return _task_of(_described(root, description, "training"))
 
 
-def provenance(root: str | Path, description: str | Path | None = None) -> dict[str, str | list[str]]:
-    """Return what a dataset's description says of where it comes from, its licence and its channels, as it says it."""
+def provenance(
+    root: str | Path, description: str | Path | None = None
+) -> dict[str, str | list[str]]:
+    """Return what a dataset's description says of where it comes from, its licence and its
+    channels, as it says it.
+    """
     described = _described(root, description, "training")
     keys = ("name", "description", "reference", "licence", "license", "release")
-    said = {key: described.content[key] for key in keys if isinstance(described.content.get(key), str)}
+    said = {
+        key: described.content[key] for key in keys if isinstance(described.content.get(key), str)
+    }
     return said | {"channels": list(channel_names(described))}
 
 
@@ -88,17 +94,21 @@ def list_cases(
     description: str | Path | None = None,
     key: str = "training",
 ) -> list[Case]:
-    """Read a dataset's cases alone: the description need not say what channels and classes there are.
+    """Read a dataset's cases alone: the description need not say what channels and classes there
+    are.
 
-    In the Decathlon's form they may lack labels, or be image paths alone, as those of its ``test`` list are. Args and
-    errors are those of `read_dataset`.
+    In the Decathlon's form they may lack labels, or be image paths alone, as those of its ``test``
+    list are. Args and errors are those of `read_dataset`.
     """
     described = replace(_described(root, description, key), needs_labels=False)
     return _cases_of(described)
 
 
-def described_classes(root: str | Path, description: str | Path | None = None) -> tuple[str, ...] | None:
-    """Return the class of each label value that a dataset's description names; None where it names none.
+def described_classes(
+    root: str | Path, description: str | Path | None = None
+) -> tuple[str, ...] | None:
+    """Return the class of each label value that a dataset's description names; None where it names
+    none.
 
     Args and errors are those of `read_dataset`.
     """
@@ -107,7 +117,8 @@ def described_classes(root: str | Path, description: str | Path | None = None) -
 
 
 def read_class_names(description: str | Path) -> tuple[str, ...]:
-    """Read the class of each label value 0, 1, 2, ..., background first, from a ``dataset.json`` of either form.
+    """Read the class of each label value 0, 1, 2, ..., background first, from a ``dataset.json`` of
+    either form.
 
     Raises:
         UserError: it is malformed, or its labels are.
@@ -122,31 +133,48 @@ def _task_of(described: Description) -> Task:
     known = TASKS.get(name) or Task(name, modality, 1, (), spacing=None)
     class_names = _class_names(described)
     return replace(
-        known, num_channels=len(channels), class_names=class_names, channel_files=described.names_channel_files
+        known,
+        num_channels=len(channels),
+        class_names=class_names,
+        channel_files=described.names_channel_files,
     )
 
 
 def _described(root: str | Path, description: str | Path | None, key: str) -> Description:
     source = Path(root, "dataset.json") if description is None else description
     if os.path.isfile(root) or not os.path.exists(source):
-        raise UserError(_no_description(Path(root), None if description is None else Path(description)))
+        raise UserError(
+            _no_description(Path(root), None if description is None else Path(description))
+        )
     return Description(read_json(source), source, Path(root).absolute(), key)
 
 
 def _no_description(root: Path, description: Path | None) -> str:
     """Say why there is no dataset to read, and what was probably meant."""
-    around = [folder for folder in (root.parent, root.parent.parent) if os.path.isfile(folder / "dataset.json")]
+    around = [
+        folder
+        for folder in (root.parent, root.parent.parent)
+        if os.path.isfile(folder / "dataset.json")
+    ]
     if os.path.isfile(root):
         given = f" --json {root}" if root.suffix == ".json" and root.name != "dataset.json" else ""
         folder = root.parent if given else [*around, root.parent][0]
         return f"--root {root} is a file: give the dataset's folder, --root {folder}{given}"
     if not os.path.isdir(root):
         alike = difflib.get_close_matches(root.name, _folders_in(root.parent), 1)
-        meant = f"did you mean --root {root.parent / alike[0]}?" if alike else "give the dataset's folder"
+        meant = (
+            f"did you mean --root {root.parent / alike[0]}?"
+            if alike
+            else ("give the dataset's folder")
+        )
         return f"--root {root} does not exist, or may not be looked into: {meant}"
     if description is not None:
         is_inside = os.path.isfile(root / description)
-        meant = f"did you mean --json {root / description}?" if is_inside else "give the dataset's description"
+        meant = (
+            f"did you mean --json {root / description}?"
+            if is_inside
+            else ("give the dataset's description")
+        )
         return f"--json {description} does not exist: {meant}"
     found = [*around, *(path.parent for path in sorted(root.glob("*/dataset.json")))]
     meant = [f"did you mean --root {folder}?" for folder in found]
@@ -190,14 +218,21 @@ def _cases_of_decathlon(description: Description) -> list[Case]:
     entries = content.get(key)
     if not isinstance(entries, list) or not entries:
         lists = [name for name, value in content.items() if isinstance(value, list)]
-        lists += ["training"] if Description(content, source, description.root).names_channel_files else []
+        lists += (
+            ["training"]
+            if Description(content, source, description.root).names_channel_files
+            else []
+        )
         raise UserError(
-            f"{source} has no cases under '{key}': give --json_key (lists in the file: {', '.join(lists) or 'none'})"
+            f"{source} has no cases under '{key}': give --json_key (lists in the file: "
+            f"{', '.join(lists) or 'none'})"
         )
     listed = []
     for number, entry in enumerate(entries):
         place = f"entry {number} of '{key}'"
-        entry = {"image": entry} if isinstance(entry, str) and not description.needs_labels else entry
+        entry = (
+            {"image": entry} if isinstance(entry, str) and not description.needs_labels else entry
+        )
         images, label = _paths(entry, "image", source, place, description.needs_labels)
         if len(images) > 1:
             _check_count(images, description, place)
@@ -213,7 +248,8 @@ def _cases_of_nnunet_object(description: Description) -> list[Case]:
     if not isinstance(entries, dict) or not entries:
         raise UserError(
             f"{source}: 'dataset' must be an object such as "
-            f'{{"case": {{"images": ["..."], "label": "..."}}}}, not {entries!r}: without it imagesTr and labelsTr are '
+            f'{{"case": {{"images": ["..."], "label": "..."}}}}, not {entries!r}: without it '
+            "imagesTr and labelsTr are "
             "read"
         )
     listed = []
@@ -228,16 +264,21 @@ def _cases_of_nnunet_object(description: Description) -> list[Case]:
 
 
 def _cases_of_nnunet_folders(description: Description) -> list[Case]:
-    """List every ``labelsTr/<case>.nii.gz``, with ``imagesTr/<case>_0000.nii.gz`` and so on for each channel."""
+    """List every ``labelsTr/<case>.nii.gz``, with ``imagesTr/<case>_0000.nii.gz`` and so on for
+    each channel.
+    """
     source, root = description.source, description.root
     ending = description.content.get("file_ending", ".nii.gz")
     if ending not in (".nii", ".nii.gz"):
-        raise UserError(f"{source}: 'file_ending' is {ending!r}: convert the dataset to .nii.gz, and say so there")
+        raise UserError(
+            f"{source}: 'file_ending' is {ending!r}: convert the dataset to .nii.gz, "
+            "and say so there"
+        )
     labels = _file_names(root / "labelsTr", ending, source)
     if not labels:
         raise UserError(
-            f"{source} lists no cases, and {root / 'labelsTr'} has no {ending} file: complete the dataset, correct "
-            "'file_ending', or give its folder with --root"
+            f"{source} lists no cases, and {root / 'labelsTr'} has no {ending} file: complete the "
+            "dataset, correct 'file_ending', or give its folder with --root"
         )
     num_channels = len(channel_names(description))
     listed = []
@@ -246,18 +287,24 @@ def _cases_of_nnunet_folders(description: Description) -> list[Case]:
         images = [f"imagesTr/{name}_{channel:04d}{ending}" for channel in range(num_channels)]
         listed.append(_case(name, images, f"labelsTr/{label}", root, f"case {name!r} of labelsTr"))
     expected = {Path(image).name for case in listed for image in case.images}
-    extra = [image for image in _file_names(root / "imagesTr", ending, source) if image not in expected]
+    extra = [
+        image for image in _file_names(root / "imagesTr", ending, source) if image not in expected
+    ]
     if extra:
         raise UserError(
             f"{source}: {len(extra)} files in {root / 'imagesTr'} are not <case>_0000 to "
-            f"<case>_{num_channels - 1:04d} of a case in labelsTr, for example {extra[0]}: add its label, or remove it"
+            f"<case>_{num_channels - 1:04d} of a case in labelsTr, for example {extra[0]}: add its "
+            "label, or remove it"
         )
     return listed
 
 
 # The first that fits is taken.
 FORMS = (
-    Form(lambda described: described.names_channel_files and "dataset" in described.content, _cases_of_nnunet_object),
+    Form(
+        lambda described: described.names_channel_files and "dataset" in described.content,
+        _cases_of_nnunet_object,
+    ),
     Form(lambda described: described.names_channel_files, _cases_of_nnunet_folders),
     Form(lambda described: True, _cases_of_decathlon),
 )
@@ -266,7 +313,8 @@ FORMS = (
 # What the description says of channels and classes.
 
 EXAMPLE = (
-    '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "tumour": 1}, "file_ending": ".nii.gz"} for images '
+    '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "tumour": 1}, "file_ending": '
+    '".nii.gz"} for images '
     "imagesTr/<case>_0000.nii.gz and labels labelsTr/<case>.nii.gz"
 )
 EXAMPLES = {
@@ -277,32 +325,45 @@ EXAMPLES = {
 
 
 def read_json(path: str | Path) -> dict:
-    """Read the object in a JSON file; errors name the file, and the line and column where it is malformed."""
+    """Read the object in a JSON file; errors name the file, and the line and column where it is
+    malformed.
+    """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows' editors put a mark first
+        # Windows' editors put a mark first
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} does not exist: give the dataset's description with --json, or its folder with --root"
+            f"{path} does not exist: give the dataset's description with --json, or its folder "
+            "with --root"
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; correct it there"
+            f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
+            "correct it there"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an endless number
+    # ValueError: not UTF-8, or an endless number
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} cannot be read as a dataset description: {error}; give a dataset.json, a text in UTF-8"
+            f"{path} cannot be read as a dataset description: {error}; give a dataset.json, a text "
+            "in UTF-8"
         ) from error
     if not isinstance(content, dict):
         raise UserError(
-            f"{path} holds a {type(content).__name__} where a dataset description (a JSON object) is expected"
+            f"{path} holds a {type(content).__name__} where a dataset description (a JSON object) "
+            "is expected"
         )
     return content
 
 
 def channel_names(description: Description) -> tuple[str, ...]:
-    """Return the image channels, from ``channel_names`` (nnU-Net v2) or else ``modality`` (the Decathlon)."""
-    # nnU-Net lets people add keys of their own, so a "modality" beside "channel_names" may be anything.
-    return _numbered(description, "channel_names" if "channel_names" in description.content else "modality")
+    """Return the image channels, from ``channel_names`` (nnU-Net v2) or else ``modality`` (the
+    Decathlon).
+    """
+    # nnU-Net lets people add keys of their own, so a "modality" beside "channel_names" may be
+    # anything.
+    return _numbered(
+        description, "channel_names" if "channel_names" in description.content else "modality"
+    )
 
 
 def _class_names(description: Description) -> tuple[str, ...]:
@@ -312,30 +373,42 @@ def _class_names(description: Description) -> tuple[str, ...]:
     if list in kinds:
         regions = [name for name, value in labels.items() if isinstance(value, list)]
         raise UserError(
-            f"{source}: 'labels' has regions, lists of numbers ({', '.join(regions)}), which are not supported: "
-            f"give each class one number of its own, {EXAMPLES['labels']}"
+            f"{source}: 'labels' has regions, lists of numbers ({', '.join(regions)}), which are "
+            f"not supported: give each class one number of its own, {EXAMPLES['labels']}"
         )
-    classes = _by_number(labels, source) if kinds & {int, float, bool} else _numbered(description, "labels")
+    classes = (
+        _by_number(labels, source)
+        if kinds & {int, float, bool}
+        else _numbered(description, "labels")
+    )
     if len(set(classes)) < len(classes):
-        raise UserError(f"{source}: 'labels' gives two classes one name ({', '.join(classes)}): rename one")
+        raise UserError(
+            f"{source}: 'labels' gives two classes one name ({', '.join(classes)}): rename one"
+        )
     if len(classes) < 2:
-        raise UserError(f"{source}: 'labels' names only {classes[0]!r}; background and at least one more are needed")
+        raise UserError(
+            f"{source}: 'labels' names only {classes[0]!r}; background and at least "
+            "one more are needed"
+        )
     if len(classes) > MAX_CLASSES:
         raise UserError(
-            f"{source}: 'labels' has {len(classes)} values; at most {MAX_CLASSES}, background included, are supported: "
-            "merge classes"
+            f"{source}: 'labels' has {len(classes)} values; at most {MAX_CLASSES}, background "
+            "included, are supported: merge classes"
         )
     return classes
 
 
 def _by_number(labels: dict, source: str | Path) -> tuple[str, ...]:
-    """Return the names of ``{a: 0, b: 1, ...}`` in the order of their numbers, which must be 0, 1, 2, ..."""
+    """Return the names of ``{a: 0, b: 1, ...}`` in the order of their numbers, which must be 0, 1,
+    2, ...
+    """
     if "ignore" in labels:
         raise UserError(
-            f"{source}: 'labels' has nnU-Net's 'ignore' label, which is not supported: every voxel needs a class, so "
-            "label those voxels, or remove it and the cases that have them"
+            f"{source}: 'labels' has nnU-Net's 'ignore' label, which is not supported: every voxel "
+            "needs a class, so label those voxels, or remove it and the cases that have them"
         )
-    names = {number: name for name, number in labels.items() if type(number) is int}  # true and 1.0 equal 1
+    # true and 1.0 equal 1
+    names = {number: name for name, number in labels.items() if type(number) is int}
     if sorted(names) != list(range(len(labels))):
         raise UserError(
             f"{source}: the numbers of 'labels' must be 0 to {len(labels) - 1}, each once, not "
@@ -345,16 +418,22 @@ def _by_number(labels: dict, source: str | Path) -> tuple[str, ...]:
 
 
 def _numbered(description: Description, key: str) -> tuple[str, ...]:
-    """Return the values of ``{"0": a, "1": b, ...}`` in the order of their numbers, which must be 0, 1, 2, ..."""
+    """Return the values of ``{"0": a, "1": b, ...}`` in the order of their numbers, which must be
+    0, 1, 2, ...
+    """
     source = description.source
     if key not in description.content:
         raise UserError(f"{source} has no '{key}': add an object such as {EXAMPLES[key]}")
     values = description.content[key]
     if not isinstance(values, dict) or not values:
-        raise UserError(f"{source}: '{key}' must be an object such as {EXAMPLES[key]}, not {reprlib.repr(values)}")
+        raise UserError(
+            f"{source}: '{key}' must be an object such as {EXAMPLES[key]}, not "
+            f"{reprlib.repr(values)}"
+        )
     if values.keys() != {str(number) for number in range(len(values))}:
         raise UserError(
-            f'{source}: the keys of \'{key}\' must be "0" to "{len(values) - 1}", not {sorted(values)}: '
+            f'{source}: the keys of \'{key}\' must be "0" to "{len(values) - 1}", not '
+            f"{sorted(values)}: "
             f"write {EXAMPLES[key]}"
         )
     return tuple(str(values[str(number)]) for number in range(len(values)))
@@ -369,19 +448,25 @@ def _case(name: str, images: Sequence[str], label: str | None, root: Path, place
 
 
 def _is_file_name(name: str) -> bool:
-    """Tell whether a segmentation's file can have the name, with an ending, and people can read it."""
+    """Tell whether a segmentation's file can have the name, with an ending, and people can read
+    it.
+    """
     is_plain = Path(name).name == name and not name.startswith(".")
-    return bool(name) and is_plain and name.isprintable() and len(name.encode(errors="replace")) <= 200
+    return (
+        bool(name) and is_plain and name.isprintable() and len(name.encode(errors="replace")) <= 200
+    )
 
 
 def _file_names(folder: Path, ending: str, source: str | Path) -> list[str]:
-    """List the files with that ending, sorted, without hidden ones (macOS leaves a ``._<name>`` beside a file)."""
+    """List the files with that ending, sorted, without hidden ones (macOS leaves a ``._<name>``
+    beside a file).
+    """
     try:
         found = os.listdir(folder)
     except OSError as error:
         raise UserError(
-            f"{source} lists no cases, and {folder} cannot be read ({error.strerror}): complete the dataset, or give "
-            "its folder with --root"
+            f"{source} lists no cases, and {folder} cannot be read ({error.strerror}): complete "
+            "the dataset, or give its folder with --root"
         ) from error
     return sorted(name for name in found if name.endswith(ending) and not name.startswith("."))
 
@@ -390,12 +475,17 @@ def _paths(
     entry: object, key: str, source: str | Path, place: str, needs_label: bool = True
 ) -> tuple[list[str], str | None]:
     """Return the image paths under ``key`` and the label path of an entry, as it says them."""
-    images, label = (entry.get(key), entry.get("label")) if isinstance(entry, dict) else (None, None)
+    images, label = (
+        (entry.get(key), entry.get("label")) if isinstance(entry, dict) else (None, None)
+    )
     images = [images] if isinstance(images, str) else images
-    is_list = isinstance(images, list) and images and all(isinstance(image, str) for image in images)
+    is_list = (
+        isinstance(images, list) and images and all(isinstance(image, str) for image in images)
+    )
     if not is_list or not (isinstance(label, str) or (label is None and not needs_label)):
         raise UserError(
-            f"{source}: {place} needs the paths '{key}' and 'label', and is {reprlib.repr(entry)}: add them"
+            f"{source}: {place} needs the paths '{key}' and 'label', and is {reprlib.repr(entry)}: "
+            "add them"
         )
     return images, label
 
@@ -404,6 +494,6 @@ def _check_count(images: Sequence[str], description: Description, place: str) ->
     channels = channel_names(description)
     if len(images) != len(channels):
         raise UserError(
-            f"{description.source}: {place} has {len(images)} image files for {len(channels)} channels "
-            f"({', '.join(channels)}): list one a channel"
+            f"{description.source}: {place} has {len(images)} image files for {len(channels)} "
+            f"channels ({', '.join(channels)}): list one a channel"
         )

@@ -1,7 +1,8 @@
 """The grid that volumes are learned on: turned to RAS, resampled to a spacing; and the way back.
 
-The grid is that of MONAI's ``Orientationd("RAS")`` and ``Spacingd(align_corners=True)``. Where the new axes are those
-of the file, which is nearly always, each axis is interpolated by itself, in a fraction of the time and memory.
+The grid is that of MONAI's ``Orientationd("RAS")`` and ``Spacingd(align_corners=True)``. Where the
+new axes are those of the file, which is nearly always, each axis is interpolated by itself, in a
+fraction of the time and memory.
 """
 
 from __future__ import annotations
@@ -32,19 +33,23 @@ class Resampling:
 
     def __init__(self, shape: Sequence[int], affine: np.ndarray, spacing: Sequence[float] | None):
         self.file_shape = tuple(shape)
-        self.turn = nib.orientations.io_orientation(affine)  # to RAS: which axis each becomes, and whether it flips
+        # to RAS: which axis each becomes, and whether it flips
+        self.turn = nib.orientations.io_orientation(affine)
         self.turned_shape = tuple(self.file_shape[axis] for axis in self._axes_of_file)
         turned = affine @ nib.orientations.inv_ornt_aff(self.turn, self.file_shape)
         self.shape, self.affine = self.turned_shape, turned
         if spacing is not None:
             own, spacing = affine_to_spacing(turned), np.asarray(spacing, np.float64)
-            near = (spacing - AFFINE_TOL <= own) & (own <= spacing + AFFINE_TOL)  # such an axis keeps its own
+            # such an axis keeps its own
+            near = (spacing - AFFINE_TOL <= own) & (own <= spacing + AFFINE_TOL)
             self.affine = zoom_affine(turned, np.where(near, own, spacing), diagonal=False)
             shape, offset = compute_shape_offset(self.turned_shape, turned, self.affine)
             self.shape, self.affine[:3, 3] = tuple(int(count) for count in shape), offset
-        self.matrix = np.linalg.solve(turned, self.affine)  # the grid's indices to those of the turned file
+        # the grid's indices to those of the turned file
+        self.matrix = np.linalg.solve(turned, self.affine)
         same = self.shape == self.turned_shape and (
-            np.allclose(self.affine, turned, atol=AFFINE_TOL) or np.allclose(self.matrix, np.eye(4), atol=AFFINE_TOL)
+            np.allclose(self.affine, turned, atol=AFFINE_TOL)
+            or np.allclose(self.matrix, np.eye(4), atol=AFFINE_TOL)
         )
         if same:
             self.affine, self.matrix = turned, None
@@ -55,7 +60,9 @@ class Resampling:
         return np.argsort(self.turn[:, 0]).tolist()
 
     def apply(self, voxels: np.ndarray, *, nearest: bool = False) -> np.ndarray:
-        """Bring voxels (channels, *file) to the grid: interpolated, float32; or the ``nearest``, in their type."""
+        """Bring voxels (channels, *file) to the grid: interpolated, float32; or the ``nearest``, in
+        their type.
+        """
         turned = voxels.transpose([0, *(axis + 1 for axis in self._axes_of_file)])
         return _resample(self._flipped(turned), self.matrix, self.shape, nearest)
 
@@ -67,14 +74,20 @@ class Resampling:
 
     @property
     def is_separable(self) -> bool:
-        """Whether the grid's axes are those of the file, so that each can be interpolated by itself."""
+        """Whether the grid's axes are those of the file, so that each can be interpolated by
+        itself.
+        """
         return self.matrix is None or not _is_sheared(np.linalg.inv(self.matrix), self.turned_shape)
 
-    def undone_by_slabs(self, slabs: Iterable[tuple[int, np.ndarray]], axis: int) -> Iterator[np.ndarray]:
-        """Bring a volume that comes in slabs back to the file's voxels, slab by slab, but for flips and transposition.
+    def undone_by_slabs(
+        self, slabs: Iterable[tuple[int, np.ndarray]], axis: int
+    ) -> Iterator[np.ndarray]:
+        """Bring a volume that comes in slabs back to the file's voxels, slab by slab, but for flips
+        and transposition.
 
         Args:
-            slabs: first plane along ``axis`` of the grid, and (channels, *slab) in C order; one after another.
+            slabs: first plane along ``axis`` of the grid, and (channels, *slab) in C order; one
+                after another.
 
         Yields:
             (channels, *slab), float32; `as_in_file` turns what they make together.
@@ -89,41 +102,65 @@ class Resampling:
                 slab, start = np.concatenate([last, slab], 1 + axis), start - 1
             last = slab.take([-1], 1 + axis)
             end = start + slab.shape[1 + axis]
-            stop = len(places[axis]) if end == self.shape[axis] else np.searchsorted(places[axis], end - 1, "right")
+            stop = (
+                len(places[axis])
+                if end == self.shape[axis]
+                else np.searchsorted(places[axis], end - 1, "right")
+            )
             if stop == done:
                 continue
-            wanted = [place if other != axis else place[done:stop] - start for other, place in enumerate(places)]
+            wanted = [
+                place if other != axis else place[done:stop] - start
+                for other, place in enumerate(places)
+            ]
             done = stop
-            for other in sorted(range(3), key=lambda other: len(wanted[other]) / slab.shape[1 + other]):
+            for other in sorted(
+                range(3), key=lambda other: len(wanted[other]) / slab.shape[1 + other]
+            ):
                 slab = _interpolate(slab, 1 + other, wanted[other])
             yield slab
 
     def as_in_file(self, turned: np.ndarray) -> np.ndarray:
         """Turn a volume (x, y, z) of the file's voxels from RAS back to the file's order."""
-        return np.ascontiguousarray(self._flipped(turned[None])[0].transpose(self.turn[:, 0].astype(int)))
+        return np.ascontiguousarray(
+            self._flipped(turned[None])[0].transpose(self.turn[:, 0].astype(int))
+        )
 
     def _flipped(self, turned: np.ndarray) -> np.ndarray:
-        # An axis of one voxel stays: its negative stride would count as contiguous, and torch takes none.
-        steps = [int(self.turn[axis, 1]) if self.file_shape[axis] > 1 else 1 for axis in self._axes_of_file]
+        # An axis of one voxel stays: its negative stride would count as contiguous, and torch takes
+        # none.
+        steps = [
+            int(self.turn[axis, 1]) if self.file_shape[axis] > 1 else 1
+            for axis in self._axes_of_file
+        ]
         return turned[(slice(None), *(slice(None, None, step) for step in steps))]
 
 
-def _resample(voxels: np.ndarray, matrix: np.ndarray | None, shape: tuple[int, ...], nearest: bool) -> np.ndarray:
-    """Sample voxels (channels, *spatial) at the places that ``matrix`` gives to the indices of a grid of ``shape``."""
+def _resample(
+    voxels: np.ndarray, matrix: np.ndarray | None, shape: tuple[int, ...], nearest: bool
+) -> np.ndarray:
+    """Sample voxels (channels, *spatial) at the places that ``matrix`` gives to the indices of a
+    grid of ``shape``.
+    """
     if matrix is None:
-        return voxels.astype(voxels.dtype if nearest else np.float32)  # a copy, so that no stride is negative
+        # a copy, so that no stride is negative
+        return voxels.astype(voxels.dtype if nearest else np.float32)
     if _is_sheared(matrix, shape):
         return _resample_sheared(voxels, matrix, shape, nearest)
     places = _places(matrix, voxels.shape[1:], shape)
     if nearest:
         mixing = _mixing(matrix, shape)
         halfway = [np.abs(place - np.floor(place) - 0.5).min() for place in places]
-        if ((mixing > 0) & (halfway <= 2 * mixing + 1e-9)).any():  # the other axes decide to which side it is rounded
+        # the other axes decide to which side it is rounded
+        if ((mixing > 0) & (halfway <= 2 * mixing + 1e-9)).any():
             return _resample_sheared(voxels, matrix, shape, nearest)
-    # In the order of the file's memory, so that nothing is moved; first the axes that lose most voxels.
+    # In the order of the file's memory, so that nothing is moved; first the axes that lose most
+    # voxels.
     order = sorted(range(3), key=lambda axis: -abs(voxels.strides[axis + 1]))
     in_order = [0, *(axis + 1 for axis in order)]
-    result = np.ascontiguousarray(voxels.transpose(in_order), voxels.dtype if nearest else np.float32)
+    result = np.ascontiguousarray(
+        voxels.transpose(in_order), voxels.dtype if nearest else np.float32
+    )
     for place in sorted(range(3), key=lambda place: shape[order[place]] / result.shape[place + 1]):
         if nearest:
             result = result.take(np.rint(places[order[place]]).astype(np.int64), place + 1)
@@ -133,7 +170,9 @@ def _resample(voxels: np.ndarray, matrix: np.ndarray | None, shape: tuple[int, .
 
 
 def _mixing(matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Return by how many voxels the other axes of a grid of ``shape`` move a place along each axis."""
+    """Return by how many voxels the other axes of a grid of ``shape`` move a place along each
+    axis.
+    """
     return np.abs(matrix[:3, :3] * (1 - np.eye(3))) @ shape
 
 
@@ -142,21 +181,28 @@ def _is_sheared(matrix: np.ndarray, shape: Sequence[int]) -> bool:
 
 
 def _places(matrix: np.ndarray, shape: Sequence[int], new_shape: Sequence[int]) -> list[np.ndarray]:
-    """Tell for each axis where along the old one the new voxels are; in MONAI's arithmetic, rounding included.
+    """Tell for each axis where along the old one the new voxels are; in MONAI's arithmetic,
+    rounding included.
 
     A label that lies halfway between two voxels goes to the same one as there.
     """
     theta = to_norm_affine(torch.from_numpy(matrix)[None], shape, new_shape, align_corners=True)[0]
     places = []
     for axis, (size, new_size) in enumerate(zip(shape, new_shape, strict=True)):
-        grid = torch.linspace(-1, 1, new_size, dtype=torch.float64) if new_size > 1 else torch.zeros(1).double()
+        grid = (
+            torch.linspace(-1, 1, new_size, dtype=torch.float64)
+            if new_size > 1
+            else torch.zeros(1).double()
+        )
         place = grid * theta[axis, axis] + theta[axis, 3]
         places.append((((place + 1) / 2) * (size - 1)).clamp(0, size - 1).numpy())
     return places
 
 
 def _interpolate(voxels: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
-    """Interpolate linearly along one axis of (channels, x, y, z): products with small matrices, two weights a row."""
+    """Interpolate linearly along one axis of (channels, x, y, z): products with small matrices, two
+    weights a row.
+    """
     low = np.floor(places).astype(np.int64)
     high = np.minimum(low + 1, voxels.shape[axis] - 1)
     share = torch.from_numpy((places - low).astype(np.float32))
@@ -172,28 +218,37 @@ def _interpolate(voxels: np.ndarray, axis: int, places: np.ndarray) -> np.ndarra
         if axis == 3:
             parts.append(source @ weights.T)
         else:
-            parts.append((weights @ source.flatten(axis + 1)).unflatten(-1, voxels.shape[axis + 1 :]))
+            parts.append(
+                (weights @ source.flatten(axis + 1)).unflatten(-1, voxels.shape[axis + 1 :])
+            )
     return torch.cat(parts, axis).numpy()
 
 
 def in_c_order(voxels: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Copy volumes (channels, x, y, z) to an array of ``dtype`` in C order, quickly where they have a file's order."""
+    """Copy volumes (channels, x, y, z) to an array of ``dtype`` in C order, quickly where they have
+    a file's order.
+    """
     source = torch.from_numpy(voxels.transpose(0, 3, 2, 1)).to(dtype)
     result = torch.empty(voxels.shape, dtype=dtype)
     if not source.is_contiguous():
         return result.copy_(source.permute(0, 3, 2, 1)).numpy()
     _, z, y, x = source.shape
     for target, channel in zip(result, source, strict=True):
-        # As matrices, which PyTorch transposes block by block; a volume it would turn voxel by voxel.
+        # As matrices, which PyTorch transposes block by block; a volume it would turn voxel by
+        # voxel.
         planes = channel.view(z, y * x).t().contiguous().view(y, x, z)
         target.copy_(planes.transpose(0, 1))
     return result.numpy()
 
 
-def _resample_sheared(voxels: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...], nearest: bool) -> np.ndarray:
+def _resample_sheared(
+    voxels: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...], nearest: bool
+) -> np.ndarray:
     """Do as `_resample`, where the axes of old and new grid are not parallel."""
     mode = "nearest" if nearest else "bilinear"
-    transform = AffineTransform(shape, mode=mode, padding_mode="border", align_corners=True, normalized=False)
+    transform = AffineTransform(
+        shape, mode=mode, padding_mode="border", align_corners=True, normalized=False
+    )
     source = torch.from_numpy(voxels.astype(np.float64))[None]
     result = transform(source, torch.from_numpy(matrix)[None])[0].numpy()
     return result.astype(voxels.dtype if nearest else np.float32)

@@ -34,10 +34,12 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Case:
-    """A volume to learn from or to segment. Headers are read when they are first asked for, and kept.
+    """A volume to learn from or to segment. Headers are read when they are first asked for, and
+    kept.
 
     Attributes:
-        name: of its segmentation's file, without ending; two cases share it where their image files share a name.
+        name: of its segmentation's file, without ending; two cases share it where their image files
+            share a name.
         images: absolute paths: one file that holds all channels, or one file a channel, in order.
         label: absolute path, if there is one.
         place: where it is listed, for messages.
@@ -79,10 +81,14 @@ class Case:
         return sum(header.num_channels for header in self.headers)
 
 
-def split_fold(cases: Sequence, num_folds: int, fold: int | str, least_training: int = 0) -> tuple[list, list]:
-    """Divide cases into those that train and those that validate ``fold``; each is validated in exactly one fold.
+def split_fold(
+    cases: Sequence, num_folds: int, fold: int | str, least_training: int = 0
+) -> tuple[list, list]:
+    """Divide cases into those that train and those that validate ``fold``; each is validated in
+    exactly one fold.
 
-    Folds are contiguous and differ by at most one case; ``all`` trains on every case and validates on none.
+    Folds are contiguous and differ by at most one case; ``all`` trains on every case and validates
+    on none.
 
     Args:
         least_training: cases that must train: a search needs two.
@@ -99,7 +105,10 @@ def split_fold(cases: Sequence, num_folds: int, fold: int | str, least_training:
         return training, validation
     if fits:
         given = f"--fold {fold}" + (f" of --num_folds {num_folds}" if fold != "all" else "")
-        fault = f"{given} leaves {len(training)} of {_cases(len(cases))} to train on, and {least_training} are needed"
+        fault = (
+            f"{given} leaves {len(training)} of {_cases(len(cases))} to train on, and "
+            f"{least_training} are needed"
+        )
     else:
         are_only = "is only" if len(cases) == 1 else "are only"
         fault = f"--num_folds {num_folds}, but there {are_only} {_cases(len(cases))}"
@@ -114,7 +123,10 @@ def _options_that_fit(count: int, fold: int | str, least_training: int) -> str:
     every = "--fold all, which takes every case"
     if count < max(2, least_training + 1):
         return f"give {every}"
-    return f"give --num_folds {count}{' --fold 0' if fold == 'all' or fold >= count else ''}, or {every}"
+    return (
+        f"give --num_folds {count}{' --fold 0' if fold == 'all' or fold >= count else ''}, or "
+        f"{every}"
+    )
 
 
 def _cases(count: int) -> str:
@@ -122,10 +134,13 @@ def _cases(count: int) -> str:
 
 
 def check_names(cases: Sequence[Case]) -> None:
-    """Refuse two cases of one name, where the cases of all folds are told by their names."""
+    """Refuse two cases of one name, where the cases of all folds are known by their names."""
     ((name, count),) = Counter(case.name for case in cases).most_common(1)
     if count > 1:
-        raise UserError(f"{count} cases are called {name}: rename all but one of them, so that each can be scored")
+        raise UserError(
+            f"{count} cases are called {name}: rename all but one of them, so that "
+            "each can be scored"
+        )
 
 
 def check_files(cases: Sequence[Case], source: str | Path, root: str | Path) -> None:
@@ -134,29 +149,37 @@ def check_files(cases: Sequence[Case], source: str | Path, root: str | Path) -> 
     wrong = [file for file in files if not ENDING.search(file)]
     if wrong:
         raise UserError(
-            f"{len(wrong)} of the {len(files)} files that {source} lists do not end in .nii or .nii.gz, for example "
-            f"{wrong[0]}: convert them to NIfTI"
+            f"{len(wrong)} of the {len(files)} files that {source} lists do not end in .nii or "
+            f".nii.gz, for example {wrong[0]}: convert them to NIfTI"
         )
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
-        remedy, encoding = "complete the dataset, or give its folder with --root", sys.getfilesystemencoding()
+        remedy, encoding = (
+            "complete the dataset, or give its folder with --root",
+            sys.getfilesystemencoding(),
+        )
         if encoding != "utf-8" and not all(file.isascii() for file in missing):
-            remedy = f"set PYTHONUTF8=1, since this Python takes all names for {encoding}; or {remedy}"
+            remedy = (
+                f"set PYTHONUTF8=1, since this Python takes all names for {encoding}; or {remedy}"
+            )
         raise UserError(
-            f"{len(missing)} of the {len(files)} files that {source} lists are not under --root {root}, "
-            f"for example {', '.join(missing[:3])}: {remedy}"
+            f"{len(missing)} of the {len(files)} files that {source} lists are not under --root "
+            f"{root}, for example {', '.join(missing[:3])}: {remedy}"
         )
     _check_unique(cases, source, _real_paths(files))
 
 
 def _real_paths(files: Sequence[str]) -> dict[str, str]:
-    """Return each file's path without symlinks; their folders, which are few, are looked up once."""
+    """Return each file's path without symlinks; their folders, which are few, are looked up
+    once.
+    """
 
     @cache
     def real_folder(folder: str) -> str:
         try:
             return os.path.realpath(folder)
-        except ValueError:  # a NUL or half a surrogate pair, which no file's name has: it will count as missing
+        # a NUL or half a surrogate pair, which no file's name has: it will count as missing
+        except ValueError:
             return folder
 
     def real(file: str) -> str:
@@ -175,6 +198,7 @@ def _check_unique(cases: Sequence[Case], source: str | Path, real: dict[str, str
             use = f"{'an image' if position < len(case.images) else 'the label'} of {case.place}"
             if real[file] in first:
                 raise UserError(
-                    f"{source}: {first[real[file]]} and {use} are one file, {real[file]}: list every file once"
+                    f"{source}: {first[real[file]]} and {use} are one file, {real[file]}: list "
+                    "every file once"
                 )
             first[real[file]] = use

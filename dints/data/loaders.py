@@ -35,13 +35,15 @@ class TrainingSamples(Dataset):
 
     Args:
         cases: what this process trains on.
-        numbers: each case's number among the cases of all ranks, from which its random stream is seeded.
+        numbers: each case's number among the cases of all ranks, from which its random stream is
+            seeded.
         stream: tells apart the draws of loaders that share a seed.
 
     Attributes:
         steps: by which patches are augmented; the published chain, until another is set.
 
-    A sample is the patch as it is cached, image and label, what `augmentation.draw` drew for it, and the case's name.
+    A sample is the patch as it is cached, image and label, what `augmentation.draw` drew for it,
+    and the case's name.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class TrainingSamples(Dataset):
         seed = seed_from(self.seed, self.stream, epoch, turn, self.numbers[index])
         rng = np.random.default_rng(seed)
         case = self.cases[index]
-        image, label = cut_patch(case.image, case.label, case.masks.draw_centre(rng), self.patch_size)
+        image, label = cut_patch(
+            case.image, case.label, case.masks.draw_centre(rng), self.patch_size
+        )
         return (
             torch.from_numpy(image),
             torch.from_numpy(label),
@@ -81,10 +85,12 @@ class TrainingSamples(Dataset):
 
 
 class EpochSampler(Sampler):
-    """(epoch, turn, index), from a place on without end, in an order that depends on seed, stream and epoch only.
+    """(epoch, turn, index), from a place on without end, in an order that depends on seed, stream
+    and epoch only.
 
-    A turn is a pass over the cases; there are as many as an epoch's ``length`` takes, the last one cut short. The epoch
-    travels with the index, so workers that live on from epoch to epoch hold no state that a restart loses.
+    A turn is a pass over the cases; there are as many as an epoch's ``length`` takes, the last one
+    cut short. The epoch travels with the index, so workers that live on from epoch to epoch hold no
+    state that a restart loses.
     """
 
     def __init__(self, num_cases: int, length: int, seed: int, stream: str):
@@ -104,17 +110,23 @@ class EpochSampler(Sampler):
 
 
 class TrainingLoader:
-    """Batches of one rank; ``epoch(n)`` iterates over those of epoch ``n``, equally many on every rank.
+    """Batches of one rank; ``epoch(n)`` iterates over those of epoch ``n``, equally many on every
+    rank.
 
-    Workers go on into the next epoch while the network validates. Patches are augmented by them, or on a GPU where the
-    network is on one.
+    Workers go on into the next epoch while the network validates. Patches are augmented by them, or
+    on a GPU where the network is on one.
 
     Attributes:
         seconds_waited: for batches, so far.
     """
 
     def __init__(
-        self, samples: TrainingSamples, sampler: EpochSampler, batch_size: int, num_workers: int, device: torch.device
+        self,
+        samples: TrainingSamples,
+        sampler: EpochSampler,
+        batch_size: int,
+        num_workers: int,
+        device: torch.device,
     ):
         self.sampler, self.device, self.steps = sampler, device, sampler.length // batch_size
         self.on_gpu = device.type != "cpu"
@@ -129,7 +141,8 @@ class TrainingLoader:
             pin_memory=device.type == "cuda",
         )
         self.seconds_waited = 0.0
-        self._batches, self._place = None, None  # iterator, and the epoch and step that it gives next
+        # iterator, and the epoch and step that it gives next
+        self._batches, self._place = None, None
 
     def __len__(self) -> int:
         return self.steps
@@ -142,11 +155,13 @@ class TrainingLoader:
         """Augment patches by these steps; call it before the first epoch."""
         self.loader.dataset.steps = steps
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, torch.Tensor | list[str]]]:
+    def epoch(
+        self, epoch: int, first_step: int = 0
+    ) -> Iterator[dict[str, torch.Tensor | list[str]]]:
         """Yield the batches of an epoch, from its step number ``first_step`` on.
 
-        They have ``image`` (batch, channels, *patch), float32, ``label`` (batch, 1, *patch), uint8, and the names of
-        their ``cases``.
+        They have ``image`` (batch, channels, *patch), float32, ``label`` (batch, 1, *patch), uint8,
+        and the names of their ``cases``.
         """
         if self._place != (epoch, first_step):
             self.sampler.start = epoch, first_step * self.loader.batch_size
@@ -165,8 +180,8 @@ class TrainingLoader:
         try:
             return next(self._batches)
         except (ConnectionError, EOFError) as error:
-            # A worker was killed while it handed over a batch. PyTorch's handler of the signal that tells so raises its
-            # message wherever this process is by then: let that be here.
+            # A worker was killed while it handed over a batch. PyTorch's handler of the signal that
+            # tells so raises its message wherever this process is by then: let that be here.
             time.sleep(SECONDS_TO_HEAR_OF_A_DEATH)
             raise RuntimeError(
                 f"DataLoader worker (pid unknown) is gone: {str(error) or type(error).__name__}"
@@ -174,7 +189,9 @@ class TrainingLoader:
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Leave it to the main process to stop when the whole group is asked to; it needs its workers until then."""
+    """Leave it to the main process to stop when the whole group is asked to; it needs its workers
+    until then.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -196,19 +213,23 @@ def _shared_patches(samples: list[Sample]) -> Patches:
 def _share(tensors: Sequence[torch.Tensor]) -> None:
     """Put what a worker sends into shared memory.
 
-    PyTorch would do that in a thread of the worker's which, where there is no room, prints that and drops the batch;
-    the main process would wait for it for ever.
+    PyTorch would do that in a thread of the worker's which, where there is no room, prints that and
+    drops the batch; the main process would wait for it for ever.
     """
     if get_worker_info() is not None:
         for tensor in tensors:
             tensor.share_memory_()
 
 
-def augmented(patches: Patches, device: torch.device, steps: Sequence[Step]) -> dict[str, torch.Tensor | list[str]]:
+def augmented(
+    patches: Patches, device: torch.device, steps: Sequence[Step]
+) -> dict[str, torch.Tensor | list[str]]:
     """Make a batch of patches, each changed as was drawn for it of the steps, on ``device``."""
     *patches, names = patches
     samples = [
-        augmentation.augment(image.to(device, non_blocking=True), label.to(device, non_blocking=True), drawn, steps)
+        augmentation.augment(
+            image.to(device, non_blocking=True), label.to(device, non_blocking=True), drawn, steps
+        )
         for image, label, drawn in zip(*patches, strict=True)
     ]
     images, labels = zip(*samples, strict=True)
@@ -221,12 +242,15 @@ def steps_per_epoch(num_cases: int, batch_size: int, processes: Processes) -> in
 
 
 def workers(num_workers: int | None) -> int:
-    """Return how many processes prepare batches; of None, what is left of this process's cores, at most 6."""
+    """Return how many processes prepare batches; of None, what is left of this process's cores, at
+    most 6.
+    """
     return min(6, cores_per_process() - 1) if num_workers is None else num_workers
 
 
 def bytes_ahead(task: Task, batch_size: int, num_workers: int | None, device_type: str) -> int:
-    """Count the bytes of patches that a loader holds while the network validates: all that its workers prepare ahead.
+    """Count the bytes of patches that a loader holds while the network validates: all that its
+    workers prepare ahead.
 
     Without workers that is one batch. For a GPU patches stay float16 until they are there.
     """
@@ -275,7 +299,8 @@ def choose_augmentation(
     """Choose the flips and the chain by which the loaders' patches are augmented.
 
     Args:
-        loaders: of the training cases, which ``--flip_axes auto`` measures; every rank must call it.
+        loaders: of the training cases, which ``--flip_axes auto`` measures; every rank must call
+            it.
         num_iterations: of the training, by all ranks.
         num_cases: that these iterations see.
 
@@ -292,7 +317,9 @@ def choose_augmentation(
 
 
 class ValidationLoader:
-    """A rank's share of the validation cases, whole, one at a time, with its ``number`` among all ``num_cases``."""
+    """A rank's share of the validation cases, whole, one at a time, with its ``number`` among all
+    ``num_cases``.
+    """
 
     def __init__(self, held: Sequence[Prepared], numbers: Sequence[int], num_cases: int):
         self.held, self.numbers, self.num_cases = held, numbers, num_cases

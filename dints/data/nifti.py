@@ -1,4 +1,6 @@
-"""NIfTI files: what their headers say, their voxels, and segmentations written on an image's grid."""
+"""NIfTI files: what their headers say, their voxels, and segmentations written on an image's
+grid.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,14 @@ GZIP_RATIO = 1032  # deflate cannot pack more bytes than that into one
 GZIP = b"\x1f\x8b"  # what a file begins with
 HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
 CHUNK = 1 << 20  # bytes
-SLACK = 64 << 20  # bytes after the voxels that a compressed file may have: a checksum lies at their end
-# mm from the scanner's origin. Headers keep places as float32, which at 1e6 mm are steps of 0.06 mm, and affines of an
-# image and its label may differ by 0.001 mm. Resampling is in float64, which would do up to 1e15.
+# bytes after the voxels that a compressed file may have: a checksum lies at their end
+SLACK = 64 << 20
+# mm from the scanner's origin. Headers keep places as float32, which at 1e6 mm are steps of 0.06
+# mm, and affines of an image and its label may differ by 0.001 mm. Resampling is in float64, which
+# would do up to 1e15.
 FARTHEST = 1e6
-# Of a header's code of a unit, metre and micrometre; mm (2), none (0) and codes that mean nothing are taken for mm.
+# Of a header's code of a unit, metre and micrometre; mm (2), none (0) and codes that mean nothing
+# are taken for mm.
 MM, UNIT_OF_LENGTH = {1: 1000.0, 3: 0.001}, 0b111
 QUIET = logging.Logger("nibabel", logging.CRITICAL)  # its repairs of headers need no line
 
@@ -101,7 +106,9 @@ def read_voxels(header: Header) -> np.ndarray:
             if isinstance(file, gzip.GzipFile):
                 _read_to_end(file, header)
         if len(content) < header.num_bytes:
-            raise _unreadable(path, f"it is truncated: {len(content)} of {header.num_bytes} bytes are there")
+            raise _unreadable(
+                path, f"it is truncated: {len(content)} of {header.num_bytes} bytes are there"
+            )
         count = header.num_channels * int(np.prod(header.shape))
         voxels = np.frombuffer(content, nifti.get_data_dtype(), count, header.offset)
         voxels = voxels.reshape((*header.shape, -1), order="F")
@@ -171,7 +178,9 @@ def _parse_header(path: str, start: bytes) -> Header:
     except (HeaderDataError, WrapStructError, ValueError, TypeError, OverflowError) as error:
         raise _unreadable(path, f"its header is damaged ({error})") from error
     if nifti["magic"].item() not in (b"n+1", b"n+2"):
-        raise _unreadable(path, f"its header says {nifti['magic'].item()!r}, where a single file has n+1 or n+2")
+        raise _unreadable(
+            path, f"its header says {nifti['magic'].item()!r}, where a single file has n+1 or n+2"
+        )
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) == 5 and shape[3] == 1:  # NIfTI's vectors: the fourth dimension is time
@@ -179,30 +188,33 @@ def _parse_header(path: str, start: bytes) -> Header:
     if len(shape) not in (3, 4) or min(shape) < 1:
         dimensions = " x ".join(map(str, shape))
         raise UserError(
-            f"{path} is a {len(shape)}D image ({dimensions}) where a volume of 3 dimensions is expected: fix or "
-            "remove the case"
+            f"{path} is a {len(shape)}D image ({dimensions}) where a volume of 3 dimensions is "
+            "expected: fix or remove the case"
         )
     if nifti.get_data_dtype().fields or nifti.get_data_dtype().kind not in "iufb":
         raise UserError(
-            f"{path} holds {nifti.get_value_label('datatype')} values, not numbers: convert it, or remove the case"
+            f"{path} holds {nifti.get_value_label('datatype')} values, not numbers: convert it, or "
+            "remove the case"
         )
     if not _spans_space(affine):
         raise UserError(
-            f"{path} has an affine whose axes span no volume ({affine[:3].tolist()}): fix its header, or remove the "
-            "case"
+            f"{path} has an affine whose axes span no volume ({affine[:3].tolist()}): fix its "
+            "header, or remove the case"
         )
     origin = affine[:3, 3]
     if np.abs(origin).max() > FARTHEST:
         place = ", ".join(f"{along:g}" for along in origin)
         raise UserError(
-            f"{path} has its first voxel at {place} mm, and places beyond {FARTHEST:g} mm are too coarse in a header: "
-            "correct its affine, or remove the case"
+            f"{path} has its first voxel at {place} mm, and places beyond {FARTHEST:g} mm are too "
+            "coarse in a header: correct its affine, or remove the case"
         )
     return Header(path, shape[:3], shape[3] if len(shape) == 4 else 1, affine, nifti)
 
 
 def _spans_space(affine: np.ndarray) -> bool:
-    """Tell whether it is finite, with voxels of a nm to a km, and axes that do not lie in a plane."""
+    """Tell whether it is finite, with voxels of a nm to a km, and axes that do not lie in a
+    plane.
+    """
     with np.errstate(over="ignore"):
         sizes = np.linalg.norm(affine[:3, :3], axis=0)
     is_sane = np.isfinite(affine).all() and sizes.min() > 1e-6 and sizes.max() < 1e6  # mm
@@ -210,12 +222,15 @@ def _spans_space(affine: np.ndarray) -> bool:
 
 
 def save_segmentation(segmentation: np.ndarray, image: Header, path: Path) -> None:
-    """Write labels (x, y, z), uint8, as NIfTI, with the image's place in space as its header tells it."""
+    """Write labels (x, y, z), uint8, as NIfTI, with the image's place in space as its header tells
+    it.
+    """
     save_map(segmentation, image, path, unit=1)
 
 
 def save_map(values: np.ndarray, image: Header, path: Path, unit: int) -> None:
-    """Write a map (x, y, z) or (x, y, z, classes), uint8, as NIfTI, with the image's place in space.
+    """Write a map (x, y, z) or (x, y, z, classes), uint8, as NIfTI, with the image's place in
+    space.
 
     Args:
         unit: what a voxel holds for 1; the file's ``scl_slope`` says it.

@@ -1,7 +1,9 @@
-"""Whether a volume to segment is like those that a model was trained on: voxel size, extent, and CT intensities.
+"""Whether a volume to segment is like those that a model was trained on: voxel size, extent, and CT
+intensities.
 
-A header in metres, a lost affine or HU that are shifted by 1024 give a segmentation too, and a wrong one. Ranges of the
-training cases are kept in the model file; a volume far outside of them is told in one line, and segmented.
+A header in metres, a lost affine or HU that are shifted by 1024 give a segmentation too, and a
+wrong one. Ranges of the training cases are kept in the model file; a volume far outside of them is
+reported in one line, and segmented.
 """
 
 from __future__ import annotations
@@ -17,15 +19,19 @@ from dints.data.tasks import Task
 
 AXES = "right-left", "back-front", "bottom-top"
 TIMES_OUTSIDE = 2.0  # voxel sizes and extents may be so many times beyond the training cases'
-SPREADS_OUTSIDE = 1.5  # intensities may be so many times the width of the training cases' range beyond it
+# intensities may be so many times the width of the training cases' range beyond it
+SPREADS_OUTSIDE = 1.5
 LEAST_SPREAD = 0.1  # of normalised intensities, where training cases hardly differ
 CASES = 16  # of a rank, that intensities are measured on: without a cache each is prepared for it
 Ranges = Mapping[str, Sequence]
 
 
 def sizes(header: Header) -> tuple[np.ndarray, np.ndarray]:
-    """Return mm between voxels, and mm that the volume extends, along right-left, back-front and bottom-top."""
-    axes = np.abs(header.affine[:3, :3] / header.spacing).argmax(0)  # of space, for each axis of the file
+    """Return mm between voxels, and mm that the volume extends, along right-left, back-front and
+    bottom-top.
+    """
+    # of space, for each axis of the file
+    axes = np.abs(header.affine[:3, :3] / header.spacing).argmax(0)
     if len({*axes.tolist()}) < 3:  # oblique by more than 45 degrees, so that two point the same way
         axes = np.arange(3)
     order = axes.argsort()
@@ -42,19 +48,24 @@ def ranges_of(cases: Sequence[Case], prepared: Sequence[Prepared], task: Task) -
     found = {"spacing": _range(np.array(spacing)), "extent": _range(np.array(extent))}
     if task.intensity is not None:
         chosen = range(0, len(prepared), -(-len(prepared) // CASES))
-        found["intensity"] = _range(np.array([intensities(prepared[number].image) for number in chosen]))
+        found["intensity"] = _range(
+            np.array([intensities(prepared[number].image) for number in chosen])
+        )
     return found
 
 
 def joined(ranges: Sequence[Ranges]) -> dict[str, list]:
     """Join the ranges that several ranks measured."""
     return {
-        key: _range(np.concatenate([np.array(one[key]).reshape(2, -1) for one in ranges])) for key in dict(ranges[0])
+        key: _range(np.concatenate([np.array(one[key]).reshape(2, -1) for one in ranges]))
+        for key in dict(ranges[0])
     }
 
 
 def intensities(image: np.ndarray) -> np.ndarray:
-    """Return mean and standard deviation of a CT volume, (channels, x, y, z), in the task's window from 0 to 1."""
+    """Return mean and standard deviation of a CT volume, (channels, x, y, z), in the task's window
+    from 0 to 1.
+    """
     image = np.asarray(image[:, ::2, ::2, ::2], np.float32)
     return np.array([image.mean(), image.std()])
 
@@ -63,27 +74,37 @@ def unusual(case: Case, ranges: Ranges) -> list[str]:
     """List facts of a case's header that are unlike the training cases."""
     header, found = case.headers[0], []
     if int(header.nifti["sform_code"]) == int(header.nifti["qform_code"]) == 0:
-        found.append("its header does not say where it lies (no sform or qform): right and left may be exchanged")
+        found.append(
+            "its header does not say where it lies (no sform or qform): right and left "
+            "may be exchanged"
+        )
     for key, values in zip(("spacing", "extent"), sizes(header), strict=True):
         low, high = np.array(ranges[key]) if key in ranges else (np.zeros(3), np.full(3, np.inf))
         what = {"spacing": "mm between voxels", "extent": "mm"}[key]
         for axis, value, least, most in zip(AXES, values, low, high, strict=True):
             if not least / TIMES_OUTSIDE <= value <= most * TIMES_OUTSIDE:
-                found.append(f"{value:.4g} {what} {axis}, where training cases have {least:.4g} to {most:.4g}")
+                found.append(
+                    f"{value:.4g} {what} {axis}, where training cases have {least:.4g} to "
+                    f"{most:.4g}"
+                )
     return found
 
 
 def unusual_intensities(image: np.ndarray, ranges: Ranges) -> list[str]:
-    """List facts of a preprocessed image that are unlike the training cases; only CT has comparable units."""
+    """List facts of a preprocessed image that are unlike the training cases; only CT has comparable
+    units.
+    """
     if "intensity" not in ranges:
         return []
     found = []
-    for what, value, low, high in zip(("mean", "spread"), intensities(image), *ranges["intensity"], strict=True):
+    for what, value, low, high in zip(
+        ("mean", "spread"), intensities(image), *ranges["intensity"], strict=True
+    ):
         margin = SPREADS_OUTSIDE * max(high - low, LEAST_SPREAD)
         if not low - margin <= value <= high + margin:
             found.append(
-                f"the {what} of its intensities in the window is {value:.2f}, where training cases have {low:.2f} to "
-                f"{high:.2f}: are they in Hounsfield units?"
+                f"the {what} of its intensities in the window is {value:.2f}, where training cases "
+                f"have {low:.2f} to {high:.2f}: are they in Hounsfield units?"
             )
     return found
 

@@ -1,7 +1,8 @@
 """What belongs to the data: channels, classes, spacing and intensity of a segmentation task.
 
-The ten tasks of the Medical Segmentation Decathlon (MSD; Antonelli et al., Nature Communications 2022) and the built-in
-phantom are a table; `dints.data.formats` reads a task from any ``dataset.json``.
+The ten tasks of the Medical Segmentation Decathlon (MSD; Antonelli et al., Nature Communications
+2022) and the built-in phantom are a table; `dints.data.formats` reads a task from any
+``dataset.json``.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ class Task:
         num_channels: image channels.
         class_names: one per label value, background first.
         spacing: voxel size in mm that images are resampled to; None leaves them as they are.
-        intensity: CT window in HU that is mapped to 0..1 and clipped; None: z-score of the non-zero voxels per channel.
+        intensity: CT window in HU that is mapped to 0..1 and clipped; None: z-score of the non-zero
+            voxels per channel.
         patch_size: voxels of a training patch.
-        channel_files: each channel is a file of its own, ``<case>_0000``, ``<case>_0001``, ..., as in nnU-Net; else one
-            file holds all.
+        channel_files: each channel is a file of its own, ``<case>_0000``, ``<case>_0001``, ..., as
+            in nnU-Net; else one file holds all.
     """
 
     name: str
@@ -40,13 +42,23 @@ class Task:
         return len(self.class_names)
 
     def to_dict(self) -> dict:
-        """Return plain types only, for checkpoints that ``weights_only=True`` reads; `from_dict` is the inverse."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Return plain types only, for checkpoints that ``weights_only=True`` reads; `from_dict` is
+        the inverse.
+        """
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
 
     @staticmethod
     def from_dict(values: dict) -> Task:
         """Return the task of a checkpoint; an attribute that an older one lacks has its default."""
-        return Task(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return Task(
+            **{
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in values.items()
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,8 @@ class Archive:
     md5: str
 
 
-# Window, spacing and class facts: the published DiNTS configurations; counts: the Decathlon's dataset.json files.
+# Window, spacing and class facts: the published DiNTS configurations; counts: the Decathlon's
+# dataset.json files.
 TASKS = {
     task.name: task
     for task in (
@@ -81,10 +94,28 @@ TASKS = {
         ),
         Task("Task05_Prostate", "MRI", 2, ("background", "PZ", "TZ"), patch_size=(96, 96, 32)),
         Task("Task06_Lung", "CT", 1, ("background", "cancer"), intensity=(-1000.0, 1000.0)),
-        Task("Task07_Pancreas", "CT", 1, ("background", "pancreas", "cancer"), intensity=(-87.0, 199.0)),
-        Task("Task08_HepaticVessel", "CT", 1, ("background", "Vessel", "Tumour"), intensity=(0.0, 230.0)),
+        Task(
+            "Task07_Pancreas",
+            "CT",
+            1,
+            ("background", "pancreas", "cancer"),
+            intensity=(-87.0, 199.0),
+        ),
+        Task(
+            "Task08_HepaticVessel",
+            "CT",
+            1,
+            ("background", "Vessel", "Tumour"),
+            intensity=(0.0, 230.0),
+        ),
         Task("Task09_Spleen", "CT", 1, ("background", "spleen"), intensity=(-125.0, 275.0)),
-        Task("Task10_Colon", "CT", 1, ("background", "colon cancer primaries"), intensity=(-57.0, 175.0)),
+        Task(
+            "Task10_Colon",
+            "CT",
+            1,
+            ("background", "colon cancer primaries"),
+            intensity=(-57.0, 175.0),
+        ),
         # Written by dints/data/phantom.py, not by the Decathlon.
         Task(
             "Task00_Phantom",

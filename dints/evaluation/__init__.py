@@ -1,1 +1,3 @@
-"""From two folders of masks to scores: surfaces, lesions, a case's scores, summaries; without PyTorch."""
+"""From two folders of masks to scores: surfaces, lesions, a case's scores, summaries; without
+PyTorch.
+"""

@@ -1,11 +1,13 @@
-"""Score every case of a dataset once, by the model of the fold that did not train on it, and choose post-processing.
+"""Score every case of a dataset once, by the model of the fold that did not train on it, and choose
+post-processing.
 
-    python -m dints.evaluation.cross_validation --root data_msd/Task09_Spleen --num_folds 5 --output_root runs/folds
+    python -m dints.evaluation.cross_validation --root data_msd/Task09_Spleen --num_folds 5
+    --output_root runs/folds
 
-`FOLD=each bash train_dints.sh` does this at its end. OUTPUT_ROOT/out_of_fold/fold_0, fold_1, ... are infer_dints.py's
-folders of the folds' validation cases. Written to OUTPUT_ROOT are postprocessing.json, which infer_dints.py
---postprocessing applies; scores.csv and, where anything is removed, scores_postprocessed.csv; and summary.json. PyTorch
-is not needed.
+`FOLD=each bash train_dints.sh` does this at its end. OUTPUT_ROOT/out_of_fold/fold_0, fold_1, ...
+are infer_dints.py's folders of the folds' validation cases. Written to OUTPUT_ROOT are
+postprocessing.json, which infer_dints.py --postprocessing applies; scores.csv and, where anything
+is removed, scores_postprocessed.csv; and summary.json. PyTorch is not needed.
 """
 
 from __future__ import annotations
@@ -45,14 +47,35 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--root", type=Path, required=True, help="folder of the dataset")
-    add("--json", type=Path, dest="description", help="its description (default: ROOT/dataset.json)")
-    add("--json_key", default="training", dest="key", help="list of labelled cases in it (default: %(default)s)")
     add(
-        "--trust_shapes", action="store_true", help="where a label has its image's shape, believe that it has its place"
+        "--json", type=Path, dest="description", help="its description (default: ROOT/dataset.json)"
     )
-    add("--num_folds", type=int, default=5, help="folds that the cases are split into (default: %(default)s)")
-    add("--output_root", type=Path, required=True, help="folder that holds out_of_fold/, and for what is written")
-    add("--tolerance_mm", type=float, default=1.0, help="of the surface Dice (default: %(default)s)")
+    add(
+        "--json_key",
+        default="training",
+        dest="key",
+        help="list of labelled cases in it (default: %(default)s)",
+    )
+    add(
+        "--trust_shapes",
+        action="store_true",
+        help="where a label has its image's shape, believe that it has its place",
+    )
+    add(
+        "--num_folds",
+        type=int,
+        default=5,
+        help="folds that the cases are split into (default: %(default)s)",
+    )
+    add(
+        "--output_root",
+        type=Path,
+        required=True,
+        help="folder that holds out_of_fold/, and for what is written",
+    )
+    add(
+        "--tolerance_mm", type=float, default=1.0, help="of the surface Dice (default: %(default)s)"
+    )
     add("--seed", type=int, default=0, help="of the bootstrap's resampling (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -90,7 +113,9 @@ def cross_validate(
     rows, parts = score(folds, task.class_names, tolerance_mm)
     choice = choose_checked(parts, task.class_names)
     described = describe_choice(choice, parts)
-    files.write_atomically(output_root / "postprocessing.json", json.dumps(described, indent=2) + "\n")
+    files.write_atomically(
+        output_root / "postprocessing.json", json.dumps(described, indent=2) + "\n"
+    )
     files.write_atomically(output_root / "scores.csv", scores_table(rows))
     summaries = {"as_segmented": summarise(rows, seed)}
     postprocessed = output_root / "scores_postprocessed.csv"
@@ -126,7 +151,9 @@ def score(
 def pairs_of_folds(
     listed: Sequence[Case], output_root: Path, num_folds: int, trust_shapes: bool
 ) -> list[list[Pair]]:
-    """Find each fold's segmentations with their references, as infer_dints.py noted them in its ``run.json``."""
+    """Find each fold's segmentations with their references, as infer_dints.py noted them in its
+    ``run.json``.
+    """
     check_names(listed)
     references = {case.name: Path(case.label) for case in listed}
     found = [masks_of_fold(output_root / OUT_OF_FOLD / f"fold_{fold}") for fold in range(num_folds)]
@@ -134,16 +161,20 @@ def pairs_of_folds(
     missing = [name for name in references if name not in counts]
     if missing:
         raise UserError(
-            f"{output_root / OUT_OF_FOLD} lacks {len(missing)} of the {len(references)} cases, for example "
-            f"{missing[0]}: {AGAIN}"
+            f"{output_root / OUT_OF_FOLD} lacks {len(missing)} of the {len(references)} cases, for "
+            f"example {missing[0]}: {AGAIN}"
         )
     wrong = [name for name, count in counts.items() if count > 1 or name not in references]
     if wrong:
         raise UserError(
-            f"{output_root / OUT_OF_FOLD} has {wrong[0]} in {counts[wrong[0]]} folds of {num_folds}, and the dataset "
-            f"{'once' if wrong[0] in references else 'not at all'}: remove the folder, and {AGAIN}"
+            f"{output_root / OUT_OF_FOLD} has {wrong[0]} in {counts[wrong[0]]} folds of "
+            f"{num_folds}, and the dataset {'once' if wrong[0] in references else 'not at all'}: "
+            f"remove the folder, and {AGAIN}"
         )
-    return [[Pair(name, references[name], masks[name], trust_shapes) for name in sorted(masks)] for masks in found]
+    return [
+        [Pair(name, references[name], masks[name], trust_shapes) for name in sorted(masks)]
+        for masks in found
+    ]
 
 
 def masks_of_fold(folder: Path) -> dict[str, Path]:
@@ -152,16 +183,20 @@ def masks_of_fold(folder: Path) -> dict[str, Path]:
         cases = json.loads((folder / "run.json").read_text(encoding="utf-8"))["cases"]
         done = [name for name, case in cases.items() if case["state"] == "done"]
     except OSError as error:
-        raise UserError(f"{folder / 'run.json'} cannot be read ({error.strerror}): {AGAIN}") from error
+        raise UserError(
+            f"{folder / 'run.json'} cannot be read ({error.strerror}): {AGAIN}"
+        ) from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'run.json'} is malformed: remove it, and {AGAIN}") from error
     return {ENDING.sub("", name): folder / name for name in done}
 
 
 def folds_of_searches(output_root: Path, num_folds: int, task: str) -> tuple[list[int], list[int]]:
-    """Return the folds on whose cases a search chose their networks' architecture, and those that it left out.
+    """Return the folds on whose cases a search chose their networks' architecture, and those that
+    it left out.
 
-    Other folds are in neither: their architecture is of no search, of another task's, or of a file that does not say.
+    Other folds are in neither: their architecture is of no search, of another task's, or of a file
+        that does not say.
     """
     seen, unseen = [], []
     for fold in range(num_folds):
@@ -169,7 +204,10 @@ def folds_of_searches(output_root: Path, num_folds: int, task: str) -> tuple[lis
         try:
             noted = json.loads(path.read_text(encoding="utf-8")).get("searched_on", [])
             searches = [search for search in noted if search.get("task") == task]
-            is_left_out = [(search.get("fold"), search.get("num_folds")) == (fold, num_folds) for search in searches]
+            is_left_out = [
+                (search.get("fold"), search.get("num_folds")) == (fold, num_folds)
+                for search in searches
+            ]
         except (TypeError, AttributeError) as error:
             raise UserError(f"{path} is malformed: remove it, and {AGAIN}") from error
         if searches:
@@ -181,46 +219,68 @@ def about_architectures(seen: Sequence[int], unseen: Sequence[int], num_folds: i
     """Tell people how far the choice of the architecture is out of fold too."""
     lines = []
     if len(unseen) == num_folds:
-        lines = ["each fold has its own architecture, searched without the cases that it validates on"]
+        lines = [
+            "each fold has its own architecture, searched without the cases that it validates on"
+        ]
     elif unseen:
-        lines = [f"architecture of fold {', '.join(map(str, unseen))}: searched without the cases that it validates on"]
+        lines = [
+            f"architecture of fold {', '.join(map(str, unseen))}: searched without the cases "
+            "that it validates on"
+        ]
     if seen:
         lines.append(
-            f"architecture of fold {', '.join(map(str, seen))}: searched on this dataset, with cases that it validates "
-            "on; Dice may be too high (docs/running.md#every-fold)"
+            f"architecture of fold {', '.join(map(str, seen))}: searched on this dataset, with "
+            "cases that it validates on; Dice may be too high (docs/running.md#every-fold)"
         )
     return lines
 
 
 def read_masks(pair: Pair, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the labels of reference and prediction, and the spacing, with no label that has no class."""
+    """Return the labels of reference and prediction, and the spacing, with no label that has no
+    class.
+    """
     reference, prediction, spacing = pair.read()
     for path, mask in ((pair.reference, reference), (pair.prediction, prediction)):
         highest = max(labels_in(mask), default=0)
         if highest >= len(class_names):
             raise UserError(
-                f"{path} has the label {highest}, and the dataset the classes {', '.join(class_names)}: correct it"
+                f"{path} has the label {highest}, and the dataset the classes "
+                f"{', '.join(class_names)}: correct it"
             )
     return reference, prediction, spacing
 
 
 def postprocessed_rows(
-    rows: Sequence[Row], folds: Sequence[Sequence[Pair]], chosen: Postprocessing, tolerance_mm: float
+    rows: Sequence[Row],
+    folds: Sequence[Sequence[Pair]],
+    chosen: Postprocessing,
+    tolerance_mm: float,
 ) -> list[Row]:
-    """Score segmentations again from which something is removed; of the others the rows are kept."""
+    """Score segmentations again from which something is removed; of the others the rows are
+    kept.
+    """
     classes, by_case = dict(enumerate(chosen.class_names[1:], start=1)), {}
     for row in rows:
         by_case.setdefault(row.case, []).append(row)
-    for pair in tqdm([pair for pairs in folds for pair in pairs], desc="post-processing", unit="case", disable=None):
+    for pair in tqdm(
+        [pair for pairs in folds for pair in pairs],
+        desc="post-processing",
+        unit="case",
+        disable=None,
+    ):
         reference, prediction, spacing = pair.read()
         after = chosen.apply(prediction, spacing)
         if not np.array_equal(after, prediction):
-            by_case[pair.name] = score_case(pair.name, reference, after, spacing, classes, tolerance_mm=tolerance_mm)
+            by_case[pair.name] = score_case(
+                pair.name, reference, after, spacing, classes, tolerance_mm=tolerance_mm
+            )
     return [row for of_case in by_case.values() for row in of_case]
 
 
 def describe_choice(choice: Choice, folds: Sequence[Sequence[Parts]]) -> dict:
-    """Return what ``postprocessing.json`` holds: what is removed, and by which Dice it was chosen."""
+    """Return what ``postprocessing.json`` holds: what is removed, and by which Dice it was
+    chosen.
+    """
     chosen = choice.chosen
     cases = [case for of_fold in folds for case in of_fold]
     means = {
@@ -230,10 +290,21 @@ def describe_choice(choice: Choice, folds: Sequence[Sequence[Parts]]) -> dict:
     }
     dice = {}
     for what, values in means.items():
-        *of_classes, average = (float(value) if np.isfinite(value) else None for value in (*values, mean(values)))
-        dice[what] = {"classes": dict(zip(chosen.class_names[1:], of_classes, strict=True)), "mean": average}
+        *of_classes, average = (
+            float(value) if np.isfinite(value) else None for value in (*values, mean(values))
+        )
+        dice[what] = {
+            "classes": dict(zip(chosen.class_names[1:], of_classes, strict=True)),
+            "mean": average,
+        }
     steps = [asdict(step) for step in choice.steps]
-    facts = {"num_cases": len(cases), "num_folds": len(folds), "dice": dice, "harms": choice.harms, "steps": steps}
+    facts = {
+        "num_cases": len(cases),
+        "num_folds": len(folds),
+        "dice": dice,
+        "harms": choice.harms,
+        "steps": steps,
+    }
     return {**chosen.to_dict(), "neighbours": 26, "chosen_on": facts}
 
 
@@ -241,14 +312,19 @@ def table(summaries: dict[str, dict]) -> list[str]:
     """Return the lines of a Markdown table of Dice, a row a class and one for all."""
     whats = {"as_segmented": "Dice", "postprocessed": "post-processed"}
     titles = [f" {whats[what]} | 95% interval | false positive cases |" for what in summaries]
-    lines = ["| class | cases |" + "".join(titles), "| --- | ---: |" + " ---: | ---: | ---: |" * len(summaries)]
+    lines = [
+        "| class | cases |" + "".join(titles),
+        "| --- | ---: |" + " ---: | ---: | ---: |" * len(summaries),
+    ]
     first = next(iter(summaries.values()))
     for name, scores in [*first["classes"].items(), ("all", first["all"])]:
         cells = [name.replace("|", "\\|"), str(scores["dice"]["n"])]
         for summary in summaries.values():
             found = summary["all"] if scores is first["all"] else summary["classes"][name]
             dice = found["dice"]
-            mean_, low, high = ("-" if dice[key] is None else f"{dice[key]:.4f}" for key in ("mean", "low", "high"))
+            mean_, low, high = (
+                "-" if dice[key] is None else f"{dice[key]:.4f}" for key in ("mean", "low", "high")
+            )
             cells += [mean_, f"{low} to {high}", str(found["false_positive_cases"])]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -257,13 +333,16 @@ def table(summaries: dict[str, dict]) -> list[str]:
 def told(choice: Choice, dice: dict[str, dict], output_root: Path) -> list[str]:
     """Tell people what was chosen, and where it is."""
     kept = [step for step in choice.steps if step.kept]
-    lines = [f"removed: {step.what} (Dice {step.before:.4f}, then {step.after:.4f})" for step in kept]
+    lines = [
+        f"removed: {step.what} (Dice {step.before:.4f}, then {step.after:.4f})" for step in kept
+    ]
     if kept or choice.harms:
         others, before = dice["chosen_on_other_folds"]["mean"], dice["as_segmented"]["mean"]
         change = f"{others:.4f} instead of {before:.4f}"
     if choice.harms:
         lines = [
-            f"nothing is removed from segmentations: what the other folds choose harms a fold's cases (Dice {change})"
+            "nothing is removed from segmentations: what the other folds choose harms a fold's "
+            f"cases (Dice {change})"
         ]
     elif kept:
         lines.append(f"to be expected of new cases, by what the other folds choose: {change}")

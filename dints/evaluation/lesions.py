@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-TOUCHING = np.ones((3, 3, 3), bool)  # voxels that share a face, an edge or a corner are one lesion's
+# voxels that share a face, an edge or a corner are one lesion's
+TOUCHING = np.ones((3, 3, 3), bool)
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Lesions:
 
     @property
     def f1(self) -> float:
-        """Twice the detected over twice the detected, the missed and the false together; NaN where there are none."""
+        """Twice the detected over twice the detected, the missed and the false together; NaN where
+        there are none.
+        """
         count = 2 * self.detected + self.missed + self.false
         return 2 * self.detected / count if count else float("nan")
 
@@ -33,10 +36,10 @@ class Lesions:
 def compare_lesions(reference: np.ndarray, prediction: np.ndarray, min_iou: float = 0.0) -> Lesions:
     """Count lesions, components of 26 neighbours, of two bool masks of one shape (x, y, z).
 
-    Two lesions match if they have a voxel in common and their intersection over union is at least ``min_iou``. With 0
-    a lesion is detected by any voxel, which is the rule of the ATLAS, ISLES 2022 and WMH challenges; one predicted blob
-    then detects all that it covers. 0.1 is usual where detection is judged in 3D (nnDetection). Above 0.5 a lesion
-    matches one at most.
+    Two lesions match if they have a voxel in common and their intersection over union is at least
+    ``min_iou``. With 0 a lesion is detected by any voxel, which is the rule of the ATLAS, ISLES
+    2022 and WMH challenges; one predicted blob then detects all that it covers. 0.1 is usual where
+    detection is judged in 3D (nnDetection). Above 0.5 a lesion matches one at most.
     """
     reference_parts, num_reference = ndimage.label(reference, TOUCHING)
     predicted_parts, num_predicted = ndimage.label(prediction, TOUCHING)
@@ -44,7 +47,10 @@ def compare_lesions(reference: np.ndarray, prediction: np.ndarray, min_iou: floa
     pairs = reference_parts[common].astype(np.int64) * (num_predicted + 1) + predicted_parts[common]
     pairs, overlaps = np.unique(pairs, return_counts=True)
     of_reference, of_prediction = np.divmod(pairs, num_predicted + 1)
-    sizes = np.bincount(reference_parts.ravel())[of_reference] + np.bincount(predicted_parts.ravel())[of_prediction]
+    sizes = (
+        np.bincount(reference_parts.ravel())[of_reference]
+        + np.bincount(predicted_parts.ravel())[of_prediction]
+    )
     matched = overlaps >= min_iou * (sizes - overlaps)
     detected = len(np.unique(of_reference[matched]))
     matching = len(np.unique(of_prediction[matched]))

@@ -1,4 +1,6 @@
-"""Components that are removed from a segmentation, and the file that tells which: ``postprocessing.json``."""
+"""Components that are removed from a segmentation, and the file that tells which:
+``postprocessing.json``.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ class Postprocessing:
 
     Attributes:
         class_names: of the labels, background first.
-        largest_foreground: first, all but the largest component of all classes together are removed.
+        largest_foreground: first, all but the largest component of all classes together are
+            removed.
         rules: what is then removed of each class, the first one being that of label 1.
     """
 
@@ -57,7 +60,8 @@ class Postprocessing:
         return self != self.nothing(self.class_names)
 
     def apply(self, labels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-        """Return labels (x, y, z), uint8, without what is removed; those that are given stay as they are.
+        """Return labels (x, y, z), uint8, without what is removed; those that are given stay as
+        they are.
 
         Args:
             spacing: mm between voxels along each axis of the array.
@@ -75,8 +79,14 @@ class Postprocessing:
 
     def to_dict(self) -> dict:
         """Return plain values; `from_dict` is the inverse."""
-        rules = {name: asdict(rule) for name, rule in zip(self.class_names[1:], self.rules, strict=True)}
-        return {"background": self.class_names[0], "largest_foreground": self.largest_foreground, "classes": rules}
+        rules = {
+            name: asdict(rule) for name, rule in zip(self.class_names[1:], self.rules, strict=True)
+        }
+        return {
+            "background": self.class_names[0],
+            "largest_foreground": self.largest_foreground,
+            "classes": rules,
+        }
 
     @classmethod
     def from_dict(cls, content: object) -> Postprocessing:
@@ -87,18 +97,28 @@ class Postprocessing:
         """
         if not isinstance(content, dict) or not isinstance(content.get("classes"), dict):
             raise ValueError("it has no object 'classes'")
-        if not isinstance(content.get("background"), str) or not isinstance(content.get("largest_foreground"), bool):
+        if not isinstance(content.get("background"), str) or not isinstance(
+            content.get("largest_foreground"), bool
+        ):
             raise ValueError("'background' must be a name, and 'largest_foreground' true or false")
         rules = []
         for name, rule in content["classes"].items():
             if not isinstance(rule, dict) or rule.keys() != asdict(Rule()).keys():
-                raise ValueError(f"class {name!r} must have 'largest' and 'min_volume_mm3', nothing else")
+                raise ValueError(
+                    f"class {name!r} must have 'largest' and 'min_volume_mm3', nothing else"
+                )
             volume = rule["min_volume_mm3"]
             is_volume = type(volume) in (int, float) and 0 <= volume < math.inf
             if not isinstance(rule["largest"], bool) or not is_volume:
-                raise ValueError(f"class {name!r} must have true or false for 'largest', and a volume in mm3")
+                raise ValueError(
+                    f"class {name!r} must have true or false for 'largest', and a volume in mm3"
+                )
             rules.append(Rule(rule["largest"], float(volume)))
-        return cls((content["background"], *content["classes"]), content["largest_foreground"], tuple(rules))
+        return cls(
+            (content["background"], *content["classes"]),
+            content["largest_foreground"],
+            tuple(rules),
+        )
 
 
 def read(path: str | Path, class_names: Sequence[str]) -> Postprocessing:
@@ -114,21 +134,25 @@ def read(path: str | Path, class_names: Sequence[str]) -> Postprocessing:
         found = Postprocessing.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(
-            f"--postprocessing {path} cannot be read ({error.strerror}): give the postprocessing.json that "
-            "train_dints.sh writes with FOLD=each"
+            f"--postprocessing {path} cannot be read ({error.strerror}): give the "
+            "postprocessing.json that train_dints.sh writes with FOLD=each"
         ) from error
     except (ValueError, RecursionError) as error:  # also what is no JSON, or not UTF-8
-        raise UserError(f"--postprocessing {path} is malformed ({error}): mend it, or make it again") from error
+        raise UserError(
+            f"--postprocessing {path} is malformed ({error}): mend it, or make it again"
+        ) from error
     if found.class_names != tuple(class_names):
         raise UserError(
-            f"--postprocessing {path} is of the classes {', '.join(found.class_names)}, and the model segments "
-            f"{', '.join(class_names)}: give the one of this model's folds"
+            f"--postprocessing {path} is of the classes {', '.join(found.class_names)}, and the "
+            f"model segments {', '.join(class_names)}: give the one of this model's folds"
         )
     return found
 
 
 def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number the components of a bool mask (x, y, z) from 1 on; return them, and the voxels of each, of 0 none."""
+    """Number the components of a bool mask (x, y, z) from 1 on; return them, and the voxels of
+    each, of 0 none.
+    """
     parts, count = ndimage.label(mask, TOUCHING)
     sizes = np.bincount(parts.ravel("K"), minlength=count + 1)
     sizes[0] = 0

@@ -18,10 +18,11 @@ NAN = float("nan")
 class Row:
     """Scores of a class in a case; NaN where a score is not defined.
 
-    A class that the reference does not have is left out of every score but one; that it was predicted is counted as a
-    false positive case. ``dice_nnunet`` is nnU-Net v2's Dice instead (``nnunetv2/evaluation/evaluate_predictions.py``,
-    ``compute_metrics``): NaN where both masks are empty (``tp + fp + fn == 0``), which its ``nanmean`` over the cases
-    leaves out, else 2 tp / (2 tp + fp + fn), which is 0 for a false positive case and counts.
+    A class that the reference does not have is left out of every score but one; that it was
+    predicted is counted as a false positive case. ``dice_nnunet`` is nnU-Net v2's Dice instead
+    (``nnunetv2/evaluation/evaluate_predictions.py``, ``compute_metrics``): NaN where both masks are
+    empty (``tp + fp + fn == 0``), which its ``nanmean`` over the cases leaves out, else 2 tp / (2
+    tp + fp + fn), which is 0 for a false positive case and counts.
 
     Attributes:
         case, label: its name; its class's name.
@@ -29,8 +30,10 @@ class Row:
         surface_dice: normalised surface Dice at the tolerance.
         hausdorff95_mm: 95% Hausdorff distance; infinite where the class was missed.
         reference_ml, prediction_ml: volumes.
-        volume_error: the predicted volume's error, relative to the reference's; negative where too little is predicted.
-        lesion_f1: F1 of its lesions, of which were ``lesions_detected``, ``lesions_missed`` and ``lesions_false``.
+        volume_error: the predicted volume's error, relative to the reference's; negative where too
+            little is predicted.
+        lesion_f1: F1 of its lesions, of which were ``lesions_detected``, ``lesions_missed`` and
+            ``lesions_false``.
         false_positive: whether it was predicted where the reference does not have it.
     """
 
@@ -63,7 +66,9 @@ def score_case(
     tolerance_mm: float = 1.0,
     lesion_iou: float = 0.0,
 ) -> list[Row]:
-    """Score labels (x, y, z) of one grid, uint8, whose ``spacing`` is in mm: a row for each label of ``classes``."""
+    """Score labels (x, y, z) of one grid, uint8, whose ``spacing`` is in mm: a row for each label
+    of ``classes``.
+    """
     rows = []
     for label, name in classes.items():
         masks = _cropped(reference == label, prediction == label)
@@ -72,7 +77,11 @@ def score_case(
 
 
 def _scores(
-    reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float], tolerance_mm: float, lesion_iou: float
+    reference: np.ndarray,
+    prediction: np.ndarray,
+    spacing: Sequence[float],
+    tolerance_mm: float,
+    lesion_iou: float,
 ) -> dict:
     in_reference, predicted = np.count_nonzero(reference), np.count_nonzero(prediction)
     common = np.count_nonzero(reference & prediction)

@@ -1,4 +1,6 @@
-"""Tables of scores: a row a case and class as CSV; each class and all of them with bootstrap intervals."""
+"""Tables of scores: a row a case and class as CSV; each class and all of them with bootstrap
+intervals.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ RESAMPLES = 4999  # of the cases, for an interval
 
 
 def scores_table(rows: Sequence[Row]) -> str:
-    """Return rows as CSV: an empty cell where a score is not defined, ``inf`` for an infinite distance."""
+    """Return rows as CSV: an empty cell where a score is not defined, ``inf`` for an infinite
+    distance.
+    """
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     table.writeheader()
@@ -34,28 +38,39 @@ def _cell(value: str | float) -> str | int:
 
 
 def summarise(rows: Sequence[Row], seed: int = 0) -> dict[str, dict]:
-    """Return for each of the ``classes``, by name, and for ``all``, its false positive cases and each score's summary.
+    """Return for each of the ``classes``, by name, and for ``all``, its false positive cases and
+    each score's summary.
 
-    A score's summary: ``n``, the cases that it is defined for; their ``mean`` with its 95% interval, ``low`` to
-    ``high``; their ``median``; and how many further ones are ``infinite``, which mean and median leave out. None where
-    there is none, or for the interval fewer than two cases. Over all classes the mean is that of the classes' means, as
-    usual, and the median that of each case's mean over its classes.
+    A score's summary: ``n``, the cases that it is defined for; their ``mean`` with its 95%
+    interval, ``low`` to ``high``; their ``median``; and how many further ones are ``infinite``,
+    which mean and median leave out. None where there is none, or for the interval fewer than two
+    cases. Over all classes the mean is that of the classes' means, as usual, and the median that of
+    each case's mean over its classes.
     """
     names = list(dict.fromkeys(row.label for row in rows))
     of_classes = {name: [row for row in rows if row.label == name] for name in names}
     return {
-        "classes": {name: _summary_of_classes([of_class], seed) for name, of_class in of_classes.items()},
+        "classes": {
+            name: _summary_of_classes([of_class], seed) for name, of_class in of_classes.items()
+        },
         "all": _summary_of_classes(list(of_classes.values()), seed),
     }
 
 
 def _summary_of_classes(of_classes: Sequence[Sequence[Row]], seed: int) -> dict:
-    """Summarise each score of the rows of some classes, which have the same cases in the same order."""
+    """Summarise each score of the rows of some classes, which have the same cases in the same
+    order.
+    """
     scores = {
-        score: _summary(np.array([[getattr(row, score) for row in rows] for rows in of_classes]).T, seed)
+        score: _summary(
+            np.array([[getattr(row, score) for row in rows] for rows in of_classes]).T, seed
+        )
         for score in SCORES
     }
-    return {"false_positive_cases": sum(row.false_positive for rows in of_classes for row in rows), **scores}
+    return {
+        "false_positive_cases": sum(row.false_positive for rows in of_classes for row in rows),
+        **scores,
+    }
 
 
 def _summary(values: np.ndarray, seed: int) -> dict:
@@ -64,11 +79,25 @@ def _summary(values: np.ndarray, seed: int) -> dict:
     values = np.where(np.isfinite(values), values, np.nan)
     values = values[np.isfinite(values).any(1)]
     if not len(values):
-        return {"n": 0, "mean": None, "low": None, "high": None, "median": None, "infinite": infinite}
+        return {
+            "n": 0,
+            "mean": None,
+            "low": None,
+            "high": None,
+            "median": None,
+            "infinite": infinite,
+        }
     low, high = interval(values, seed)
     median = float(np.median(np.nanmean(values, 1)))
     mean = float(mean_of_classes(values, np.arange(len(values))))
-    return {"n": len(values), "mean": mean, "low": low, "high": high, "median": median, "infinite": infinite}
+    return {
+        "n": len(values),
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "median": median,
+        "infinite": infinite,
+    }
 
 
 def mean_of_classes(values: np.ndarray, cases: np.ndarray) -> np.ndarray:
@@ -84,12 +113,16 @@ def mean_of_classes(values: np.ndarray, cases: np.ndarray) -> np.ndarray:
         return np.nanmean(sums / counts, -1)
 
 
-def interval(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float | None, float | None]:
-    """Return the 95% interval of `mean_of_classes` of values (cases, classes): bootstrap over the cases.
+def interval(
+    values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float | None, float | None]:
+    """Return the 95% interval of `mean_of_classes` of values (cases, classes): bootstrap over the
+    cases.
 
-    It is BCa (Efron 1987), which follows the skewness that Dice has. Of 2500 samples of skewed cases (Beta(9, 1)) each,
-    it held the true mean in 94% with 40 cases, 93% with 20 and 88% with 10: few cases make it too narrow. Where BCa is
-    not defined, as for values that hardly differ, it is the percentiles'. None where there are fewer than two cases.
+    It is BCa (Efron 1987), which follows the skewness that Dice has. Of 2500 samples of skewed
+    cases (Beta(9, 1)) each, it held the true mean in 94% with 40 cases, 93% with 20 and 88% with
+    10: few cases make it too narrow. Where BCa is not defined, as for values that hardly differ, it
+        is the percentiles'. None where there are fewer than two cases.
     """
     if len(values) < 2:
         return None, None
@@ -118,11 +151,20 @@ def markdown(summary: dict[str, dict]) -> str:
     for name, scores in [*summary["classes"].items(), ("all", summary["all"])]:
         for score in SCORES:
             found = scores[score]
-            mean, low, high, median = (_number(found[key]) for key in ("mean", "low", "high", "median"))
-            count = f"{found['n']} (and {found['infinite']} infinite)" if found["infinite"] else found["n"]
+            mean, low, high, median = (
+                _number(found[key]) for key in ("mean", "low", "high", "median")
+            )
+            count = (
+                f"{found['n']} (and {found['infinite']} infinite)"
+                if found["infinite"]
+                else found["n"]
+            )
             label = name.replace("|", "\\|")
             false_positives = scores["false_positive_cases"]
-            lines.append(f"| {label} | {score} | {count} | {mean} | {low} to {high} | {median} | {false_positives} |")
+            lines.append(
+                f"| {label} | {score} | {count} | {mean} | {low} to {high} | {median} | "
+                f"{false_positives} |"
+            )
     return "\n".join(lines)
 
 

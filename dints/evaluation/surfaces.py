@@ -1,14 +1,17 @@
-"""Distances between the surfaces of two masks: normalised surface Dice, and the 95% Hausdorff distance.
+"""Distances between the surfaces of two masks: normalised surface Dice, and the 95% Hausdorff
+distance.
 
-Both are those of DeepMind's ``surface-distance`` (Nikolov et al., JMIR 2021, doi:10.2196/26151). Eight neighbouring
-voxel centres are the corners of a cell; a cell whose corners are partly in the mask holds a piece of its surface, a
-surface element, at the cell's centre, with the area that marching cubes gives it. Distances run from centre to centre.
-A mask ends at the volume's border: what touches it has a surface there.
+Both are those of DeepMind's ``surface-distance`` (Nikolov et al., JMIR 2021, doi:10.2196/26151).
+Eight neighbouring voxel centres are the corners of a cell; a cell whose corners are partly in the
+mask holds a piece of its surface, a surface element, at the cell's centre, with the area that
+marching cubes gives it. Distances run from centre to centre. A mask ends at the volume's border:
+what touches it has a surface there.
 
-That package (0.1 on PyPI, of 2022) fails on NumPy 2 where a mask is empty (``np.Inf``). It also transforms the whole
-box of both masks where the surfaces are near each other; their cells in a k-d tree are found 5 to 8 times faster.
-A tree alone would take minutes where one surface encloses another far away. MONAI's surface Dice with
-``use_subvoxels=True`` is the same number; its Hausdorff distance is not weighted by area, and it needs PyTorch.
+That package (0.1 on PyPI, of 2022) fails on NumPy 2 where a mask is empty (``np.Inf``). It also
+transforms the whole box of both masks where the surfaces are near each other; their cells in a k-d
+tree are found 5 to 8 times faster. A tree alone would take minutes where one surface encloses
+another far away. MONAI's surface Dice with ``use_subvoxels=True`` is the same number; its Hausdorff
+distance is not weighted by area, and it needs PyTorch.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import KDTree
 
-CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))  # of a cell; corner k is bit k of its code
+# of a cell; corner k is bit k of its code
+CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))
 FULL = 255  # the code of a cell inside the mask
 # Headers hold float32, so that 1 mm is read as 0.9999999 or 1.0000001: both are within 1 mm.
 SLACK = 1e-5
-NEAR = 5  # voxels of the longest side within which a k-d tree is asked; its time grows with the distance
+# voxels of the longest side within which a k-d tree is asked; its time grows with the distance
+NEAR = 5
 SPARSE = 0.08  # surface cells of all, up to which it is faster than a distance transform
 
 
@@ -35,8 +40,8 @@ class SurfaceDistances:
     """Surface elements of two masks, each with its distance to the other's nearest.
 
     Attributes:
-        to_prediction, to_reference: mm, from each element of the reference to the prediction, and the other way;
-            infinite where the other mask is empty.
+        to_prediction, to_reference: mm, from each element of the reference to the prediction, and
+            the other way; infinite where the other mask is empty.
         reference_areas, prediction_areas: mm², in the same order.
     """
 
@@ -46,7 +51,9 @@ class SurfaceDistances:
     prediction_areas: np.ndarray
 
     def surface_dice(self, tolerance_mm: float) -> float:
-        """Return the share of both surfaces' area that is within ``tolerance_mm`` of the other; NaN without any."""
+        """Return the share of both surfaces' area that is within ``tolerance_mm`` of the other; NaN
+        without any.
+        """
         limit = tolerance_mm * (1 + SLACK)
         within = self.reference_areas[self.to_prediction <= limit].sum()
         within += self.prediction_areas[self.to_reference <= limit].sum()
@@ -54,7 +61,8 @@ class SurfaceDistances:
         return float(within / area) if area else float("nan")
 
     def hausdorff(self, percent: float = 95) -> float:
-        """Return the larger of both ways' distance within which ``percent`` of the area lies, in mm.
+        """Return the larger of both ways' distance within which ``percent`` of the area lies, in
+        mm.
 
         It is infinite where one mask is empty, and NaN where both are.
         """
@@ -68,7 +76,9 @@ class SurfaceDistances:
         )
 
 
-def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> SurfaceDistances:
+def surface_distances(
+    reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]
+) -> SurfaceDistances:
     """Compare the surfaces of two bool masks of one shape (x, y, z), with ``spacing`` in mm.
 
     The time grows with their size: give a crop that holds both.
@@ -84,28 +94,36 @@ def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing: Se
         if len(cells[other]):
             distance[apart] = _nearest(cells[own][apart], cells[other], codes[0].shape, spacing)
         distances.append(distance)
-    reference_areas, prediction_areas = (areas[code.ravel()[flat]] for code, flat in zip(codes, cells, strict=True))
+    reference_areas, prediction_areas = (
+        areas[code.ravel()[flat]] for code, flat in zip(codes, cells, strict=True)
+    )
     return SurfaceDistances(distances[0], reference_areas, distances[1], prediction_areas)
 
 
 @cache
 def cell_areas(spacing: tuple[float, float, float]) -> np.ndarray:
-    """Return the area in mm² of the surface in a cell, for each of the 256 codes that its corners can make."""
+    """Return the area in mm² of the surface in a cell, for each of the 256 codes that its corners
+    can make.
+    """
     across = np.prod(spacing) / np.asarray(spacing)  # what the faces across x, y and z grow by
     return np.array([np.linalg.norm(normals * across, axis=1).sum() for normals in _cell_normals()])
 
 
 @cache
 def _cell_normals() -> list[np.ndarray]:
-    """Return the normals (triangles, 3) of the surface in a unit cell for each code, as long as triangles are large.
+    """Return the normals (triangles, 3) of the surface in a unit cell for each code, as long as
+    triangles are large.
 
-    The surface passes through the middles of the edges that lead out of the mask, and cuts off the corners of the
-    rarer kind, each group of them that edges connect by itself; so a mask has its complement's surface.
+    The surface passes through the middles of the edges that lead out of the mask, and cuts off the
+    corners of the rarer kind, each group of them that edges connect by itself; so a mask has its
+    complement's surface.
     """
     normals = []
     for code in range(256):
         inside = {tuple(corner) for bit, corner in enumerate(CORNERS.tolist()) if code >> bit & 1}
-        rarer = inside if len(inside) <= 4 else {tuple(corner) for corner in CORNERS.tolist()} - inside
+        rarer = (
+            inside if len(inside) <= 4 else {tuple(corner) for corner in CORNERS.tolist()} - inside
+        )
         patches = [_patch(group) for group in _groups(rarer)]
         normals.append(np.concatenate(patches) if patches else np.zeros((0, 3)))
     return normals
@@ -123,9 +141,12 @@ def _groups(corners: set[tuple]) -> list[set[tuple]]:
 def _patch(corners: set[tuple]) -> np.ndarray:
     """Return the normals of the triangles that cut a connected group of corners off.
 
-    The middles form a ring, of which neighbours share a face of the cell. Five, or the six around a chain of corners,
-    do not lie in a plane, so that the triangles matter: of the fans that a middle can span, the largest is taken. For
-    five it is the convex hull's. For the chain it goes through the cell's centre, and is the same from both sides.
+    The middles form a ring, of which neighbours share a face of the cell. Five, or the six around a
+    chain of corners,
+    do not lie in a plane, so that the triangles matter: of the fans that a middle can span, the
+        largest is taken. For
+    five it is the convex hull's. For the chain it goes through the cell's centre, and is the same
+    from both sides.
     """
     middles = [
         (np.array(corner) + other) / 2
@@ -135,7 +156,11 @@ def _patch(corners: set[tuple]) -> np.ndarray:
     ]
     ring = [middles.pop()]
     while middles:
-        number = next(n for n, middle in enumerate(middles) if ((middle == ring[-1]) & (middle % 1 == 0)).any())
+        number = next(
+            n
+            for n, middle in enumerate(middles)
+            if ((middle == ring[-1]) & (middle % 1 == 0)).any()
+        )
         ring.append(middles.pop(number))
     fans = []
     for start in range(len(ring)):
@@ -150,7 +175,9 @@ def _apart(one: tuple, other: tuple) -> int:
 
 
 def _cell_codes(mask: np.ndarray) -> np.ndarray:
-    """Return the code of each cell of a mask with nothing around it: uint8, one more than voxels along each axis."""
+    """Return the code of each cell of a mask with nothing around it: uint8, one more than voxels
+    along each axis.
+    """
     padded = np.pad(mask, 1).view(np.uint8)
     codes = np.zeros([size + 1 for size in mask.shape], np.uint8)
     for bit, (x, y, z) in enumerate(CORNERS):
@@ -159,8 +186,12 @@ def _cell_codes(mask: np.ndarray) -> np.ndarray:
     return codes
 
 
-def _nearest(cells: np.ndarray, others: np.ndarray, shape: tuple[int, ...], spacing: np.ndarray) -> np.ndarray:
-    """Return the distance in mm from each of ``cells`` to the nearest of ``others``, flat indices into ``shape``."""
+def _nearest(
+    cells: np.ndarray, others: np.ndarray, shape: tuple[int, ...], spacing: np.ndarray
+) -> np.ndarray:
+    """Return the distance in mm from each of ``cells`` to the nearest of ``others``, flat indices
+    into ``shape``.
+    """
     places, other_places = (np.stack(np.unravel_index(flat, shape), -1) for flat in (cells, others))
     nearest = np.empty_like(places)
     left = np.ones(len(cells), bool)
@@ -172,14 +203,18 @@ def _nearest(cells: np.ndarray, others: np.ndarray, shape: tuple[int, ...], spac
     if left.any():
         elsewhere = np.ones(shape, bool)
         elsewhere.ravel()[others] = False
-        indices = ndimage.distance_transform_edt(elsewhere, spacing, return_distances=False, return_indices=True)
+        indices = ndimage.distance_transform_edt(
+            elsewhere, spacing, return_distances=False, return_indices=True
+        )
         nearest[left] = indices.reshape(3, -1)[:, cells[left]].T
     # From whole voxels, so that a distance that is the tolerance is not longer by a rounding.
     return np.linalg.norm((places - nearest) * spacing, axis=1)
 
 
 def _percentile(distances: np.ndarray, areas: np.ndarray, percent: float) -> float:
-    """Return the distance that is the first, in rising order, by which ``percent`` of the area is reached."""
+    """Return the distance that is the first, in rising order, by which ``percent`` of the area is
+    reached.
+    """
     order = np.argsort(distances, kind="stable")
     reached = np.cumsum(areas[order]) / areas.sum()
     return float(distances[order][min(np.searchsorted(reached, percent / 100), len(order) - 1)])

@@ -1,8 +1,10 @@
-"""Successive halving: many candidates are trained for a short time, the best of them for longer, until one is left.
+"""Successive halving: many candidates are trained for a short time, the best of them for longer,
+until one is left.
 
-Karnin et al., Almost Optimal Exploration in Multi-Armed Bandits, ICML 2013; Jamieson and Talwalkar, Non-stochastic Best
-Arm Identification and Hyperparameter Optimization, AISTATS 2016. Each training starts afresh and has a schedule of its
-own length, for that tells more than a stage of a longer one.
+Karnin et al., Almost Optimal Exploration in Multi-Armed Bandits, ICML 2013; Jamieson and Talwalkar,
+Non-stochastic Best Arm Identification and Hyperparameter Optimization, AISTATS 2016. Each training
+starts afresh and has a schedule of its own length, for that tells more than a stage of a longer
+one.
 """
 
 from __future__ import annotations
@@ -39,15 +41,19 @@ class Rung:
 
 
 def rungs(count: int, iterations: int) -> list[Rung]:
-    """Return the rungs for so many candidates, the last ones of which are trained for ``iterations``.
+    """Return the rungs for so many candidates, the last ones of which are trained for
+    ``iterations``.
 
-    A quarter of them reaches the second rung, an eighth the third; none decides between one and itself.
+    A quarter of them reaches the second rung, an eighth the third; none decides between one and
+    itself.
     """
     steps = [Rung(-(-count // fewer), max(1, iterations // shorter)) for fewer, shorter in FEWER]
     return [rung for rung in steps if rung.count > 1]
 
 
-def best(candidates: Sequence[Candidate], results: Mapping[str, Result], count: int) -> list[Candidate]:
+def best(
+    candidates: Sequence[Candidate], results: Mapping[str, Result], count: int
+) -> list[Candidate]:
     """Return the ``count`` candidates of the highest Dice, best first; of equal ones the first.
 
     Raises:
@@ -56,9 +62,10 @@ def best(candidates: Sequence[Candidate], results: Mapping[str, Result], count: 
     failures = {results[candidate.name].failure for candidate in candidates}
     if all(failures):
         raise UserError(
-            f"none of {len(candidates)} candidates could be trained (candidates.csv: {', '.join(sorted(failures))}): "
-            "give a smaller --memory_mib or --num_sw_batch_size against a lack of memory, a smaller "
-            "--learning_rate against weights that diverge, and another --output_root"
+            f"none of {len(candidates)} candidates could be trained (candidates.csv: "
+            f"{', '.join(sorted(failures))}): give a smaller --memory_mib or --num_sw_batch_size "
+            "against a lack of memory, a smaller --learning_rate against weights that diverge, and "
+            "another --output_root"
         )
     return _ranked(candidates, results)[:count]
 
@@ -67,7 +74,9 @@ def _ranked(candidates: Sequence[Candidate], results: Mapping[str, Result]) -> l
     return sorted(candidates, key=lambda candidate: -results[candidate.name].dice)
 
 
-def open_folder(folder: Path, configuration: dict, machine: Mapping[str, str | int], resume: str) -> dict | None:
+def open_folder(
+    folder: Path, configuration: dict, machine: Mapping[str, str | int], resume: str
+) -> dict | None:
     """Find a competition of the same settings, or make the candidates' folder for a new one.
 
     Args:
@@ -84,13 +93,17 @@ def open_folder(folder: Path, configuration: dict, machine: Mapping[str, str | i
     if not settings.exists():
         if resume == "must":
             raise UserError(f"--resume must, but there is no {settings}")
-        files.write_atomically(settings, json.dumps({"configuration": configuration, **machine}, indent=2))
+        files.write_atomically(
+            settings, json.dumps({"configuration": configuration, **machine}, indent=2)
+        )
         return None
     stored = _read(settings)
     known = {name: stored.get(name) for name in machine}
     kinds = [type(known[name]) is type(value) for name, value in machine.items()]
     if not isinstance(stored.get("configuration"), dict) or not all(kinds):
-        raise _damaged(settings, f"it has no configuration, or of {', '.join(machine)} one that is none")
+        raise _damaged(
+            settings, f"it has no configuration, or of {', '.join(machine)} one that is none"
+        )
     compare(settings, stored["configuration"], json.loads(json.dumps(configuration)))
     return known
 
@@ -116,9 +129,11 @@ def _network(candidate: Candidate) -> list:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Has candidates trained by all ranks, and keeps every result in a file: what is done is never done again.
+    """Has candidates trained by all ranks, and keeps every result in a file: what is done is never
+    done again.
 
-    A rank takes the next candidate when it has done with one. Which rank trains it makes no difference to its result.
+    A rank takes the next candidate when it has done with one. Which rank trains it makes no
+    difference to its result.
 
     Attributes:
         folder: of the run.
@@ -136,10 +151,15 @@ class Ledger:
         """Return each one's result by name, the same on every rank; every rank must call it.
 
         Raises:
-            UserError: a result that is there is damaged, or of another architecture than its name now stands for.
+            UserError: a result that is there is damaged, or of another architecture than its name
+                now stands for.
         """
         known = self._done(candidates, iterations)
-        known = {name: values for of_rank in self.processes.gather(known) for name, values in of_rank.items()}
+        known = {
+            name: values
+            for of_rank in self.processes.gather(known)
+            for name, values in of_rank.items()
+        }
         waiting = [candidate for candidate in candidates if candidate.name not in known]
         keys = {candidate.name: f"{iterations}/{candidate.name}" for candidate in waiting}
         for number in self._turns(f"{iterations}/{len(self.rows)}", len(waiting)):
@@ -149,13 +169,23 @@ class Ledger:
             result = self.train(candidate, iterations, path.parent)
             log.info(
                 "candidate %d of %d at %d iterations: %s has Dice %.4f after %.0f s",
-                *(number + 1, len(waiting), iterations, candidate.name, result.dice, result.seconds),
+                *(
+                    number + 1,
+                    len(waiting),
+                    iterations,
+                    candidate.name,
+                    result.dice,
+                    result.seconds,
+                ),
             )
-            files.write_atomically(path, json.dumps({**result.to_dict(), "network": _network(candidate)}))
+            files.write_atomically(
+                path, json.dumps({**result.to_dict(), "network": _network(candidate)})
+            )
             self.processes.board.set(keys[candidate.name], json.dumps(result.to_dict()))
         self._wait_for(list(keys.values()))
         known |= {name: json.loads(self.processes.board.get(key)) for name, key in keys.items()}
-        self.processes.gather(None)  # the board goes with the process that holds it: let all have read it
+        # the board goes with the process that holds it: let all have read it
+        self.processes.gather(None)
         results = {candidate.name: Result(**known[candidate.name]) for candidate in candidates}
         self._write(candidates, results)
         return results
@@ -180,8 +210,9 @@ class Ledger:
                 raise _damaged(path, "it has no network")
             if network != _network(candidate):
                 raise UserError(
-                    f"{path} is of another architecture than {candidate.name} is in this version of the scripts: "
-                    "go on with the version that wrote it, or start afresh with --resume never"
+                    f"{path} is of another architecture than {candidate.name} is in this version "
+                    "of the scripts: use the version that wrote it, or start afresh with --resume "
+                    "never"
                 )
         return done
 
@@ -192,7 +223,9 @@ class Ledger:
             yield number
 
     def _wait_for(self, keys: Sequence[str]) -> None:
-        """Wait until all ranks' results are there; no collective, for trainings may take longer than its timeout."""
+        """Wait until all ranks' results are there; no collective, for trainings may take longer
+        than its timeout.
+        """
         while not self.processes.board.check(list(keys)):
             self._stop_if_asked("after its last candidate")
             time.sleep(SECONDS_BETWEEN_LOOKS)

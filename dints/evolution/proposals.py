@@ -27,7 +27,8 @@ CHANGES = ("path", "operation", "block", "stem")
 SHARES = (0.35, 0.35, 0.2, 0.1)  # of the mutations
 TRIES = 200  # until a mutation makes a network that is connected, fits and is new
 IN_VAIN = 20  # proposals in a row that are too large or known, after which there are no more
-CHANNEL_STEP = {"cpu": 1, "cuda": 8}  # what the first level's channels are a multiple of: tensor cores take eight
+# what the first level's channels are a multiple of: tensor cores take eight
+CHANNEL_STEP = {"cpu": 1, "cuda": 8}
 DENSEST = 0.7  # memory ratio of random ones: denser ones have hardly any width left at equal memory
 
 
@@ -48,10 +49,14 @@ class Candidate:
     parent: str | None = None
 
     def described(self, dice: float, **info: object) -> Architecture:
-        """Return the architecture with what is to be known about it later; train_dints.py goes by its width."""
+        """Return the architecture with what is to be known about it later; train_dints.py goes by
+        its width.
+        """
         ratio = baselines.ram_ratio(self.architecture)
         facts = {"dice": dice, "ram_ratio": ratio, "channel_mul": self.channel_mul}
-        return replace(self.architecture, info={**facts, "candidate": self.name, "kind": self.kind, **info})
+        return replace(
+            self.architecture, info={**facts, "candidate": self.name, "kind": self.kind, **info}
+        )
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,12 @@ class Limits:
 
     Attributes:
         memory_mib: that a training step may take; see `dints.network.cost.step_mib`.
-        num_blocks, num_depths, use_downsample: of the space; mutants may leave the first and the last.
+        num_blocks, num_depths, use_downsample: of the space; mutants may leave the first and the
+            last.
         keep_finest: the path along depth 0 stays active in every block.
         input_shape: (batch, channels, *patch_size) of a training step.
-        channel_step: channels at the first level are a multiple of this, where so many fit; see `CHANNEL_STEP`.
+        channel_step: channels at the first level are a multiple of this, where so many fit; see
+            `CHANNEL_STEP`.
     """
 
     memory_mib: float
@@ -77,20 +84,31 @@ class Limits:
     channel_step: int = 1
 
     def check(self) -> None:
-        """Raise `UserError` where no network would fit: not even one path of the space, at its narrowest."""
+        """Raise `UserError` where no network would fit: not even one path of the space, at its
+        narrowest.
+        """
         arch_code_a = np.zeros((self.num_blocks, 3 * self.num_depths - 2), dtype=np.int64)
         arch_code_a[:, 0] = 1
-        self.channel_mul(from_codes(arch_code_a, 0 * arch_code_a, self.operations, self.use_downsample))
+        self.channel_mul(
+            from_codes(arch_code_a, 0 * arch_code_a, self.operations, self.use_downsample)
+        )
 
     def channel_mul(self, architecture: Architecture) -> float:
-        """Return the width at which the architecture fills the memory, but for what a multiple leaves.
+        """Return the width at which the architecture fills the memory, but for what a multiple
+        leaves.
 
         Raises:
-            UserError: the memory does not hold even its narrowest network, or its patches cannot be halved so often.
+            UserError: the memory does not hold even its narrowest network, or its patches cannot be
+                halved so often.
         """
         batch_size, in_channels, *patch_size = self.input_shape
         widest = fitting_channel_mul(
-            architecture, self.memory_mib, in_channels, self.num_classes, tuple(patch_size), batch_size
+            architecture,
+            self.memory_mib,
+            in_channels,
+            self.num_classes,
+            tuple(patch_size),
+            batch_size,
         )
         channels = round(32 * widest)
         return (channels - channels % self.channel_step or channels) / 32
@@ -106,7 +124,8 @@ def memory_of_share(
     input_shape: tuple[int, ...],
     num_classes: int,
 ) -> float:
-    """Return a share of what a step with every path, its dearest operation on each, takes at a width, in MiB.
+    """Return a share of what a step with every path, its dearest operation on each, takes at a
+    width, in MiB.
 
     Args:
         input_shape: (batch, channels, *patch_size) of a training step.
@@ -114,7 +133,12 @@ def memory_of_share(
     dearest_last = sorted(operations, key=lambda name: OPERATIONS[name].maps)
     largest = within_supernet(num_blocks, num_depths, dearest_last, use_downsample)
     batch_size, in_channels, *patch_size = input_shape
-    return share * cost(largest, in_channels, num_classes, tuple(patch_size), channel_mul, batch_size).step_mib
+    return (
+        share
+        * cost(
+            largest, in_channels, num_classes, tuple(patch_size), channel_mul, batch_size
+        ).step_mib
+    )
 
 
 def proposed(
@@ -127,8 +151,8 @@ def proposed(
         given: as many as ``count`` at most.
 
     Raises:
-        UserError: one that is given does not fit into the memory, or fewer than ``count`` do; the message has the
-            reason of the last that did not.
+        UserError: one that is given does not fit into the memory, or fewer than ``count`` do; the
+            message has the reason of the last that did not.
     """
     generator = np.random.default_rng(seed_from(seed, "proposals"))
     makers = {"by_hand": partial(_by_hand, limits), "random": partial(_random, limits, generator)}
@@ -139,7 +163,8 @@ def proposed(
         except UserError as error:
             raise UserError(f"{architecture.source} cannot compete: {error}") from error
     waiting = [(kind, makers[kind]()) for kind in kinds]
-    while len(candidates.members) < count and waiting and in_vain < IN_VAIN:  # there is no end of random ones
+    # there is no end of random ones
+    while len(candidates.members) < count and waiting and in_vain < IN_VAIN:
         kind, source = waiting.pop(0)
         architecture = next(source, None)
         if architecture is None:
@@ -151,8 +176,8 @@ def proposed(
             in_vain, reason = in_vain + 1, str(error)
     if len(candidates.members) < count:
         raise UserError(
-            f"--proposals {' '.join(kinds)} give {len(candidates.members)} candidates for --memory_mib "
-            f"{limits.memory_mib:g}, and {count} are needed: {reason}"
+            f"--proposals {' '.join(kinds)} give {len(candidates.members)} candidates for "
+            f"--memory_mib {limits.memory_mib:g}, and {count} are needed: {reason}"
         )
     return candidates.members
 
@@ -160,7 +185,8 @@ def proposed(
 def mutants(
     count: int, parents: Sequence[Candidate], others: Sequence[Candidate], limits: Limits, seed: int
 ) -> list[Candidate]:
-    """Make ``count`` mutants, of the parents in turn, that differ from ``others`` and from each other.
+    """Make ``count`` mutants, of the parents in turn, that differ from ``others`` and from each
+    other.
 
     There are fewer if a parent has no more.
     """
@@ -189,7 +215,9 @@ class _Distinct:
         self.limits, self.members = limits, list(members)
         self.known = [_network(candidate.architecture) for candidate in members]
 
-    def add(self, kind: str, architecture: Architecture, parent: str | None = None) -> Candidate | None:
+    def add(
+        self, kind: str, architecture: Architecture, parent: str | None = None
+    ) -> Candidate | None:
         """Add an architecture, if it is new, at the width that fills the memory."""
         if _network(architecture) in self.known:
             return None
@@ -219,27 +247,36 @@ def _by_hand(limits: Limits) -> Iterator[Architecture]:
 
 
 def _random(limits: Limits, generator: np.random.Generator) -> Iterator[Architecture]:
-    """Draw architectures of all densities: the logarithm of the memory ratio uniformly, then an architecture near it.
+    """Draw architectures of all densities: the logarithm of the memory ratio uniformly, then an
+    architecture near it.
 
-    At equal memory the width goes down as the ratio goes up, so that this tries narrow ones and wide ones alike.
+    At equal memory the width goes down as the ratio goes up, so that this tries narrow ones and
+    wide ones alike.
     """
     size = limits.num_blocks, limits.num_depths
     least = baselines.least_ram_ratio(*size, limits.operations, keep_finest=True)
     settings = {"operations": limits.operations, "keep_finest": True}
     while True:
-        high = np.exp(generator.uniform(*np.log((min(1.1 * least, 1.0), max(1.1 * least, DENSEST)))))
+        high = np.exp(
+            generator.uniform(*np.log((min(1.1 * least, 1.0), max(1.1 * least, DENSEST))))
+        )
         try:
-            drawn = baselines.random_architecture(*size, max(least, 0.95 * high), high, generator, **settings)
+            drawn = baselines.random_architecture(
+                *size, max(least, 0.95 * high), high, generator, **settings
+            )
         except UserError:  # a space so small that it has none of this density
             drawn = baselines.random_architecture(*size, least, 1.0, generator, **settings)
         yield replace(drawn, use_downsample=limits.use_downsample)
 
 
-def mutated(architecture: Architecture, keep_finest: bool, generator: np.random.Generator) -> Architecture | None:
-    """Return a copy with a path, an operation, a block or the first halving changed; None where the draw has no sense.
+def mutated(
+    architecture: Architecture, keep_finest: bool, generator: np.random.Generator
+) -> Architecture | None:
+    """Return a copy with a path, an operation, a block or the first halving changed; None where the
+    draw has no sense.
 
-    A draw changes one thing in two cases of three, else more. Blocks are doubled or left out where what is left stays
-    connected. Several paths change at a time where a node comes or goes.
+    A draw changes one thing in two cases of three, else more. Blocks are doubled or left out where
+    what is left stays connected. Several paths change at a time where a node comes or goes.
     """
     arch_code_a, arch_code_c = architecture.arch_code_a.copy(), architecture.arch_code_c.copy()
     use_downsample = architecture.use_downsample
@@ -253,7 +290,9 @@ def mutated(architecture: Architecture, keep_finest: bool, generator: np.random.
             place = tuple(generator.choice(np.argwhere(arch_code_a)))
             arch_code_c[place] = generator.integers(len(architecture.operations))
         elif change == "path":
-            arch_code_a, arch_code_c = _other_paths(architecture, arch_code_a, arch_code_c, generator)
+            arch_code_a, arch_code_c = _other_paths(
+                architecture, arch_code_a, arch_code_c, generator
+            )
     keeps = not keep_finest or arch_code_a[:, 0].all()  # path 0 leads from depth 0 to depth 0
     if not keeps or not _is_connected(arch_code_a):
         return None
@@ -264,13 +303,22 @@ def mutated(architecture: Architecture, keep_finest: bool, generator: np.random.
 def _network(architecture: Architecture) -> tuple:
     """Return what is equal for equal networks: operations count on active paths only."""
     active = architecture.arch_code_a
-    return active.tolist(), (architecture.arch_code_c * active).tolist(), architecture.use_downsample
+    return (
+        active.tolist(),
+        (architecture.arch_code_c * active).tolist(),
+        architecture.use_downsample,
+    )
 
 
 def _other_paths(
-    architecture: Architecture, arch_code_a: np.ndarray, arch_code_c: np.ndarray, generator: np.random.Generator
+    architecture: Architecture,
+    arch_code_a: np.ndarray,
+    arch_code_c: np.ndarray,
+    generator: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Switch one to three paths of a block and the next one, with operations drawn for those that come."""
+    """Switch one to three paths of a block and the next one, with operations drawn for those that
+    come.
+    """
     arch_code_a, arch_code_c = arch_code_a.copy(), arch_code_c.copy()
     first, (num_blocks, num_paths) = generator.integers(len(arch_code_a)), arch_code_a.shape
     for _ in range(generator.integers(1, 4)):
@@ -292,7 +340,9 @@ def _other_blocks(
 
 
 def _is_connected(arch_code_a: np.ndarray) -> bool:
-    """Tell whether each block has a path, and leaves from just the nodes that the one before reaches."""
+    """Tell whether each block has a path, and leaves from just the nodes that the one before
+    reaches.
+    """
     sources, targets = np.array(paths((arch_code_a.shape[1] + 2) // 3)).T
     depths = np.arange(targets.max() + 1)
     left, reached = (arch_code_a @ (ends[:, None] == depths) > 0 for ends in (sources, targets))

@@ -1,7 +1,9 @@
-"""The network as a MONAI bundle: a folder of JSON and weights that ``python -m monai.bundle run`` executes.
+"""The network as a MONAI bundle: a folder of JSON and weights that ``python -m monai.bundle run``
+executes.
 
-Where the operations are MONAI's, its own `DiNTS` computes, from a state dict; other operations it cannot have, and a
-program of PyTorch's computes in its place. Images are read, prepared, segmented and written by MONAI.
+Where the operations are MONAI's, its own `DiNTS` computes, from a state dict; other operations it
+cannot have, and a program of PyTorch's computes in its place. Images are read, prepared, segmented
+and written by MONAI.
 """
 
 from __future__ import annotations
@@ -52,12 +54,16 @@ def write(folder: Path, model: Model, overlap: float, exported: ExportedProgram 
         files.write_atomically(folder / "models/model.pt2", program.as_bytes(exported, facts))
     inference = {**_places(task), **definition, **_transforms(task), **_run(task, overlap)}
     for name, content in (("inference", inference), ("metadata", _metadata(task))):
-        files.write_atomically(folder / f"configs/{name}.json", json.dumps(content, indent=2) + "\n")
+        files.write_atomically(
+            folder / f"configs/{name}.json", json.dumps(content, indent=2) + "\n"
+        )
     files.write_atomically(folder / "docs/README.md", _readme(task))
 
 
 def _monais_network(model: Model) -> dict:
-    """Describe MONAI's network; a path's operation is a number in MONAI's order, of a path that is not there 0."""
+    """Describe MONAI's network; a path's operation is a number in MONAI's order, of a path that is
+    not there 0.
+    """
     architecture, task = model.architecture, model.task
     codes = np.zeros_like(architecture.arch_code_c)
     for place in zip(*architecture.arch_code_a.nonzero(), strict=True):
@@ -82,23 +88,33 @@ def _monais_network(model: Model) -> dict:
             "node_a": "$torch.tensor(@node_a)",
         },
         "checkpoint": "$@bundle_root + '/models/model.pt'",
-        "initialize": ["$@network_def.load_state_dict(torch.load(@checkpoint, map_location='cpu', weights_only=True))"],
+        "initialize": [
+            "$@network_def.load_state_dict(torch.load(@checkpoint, map_location='cpu', "
+            "weights_only=True))"
+        ],
     }
 
 
 def _monais_weights(definition: dict, model: Model) -> dict[str, torch.Tensor]:
-    """Return the state dict of MONAI's network: ours, and zeros in stems that the architecture does not use."""
+    """Return the state dict of MONAI's network: ours, and zeros in stems that the architecture does
+    not use.
+    """
     with contextlib.redirect_stdout(io.StringIO()):  # MONAI prints its advice about patch sizes
         theirs = ConfigParser(definition).get_parsed_content("network_def").state_dict()
     ours = model.network.state_dict()
     foreign = [key for key in ours if key not in theirs or ours[key].shape != theirs[key].shape]
-    foreign += [key for key in theirs if key not in ours and not key.startswith(model.network.unused_stems)]
+    foreign += [
+        key for key in theirs if key not in ours and not key.startswith(model.network.unused_stems)
+    ]
     if foreign:
         raise UserError(
-            f"--export bundle: MONAI {monai.__version__} has another network of this architecture, {foreign[0]} "
-            "differs: use exported_program"
+            f"--export bundle: MONAI {monai.__version__} has another network of this architecture, "
+            f"{foreign[0]} differs: use exported_program"
         )
-    return {key: ours[key].cpu() if key in ours else torch.zeros_like(value) for key, value in theirs.items()}
+    return {
+        key: ours[key].cpu() if key in ours else torch.zeros_like(value)
+        for key, value in theirs.items()
+    }
 
 
 def _program() -> dict:
@@ -110,12 +126,15 @@ def _program() -> dict:
 
 
 def _places(task: Task) -> dict:
-    """Say what is read and written. Of channels in files of their own, the first one's name stands for the case."""
+    """Say what is read and written. Of channels in files of their own, the first one's name stands
+    for the case.
+    """
     images = "sorted(glob.glob(@dataset_dir + '/*.nii*'))"
     if task.channel_files:
         images = (
-            f"[[first.replace('_0000.nii', f'_{{channel:04d}}.nii') for channel in range({task.num_channels})] "
-            "for first in sorted(glob.glob(@dataset_dir + '/*_0000.nii*'))]"
+            f"[[first.replace('_0000.nii', f'_{{channel:04d}}.nii') for channel in "
+            f"range({task.num_channels})] for first in sorted(glob.glob(@dataset_dir + "
+            "'/*_0000.nii*'))]"
         )
     return {
         "imports": ["$import glob", "$from collections import deque"],
@@ -128,7 +147,9 @@ def _places(task: Task) -> dict:
 
 
 def _transforms(task: Task) -> dict:
-    """Describe what is done to an image, and to class scores: probabilities go back to the image's grid, not labels."""
+    """Describe what is done to an image, and to class scores: probabilities go back to the image's
+    grid, not labels.
+    """
     preprocessing = [
         {"_target_": "LoadImaged", "keys": "image"},
         {"_target_": "EnsureChannelFirstd", "keys": "image"},
@@ -139,13 +160,23 @@ def _transforms(task: Task) -> dict:
         preprocessing.append({"_target_": "Spacingd", "keys": "image", **spacing})
     if task.intensity is None:
         preprocessing.append(
-            {"_target_": "NormalizeIntensityd", "keys": "image", "nonzero": True, "channel_wise": True}
+            {
+                "_target_": "NormalizeIntensityd",
+                "keys": "image",
+                "nonzero": True,
+                "channel_wise": True,
+            }
         )
     else:
         low, high = task.intensity
         window = {"a_min": low, "a_max": high, "b_min": 0.0, "b_max": 1.0, "clip": True}
         preprocessing.append({"_target_": "ScaleIntensityRanged", "keys": "image", **window})
-    saving = {"output_postfix": "", "output_dtype": "$np.uint8", "separate_folder": False, "print_log": False}
+    saving = {
+        "output_postfix": "",
+        "output_dtype": "$np.uint8",
+        "separate_folder": False,
+        "print_log": False,
+    }
     postprocessing = [
         {"_target_": "Activationsd", "keys": "pred", "softmax": True},
         {
@@ -165,7 +196,9 @@ def _transforms(task: Task) -> dict:
 
 
 def _run(task: Task, overlap: float) -> dict:
-    """Describe the loop over images; ``evaluator`` is the same for applications that ask for one, and needs ignite."""
+    """Describe the loop over images; ``evaluator`` is the same for applications that ask for one,
+    and needs ignite.
+    """
     return {
         "network": "$@network_def.to(@device).eval().requires_grad_(False)",
         "dataset": {
@@ -173,7 +206,12 @@ def _run(task: Task, overlap: float) -> dict:
             "data": "$[{'image': image} for image in @datalist]",
             "transform": "@preprocessing",
         },
-        "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
+        "dataloader": {
+            "_target_": "DataLoader",
+            "dataset": "@dataset",
+            "batch_size": 1,
+            "num_workers": 0,
+        },
         "inferer": {
             "_target_": "SlidingWindowInferer",
             "roi_size": list(task.patch_size),
@@ -191,14 +229,22 @@ def _run(task: Task, overlap: float) -> dict:
             "postprocessing": "@postprocessing",
         },
         "scores": "$lambda image: @inferer(image.as_tensor()[None].to(@device), @network)[0].cpu()",
-        "run": ["$deque((@postprocessing({**case, 'pred': @scores(case['image'])}) for case in @dataset), maxlen=0)"],
+        "run": [
+            "$deque((@postprocessing({**case, 'pred': @scores(case['image'])}) for case in "
+            "@dataset), maxlen=0)"
+        ],
     }
 
 
 def _metadata(task: Task) -> dict:
     """Describe the bundle by MONAI's schema; sizes and channels are those of one patch."""
     is_ct = task.modality == "CT"
-    tensor = {"type": "image", "spatial_shape": list(task.patch_size), "dtype": "float32", "is_patch_data": True}
+    tensor = {
+        "type": "image",
+        "spatial_shape": list(task.patch_size),
+        "dtype": "float32",
+        "is_patch_data": True,
+    }
     image = {
         **tensor,
         "format": "hounsfield" if is_ct else "magnitude",
@@ -224,7 +270,8 @@ def _metadata(task: Task) -> dict:
         "required_packages_version": {"nibabel": nibabel.__version__, **FOR_THE_COMMAND},
         "name": f"{task.name} DiNTS segmentation",
         "task": f"segment {', '.join(task.class_names[1:])} in {'CT' if is_ct else 'MRI'}",
-        "description": "A network whose topology was searched by DiNTS (He et al., CVPR 2021), then retrained",
+        "description": "A network whose topology was searched by DiNTS (He et al., CVPR 2021), "
+        "then retrained",
         "authors": "not stated by the model file",
         "copyright": "not stated by the model file",
         "network_data_format": {"inputs": {"image": image}, "outputs": {"pred": scores}},
@@ -251,8 +298,9 @@ python -m monai.bundle run $files --dataset_dir SCANS --output_dir SEGMENTATIONS
 python -m monai.bundle verify_net_in_out network_def $files
 ```
 
-SCANS holds {images} in mm. A volume that has less than about a third of {patch_size} voxels along an axis is too small
-to be segmented. `evaluator`, for applications that ask for one, needs `pytorch-ignite`.
+SCANS holds {images} in mm. A volume that has less than about a third of {patch_size} voxels along
+an axis is too small to be segmented. `evaluator`, for applications that ask for one, needs
+`pytorch-ignite`.
 
 Not a medical device; nothing here is a statement about its use on patients.
 """

@@ -26,7 +26,8 @@ from dints.inference.predictor import Predictor
 log = logging.getLogger(__name__)
 
 LEAST = 0.9999  # share of a case's voxels that get the network's labels
-# Run by a Python that neither its folder nor the environment leads to our code; the bundle is all that it knows.
+# Run by a Python that neither its folder nor the environment leads to our code; the bundle is all
+# that it knows.
 RUN_BUNDLE = """
 import json, sys
 from monai.bundle import run, verify_net_in_out
@@ -50,25 +51,29 @@ class Check:
             UserError: too few.
         """
         size = self.expected.size
-        different = int((labels != self.expected).sum()) if labels.shape == self.expected.shape else size
+        different = (
+            int((labels != self.expected).sum()) if labels.shape == self.expected.shape else size
+        )
         counts = f"{different} of {size} voxels of {self.case.name}"
         if size - different < LEAST * size:
             raise UserError(
-                f"{path} is not written: it gives other labels than the network in {counts}, more than "
-                f"{1 - LEAST:.2%}: use another kind of --export"
+                f"{path} is not written: it gives other labels than the network in {counts}, more "
+                f"than {1 - LEAST:.2%}: use another kind of --export"
             )
         print(f"{path}: {1 - different / size:.4%} equal to the network, {counts} differ")
 
 
 def export(kinds: Sequence[str], predictor: Predictor, case: Case, folder: Path) -> None:
-    """Write exports of a predictor's one network into a folder; each is read again, and checked on a case.
+    """Write exports of a predictor's one network into a folder; each is read again, and checked on
+    a case.
 
     Args:
         kinds: of ``onnx``, ``exported_program`` and ``bundle``.
         predictor: on the CPU, in fp32.
 
     Raises:
-        UserError: a package is missing, the case cannot be segmented, or an export does not segment it alike.
+        UserError: a package is missing, the case cannot be segmented, or an export does not segment
+            it alike.
     """
     if "onnx" in kinds:
         onnx_file.check_packages()
@@ -76,7 +81,10 @@ def export(kinds: Sequence[str], predictor: Predictor, case: Case, folder: Path)
     check_case(case, model.task)
     check = Check(case, _segmented(predictor, case))
     if not check.expected.any():
-        log.warning("%s holds nothing that the network finds, which checks little: give another case", case.name)
+        log.warning(
+            "%s holds nothing that the network finds, which checks little: give another case",
+            case.name,
+        )
     is_monais, exported = bundle.is_monais(model), None
     if {*kinds} - {"bundle"} or not is_monais:
         exported = program.exported(model)
@@ -117,9 +125,14 @@ def _write_program(path: Path, content: bytes, check: Check, predictor: Predicto
 
 
 def _run_bundle(folder: Path, case: Case, output: Path) -> np.ndarray:
-    """Return the labels that the bundle in a folder writes of a case, once MONAI has verified it."""
+    """Return the labels that the bundle in a folder writes of a case, once MONAI has verified
+    it.
+    """
     images = [os.path.abspath(image) for image in case.images]
-    places = {"config_file": f"{folder}/configs/inference.json", "meta_file": f"{folder}/configs/metadata.json"}
+    places = {
+        "config_file": f"{folder}/configs/inference.json",
+        "meta_file": f"{folder}/configs/metadata.json",
+    }
     settings = {
         "bundle_root": str(folder),
         "output_dir": str(output),
@@ -129,7 +142,10 @@ def _run_bundle(folder: Path, case: Case, output: Path) -> np.ndarray:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)  # noqa: S603  the words are ours
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise UserError(f"--export bundle: MONAI cannot run the bundle ({lines[-1]}): use another kind of --export")
+        raise UserError(
+            f"--export bundle: MONAI cannot run the bundle ({lines[-1]}): use another "
+            "kind of --export"
+        )
     (written,) = output.iterdir()
     return read_voxels(read_header(str(written)))[0]
 

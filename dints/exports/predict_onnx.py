@@ -1,10 +1,12 @@
 """Segment CT or MRI with the network in model.onnx, beside this file.
 
     python predict_onnx.py scan.nii.gz segmentation.nii.gz
-    python predict_onnx.py case_0000.nii.gz case_0001.nii.gz segmentation.nii.gz    # where each channel is a file
+    python predict_onnx.py case_0000.nii.gz case_0001.nii.gz segmentation.nii.gz    # where each
+    channel is a file
 
-It needs numpy, nibabel and onnxruntime, and nothing of the scripts that the network was trained with. What is done to
-an image before the network sees it stands in model.onnx, as JSON. Volumes are arrays of (x, y, z, channels).
+It needs numpy, nibabel and onnxruntime, and nothing of the scripts that the network was trained
+with. What is done to an image before the network sees it stands in model.onnx, as JSON. Volumes are
+arrays of (x, y, z, channels).
 """
 
 import json
@@ -44,7 +46,9 @@ def main(*paths):
 
 def segment(paths, model):
     """Return the label of each voxel (x, y, z), uint8, of an image on its own grid."""
-    session = onnxruntime.InferenceSession(str(model), providers=onnxruntime.get_available_providers())
+    session = onnxruntime.InferenceSession(
+        str(model), providers=onnxruntime.get_available_providers()
+    )
     facts = json.loads(session.get_modelmeta().custom_metadata_map["dints"])
     voxels, affine = read(paths, facts["num_channels"])
     turn = nib.io_orientation(affine)  # which axis becomes which of RAS, and which ones flip
@@ -52,7 +56,9 @@ def segment(paths, model):
     affine = affine @ nib.orientations.inv_ornt_aff(turn, voxels.shape[:3])
     shape, matrix = grid(turned.shape[:3], affine, facts["spacing"])
     image = normalised(resampled(turned, matrix, shape), facts["intensity"])
-    probabilities = blended(image, session, np.array(facts["patch_size"]), facts["overlap"], len(facts["class_names"]))
+    probabilities = blended(
+        image, session, np.array(facts["patch_size"]), facts["overlap"], len(facts["class_names"])
+    )
     probabilities = resampled(probabilities, np.linalg.inv(matrix), turned.shape[:3])
     back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), turn)
     return nib.apply_orientation(probabilities.argmax(-1).astype(np.uint8), back)
@@ -63,11 +69,16 @@ def read(paths, num_channels):
     files, voxels = zip(*map(read_file, paths), strict=True)
     voxels = np.concatenate(voxels, -1)
     if voxels.shape[3] != num_channels or not np.isfinite(voxels).all():
-        sys.exit(f"{paths[0]} has {voxels.shape[3]} channels: the model takes {num_channels}, of finite voxels")
+        sys.exit(
+            f"{paths[0]} has {voxels.shape[3]} channels: the model takes {num_channels}, of "
+            "finite voxels"
+        )
     affine = files[0].affine.astype(float)
     affine[:3] *= MM.get(int(files[0].header["xyzt_units"]) & 7, 1.0)
     if not (np.abs(affine[:3, 3]) <= FARTHEST).all():
-        sys.exit(f"{paths[0]} has its first voxel at {affine[:3, 3].tolist()} mm: correct its affine")
+        sys.exit(
+            f"{paths[0]} has its first voxel at {affine[:3, 3].tolist()} mm: correct its affine"
+        )
     return voxels, affine
 
 
@@ -77,8 +88,15 @@ def read_file(path):
         file = nib.load(path)
         source, header = file.dataobj, file.header
         if getattr(header, "is_single", False) and source.offset < header.single_vox_offset:
-            # 0 says that voxels follow the header; nibabel would take the header for the first of them.
-            place = (source.shape, source.dtype, header.single_vox_offset, source.slope, source.inter)
+            # 0 says that voxels follow the header; nibabel would take the header for the first of
+            # them.
+            place = (
+                source.shape,
+                source.dtype,
+                header.single_vox_offset,
+                source.slope,
+                source.inter,
+            )
             source = nib.arrayproxy.ArrayProxy(file.get_filename(), place)
         return file, np.asarray(source, np.float32).reshape(*file.shape[:3], -1)
     except DAMAGED as error:
@@ -86,7 +104,9 @@ def read_file(path):
 
 
 def grid(shape, affine, spacing):
-    """Return the shape of MONAI's grid of a spacing in mm, and the matrix from its indices to those of a volume."""
+    """Return the shape of MONAI's grid of a spacing in mm, and the matrix from its indices to those
+    of a volume.
+    """
     if spacing is None:
         return shape, np.eye(4)
     axes, shape_before = affine[:3, :3], np.array(shape)
@@ -97,7 +117,8 @@ def grid(shape, affine, spacing):
     corners = np.indices((2, 2, 2)).reshape(3, 8) * (shape_before[:, None] - 1)
     corners = np.linalg.solve(new[:3, :3], axes @ corners)
     shape = np.round(np.ptp(corners, 1) + 1).astype(int)
-    if not np.allclose(corners.min(1), 0):  # the first voxel is not the lowest along all axes: middle on middle
+    # the first voxel is not the lowest along all axes: middle on middle
+    if not np.allclose(corners.min(1), 0):
         new[:3, 3] += (axes @ shape_before - new[:3, :3] @ shape) / 2
     matrix = np.linalg.solve(affine, new)
     is_same = np.allclose(new, affine, atol=SAME) or np.allclose(matrix, np.eye(4), atol=SAME)
@@ -105,7 +126,9 @@ def grid(shape, affine, spacing):
 
 
 def resampled(volume, matrix, shape):
-    """Interpolate linearly at the places that ``matrix`` gives to the indices of a grid of ``shape``."""
+    """Interpolate linearly at the places that ``matrix`` gives to the indices of a grid of
+    ``shape``.
+    """
     if (matrix == np.eye(4)).all():
         return volume
     result, last = np.empty((*shape, volume.shape[3]), np.float32), np.array(volume.shape[:3]) - 1
@@ -122,7 +145,9 @@ def resampled(volume, matrix, shape):
 
 
 def normalised(image, intensity):
-    """Map a CT window to 0..1, clipped; without one, z-score the non-zero voxels of each channel."""
+    """Map a CT window to 0..1, clipped; without one, z-score the non-zero voxels of each
+    channel.
+    """
     if intensity is not None:
         return ((image - intensity[0]) / (intensity[1] - intensity[0])).clip(0, 1)
     image = image.copy()
@@ -139,19 +164,27 @@ def blended(image, session, patch, overlap, num_classes):
     before, after = missing // 2, missing - missing // 2
     mode = "reflect" if (after < image.shape[:3]).all() else "edge"
     padded = np.pad(image, [*zip(before, after, strict=True), (0, 0)], mode)
-    gauss = [np.exp(-0.5 * ((np.arange(size) - (size - 1) / 2) / (size / 8)) ** 2) for size in patch]
+    gauss = [
+        np.exp(-0.5 * ((np.arange(size) - (size - 1) / 2) / (size / 8)) ** 2) for size in patch
+    ]
     weights = np.maximum(np.einsum("x,y,z", *gauss), 1e-3).astype(np.float32)[..., None]
     counts = np.zeros((*padded.shape[:3], 1), np.float32)
     scores = counts.repeat(num_classes, -1)
     steps = np.maximum((patch * (1 - overlap)).astype(int), 1)
     ends = np.array(padded.shape[:3]) - patch
-    for start in product(*(range(0, end + step, step) for end, step in zip(ends, steps, strict=True))):
+    for start in product(
+        *(range(0, end + step, step) for end, step in zip(ends, steps, strict=True))
+    ):
         start = np.minimum(start, ends)
         window = tuple(slice(*along) for along in zip(start, start + patch, strict=True))
-        of_window = session.run(None, {"image": np.ascontiguousarray(np.moveaxis(padded[window], -1, 0)[None])})[0][0]
+        of_window = session.run(
+            None, {"image": np.ascontiguousarray(np.moveaxis(padded[window], -1, 0)[None])}
+        )[0][0]
         scores[window] += np.moveaxis(of_window, 0, -1) * weights
         counts[window] += weights
-    inside = tuple(slice(first, first + size) for first, size in zip(before, image.shape[:3], strict=True))
+    inside = tuple(
+        slice(first, first + size) for first, size in zip(before, image.shape[:3], strict=True)
+    )
     scores = scores[inside] / counts[inside]
     powers = np.exp(scores - scores.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)

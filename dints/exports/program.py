@@ -1,4 +1,6 @@
-"""The network as PyTorch's exported program: a graph of PyTorch's own operations, which runs without our code."""
+"""The network as PyTorch's exported program: a graph of PyTorch's own operations, which runs
+without our code.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,24 @@ def facts(task: Task, overlap: float) -> dict[str, object]:
     Args:
         overlap: of neighbouring windows, 0 to 1.
     """
-    names = ("name", "modality", "num_channels", "class_names", "spacing", "intensity", "patch_size")
+    names = (
+        "name",
+        "modality",
+        "num_channels",
+        "class_names",
+        "spacing",
+        "intensity",
+        "patch_size",
+    )
     return {**{name: task.to_dict()[name] for name in names}, "overlap": overlap}
 
 
 def exported(model: Model) -> ExportedProgram:
-    """Trace the network, on the CPU, for any number of patches of any multiple of its step from two on.
+    """Trace the network, on the CPU, for any number of patches of any multiple of its step from two
+    on.
 
-    Where the model's own patch is a single step long, its deepest level is one voxel, which PyTorch treats apart: that
-    axis keeps its size.
+    Where the model's own patch is a single step long, its deepest level is one voxel, which PyTorch
+    treats apart: that axis keeps its size.
     """
     patch_size, step = model.task.patch_size, patch_step(model.architecture)
     image = torch.zeros(2, model.task.num_channels, *patch_size)
@@ -45,7 +56,9 @@ def exported(model: Model) -> ExportedProgram:
         if size > step
     }
     with quietly():
-        return torch.export.export(model.network.eval(), (image,), dynamic_shapes=({0: Dim("batch"), **sizes},))
+        return torch.export.export(
+            model.network.eval(), (image,), dynamic_shapes=({0: Dim("batch"), **sizes},)
+        )
 
 
 def as_bytes(program: ExportedProgram, facts: dict[str, object]) -> bytes:
@@ -57,12 +70,15 @@ def as_bytes(program: ExportedProgram, facts: dict[str, object]) -> bytes:
 
 
 class LoadedProgram(nn.Module):
-    """A program that is read from a file, as a network in evaluation, which is all that a program can be."""
+    """A program that is read from a file, as a network in evaluation, which is all that a program
+    can be.
+    """
 
     def __init__(self, path: str | Path):
         super().__init__()
         with open(path, "rb") as file, quietly():
-            self.programs = [torch.export.load(file).module()]  # in a list, since it refuses to be a part of a network
+            # in a list, since it refuses to be a part of a network
+            self.programs = [torch.export.load(file).module()]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Return class scores (batch, classes, *spatial) of images (batch, channels, *spatial)."""
@@ -71,8 +87,12 @@ class LoadedProgram(nn.Module):
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep back what the exporters say of their own work: missing torchvision, each pass over the graph."""
-    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
+    """Keep back what the exporters say of their own work: missing torchvision, each pass over the
+    graph.
+    """
+    levels = {
+        name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")
+    }
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

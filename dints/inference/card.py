@@ -1,4 +1,6 @@
-"""A model's card: what it segments, what it was trained on, how well it did there, and what it costs."""
+"""A model's card: what it segments, what it was trained on, how well it did there, and what it
+costs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from dints.network.model_file import Model
 def card(model: Model) -> dict[str, object]:
     """Describe a model in plain values; what its file does not know is null."""
     task, info, architecture = model.task, model.info, model.architecture
-    counted = cost(architecture, task.num_channels, task.num_classes, task.patch_size, info["channel_mul"])
+    counted = cost(
+        architecture, task.num_channels, task.num_classes, task.patch_size, info["channel_mul"]
+    )
     return {
         "task": {**task.to_dict(), "spacing_unit": "mm"},
         "data": {
@@ -34,10 +38,16 @@ def card(model: Model) -> dict[str, object]:
             "activation_mib": round(counted.activation_mib, 2),
             "input_shape": list(counted.input_shape),
         },
-        "training": {key: info.get(key) for key in ("recipe", "augmentation", "iteration", "flips", "version")},
+        "training": {
+            key: info.get(key)
+            for key in ("recipe", "augmentation", "iteration", "flips", "version")
+        },
         "validation": {
             "dice": info.get("dice"),
-            "dice_of_classes": dict(zip(task.class_names[1:], info.get("dice_of_classes") or [], strict=False)) or None,
+            "dice_of_classes": dict(
+                zip(task.class_names[1:], info.get("dice_of_classes") or [], strict=False)
+            )
+            or None,
             "overlap_ratio": info.get("overlap_ratio"),
         },
         "digest": model.digest,

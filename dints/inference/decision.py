@@ -22,8 +22,8 @@ class Decision:
     Attributes:
         labels: (x, y, z), uint8: the most probable class.
         probabilities: (classes, x, y, z), uint8, in 255ths; None unless it was wanted.
-        uncertainty: (x, y, z), uint8, in 255ths: the entropy of the probabilities over that of classes which are all
-            equally probable; None unless it was wanted.
+        uncertainty: (x, y, z), uint8, in 255ths: the entropy of the probabilities over that of
+            classes which are all equally probable; None unless it was wanted.
     """
 
     labels: np.ndarray
@@ -31,11 +31,14 @@ class Decision:
     uncertainty: np.ndarray | None = None
 
 
-def decided(classes: Iterable[np.ndarray], num_classes: int, maps: Collection[str] = ()) -> Decision:
+def decided(
+    classes: Iterable[np.ndarray], num_classes: int, maps: Collection[str] = ()
+) -> Decision:
     """Decide a volume, or a part of it.
 
     Args:
-        classes: probabilities (x, y, z) of one class after another: of a large CT, those of all take many GB.
+        classes: probabilities (x, y, z) of one class after another: of a large CT, those of all
+            take many GB.
         maps: which of `MAPS` are wanted.
     """
     labels = highest = entropy = None
@@ -66,7 +69,9 @@ def joined(parts: Sequence[Decision], axis: int, resampling: Resampling) -> Deci
         turned = np.concatenate([part.probabilities for part in parts], 1 + axis)
         probabilities = np.stack([resampling.as_in_file(of_class) for of_class in turned])
     if parts[0].uncertainty is not None:
-        uncertainty = resampling.as_in_file(np.concatenate([part.uncertainty for part in parts], axis))
+        uncertainty = resampling.as_in_file(
+            np.concatenate([part.uncertainty for part in parts], axis)
+        )
     return Decision(resampling.as_in_file(labels), probabilities, uncertainty)
 
 

@@ -38,14 +38,14 @@ class Predictor:
         labels = predictor(image.get_fdata(), image.affine)
 
     Args:
-        models: a model file of train_dints.py, or what `load_model` made of one; or several, as of the folds of a
-            dataset, whose class probabilities are averaged.
+        models: a model file of train_dints.py, or what `load_model` made of one; or several, as of
+            the folds of a dataset, whose class probabilities are averaged.
         device: ``auto``, ``cuda`` or ``cpu``.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         overlap: of neighbouring windows, 0 to 1; None: as the model was validated.
         batch_size: windows per forward pass.
-        mirrored: average also over all flips of the volume along the axes that the models were trained to flip, which
-            takes 2, 4 or 8 times as long.
+        mirrored: average also over all flips of the volume along the axes that the models were
+            trained to flip, which takes 2, 4 or 8 times as long.
         compile: ``on``: through `torch.compile`, which takes minutes at the first volume.
 
     Attributes:
@@ -54,8 +54,8 @@ class Predictor:
         validation_cases: of those that one was validated on, and none trained.
 
     Raises:
-        UserError: no model file, models of different tasks, none that was trained with flips, or what the device
-            lacks, as memory for one window.
+        UserError: no model file, models of different tasks, none that was trained with flips, or
+            what the device lacks, as memory for one window.
     """
 
     def __init__(
@@ -75,15 +75,23 @@ class Predictor:
         _check_alike(self.models)
         device = choose_device(device)
         _check_memory(self.task, device)
-        self.training_cases = {name for model in self.models for name in model.info.get("training_cases", [])}
-        validated = {name for model in self.models for name in model.info.get("validation_cases", [])}
+        self.training_cases = {
+            name for model in self.models for name in model.info.get("training_cases", [])
+        }
+        validated = {
+            name for model in self.models for name in model.info.get("validation_cases", [])
+        }
         self.validation_cases = validated - self.training_cases
         self.axes = _axes_of(self.models) if mirrored else ()
         self.precision = choose_precision(precision, Processes(0, 1, device))
         overlap = first.info.get("overlap_ratio", 0.5) if overlap is None else overlap
         self.window = SlidingWindow(self.task.patch_size, overlap, batch_size)
         networks = [model.network.to(self.precision.device).eval() for model in self.models]
-        self.networks = networks if compile != "on" else compiled_networks(networks, batch_size, self.precision.device)
+        self.networks = (
+            networks
+            if compile != "on"
+            else compiled_networks(networks, batch_size, self.precision.device)
+        )
 
     def __call__(self, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
         """Return the label of each voxel (x, y, z), uint8, of an image on its own grid.
@@ -91,8 +99,10 @@ class Predictor:
         Class probabilities are resampled to that grid, not labels, so that borders stay smooth.
 
         Args:
-            image: (x, y, z), or (channels, x, y, z), of any type of numbers; for CT in Hounsfield units.
-            affine: (4, 4), voxel indices to mm, +x to the right, +y to the front, +z to the top, as nibabel has it.
+            image: (x, y, z), or (channels, x, y, z), of any type of numbers; for CT in Hounsfield
+                units.
+            affine: (4, 4), voxel indices to mm, +x to the right, +y to the front, +z to the top, as
+                nibabel has it.
 
         Raises:
             UserError: the image has other channels than the model, or voxels that are not finite.
@@ -100,9 +110,14 @@ class Predictor:
         return self.segment(lambda: image, affine, "the image").labels
 
     def segment(
-        self, read: Callable[[], np.ndarray], affine: np.ndarray, name: str, maps: Collection[str] = ()
+        self,
+        read: Callable[[], np.ndarray],
+        affine: np.ndarray,
+        name: str,
+        maps: Collection[str] = (),
     ) -> Decision:
-        """Do the same with an image that is read here, so that its memory is free again before the network computes.
+        """Do the same with an image that is read here, so that its memory is free again before the
+        network computes.
 
         Args:
             name: for messages.
@@ -112,8 +127,8 @@ class Predictor:
         image = image[None] if image.ndim == 3 else image
         if image.ndim != 4 or len(image) != self.task.num_channels or affine.shape != (4, 4):
             raise UserError(
-                f"{name} has shape {image.shape} and an affine of {affine.shape}: the model takes (x, y, z) or "
-                f"({self.task.num_channels}, x, y, z), and (4, 4)"
+                f"{name} has shape {image.shape} and an affine of {affine.shape}: the model takes "
+                f"(x, y, z) or ({self.task.num_channels}, x, y, z), and (4, 4)"
             )
         if image.dtype.kind == "f" and not np.isfinite(image).all():
             raise UserError(f"{name} has NaN or infinite voxels: replace them")
@@ -123,21 +138,30 @@ class Predictor:
         for remark in plausibility.unusual_intensities(prepared, self.ranges):
             log.warning("%s is unusual: %s", name, remark)
         if not self.axes and slabs.fits(resampling.shape, self.window, resampling):
-            return slabs.segmented(prepared, self.networks, self.window, self.precision, resampling, maps)
+            return slabs.segmented(
+                prepared, self.networks, self.window, self.precision, resampling, maps
+            )
         probabilities = self._probabilities(prepared)
         del prepared
         classes = (resampling.undo(of_class[None])[0] for of_class in probabilities)
         return decided(classes, len(probabilities), maps)
 
     def _probabilities(self, image: np.ndarray) -> np.ndarray:
-        """Return the mean of the class probabilities (classes, *spatial), float32, over networks and flips."""
-        # The volume is flipped and not its windows, which would lie elsewhere in one that is flipped to begin with.
-        flips = [axes for count in range(len(self.axes) + 1) for axes in combinations(self.axes, count)]
+        """Return the mean of the class probabilities (classes, *spatial), float32, over networks
+        and flips.
+        """
+        # The volume is flipped and not its windows, which would lie elsewhere in one that is
+        # flipped to begin with.
+        flips = [
+            axes for count in range(len(self.axes) + 1) for axes in combinations(self.axes, count)
+        ]
         total = None
         for network, axes in product(self.networks, flips):
             along = [1 + axis for axis in axes]
             flipped = np.ascontiguousarray(np.flip(image, along))
-            probabilities = np.flip(self.window.probabilities(flipped, network, self.precision), along)
+            probabilities = np.flip(
+                self.window.probabilities(flipped, network, self.precision), along
+            )
             if total is None:
                 total = probabilities
             else:
@@ -146,17 +170,23 @@ class Predictor:
         return total
 
 
-def compiled_networks(networks: Sequence[nn.Module], batch_size: int, device: torch.device) -> list[nn.Module]:
-    """Put networks through `torch.compile`, each for batches of one size, so that each is compiled once.
+def compiled_networks(
+    networks: Sequence[nn.Module], batch_size: int, device: torch.device
+) -> list[nn.Module]:
+    """Put networks through `torch.compile`, each for batches of one size, so that each is compiled
+    once.
 
-    PyTorch compiles a function at most so often, by default eight times, and all networks share one `forward`.
+    PyTorch compiles a function at most so often, by default eight times, and all networks share one
+    `forward`.
     """
     torch._dynamo.config.recompile_limit += len(networks)
     return [FullBatches(compiled(network, "on", device), batch_size) for network in networks]
 
 
 class FullBatches(nn.Module):
-    """A network that sees batches of one size: a smaller one is filled up with zeros, whose scores are left out."""
+    """A network that sees batches of one size: a smaller one is filled up with zeros, whose scores
+    are left out.
+    """
 
     def __init__(self, network: nn.Module, batch_size: int):
         super().__init__()
@@ -168,32 +198,44 @@ class FullBatches(nn.Module):
 
 
 def _check_alike(models: Sequence[Model]) -> None:
-    """Raise `UserError` unless all models segment the same classes of images that are prepared in the same way."""
+    """Raise `UserError` unless all models segment the same classes of images that are prepared in
+    the same way.
+    """
     first = models[0].task
     for number, model in enumerate(models[1:], start=2):
         for what in ("class_names", "num_channels", "spacing", "intensity", "patch_size"):
             value, expected = getattr(model.task, what), getattr(first, what)
             if value != expected:
                 raise UserError(
-                    f"model {number} has {what} {value}, and the first one {expected}: give models of one task"
+                    f"model {number} has {what} {value}, and the first one {expected}: give models "
+                    "of one task"
                 )
 
 
 def _check_memory(task: Task, device: torch.device) -> None:
-    """Raise `UserError` where the device cannot hold a single window: its image, and its scores in 2 bytes and in 4.
+    """Raise `UserError` where the device cannot hold a single window: its image, and its scores in
+    2 bytes and in 4.
 
     A volume has one at least, however small it is: it is padded to that.
     """
     needed = math.prod(task.patch_size) * (4 * task.num_channels + 6 * task.num_classes)
     size = " x ".join(map(str, task.patch_size))
-    remedy = "use a machine with more of it, or a model that was trained with smaller patches (--patch_size)"
+    remedy = (
+        "use a machine with more of it, or a model that was trained with smaller patches "
+        "(--patch_size)"
+    )
     check_memory(needed, f"the model's windows have {size} voxels, and one takes", remedy, device)
 
 
 def _axes_of(models: Sequence[Model]) -> tuple[int, ...]:
-    """Return the axes that all models were trained to flip; files of before there were others flipped all."""
+    """Return the axes that all models were trained to flip; files of before there were others
+    flipped all.
+    """
     chosen = [{*model.info.get("flips", {"axes": ALL})["axes"]} for model in models]
     axes = tuple(sorted(set.intersection(*chosen)))
     if not axes:
-        raise UserError("the models were not trained with flips, there is nothing to average over: leave --tta out")
+        raise UserError(
+            "the models were not trained with flips, there is nothing to average over: "
+            "leave --tta out"
+        )
     return axes

@@ -1,4 +1,6 @@
-"""What became of each case of a batch: a note a case, since ranks write at the same time, and ``run.json``."""
+"""What became of each case of a batch: a note a case, since ranks write at the same time, and
+``run.json``.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,11 @@ OF_WHOLE_RUN = ("scores.csv", "report.html")  # written at a run's end, of all i
 
 
 def precision_of_earlier(folder: Path, models: Sequence[str]) -> str | None:
-    """Return the precision that an earlier batch in the folder had by the same models, of these digests, if there was.
+    """Return the precision that an earlier batch in the folder had by the same models, of these
+    digests, if there was.
 
-    On a CPU ``auto`` is measured, and may turn out otherwise on a busy machine: what is done would be done again.
+    On a CPU ``auto`` is measured, and may turn out otherwise on a busy machine: what is done would
+    be done again.
     """
     with suppress(OSError, ValueError, LookupError, TypeError):
         settings = json.loads((folder / RUN).read_text(encoding="utf-8"))["settings"]
@@ -40,8 +44,8 @@ class Records:
     """Notes of a batch, in its folder.
 
     Attributes:
-        settings: all that a segmentation depends on beside its image, as plain values: a case that was done with others
-            is done again.
+        settings: all that a segmentation depends on beside its image, as plain values: a case that
+            was done with others is done again.
         facts: more for readers of ``run.json``, on which no segmentation depends.
     """
 
@@ -52,9 +56,11 @@ class Records:
     def start(self, outputs: Sequence[Path]) -> None:
         """Remove what earlier runs told of all their cases, and write down this run's settings.
 
-        A run that is killed so leaves none of it beside its own segmentations, and goes on with these settings.
+        A run that is killed so leaves none of it beside its own segmentations, and goes on with
+        these settings.
         """
-        for name in OF_WHOLE_RUN if (self.folder / RUN).exists() else ():  # else they are another program's
+        # else they are another program's
+        for name in OF_WHOLE_RUN if (self.folder / RUN).exists() else ():
             _remove(self.folder / name)
         own, others = {self._note(output) for output in outputs}, []
         for path in sorted((self.folder / NOTES).glob("*.json")):
@@ -65,8 +71,8 @@ class Records:
                 others.append(note.get("file", path.stem))
         if others:
             log.warning(
-                "%s has %d segmentations by other models or settings, which this run does not replace, for example %s: "
-                "another --output_root keeps them apart",
+                "%s has %d segmentations by other models or settings, which this run does not "
+                "replace, for example %s: another --output_root keeps them apart",
                 self.folder,
                 len(others),
                 others[0],
@@ -74,11 +80,14 @@ class Records:
         self.write_run([])
 
     def key(self, case: Case) -> str:
-        """Name all that the case's segmentation depends on: settings, and the content of its images."""
+        """Name all that the case's segmentation depends on: settings, and the content of its
+        images.
+        """
         return self._digest(*map(files.digest, case.images))
 
     def is_done(self, case: Case, outputs: Sequence[Path]) -> bool:
-        """Tell whether the segmentation, and what is written beside it, is there, of these images by these settings.
+        """Tell whether the segmentation, and what is written beside it, is there, of these images
+        by these settings.
 
         Args:
             outputs: the segmentation's path first.
@@ -86,16 +95,22 @@ class Records:
         note = self._read(outputs[0])
         if note.get("state") != "done" or note.get("key") != self.key(case):
             return False
-        return all(path.is_file() for path in outputs) and note.get("written") == list(map(files.digest, outputs))
+        return all(path.is_file() for path in outputs) and note.get("written") == list(
+            map(files.digest, outputs)
+        )
 
     def note_done(self, case: Case, outputs: Sequence[Path], seconds: float) -> None:
         """Note a segmentation that has been written, and what lies beside it."""
         written = list(map(files.digest, outputs))
         facts = {"key": self.key(case), "settings": self._digest(), "written": written}
-        self._write(outputs[0], state="done", file=outputs[0].name, seconds=round(seconds, 3), **facts)
+        self._write(
+            outputs[0], state="done", file=outputs[0].name, seconds=round(seconds, 3), **facts
+        )
 
     def note_failed(self, case: Case, outputs: Sequence[Path], reason: str) -> None:
-        """Note why there is no segmentation; an older one is removed, unless it is what this run would have made."""
+        """Note why there is no segmentation; an older one is removed, unless it is what this run
+        would have made.
+        """
         with suppress(UserError):  # the image cannot be read
             if self.is_done(case, outputs):
                 self._write(outputs[0], state="failed", reason=reason)
@@ -104,20 +119,28 @@ class Records:
         self._write(outputs[0], state="failed", reason=reason)
 
     def forget(self, output: Path) -> None:
-        """Remove what an earlier run wrote of a case: its note, its maps whichever are wanted now, its segmentation."""
+        """Remove what an earlier run wrote of a case: its note, its maps whichever are wanted now,
+        its segmentation.
+        """
         for path in (self._note(output), *(map_path(output, name) for name in MAPS), output):
             _remove(path)
 
     def write_run(self, outputs: Sequence[Path]) -> None:
-        """Write ``run.json``: settings, and for each case its state, the seconds that it took or why it failed."""
+        """Write ``run.json``: settings, and for each case its state, the seconds that it took or
+        why it failed.
+        """
         shown = ("state", "seconds", "reason")
         notes = {output.name: self._read(output) for output in outputs}
-        cases = {name: {key: note[key] for key in shown if key in note} for name, note in notes.items()}
+        cases = {
+            name: {key: note[key] for key in shown if key in note} for name, note in notes.items()
+        }
         content = {"settings": dict(self.settings), **self.facts, "cases": cases}
         files.write_atomically(self.folder / RUN, json.dumps(content, indent=2) + "\n")
 
     def _digest(self, *more: str) -> str:
-        return hashlib.sha256(repr([*sorted(self.settings.items()), *more]).encode()).hexdigest()[:32]
+        return hashlib.sha256(repr([*sorted(self.settings.items()), *more]).encode()).hexdigest()[
+            :32
+        ]
 
     def _note(self, output: Path) -> Path:
         return self.folder / NOTES / files.internal_name(output.name, ".json")
@@ -142,8 +165,8 @@ def check_name(output: Path) -> None:
         if error.errno == errno.ENAMETOOLONG:
             count = len(os.fsencode(output.name))
             raise UserError(
-                f"{output} cannot be written: its name has {count} bytes, more than this file system holds: rename the "
-                "image"
+                f"{output} cannot be written: its name has {count} bytes, more than this file "
+                "system holds: rename the image"
             ) from error
 
 
@@ -159,4 +182,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         if error.errno not in (errno.ENAMETOOLONG, errno.ENOTDIR):  # then there is no such file
-            raise UserError(f"{path}, of an earlier run, cannot be removed: {error.strerror}") from error
+            raise UserError(
+                f"{path}, of an earlier run, cannot be removed: {error.strerror}"
+            ) from error

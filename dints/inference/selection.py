@@ -38,19 +38,24 @@ class Selection:
     series: dict[str, Path] = field(default_factory=dict)
 
     def faults(self, task: Task, channels: str) -> list[UserError | None]:
-        """Convert the DICOM series, and read all headers; return the fault of each case that cannot be used.
+        """Convert the DICOM series, and read all headers; return the fault of each case that cannot
+        be used.
 
         Args:
             channels: that the model takes, for messages.
         """
         faults = {}
-        for image, folder in tqdm(self.series.items(), "reading DICOM", unit="series", disable=None, leave=False):
+        for image, folder in tqdm(
+            self.series.items(), "reading DICOM", unit="series", disable=None, leave=False
+        ):
             try:
                 dicom.write_nifti(folder, Path(image))
             except UserError as error:
                 faults[image] = error
         found = first_faults(self.cases, task, lambda case: _check_channels(case, task, channels))
-        return [faults.get(case.images[0], fault) for case, fault in zip(self.cases, found, strict=True)]
+        return [
+            faults.get(case.images[0], fault) for case, fault in zip(self.cases, found, strict=True)
+        ]
 
     def first_file(self) -> Case:
         """Return the first case that is there as a file.
@@ -61,11 +66,14 @@ class Selection:
         for case in self.cases:
             if case.images[0] not in self.series:
                 return case
-        raise UserError("--export is checked on an image in a file: give one (.nii or .nii.gz) with --input")
+        raise UserError(
+            "--export is checked on an image in a file: give one (.nii or .nii.gz) with --input"
+        )
 
 
 def given_images(paths: Sequence[Path], task: Task, channels: str, output_root: Path) -> Selection:
-    """List the images of ``--input``: files, and folders of files and of DICOM series; none that the batch writes.
+    """List the images of ``--input``: files, and folders of files and of DICOM series; none that
+    the batch writes.
 
     Args:
         channels: that the model takes, for messages.
@@ -73,38 +81,45 @@ def given_images(paths: Sequence[Path], task: Task, channels: str, output_root: 
     images, series = [], {}
     for path in paths:
         if not path.exists():
-            raise UserError(f"--input {path} does not exist: give images (.nii or .nii.gz), or folders of images")
+            raise UserError(
+                f"--input {path} does not exist: give images (.nii or .nii.gz), or "
+                "folders of images"
+            )
         if path.is_file() and dicom.is_dicom(path):
             raise UserError(f"--input {path} is a DICOM file: give the folder of its series")
         if (path / "dataset.json").is_file() and (path / "labelsTr").is_dir():
             raise UserError(
-                f"--input {path} is a dataset, with labels: give --root {path} to score its cases, or a folder of "
-                f"images, as --input {path / 'imagesTr'}"
+                f"--input {path} is a dataset, with labels: give --root {path} to score its cases, "
+                f"or a folder of images, as --input {path / 'imagesTr'}"
             )
         found = images_in(path, output_root) if path.is_dir() else [path]
         folders = dicom.folders_with_dicom(path) if path.is_dir() else []
         if not folders and (not found or not ENDING.search(found[0].name)):
             raise UserError(
-                f"--input {path} is no NIfTI file, nor a folder that holds any, or DICOM: give .nii or .nii.gz files, "
-                "or folders of DICOM series"
+                f"--input {path} is no NIfTI file, nor a folder that holds any, or DICOM: give "
+                ".nii or .nii.gz files, or folders of DICOM series"
             )
         images.extend(found)
         for folder in folders:
             name = "_".join(folder.relative_to(path).parts) or path.resolve().name
             image = str(output_root / CONVERTED / f"{name}.nii.gz")
             if image in series:
-                raise UserError(f"{series[image]} and {folder} would both be {name}: give each a run of its own")
+                raise UserError(
+                    f"{series[image]} and {folder} would both be {name}: give each a run of its own"
+                )
             series[image] = folder
     if series and task.num_channels > 1:
         raise UserError(
-            f"--input {next(iter(series.values()))} is a DICOM series, which has one channel, and the model takes "
-            f"{channels}: convert each to NIfTI and give {_form(task, '<case>')}"
+            f"--input {next(iter(series.values()))} is a DICOM series, which has one channel, and "
+            f"the model takes {channels}: convert each to NIfTI and give {_form(task, '<case>')}"
         )
     if task.channel_files:
         cases = cases_of_channels(images, task, channels)
     else:
         cases = [Case(ENDING.sub("", image.name), (str(image),)) for image in images]
-    return Selection([*cases, *(Case(ENDING.sub("", Path(image).name), (image,)) for image in series)], series)
+    return Selection(
+        [*cases, *(Case(ENDING.sub("", Path(image).name), (image,)) for image in series)], series
+    )
 
 
 def remove_converted(output_root: Path) -> None:
@@ -114,9 +129,11 @@ def remove_converted(output_root: Path) -> None:
 
 
 def images_in(folder: Path, output_root: Path) -> list[Path]:
-    """List the NIfTI files in a folder and its folders, but for hidden ones, and for what the batch writes.
+    """List the NIfTI files in a folder and its folders, but for hidden ones, and for what the batch
+    writes.
 
-    What it writes is passed over where its folder lies in this one. Where this one lies in it, all files are inputs.
+    What it writes is passed over where its folder lies in this one. Where this one lies in it, all
+    files are inputs.
     """
     written = output_root.resolve()
     is_within = folder.resolve() in written.parents
@@ -137,15 +154,16 @@ def cases_of_channels(images: Sequence[Path], task: Task, channels: str) -> list
         parts = re.fullmatch(r"(.+)_(\d{4})\.nii(\.gz)?", image.name, re.IGNORECASE)
         if parts is None:
             raise UserError(
-                f"--input {image}: the model takes {channels}, and its name does not say of which it is: give "
-                f"{_form(task, ENDING.sub('', image.name))}"
+                f"--input {image}: the model takes {channels}, and its name does not say of which "
+                f"it is: give {_form(task, ENDING.sub('', image.name))}"
             )
         found[image.parent / parts[1]][int(parts[2])] = str(image)
     for case, files_of_case in found.items():
         if sorted(files_of_case) != list(range(task.num_channels)):
             numbers = ", ".join(f"{number:04d}" for number in sorted(files_of_case))
             raise UserError(
-                f"--input {case} has the files {numbers}, and the model takes {channels}: give {_form(task, case.name)}"
+                f"--input {case} has the files {numbers}, and the model takes {channels}: give "
+                f"{_form(task, case.name)}"
             )
     return [
         Case(case.name, tuple(files_of_case[channel] for channel in range(task.num_channels)))
@@ -156,7 +174,10 @@ def cases_of_channels(images: Sequence[Path], task: Task, channels: str) -> list
 def _form(task: Task, case: str) -> str:
     """Tell people which files the model takes for a case."""
     if not task.channel_files:
-        return f"one file with {'that channel' if task.num_channels == 1 else 'them all in that order, 4D'}"
+        return (
+            "one file with "
+            f"{'that channel' if task.num_channels == 1 else 'them all in that order, 4D'}"
+        )
     last = f" to {case}_{task.num_channels - 1:04d}" if task.num_channels > 1 else ""
     return f"{'a file each, ' if last else ''}{case}_0000{last}, .nii or .nii.gz"
 
@@ -165,8 +186,9 @@ def _check_channels(case: Case, task: Task, channels: str) -> None:
     """Raise `UserError` where an image has other channels than the model takes."""
     if case.num_channels != task.num_channels:
         raise UserError(
-            f"{case.images[0]} has {case.num_channels} channel{'' if case.num_channels == 1 else 's'}, and the "
-            f"model takes {channels}: give {_form(task, case.name)}"
+            f"{case.images[0]} has {case.num_channels} "
+            f"channel{'' if case.num_channels == 1 else 's'}, and the model takes {channels}: give "
+            f"{_form(task, case.name)}"
         )
 
 
@@ -191,7 +213,8 @@ def cases_to_score(
     validated_on: Collection[str],
     allow_training_cases: bool,
 ) -> Selection:
-    """List the model's validation cases, or those of ``fold``; of a dataset that it knows nothing of, all cases.
+    """List the model's validation cases, or those of ``fold``; of a dataset that it knows nothing
+    of, all cases.
 
     Args:
         root, description, key: as for `dints.data.formats.list_cases`.
@@ -209,8 +232,8 @@ def cases_to_score(
         selected = listed
     elif not known:
         raise UserError(
-            "the model does not say which cases it was trained on: give --fold and --num_folds of its training, or "
-            "--fold all for a dataset that is new to it"
+            "the model does not say which cases it was trained on: give --fold and --num_folds of "
+            "its training, or --fold all for a dataset that is new to it"
         )
     elif known.isdisjoint(case.name for case in listed):
         log.info("none of these cases took part in the model's training: all of them are scored")
@@ -221,20 +244,27 @@ def cases_to_score(
     if seen and not allow_training_cases:
         raise UserError(
             f"the model was trained on {len(seen)} of these {len(selected)} cases, for example "
-            f"{', '.join(sorted(seen)[:3])}: leave --fold out to score its validation cases, if it has any, or "
-            "give --allow_training_cases"
+            f"{', '.join(sorted(seen)[:3])}: leave --fold out to score its validation cases, if it "
+            "has any, or give --allow_training_cases"
         )
     return Selection(selected)
 
 
 def segmentation_paths(selected: Sequence[Case], folder: Path) -> list[Path]:
-    """Return where each case's segmentation goes: under its name; never onto another case's, nor onto an input."""
+    """Return where each case's segmentation goes: under its name; never onto another case's, nor
+    onto an input.
+    """
     names = Counter(case.name + ENDING.search(case.images[0])[0] for case in selected)
     inputs = {Path(path).resolve() for case in selected for path in case.files}
     for name, count in names.items():
         if count > 1:
-            raise UserError(f"{count} images are called {name}: give each a run with its own --output_root")
+            raise UserError(
+                f"{count} images are called {name}: give each a run with its own --output_root"
+            )
         for path in (folder / name, *(map_path(folder / name, of_map) for of_map in MAPS)):
-            if path.resolve() in inputs:  # a map too where none is wanted, since an earlier run's are removed
-                raise UserError(f"{path} is an input and would be overwritten: give another --output_root")
+            # a map too where none is wanted, since an earlier run's are removed
+            if path.resolve() in inputs:
+                raise UserError(
+                    f"{path} is an input and would be overwritten: give another --output_root"
+                )
     return [folder / name for name in names]

@@ -1,4 +1,6 @@
-"""Large volumes slab by slab: class scores are blended, decided and forgotten along one axis of the volume."""
+"""Large volumes slab by slab: class scores are blended, decided and forgotten along one axis of the
+volume.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ Slab = tuple[int, np.ndarray]  # its first plane; (classes, planes, *plane)
 
 
 def fits(shape: Sequence[int], window: SlidingWindow, resampling: Resampling) -> bool:
-    """Tell whether a volume can be done slab by slab: one that needs no padding, nor shearing on the way back."""
+    """Tell whether a volume can be done slab by slab: one that needs no padding, nor shearing on
+    the way back.
+    """
     return window.fits(shape) and resampling.is_separable
 
 
@@ -54,7 +58,8 @@ def _means(streams: Sequence[Iterator[Slab]]) -> Iterator[Slab]:
 def probabilities(
     image: np.ndarray, network: nn.Module, window: SlidingWindow, precision: Precision, axis: int
 ) -> Iterator[Slab]:
-    """Yield class probabilities, slab by slab along an axis; together they are those of `SlidingWindow.probabilities`.
+    """Yield class probabilities, slab by slab along an axis; together they are those of
+    `SlidingWindow.probabilities`.
 
     Args:
         image: (channels, *spatial), nowhere smaller than a patch.

@@ -4,10 +4,12 @@ An architecture of B blocks and D depths (resolutions) is three arrays in MONAI'
 
     node_a       (B + 1, D)   1 where a feature node is active; row 0 holds the network's inputs
     arch_code_a  (B, 3D - 2)  1 where a path between two nodes of neighbouring rows is active
-    arch_code_c  (B, 3D - 2)  the operation of each path, an index into the architecture's own list of operations
+    arch_code_c  (B, 3D - 2)  the operation of each path, an index into the architecture's own list
+    of operations
 
-Path p of a block leads from depth ``sources[p]`` to depth ``targets[p]``, at most one level up or down; see `paths`.
-This module needs torch and NumPy only, so that drawing a file does not wait for MONAI's import.
+Path p of a block leads from depth ``sources[p]`` to depth ``targets[p]``, at most one level up or
+down; see `paths`. This module needs torch and NumPy only, so that drawing a file does not wait for
+MONAI's import.
 """
 
 from __future__ import annotations
@@ -32,14 +34,21 @@ _LEGACY_KEYS = {"arch_code_a": "code_a", "arch_code_c": "code_c", "arch_code_a_m
 
 
 def paths(num_depths: int) -> list[tuple[int, int]]:
-    """List (source depth, target depth) of each of a block's ``3 * num_depths - 2`` paths, in MONAI's order."""
+    """List (source depth, target depth) of each of a block's ``3 * num_depths - 2`` paths, in
+    MONAI's order.
+    """
     return [
-        (source, target) for target in range(num_depths) for source in range(num_depths) if abs(source - target) <= 1
+        (source, target)
+        for target in range(num_depths)
+        for source in range(num_depths)
+        if abs(source - target) <= 1
     ]
 
 
 def depth_sizes(channels: Sequence[int]) -> list[float]:
-    """Return how large the depths' feature maps are, relative to each other: each depth halves three axes."""
+    """Return how large the depths' feature maps are, relative to each other: each depth halves
+    three axes.
+    """
     return [count / 8**depth for depth, count in enumerate(channels)]
 
 
@@ -55,17 +64,19 @@ def nodes_of(arch_code_a: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """A decoded architecture; it is checked when it is made, and raises `UserError` where it is not a network.
+    """A decoded architecture; it is checked when it is made, and raises `UserError` where it is not
+    a network.
 
     Attributes:
         node_a, arch_code_a, arch_code_c: integer arrays, see the module's text.
         operations: their names, which ``arch_code_c`` indexes.
-        use_downsample: the network halves the image before its first node, as published; else depth 0 has the image's
-            own resolution.
-        arch_code_a_max: (B, 3D - 2), each block's most probable paths regardless of its neighbours; None if unknown.
-        info: plain values that help to judge the file later: ``iter_num``, ``epochs``, ``best_dsc``, ``best_path``
-            (published name: the iteration of the best validation), ``factor_ram_cost``, ``task``, ``seed``,
-            ``version``, ``fold`` and ``num_folds``.
+        use_downsample: the network halves the image before its first node, as published; else depth
+            0 has the image's own resolution.
+        arch_code_a_max: (B, 3D - 2), each block's most probable paths regardless of its neighbours;
+            None if unknown.
+        info: plain values that help to judge the file later: ``iter_num``, ``epochs``,
+            ``best_dsc``, ``best_path`` (published name: the iteration of the best validation),
+            ``factor_ram_cost``, ``task``, ``seed``, ``version``, ``fold`` and ``num_folds``.
         source: where it came from, for messages.
     """
 
@@ -100,25 +111,38 @@ class Architecture:
     def channel_mul(self) -> float:
         """The width that it was judged at, if it was, else 1."""
         value = self.info.get("channel_mul", 1.0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 / 32 <= value <= _MAX_CHANNEL_MUL:
-            raise _unusable(self.source, f"'channel_mul' is {value!r}, not a number from 1/32 to {_MAX_CHANNEL_MUL}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 1 / 32 <= value <= _MAX_CHANNEL_MUL
+        ):
+            raise _unusable(
+                self.source,
+                f"'channel_mul' is {value!r}, not a number from 1/32 to {_MAX_CHANNEL_MUL}",
+            )
         return float(value)
 
     @property
     def searched_on(self) -> dict[str, str | int]:
-        """The ``task`` that a search chose it on, and which ``fold`` of ``num_folds`` it left out; empty if unknown."""
+        """The ``task`` that a search chose it on, and which ``fold`` of ``num_folds`` it left out;
+        empty if unknown.
+        """
         known = {key: self.info.get(key) for key in ("task", "fold", "num_folds")}
         return {key: value for key, value in known.items() if isinstance(value, (str, int))}
 
     def codes(self) -> tuple:
-        """Return paths and operations as nested lists: equal for equal networks of one list of operations."""
+        """Return paths and operations as nested lists: equal for equal networks of one list of
+        operations.
+        """
         codes = self.arch_code_a.tolist(), self.arch_code_c.tolist()
         return codes if self.use_downsample else (*codes, "full resolution")
 
     def to_dict(self) -> dict:
         """Return tensors and plain values: what an arch file and a model file hold."""
         arrays = {key: getattr(self, key) for key in (*_ARRAYS, "arch_code_a_max")}
-        tensors = {key: torch.from_numpy(array) for key, array in arrays.items() if array is not None}
+        tensors = {
+            key: torch.from_numpy(array) for key, array in arrays.items() if array is not None
+        }
         return {
             **tensors,
             **self.info,
@@ -136,11 +160,15 @@ def from_codes(
 ) -> Architecture:
     """Make the architecture of these paths and operations, with the nodes that the paths use."""
     node_a, info = nodes_of(arch_code_a), {} if info is None else info
-    return Architecture(node_a, arch_code_a, arch_code_c, None, tuple(operations), use_downsample, info)
+    return Architecture(
+        node_a, arch_code_a, arch_code_c, None, tuple(operations), use_downsample, info
+    )
 
 
 class DecodedCodes:
-    """Remembers a decoded architecture, to tell what has changed since; it has a state, for checkpoints."""
+    """Remembers a decoded architecture, to tell what has changed since; it has a state, for
+    checkpoints.
+    """
 
     def __init__(self):
         self.codes = torch.zeros(0)  # arch_code_a and arch_code_c: (2, blocks, paths)
@@ -149,7 +177,9 @@ class DecodedCodes:
         self.codes = torch.from_numpy(np.stack([decoded.arch_code_a, decoded.arch_code_c]))
 
     def changes(self, decoded: Architecture) -> dict[str, int]:
-        """Count paths that were switched, and operations that were exchanged on paths active before and now."""
+        """Count paths that were switched, and operations that were exchanged on paths active before
+        and now.
+        """
         before_a, before_c = self.codes.numpy()
         in_both = (before_a == 1) & (decoded.arch_code_a == 1)
         return {
@@ -168,10 +198,12 @@ class DecodedCodes:
 
 
 def load_architecture(path: str | Path) -> Architecture:
-    """Load an arch file, ours or a published one (pickled NumPy arrays, ``code_a``/``code_c`` spelling included).
+    """Load an arch file, ours or a published one (pickled NumPy arrays, ``code_a``/``code_c``
+    spelling included).
 
     Raises:
-        UserError: the file is missing, damaged, not an architecture, or wants more than NumPy arrays unpickled.
+        UserError: the file is missing, damaged, not an architecture, or wants more than NumPy
+            arrays unpickled.
     """
     return architecture_from_dict(torch_files.load_safely(path), str(path))
 
@@ -180,14 +212,22 @@ def architecture_from_dict(content: object, source: str) -> Architecture:
     """Make the architecture of a loaded arch or model file; inverse of `Architecture.to_dict`."""
     if not isinstance(content, dict):
         raise _unusable(source, f"holds a {type(content).__name__} where a dictionary is expected")
-    arrays = {key: content.get(key, content.get(_LEGACY_KEYS.get(key))) for key in (*_ARRAYS, "arch_code_a_max")}
+    arrays = {
+        key: content.get(key, content.get(_LEGACY_KEYS.get(key)))
+        for key in (*_ARRAYS, "arch_code_a_max")
+    }
     for key in _ARRAYS:
         if arrays[key] is None:
             kind = torch_files.kind(content)
             is_other = kind is not None and kind != "an architecture"
-            raise _unusable(source, f"it is {kind}, not an architecture" if is_other else f"has no '{key}'")
-    operations = content.get("operations", PUBLISHED)  # files without are published, or of before there were others
-    if not isinstance(operations, (list, tuple)) or not all(isinstance(name, str) for name in operations):
+            raise _unusable(
+                source, f"it is {kind}, not an architecture" if is_other else f"has no '{key}'"
+            )
+    # files without are published, or of before there were others
+    operations = content.get("operations", PUBLISHED)
+    if not isinstance(operations, (list, tuple)) or not all(
+        isinstance(name, str) for name in operations
+    ):
         raise _unusable(source, "'operations' is not a list of names")
     use_downsample = content.get("use_downsample", True)
     if not isinstance(use_downsample, bool):
@@ -197,7 +237,13 @@ def architecture_from_dict(content: object, source: str) -> Architecture:
     for key, value in info.items():  # which is written into model files, and shown
         if not isinstance(key, str) or not torch_files.is_plain(value):
             raise _unusable(source, f"{shown(key)} is {shown(value)}, not a plain value")
-    return Architecture(**arrays, operations=tuple(operations), use_downsample=use_downsample, info=info, source=source)
+    return Architecture(
+        **arrays,
+        operations=tuple(operations),
+        use_downsample=use_downsample,
+        info=info,
+        source=source,
+    )
 
 
 def save_architecture(path: str | Path, architecture: Architecture) -> None:
@@ -206,11 +252,15 @@ def save_architecture(path: str | Path, architecture: Architecture) -> None:
 
 
 def _unusable(source: str, fault: str) -> UserError:
-    return UserError(f"{source}: {fault}; give an arch file as search_dints.py writes it (search_code_*.pth)")
+    return UserError(
+        f"{source}: {fault}; give an arch file as search_dints.py writes it (search_code_*.pth)"
+    )
 
 
 def _plain(value: object) -> object:
-    """Return ``value`` without NumPy's types, which published files hold, and ``weights_only=True`` refuses to read."""
+    """Return ``value`` without NumPy's types, which published files hold, and ``weights_only=True``
+    refuses to read.
+    """
     is_array = isinstance(value, (np.ndarray, np.generic)) or (
         isinstance(value, torch.Tensor) and torch_files.is_whole(value)
     )
@@ -221,8 +271,11 @@ def _whole_numbers(value: object, key: str, source: str) -> np.ndarray:
     if (
         isinstance(value, torch.Tensor) and value.numel() > _MAX_BLOCKS * 3 * _MAX_DEPTHS
     ):  # in the file, perhaps 1 number
-        raise _unusable(source, f"'{key}' has shape {tuple(value.shape)}, too large for an architecture")
-    if not isinstance(value, (torch.Tensor, np.ndarray)) and not torch_files.is_plain(value):  # lists without end
+        raise _unusable(
+            source, f"'{key}' has shape {tuple(value.shape)}, too large for an architecture"
+        )
+    # lists without end
+    if not isinstance(value, (torch.Tensor, np.ndarray)) and not torch_files.is_plain(value):
         raise _unusable(source, f"'{key}' is not an array of numbers")
     try:
         array = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
@@ -232,7 +285,9 @@ def _whole_numbers(value: object, key: str, source: str) -> np.ndarray:
         raise _unusable(source, f"'{key}' is not an array of numbers")
     exact = np.isfinite(array) & (array == np.round(array)) & (array < 2**53)
     if not exact.all():
-        raise _unusable(source, f"'{key}' holds {array[~exact].flat[0]:g} where only whole numbers make sense")
+        raise _unusable(
+            source, f"'{key}' holds {array[~exact].flat[0]:g} where only whole numbers make sense"
+        )
     return array.astype(np.int64)
 
 
@@ -240,14 +295,16 @@ def _check_shapes(architecture: Architecture) -> None:
     source, shape = architecture.source, architecture.arch_code_a.shape
     if len(shape) != 2 or shape[0] < 1 or (shape[1] + 2) % 3 or shape[1] < 4:
         raise _unusable(
-            source, f"'arch_code_a' has shape {shape}, not (blocks, 3 * depths - 2) with 1 block and 2 depths or more"
+            source,
+            f"'arch_code_a' has shape {shape}, not (blocks, 3 * depths - 2) with 1 block "
+            "and 2 depths or more",
         )
     num_blocks, num_depths = shape[0], (shape[1] + 2) // 3
     if num_blocks > _MAX_BLOCKS or num_depths > _MAX_DEPTHS:
         raise _unusable(
             source,
-            f"it has {num_blocks} blocks and {num_depths} depths, more than the {_MAX_BLOCKS} and {_MAX_DEPTHS} that "
-            "are supported",
+            f"it has {num_blocks} blocks and {num_depths} depths, more than the {_MAX_BLOCKS} and "
+            f"{_MAX_DEPTHS} that are supported",
         )
     for key, expected in (
         ("node_a", (num_blocks + 1, num_depths)),
@@ -258,8 +315,8 @@ def _check_shapes(architecture: Architecture) -> None:
         if array is not None and array.shape != expected:
             raise _unusable(
                 source,
-                f"'{key}' has shape {array.shape}, but 'arch_code_a' of {num_blocks} blocks and {num_depths} depths "
-                f"asks for {expected}",
+                f"'{key}' has shape {array.shape}, but 'arch_code_a' of {num_blocks} blocks and "
+                f"{num_depths} depths asks for {expected}",
             )
 
 
@@ -273,13 +330,19 @@ def _check_values(architecture: Architecture) -> None:
         array = getattr(architecture, key)
         if array is not None and (array.min() < 0 or array.max() > highest):
             wrong = array[(array < 0) | (array > highest)][0]
-            raise _unusable(architecture.source, f"'{key}' holds {wrong}; values are 0 to {highest}")
+            raise _unusable(
+                architecture.source, f"'{key}' holds {wrong}; values are 0 to {highest}"
+            )
 
 
 def _check_connections(architecture: Architecture) -> None:
-    """Check that each block leaves from just the depths that the one before reaches, and ``node_a`` says the same."""
+    """Check that each block leaves from just the depths that the one before reaches, and ``node_a``
+    says the same.
+    """
     source = architecture.source
-    sources, targets = (np.array(ends) for ends in zip(*paths(architecture.num_depths), strict=True))
+    sources, targets = (
+        np.array(ends) for ends in zip(*paths(architecture.num_depths), strict=True)
+    )
     active = architecture.arch_code_a == 1
     left = [np.unique(sources[block]).tolist() for block in active]
     reached = [np.unique(targets[block]).tolist() for block in active]
@@ -288,9 +351,13 @@ def _check_connections(architecture: Architecture) -> None:
             raise _unusable(source, f"block {block} has no active path")
         if block > 0 and depths != reached[block - 1]:
             raise _unusable(
-                source, f"block {block - 1} ends at depths {reached[block - 1]}, but block {block} starts from {depths}"
+                source,
+                f"block {block - 1} ends at depths {reached[block - 1]}, but block {block} "
+                f"starts from {depths}",
             )
     for row, used in enumerate([left[0], *reached]):
         stated = np.flatnonzero(architecture.node_a[row]).tolist()
         if stated != used:
-            raise _unusable(source, f"row {row} of 'node_a' activates depths {stated}, but the paths use {used}")
+            raise _unusable(
+                source, f"row {row} of 'node_a' activates depths {stated}, but the paths use {used}"
+            )

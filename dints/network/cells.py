@@ -19,8 +19,11 @@ def cell_of(names: tuple[str, ...]) -> type[Cell]:
     class TableCell(Cell):
         OPS3D = {name: partial(_built, name) for name in names}
 
-        def __init__(self, c_prev: int, c: int, rate: int, arch_code_c: torch.Tensor | None = None, *settings):
-            super().__init__(c_prev, c, rate, np.zeros(0), *settings)  # the change of resolution, without operations
+        def __init__(
+            self, c_prev: int, c: int, rate: int, arch_code_c: torch.Tensor | None = None, *settings
+        ):
+            # the change of resolution, without operations
+            super().__init__(c_prev, c, rate, np.zeros(0), *settings)
             self.op = MixedOp(c, type(self).OPS3D, arch_code_c)
 
     return TableCell

@@ -1,4 +1,6 @@
-"""What a discrete network costs: parameters, multiply-adds, memory of a training step, time of a forward pass."""
+"""What a discrete network costs: parameters, multiply-adds, memory of a training step, time of a
+forward pass.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,16 @@ class Cost:
     Attributes:
         parameters: trainable numbers.
         gmac: multiply-adds of the convolutions in one forward pass, in 10^9.
-        activation_mib: what autograd keeps of one forward pass for the backward one. Counted, therefore the same on
-            every device; parameters, gradients, the optimizer, the loss and work space come on top.
+        activation_mib: what autograd keeps of one forward pass for the backward one. Counted,
+            therefore the same on every device; parameters, gradients, the optimizer, the loss and
+            work space come on top.
         input_shape: (batch, channels, *patch_size).
         channel_mul: the network's width, as times 32, 64, ... channels.
         device: name of what the next two were measured on; None: they were not.
         latency_ms: time of a forward pass without gradients.
-        measured_mib: memory that a forward and a backward pass take at their peak, over that of parameters and image;
-            the gradients are part of it. None where it was not measured on a GPU.
+        measured_mib: memory that a forward and a backward pass take at their peak, over that of
+            parameters and image; the gradients are part of it. None where it was not measured on a
+            GPU.
     """
 
     parameters: int
@@ -63,9 +67,18 @@ class Cost:
         return {**asdict(self), "input_shape": list(self.input_shape)}
 
     def lines(self) -> list[str]:
-        """Tell people in two lines of under 100 characters what it costs, and for which input on which device."""
-        parameters = f"{_short(self.parameters / 1e6)} M" if self.parameters >= 1e6 else f"{self.parameters:,}"
-        amounts = f"{parameters} parameters, {_short(self.gmac)} GMAC, {_short(self.activation_mib)} MiB activations"
+        """Tell people in two lines of under 100 characters what it costs, and for which input on
+        which device.
+        """
+        parameters = (
+            f"{_short(self.parameters / 1e6)} M"
+            if self.parameters >= 1e6
+            else f"{self.parameters:,}"
+        )
+        amounts = (
+            f"{parameters} parameters, {_short(self.gmac)} GMAC, "
+            f"{_short(self.activation_mib)} MiB activations"
+        )
         if self.measured_mib is not None:
             amounts += f", {_short(self.measured_mib)} MiB measured in a step"
         settings = f"at {'x'.join(map(str, self.input_shape))} (channel_mul {self.channel_mul:g})"
@@ -85,12 +98,14 @@ def cost(
 ) -> Cost:
     """Count what the architecture's network costs and, with a ``device``, measure it there.
 
-    Counting takes seconds and no memory. Measuring builds the network with random weights on the device; the time is
-    the median of up to 10 forward passes after one to warm up. It stops after about 5 s: where the first pass leaves
-    no time for a second, the first is the result. Global random generators are left as they were.
+    Counting takes seconds and no memory. Measuring builds the network with random weights on the
+    device; the time is the median of up to 10 forward passes after one to warm up. It stops after
+    about 5 s: where the first pass leaves no time for a second, the first is the result. Global
+        random generators are left as they were.
 
     Raises:
-        UserError: the patch size does not fit the depths, a number is out of range, or the device lacks the memory.
+        UserError: the patch size does not fit the depths, a number is out of range, or the device
+            lacks the memory.
     """
     check_patch_size(patch_size, architecture.num_depths, architecture.use_downsample)
     for name, value, least in (
@@ -105,10 +120,12 @@ def cost(
     input_shape = (batch_size, in_channels, *patch_size)
     try:
         counted = counts(partial(DiscreteNetwork, *settings), input_shape)
-    except (OverflowError, RuntimeError, TypeError) as error:  # torch's three ways to say that a size has no 64 bits
+    # torch's three ways to say that a size has no 64 bits
+    except (OverflowError, RuntimeError, TypeError) as error:
         raise UserError(
-            f"no network has in_channels {in_channels}, num_classes {num_classes}, channel_mul {channel_mul:g}, "
-            f"patch_size {' '.join(map(str, patch_size))} and batch_size {batch_size}: one of these is too large"
+            f"no network has in_channels {in_channels}, num_classes {num_classes}, channel_mul "
+            f"{channel_mul:g}, patch_size {' '.join(map(str, patch_size))} and batch_size "
+            f"{batch_size}: one of these is too large"
         ) from error
     measured = {} if device is None else _measure(settings, input_shape, device)
     return Cost(**counted, input_shape=input_shape, channel_mul=channel_mul, **measured)
@@ -117,9 +134,10 @@ def cost(
 def counts(make: Callable[[], nn.Module], input_shape: tuple[int, ...]) -> dict[str, float]:
     """Count what a network costs: ``parameters``, ``gmac`` and ``activation_mib`` of `Cost`.
 
-    It is made and passed through on the meta device, which has shapes but no numbers: that takes seconds and no memory.
-    There the layers compute in PyTorch's own way, as on a GPU. The FLOP counter knows it, unlike that of
-    `dints.network.fast.layers`, which on a CPU keeps a few percent more or less.
+    It is made and passed through on the meta device, which has shapes but no numbers: that takes
+    seconds and no memory. There the layers compute in PyTorch's own way, as on a GPU. The FLOP
+    counter knows it, unlike that of `dints.network.fast.layers`, which on a CPU keeps a few percent
+    more or less.
 
     Args:
         input_shape: (batch, channels, *patch_size).
@@ -130,15 +148,18 @@ def counts(make: Callable[[], nn.Module], input_shape: tuple[int, ...]) -> dict[
         activations = activation_bytes(network, input_shape)
     return {
         "parameters": count_parameters(network),
-        "gmac": counter.get_total_flops() / 2 / 1e9,  # the counter takes a multiply-add as two operations
+        # the counter takes a multiply-add as two operations
+        "gmac": counter.get_total_flops() / 2 / 1e9,
         "activation_mib": activations / MIB,
     }
 
 
 def step_mib(parameters: int, activation_mib: float) -> float:
-    """Return what a training step keeps on the device, in MiB of fp32: activations, and `BYTES_A_PARAMETER`.
+    """Return what a training step keeps on the device, in MiB of fp32: activations, and
+    `BYTES_A_PARAMETER`.
 
-    By this memory networks are called equal. Not in it: the batch, the loss, and what kernels need while they run.
+    By this memory networks are called equal. Not in it: the batch, the loss, and what kernels need
+    while they run.
 
     Args:
         parameters, activation_mib: of `counts`.
@@ -154,21 +175,29 @@ def fitting_channel_mul(
     patch_size: tuple[int, int, int],
     batch_size: int = 1,
 ) -> float:
-    """Return the largest ``channel_mul``, in steps of 1/32, at which a training step stays within ``memory_mib``.
+    """Return the largest ``channel_mul``, in steps of 1/32, at which a training step stays within
+    ``memory_mib``.
 
-    Counted as by `dints.step_mib_of`. In steps of 1/32 every feature map has a whole number of channels, and
-    all of them grow in proportion to the width: two widths give the activations of all, three the parameters.
+    Counted as by `dints.step_mib_of`. In steps of 1/32 every feature map has a whole number of
+    channels, and
+    all of them grow in proportion to the width: two widths give the activations of all, three the
+        parameters.
 
     Raises:
-        UserError: even the smallest is too large, the patch size does not fit, or a number is out of range.
+        UserError: even the smallest is too large, the patch size does not fit, or a number is out
+            of range.
     """
     if not 0 < memory_mib < math.inf:
         raise UserError(f"--memory_mib is {memory_mib:g}: give a positive number of MiB")
-    one, two = (cost(architecture, in_channels, num_classes, patch_size, steps / 32, batch_size) for steps in (1, 2))
+    one, two = (
+        cost(architecture, in_channels, num_classes, patch_size, steps / 32, batch_size)
+        for steps in (1, 2)
+    )
     if one.step_mib > memory_mib:
         raise UserError(
-            f"--memory_mib {memory_mib:g} is too small: at the smallest channel_mul, 1/32, a training step takes "
-            f"{one.step_mib:.4g} MiB; give at least that, or a smaller --patch_size or --num_images_per_batch"
+            f"--memory_mib {memory_mib:g} is too small: at the smallest channel_mul, 1/32, a "
+            f"training step takes {one.step_mib:.4g} MiB; give at least that, or a smaller "
+            "--patch_size or --num_images_per_batch"
         )
     with torch.device("meta"):
         third = DiscreteNetwork(architecture, in_channels, num_classes, 3 / 32)
@@ -180,12 +209,15 @@ def fitting_channel_mul(
         activation_mib = one.activation_mib + before * (two.activation_mib - one.activation_mib)
         return step_mib(parameters, activation_mib)
 
-    widths = range(1, min(2 + int((memory_mib - one.step_mib) / (two.step_mib - one.step_mib)), MAX_CHANNELS))
+    widths = range(
+        1, min(2 + int((memory_mib - one.step_mib) / (two.step_mib - one.step_mib)), MAX_CHANNELS)
+    )
     return bisect_right(widths, memory_mib, key=step_mib_at) / 32
 
 
 def activation_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Count what autograd keeps of a forward pass for the backward one, of a network on the meta device.
+    """Count what autograd keeps of a forward pass for the backward one, of a network on the meta
+    device.
 
     Args:
         input_shape: (batch, channels, *patch_size).
@@ -199,11 +231,16 @@ def activation_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network(torch.empty(input_shape, device="meta"))
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in kept)}
+    storages = {
+        storage._cdata: storage.nbytes()
+        for storage in (tensor.untyped_storage() for tensor in kept)
+    }
     return sum(size for address, size in storages.items() if address not in weights)
 
 
-def _measure(settings: tuple, input_shape: tuple[int, ...], device: torch.device) -> dict[str, str | float | None]:
+def _measure(
+    settings: tuple, input_shape: tuple[int, ...], device: torch.device
+) -> dict[str, str | float | None]:
     name = device_name(device, torch.get_num_threads())
     try:
         with torch.random.fork_rng(devices=[]):  # both are drawn on the CPU
@@ -218,13 +255,16 @@ def _measure(settings: tuple, input_shape: tuple[int, ...], device: torch.device
         if not lacks_memory(error):
             raise
         raise UserError(
-            f"the memory of {name} is too small for a network of channel_mul {settings[-1]:g} with an input of "
-            f"{'x'.join(map(str, input_shape))}: lower --channel_mul or --patch_size, or give another --device"
+            f"the memory of {name} is too small for a network of channel_mul {settings[-1]:g} with "
+            f"an input of {'x'.join(map(str, input_shape))}: lower --channel_mul or --patch_size, "
+            "or give another --device"
         ) from error
 
 
 @torch.no_grad()
-def _forward_ms(network: nn.Module, image: torch.Tensor, repeats: int = 10, limit: float = 5.0) -> float:
+def _forward_ms(
+    network: nn.Module, image: torch.Tensor, repeats: int = 10, limit: float = 5.0
+) -> float:
     seconds = []
     while len(seconds) <= repeats and (not seconds or sum(seconds) + seconds[-1] < limit):
         start = time.perf_counter()
@@ -236,7 +276,9 @@ def _forward_ms(network: nn.Module, image: torch.Tensor, repeats: int = 10, limi
 
 
 def _peak_mib(network: nn.Module, image: torch.Tensor) -> float:
-    """Measure a second step: in the first, cuDNN may try algorithms whose work space it does not need later."""
+    """Measure a second step: in the first, cuDNN may try algorithms whose work space it does not
+    need later.
+    """
     for _ in range(2):
         network.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats(image.device)
@@ -246,7 +288,9 @@ def _peak_mib(network: nn.Module, image: torch.Tensor) -> float:
 
 
 def device_name(device: torch.device, threads: int) -> str:
-    """Return the product's name, without what makers add to it; for a CPU also how many threads compute."""
+    """Return the product's name, without what makers add to it; for a CPU also how many threads
+    compute.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,7 +1,7 @@
 """Decoding: the most probable sequence of children, one per block.
 
-Each child starts from the nodes in which the one before ends. A child's length is the negative logarithm of its
-probability, so that the most probable sequence is the shortest one. In common:
+Each child starts from the nodes in which the one before ends. A child's length is the negative
+logarithm of its probability, so that the most probable sequence is the shortest one. In common:
 
     lengths       (blocks, children)  positive
     memory        (blocks, children)  of the feature maps on a child's paths, in any unit
@@ -20,7 +20,8 @@ TOLERANCE = 1e-9  # lengths that differ by less are equal; rounding errors are f
 
 
 def subsets(count: int, with_first: bool = False) -> list[tuple[int, ...]]:
-    """List the subsets of ``count`` nodes or paths, 1 for a member, without the empty one, in MONAI's order.
+    """List the subsets of ``count`` nodes or paths, 1 for a member, without the empty one, in
+    MONAI's order.
 
     Args:
         with_first: only those that have the first one.
@@ -30,18 +31,23 @@ def subsets(count: int, with_first: bool = False) -> list[tuple[int, ...]]:
 
 
 def patterns(children: np.ndarray, path_depths: np.ndarray, num_depths: int) -> np.ndarray:
-    """Return for each child the index, in ``subsets(num_depths)``, of the nodes at that end of its active paths.
+    """Return for each child the index, in ``subsets(num_depths)``, of the nodes at that end of its
+    active paths.
 
     Args:
         children: (children, paths).
         path_depths: (paths,), the depth of each path's node at that end.
     """
-    touched = np.stack([children[:, path_depths == depth].any(-1) for depth in range(num_depths)], -1)
+    touched = np.stack(
+        [children[:, path_depths == depth].any(-1) for depth in range(num_depths)], -1
+    )
     return touched @ (2 ** np.arange(num_depths)[::-1]) - 1
 
 
 def shortest_sequence(lengths: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return the children of the shortest sequence, (blocks,); of equally short ones, it is MONAI's choice."""
+    """Return the children of the shortest sequence, (blocks,); of equally short ones, it is MONAI's
+    choice.
+    """
     shortest = np.zeros(starts.max() + 1)  # of the sequences so far that end in a pattern
     last_children = []
     for block in lengths:
@@ -66,15 +72,18 @@ def shortest_sequence_within(
 ) -> np.ndarray:
     """Return the shortest sequence of at most ``budget`` memory, which is not below `least_memory`.
 
-    It is a constrained shortest path, found exactly, after Handler and Zang (Networks 10, 1980): a price on memory
-    gives a sequence that fits, and for every prefix of a sequence a bound on how short it can become. The prefixes
-    that may still become shorter than the best known sequence are extended block by block, all at once.
+    It is a constrained shortest path, found exactly, after Handler and Zang (Networks 10, 1980): a
+    price on memory gives a sequence that fits, and for every prefix of a sequence a bound on how
+    short it can become. The prefixes that may still become shorter than the best known sequence are
+    extended block by block, all at once.
     """
     shortest = shortest_sequence(lengths, starts, ends)
     if _total(memory, shortest) <= budget:
         return shortest
     price, best = _price(budget, lengths, memory, starts, ends)
-    costs_to_go, memory_to_go = (_to_go(costs, starts, ends) for costs in (lengths + price * memory, memory))
+    costs_to_go, memory_to_go = (
+        _to_go(costs, starts, ends) for costs in (lengths + price * memory, memory)
+    )
 
     reached = np.arange(starts.max() + 1)  # the pattern in which each prefix ends
     prefixes = np.zeros((len(reached), 0), dtype=np.int64)
@@ -100,15 +109,19 @@ def _total(values: np.ndarray, sequence: np.ndarray) -> float:
 def _price(
     budget: float, lengths: np.ndarray, memory: np.ndarray, starts: np.ndarray, ends: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Find the price of memory that gives the best bounds, and the shortest sequence met on the way that fits."""
+    """Find the price of memory that gives the best bounds, and the shortest sequence met on the way
+    that fits.
+    """
     too_large, fits = (shortest_sequence(costs, starts, ends) for costs in (lengths, memory))
     while True:
         longer = _total(lengths, fits) - _total(lengths, too_large)
-        price = longer / (_total(memory, too_large) - _total(memory, fits))  # at which they cost the same
+        # at which they cost the same
+        price = longer / (_total(memory, too_large) - _total(memory, fits))
         costs = lengths + price * memory
         cheaper = shortest_sequence(costs, starts, ends)
         gain = _total(costs, too_large) - _total(costs, cheaper)
-        # It lies between the two if it costs less, but for rounding, which must not keep the loop from ending.
+        # It lies between the two if it costs less, but for rounding, which must not keep the loop
+        # from ending.
         lies_between = _total(lengths, too_large) < _total(lengths, cheaper) < _total(lengths, fits)
         if gain <= TOLERANCE or not lies_between:
             return price, fits
@@ -119,7 +132,9 @@ def _price(
 
 
 def _to_go(costs: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return the least cost to the end: (blocks + 1, patterns), before each block and past the last."""
+    """Return the least cost to the end: (blocks + 1, patterns), before each block and past the
+    last.
+    """
     rows = [np.zeros(starts.max() + 1)]
     for block in reversed(costs):
         least = np.full_like(rows[0], math.inf)
@@ -129,14 +144,18 @@ def _to_go(costs: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarra
 
 
 def _undominated(groups: np.ndarray, lengths: np.ndarray, memory: np.ndarray) -> np.ndarray:
-    """Return the indices, group by group, of the entries that are shorter than all smaller ones of their group."""
+    """Return the indices, group by group, of the entries that are shorter than all smaller ones of
+    their group.
+    """
     order = np.lexsort((lengths, memory, groups))
     # Each group is shifted below the one before, so that the running minimum starts afresh.
     shifted = lengths[order] - groups[order] * (lengths.max(initial=0) + 1)
     return order[np.diff(np.minimum.accumulate(shifted), prepend=np.inf) < 0]
 
 
-def _extensions(reached: np.ndarray, children: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _extensions(
+    reached: np.ndarray, children: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """List the pairs (index of a prefix, child that starts where it ends).
 
     Args:

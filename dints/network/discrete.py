@@ -17,9 +17,11 @@ from dints.network.fast.recomputation import kept_or_recomputed
 
 
 class DiscreteNetwork(DiNTS):
-    """MONAI's `DiNTS` over a `TopologyInstance`, with the architecture as Python ints and nothing that never trains.
+    """MONAI's `DiNTS` over a `TopologyInstance`, with the architecture as Python ints and nothing
+    that never trains.
 
-    State dicts of MONAI's network fit, but for the stems that this architecture does not use; see `load_weights`.
+    State dicts of MONAI's network fit, but for the stems that this architecture does not use; see
+    `load_weights`.
 
     Args:
         architecture: what to build.
@@ -33,7 +35,13 @@ class DiscreteNetwork(DiNTS):
 
     checkpoint_activations = False
 
-    def __init__(self, architecture: Architecture, in_channels: int, num_classes: int, channel_mul: float = 1.0):
+    def __init__(
+        self,
+        architecture: Architecture,
+        in_channels: int,
+        num_classes: int,
+        channel_mul: float = 1.0,
+    ):
         with contextlib.redirect_stdout(io.StringIO()):  # MONAI prints its advice about patch sizes
             space = TopologyInstance(
                 arch_code=[architecture.arch_code_a, architecture.arch_code_c],
@@ -44,7 +52,13 @@ class DiscreteNetwork(DiNTS):
                 use_downsample=architecture.use_downsample,
             )
         node_a = torch.from_numpy(architecture.node_a)
-        super().__init__(space, in_channels, num_classes, use_downsample=architecture.use_downsample, node_a=node_a)
+        super().__init__(
+            space,
+            in_channels,
+            num_classes,
+            use_downsample=architecture.use_downsample,
+            node_a=node_a,
+        )
         ends = paths(architecture.num_depths)
         self.inputs = [int(depth) for depth in architecture.node_a[0].nonzero()[0]]
         self.blocks = [
@@ -52,18 +66,23 @@ class DiscreteNetwork(DiNTS):
             for block, active in enumerate(architecture.arch_code_a)
         ]
         self.deepest_output = int(architecture.node_a[-1].nonzero()[0].max())
-        unused = [("stem_down", depth) for depth in range(self.num_depths) if depth not in self.inputs]
+        unused = [
+            ("stem_down", depth) for depth in range(self.num_depths) if depth not in self.inputs
+        ]
         unused += [("stem_up", depth) for depth in range(self.deepest_output + 1, self.num_depths)]
         for stems, depth in unused:
             del getattr(self, stems)[str(depth)]
         accelerate(self)
-        self.unused_stems = tuple(f"{stems}.{depth}." for stems, depth in unused)  # openings of MONAI's keys
+        # openings of MONAI's keys
+        self.unused_stems = tuple(f"{stems}.{depth}." for stems, depth in unused)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return class scores (batch, classes, *spatial) of images (batch, channels, *spatial)."""
         features = {depth: self.stem_down[str(depth)](x) for depth in self.inputs}
         for block in self.blocks:
-            features = kept_or_recomputed(self.checkpoint_activations, self._computed, block, features)
+            features = kept_or_recomputed(
+                self.checkpoint_activations, self._computed, block, features
+            )
         up = None
         for depth in range(self.deepest_output, -1, -1):
             terms = [term for term in (features.get(depth), up) if term is not None]
@@ -82,17 +101,26 @@ class DiscreteNetwork(DiNTS):
 
 
 def check_patch_size(
-    patch_size: tuple[int, int, int], num_depths: int, use_downsample: bool = True, flag: str = "--patch_size"
+    patch_size: tuple[int, int, int],
+    num_depths: int,
+    use_downsample: bool = True,
+    flag: str = "--patch_size",
 ) -> None:
-    """Raise `UserError` unless a network of ``num_depths`` can halve ``patch_size`` down to its deepest level."""
+    """Raise `UserError` unless a network of ``num_depths`` can halve ``patch_size`` down to its
+    deepest level.
+    """
     step = _step(num_depths, use_downsample)
-    if any(size <= 0 or size % step for size in patch_size) or all(size <= step for size in patch_size):
+    if any(size <= 0 or size % step for size in patch_size) or all(
+        size <= step for size in patch_size
+    ):
         nearest = [max(step, round(size / step) * step) for size in patch_size]
-        if all(size <= step for size in nearest):  # InstanceNorm needs more than one voxel at the deepest level
+        # InstanceNorm needs more than one voxel at the deepest level
+        if all(size <= step for size in nearest):
             nearest = [2 * step] * 3
         raise UserError(
-            f"{flag} {' '.join(map(str, patch_size))} does not fit {num_depths} depths, which need multiples of {step} "
-            f"and more than {step} in one direction: for example {' '.join(map(str, nearest))}"
+            f"{flag} {' '.join(map(str, patch_size))} does not fit {num_depths} depths, which need "
+            f"multiples of {step} and more than {step} in one direction: for example "
+            f"{' '.join(map(str, nearest))}"
         )
 
 

@@ -1,4 +1,6 @@
-"""Drawings of an architecture or of the search space by graphviz, at places that are laid out here and not by it."""
+"""Drawings of an architecture or of the search space by graphviz, at places that are laid out here
+and not by it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ Point = tuple[float, float]
 
 FONT = "Helvetica,Arial,sans-serif"
 GREY = "#808080"
-FIXED = {"color": GREY, "fontcolor": GREY, "penwidth": "1"}  # what no search changes: stems, sums, head
+# what no search changes: stems, sums, head
+FIXED = {"color": GREY, "fontcolor": GREY, "penwidth": "1"}
 BOX_HEIGHT = 18.0
 ARROW_LENGTH = 6.5  # points; graphviz makes it 10 times arrowsize
 
@@ -58,7 +61,8 @@ class ActivePath(NamedTuple):
 class Grid:
     """Where things are, in points (1/72 inch), y upwards, the topmost first node at (0, 0).
 
-    At 12 blocks the picture is about 1000 points wide, so that its 10 point text stays readable in a README.
+    At 12 blocks the picture is about 1000 points wide, so that its 10 point text stays readable in
+    a README.
     """
 
     num_blocks: int
@@ -79,7 +83,9 @@ class Grid:
 
     @property
     def column_gap(self) -> float:
-        """Wide enough for the labels, and for few blocks to be as wide as the legend, within reason."""
+        """Wide enough for the labels, and for few blocks to be as wide as the legend, within
+        reason.
+        """
         return min(max((self.legend_width - self.sides) / self.num_blocks, 72.0), 110.0)
 
     def node(self, row: int, depth: int) -> Point:
@@ -102,14 +108,15 @@ def draw_architecture(
     format: str = "png",
     caption: Sequence[str] = (),
 ) -> graphviz.Digraph:
-    """Write ``<directory>/<filename>.gv`` and its rendering ``<directory>/<filename>.<format>``, each atomically.
+    """Write ``<directory>/<filename>.gv`` and its rendering ``<directory>/<filename>.<format>``,
+    each atomically.
 
     Args:
         caption: further lines below the title, for example what the network costs.
 
     Raises:
-        UserError: the files cannot be written, or graphviz's ``dot`` is missing or fails. The source is on disk by
-            then, so that a search may catch it, warn and go on.
+        UserError: the files cannot be written, or graphviz's ``dot`` is missing or fails. The
+            source is on disk by then, so that a search may catch it, warn and go on.
     """
     return _write(_graph_of(architecture, caption), filename, directory, format)
 
@@ -125,13 +132,18 @@ def architecture_svg(architecture: Architecture, caption: Sequence[str] = ()) ->
 
 
 def _graph_of(architecture: Architecture, caption: Sequence[str]) -> graphviz.Digraph:
-    operations, ends = [OPERATIONS[name] for name in architecture.operations], paths(architecture.num_depths)
+    operations, ends = (
+        [OPERATIONS[name] for name in architecture.operations],
+        paths(architecture.num_depths),
+    )
     active = [
         ActivePath(block, *ends[path], operations[architecture.arch_code_c[block, path]])
         for block, path in np.argwhere(architecture.arch_code_a == 1).tolist()
     ]
     title = " · ".join(["DiNTS architecture", *_facts(architecture.info)])
-    return _graph(architecture.node_a == 1, active, operations, title, caption, architecture.use_downsample)
+    return _graph(
+        architecture.node_a == 1, active, operations, title, caption, architecture.use_downsample
+    )
 
 
 def draw_search_space(
@@ -144,11 +156,15 @@ def draw_search_space(
     operations: Sequence[str] = PUBLISHED,
     use_downsample: bool = True,
 ) -> graphviz.Digraph:
-    """Draw all nodes and all paths that a search chooses from; write, return and raise as `draw_architecture`."""
-    everything = [ActivePath(block, *ends, None) for block in range(num_blocks) for ends in paths(num_depths)]
+    """Draw all nodes and all paths that a search chooses from; write, return and raise as
+    `draw_architecture`.
+    """
+    everything = [
+        ActivePath(block, *ends, None) for block in range(num_blocks) for ends in paths(num_depths)
+    ]
     title = (
-        f"DiNTS search space · {num_blocks} blocks · {num_depths} resolutions · {len(everything)} paths, "
-        f"each on or off, with one of {len(operations)} operations"
+        f"DiNTS search space · {num_blocks} blocks · {num_depths} resolutions · {len(everything)} "
+        f"paths, each on or off, with one of {len(operations)} operations"
     )
     all_nodes = np.ones((num_blocks + 1, num_depths), dtype=bool)
     operations = [OPERATIONS[name] for name in operations]
@@ -157,7 +173,9 @@ def draw_search_space(
 
 
 def _facts(info: dict) -> list[str]:
-    """Put into words what an arch file says about itself; a key that is absent or of another kind is left out."""
+    """Put into words what an arch file says about itself; a key that is absent or of another kind
+    is left out.
+    """
     facts = [info["task"]] if isinstance(info.get("task"), str) else []
     for key, wording in (
         ("factor_ram_cost", "RAM factor {:g}"),
@@ -187,7 +205,9 @@ def _graph(
     # nop2: graphviz draws at the given positions and moves nothing.
     graph.attr(layout="nop2", outputorder="nodesfirst", bgcolor="white", pad="0.12", fontname=FONT)
     graph.attr("node", fontname=FONT, fontsize="10", label="", shape="circle", fixedsize="true")
-    graph.attr("edge", fontname=FONT, fontsize="10", penwidth="1.7", arrowsize=f"{ARROW_LENGTH / 10:g}")
+    graph.attr(
+        "edge", fontname=FONT, fontsize="10", penwidth="1.7", arrowsize=f"{ARROW_LENGTH / 10:g}"
+    )
     _add_headings(graph, grid, title, caption)
     for row, depth in np.ndindex(active.shape):
         _add_node(graph, f"row{row}_depth{depth}", grid.node(row, depth), bool(active[row, depth]))
@@ -200,7 +220,9 @@ def _graph(
 
 
 def _add_headings(graph: graphviz.Digraph, grid: Grid, title: str, caption: Sequence[str]) -> None:
-    """Add title, caption, block numbers, and the resolution of each row as a part of the image's."""
+    """Add title, caption, block numbers, and the resolution of each row as a part of the
+    image's.
+    """
     height = grid.header + 42 + 15 * len(caption)
     _add_text(graph, "title", (grid.left, height), title, fontsize=13, bold=True)
     for number, line in enumerate(caption):
@@ -225,21 +247,36 @@ def _add_headings(graph: graphviz.Digraph, grid: Grid, title: str, caption: Sequ
 def _add_node(graph: graphviz.Digraph, name: str, at: Point, active: bool) -> None:
     if active:
         graph.node(
-            name, pos=_pos(*at), width=_inches(2 * Grid.radius), style="filled", color="#222222", fillcolor="#56B4E9"
+            name,
+            pos=_pos(*at),
+            width=_inches(2 * Grid.radius),
+            style="filled",
+            color="#222222",
+            fillcolor="#56B4E9",
         )
     else:
-        graph.node(name, pos=_pos(*at), width=_inches(8), style="filled", color="#C4C4C4", fillcolor="#EEEEEE")
+        graph.node(
+            name,
+            pos=_pos(*at),
+            width=_inches(8),
+            style="filled",
+            color="#C4C4C4",
+            fillcolor="#EEEEEE",
+        )
 
 
 def _add_path(graph: graphviz.Digraph, grid: Grid, path: ActivePath) -> None:
     start, end = grid.node(path.block, path.source), grid.node(path.block + 1, path.target)
     direction = DIRECTIONS[path.target - path.source]
-    # Labels of level paths lie on top of the line; those of slanted ones near their start, clear of where paths cross.
+    # Labels of level paths lie on top of the line; those of slanted ones near their start, clear of
+    # where paths cross.
     if path.source == path.target:
         label_at = (start[0] + end[0] - ARROW_LENGTH) / 2, start[1] + 8.5
     else:
         label_at = tuple(a + 0.3 * (b - a) for a, b in zip(start, end, strict=True))
-    label = {} if path.operation is None else {"label": _pill(path.operation), "lp": _pos(*label_at)}
+    label = (
+        {} if path.operation is None else {"label": _pill(path.operation), "lp": _pos(*label_at)}
+    )
     graph.edge(
         f"row{path.block}_depth{path.source}",
         f"row{path.block + 1}_depth{path.target}",
@@ -250,27 +287,47 @@ def _add_path(graph: graphviz.Digraph, grid: Grid, path: ActivePath) -> None:
 
 
 def _add_stems(graph: graphviz.Digraph, grid: Grid, depths: Sequence[int]) -> None:
-    """Add the image and its way into each active node of the first column: a stem of its own for each resolution."""
+    """Add the image and its way into each active node of the first column: a stem of its own for
+    each resolution.
+    """
     x, y = grid.image()
     _add_box(graph, "image", (x, y))
     for depth in depths:
         node_x, node_y = grid.node(0, depth)
         route = _arrow((x, y - BOX_HEIGHT / 2), (x, node_y), (node_x - grid.radius, node_y))
-        graph.edge("image", f"row0_depth{depth}", pos=route, label="stem", lp=_pos(x + 19, node_y + 7), **FIXED)
+        graph.edge(
+            "image",
+            f"row0_depth{depth}",
+            pos=route,
+            label="stem",
+            lp=_pos(x + 19, node_y + 7),
+            **FIXED,
+        )
 
 
 def _add_output(graph: graphviz.Digraph, grid: Grid, depths: Sequence[int]) -> None:
-    """Add the way up from the deepest active node of the last column, to which active nodes of other rows are added."""
+    """Add the way up from the deepest active node of the last column, to which active nodes of
+    other rows are added.
+    """
     _add_box(graph, "segmentation", grid.segmentation())
-    radius = {depth: 7.0 if depth in depths and depth < max(depths) else 2.5 for depth in range(max(depths) + 1)}
+    radius = {
+        depth: 7.0 if depth in depths and depth < max(depths) else 2.5
+        for depth in range(max(depths) + 1)
+    }
     for depth in radius:
         x, y = grid.sum(depth)
         look = {"label": "+"} if radius[depth] == 7 else {"style": "filled", "fillcolor": GREY}
-        graph.node(f"sum{depth}", pos=_pos(x, y), width=_inches(2 * radius[depth]), color=GREY, **look)
+        graph.node(
+            f"sum{depth}", pos=_pos(x, y), width=_inches(2 * radius[depth]), color=GREY, **look
+        )
         if depth == 0:
             above, label, ceiling = "segmentation", "head", grid.segmentation()[1] - BOX_HEIGHT / 2
         else:
-            above, label, ceiling = f"sum{depth - 1}", "x2", grid.sum(depth - 1)[1] - radius[depth - 1]
+            above, label, ceiling = (
+                f"sum{depth - 1}",
+                "x2",
+                grid.sum(depth - 1)[1] - radius[depth - 1],
+            )
         route = _arrow((x, y + radius[depth]), (x, ceiling))
         label_at = _pos(x + 4 + 3 * len(label), (y + ceiling) / 2)
         graph.edge(f"sum{depth}", above, pos=route, label=label, lp=label_at, **FIXED)
@@ -280,14 +337,22 @@ def _add_output(graph: graphviz.Digraph, grid: Grid, depths: Sequence[int]) -> N
         graph.edge(f"row{grid.num_blocks}_depth{depth}", f"sum{depth}", pos=route, **FIXED)
 
 
-def _add_legend(graph: graphviz.Digraph, grid: Grid, operations: Sequence[Operation], has_inactive: bool) -> None:
+def _add_legend(
+    graph: graphviz.Digraph, grid: Grid, operations: Sequence[Operation], has_inactive: bool
+) -> None:
     top = grid.node(0, grid.num_depths - 1)[1] - 50
     paths_x, nodes_x, operations_x = (grid.left + offset for offset in grid.legend_columns)
-    for x, heading in ((paths_x, "Paths"), (nodes_x, "Nodes"), (operations_x, "Operations, one for each path")):
+    for x, heading in (
+        (paths_x, "Paths"),
+        (nodes_x, "Nodes"),
+        (operations_x, "Operations, one for each path"),
+    ):
         _add_text(graph, f"legend {heading}", (x, top), heading, fontsize=11, bold=True)
 
     arrows = [(direction.meaning, _look(direction)) for direction in DIRECTIONS.values()]
-    for line, (meaning, look) in enumerate([*arrows, ("not searched: stem, upsampling (x2), head", FIXED)], start=1):
+    for line, (meaning, look) in enumerate(
+        [*arrows, ("not searched: stem, upsampling (x2), head", FIXED)], start=1
+    ):
         y = top - 17 * line
         start, end = (paths_x, y), (paths_x + 34, y)
         for name, at in ((f"legend start{line}", start), (f"legend end{line}", end)):
@@ -304,14 +369,27 @@ def _add_legend(graph: graphviz.Digraph, grid: Grid, operations: Sequence[Operat
     for line, operation in enumerate(operations, start=1):
         y = top - 17 * line
         at = _pos(operations_x + 21, y)
-        graph.node(f"legend {operation.label} pill", _pill(operation), pos=at, shape="plain", fixedsize="false")
+        graph.node(
+            f"legend {operation.label} pill",
+            _pill(operation),
+            pos=at,
+            shape="plain",
+            fixedsize="false",
+        )
         _add_text(graph, f"legend {operation.label}", (operations_x + 50, y), operation.meaning)
 
 
 def _add_text(
-    graph: graphviz.Digraph, name: str, at: Point, text: str, fontsize: float = 10, bold: bool = False
+    graph: graphviz.Digraph,
+    name: str,
+    at: Point,
+    text: str,
+    fontsize: float = 10,
+    bold: bool = False,
 ) -> None:
-    """Add text that starts at the point ``at``: a borderless box, wide enough for it, with a left-aligned label."""
+    """Add text that starts at the point ``at``: a borderless box, wide enough for it, with a
+    left-aligned label.
+    """
     width = 0.62 * fontsize * len(text) + 10
     graph.node(
         name,
@@ -338,9 +416,12 @@ def _look(direction: Direction) -> dict[str, str]:
 
 
 def _pill(operation: Operation) -> str:
-    """Return graphviz's HTML for an operation's name on its colour; the fill covers the line below."""
+    """Return graphviz's HTML for an operation's name on its colour; the fill covers the line
+    below.
+    """
     return (
-        f'<<TABLE BORDER="1" COLOR="#777777" STYLE="rounded" CELLBORDER="0" CELLPADDING="0" CELLSPACING="1" '
+        '<<TABLE BORDER="1" COLOR="#777777" STYLE="rounded" CELLBORDER="0" CELLPADDING="0" '
+        'CELLSPACING="1" '
         f'BGCOLOR="{operation.colour}"><TR><TD>{html.escape(operation.label)}</TD></TR></TABLE>>'
     )
 
@@ -360,7 +441,9 @@ def _towards(start: Point, end: Point, distance: float) -> Point:
 
 
 def _arrow(*corners: Point) -> str:
-    """Return graphviz's spline for straight lines through the corners; the last few points are the arrowhead's."""
+    """Return graphviz's spline for straight lines through the corners; the last few points are the
+    arrowhead's.
+    """
     *route, tip = corners
     route.append(_towards(tip, route[-1], ARROW_LENGTH))
     controls = [route[0]]
@@ -369,11 +452,15 @@ def _arrow(*corners: Point) -> str:
     return " ".join([f"e,{_pos(*tip)}", *(_pos(*point) for point in controls)])
 
 
-def _write(graph: graphviz.Digraph, filename: str, directory: str | Path, format: str) -> graphviz.Digraph:
+def _write(
+    graph: graphviz.Digraph, filename: str, directory: str | Path, format: str
+) -> graphviz.Digraph:
     if format not in FORMATS:
         raise UserError(f"format is {format!r}; it is one of {', '.join(FORMATS)}")
     if not filename or Path(filename).name != filename:
-        raise UserError(f"--filename is {filename!r}; give a name here, and the folder as --directory")
+        raise UserError(
+            f"--filename is {filename!r}; give a name here, and the folder as --directory"
+        )
     graph.filename, graph.directory, graph.format = f"{filename}.gv", str(directory), format
     if format == "png":
         graph.attr(dpi="144")  # about 2000 pixels for 12 blocks; an SVG would be enlarged by it
@@ -394,12 +481,13 @@ def _rendered(graph: graphviz.Digraph, format: str, task: str) -> bytes:
         task: what is not done where it fails, for the message.
     """
     try:
-        # not graph.pipe(), which is broken off where dot ends before it has read all, and then loses what dot said
+        # not graph.pipe(), which is broken off where dot ends before it has read all, and then
+        # loses what dot said
         return graphviz.pipe(graph.engine, format, graph.source.encode())
     except graphviz.ExecutableNotFound as error:
         raise UserError(
-            f"{task} needs graphviz's program 'dot', which is not installed: apt-get install graphviz, "
-            "conda install graphviz, or brew install graphviz"
+            f"{task} needs graphviz's program 'dot', which is not installed: apt-get install "
+            "graphviz, conda install graphviz, or brew install graphviz"
         ) from error
     except graphviz.CalledProcessError as error:
         reason = (error.stderr or b"").decode(errors="replace")

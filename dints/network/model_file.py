@@ -15,13 +15,21 @@ from dints.network.architecture import Architecture, architecture_from_dict
 from dints.network.discrete import DiscreteNetwork, check_patch_size
 from dints.network.weights import fitting_state, load_weights
 
-SIZES_OF_RANGES = {"spacing": 3, "extent": 3, "intensity": 2}  # of what `dints.data.plausibility` measures
+# of what `dints.data.plausibility` measures
+SIZES_OF_RANGES = {"spacing": 3, "extent": 3, "intensity": 2}
 
 
 def save_model(
-    path: str | Path, network: DiscreteNetwork, architecture: Architecture, channel_mul: float, task: Task, **info
+    path: str | Path,
+    network: DiscreteNetwork,
+    architecture: Architecture,
+    channel_mul: float,
+    task: Task,
+    **info,
 ) -> None:
-    """Write a model file, all that inference needs: weights, architecture, network settings, preprocessing."""
+    """Write a model file, all that inference needs: weights, architecture, network settings,
+    preprocessing.
+    """
     content = {
         "state_dict": network.state_dict(),
         "architecture": architecture.to_dict(),
@@ -38,9 +46,10 @@ class Model:
 
     Attributes:
         network: with its weights.
-        info: whatever else: ``channel_mul``, the ``dice`` and ``iteration`` of its validation, the ``version``, its
-            ``run`` (an identity); of its training ``training_cases``, ``validation_cases``, ``fold``, ``num_folds``,
-            ``overlap_ratio``, and the ``ranges`` of `dints.data.plausibility`.
+        info: whatever else: ``channel_mul``, the ``dice`` and ``iteration`` of its validation, the
+            ``version``, its ``run`` (an identity); of its training ``training_cases``,
+            ``validation_cases``, ``fold``, ``num_folds``, ``overlap_ratio``, and the ``ranges`` of
+            `dints.data.plausibility`.
         digest: of the file.
     """
 
@@ -52,12 +61,16 @@ class Model:
 
     @property
     def channels(self) -> str:
-        """Tell people how many image channels the network takes, and which, where the file says it."""
+        """Tell people how many image channels the network takes, and which, where the file says
+        it.
+        """
         data = self.info.get("data")
         names = data.get("channels") if isinstance(data, dict) else None
         is_known = isinstance(names, list) and len(names) == self.task.num_channels
         named = f" ({', '.join(str(name)[:40] for name in names)})" if is_known else ""
-        return f"{self.task.num_channels} channel{'' if self.task.num_channels == 1 else 's'}{named}"
+        return (
+            f"{self.task.num_channels} channel{'' if self.task.num_channels == 1 else 's'}{named}"
+        )
 
 
 def load_model(path: str | Path) -> Model:
@@ -67,38 +80,57 @@ def load_model(path: str | Path) -> Model:
         UserError: it is missing, damaged or none.
     """
     content = torch_files.load_safely(path)
-    if not isinstance(content, dict) or not {"state_dict", "architecture", "channel_mul", "task"} <= content.keys():
+    if (
+        not isinstance(content, dict)
+        or not {"state_dict", "architecture", "channel_mul", "task"} <= content.keys()
+    ):
         kind = torch_files.kind(content)
         is_other = "" if kind in (None, "a model file of train_dints.py") else f" (it is {kind})"
         raise UserError(
-            f"{path} is not a model file{is_other}: give best_metric_model.pth, which train_dints.py writes"
+            f"{path} is not a model file{is_other}: give best_metric_model.pth, which "
+            "train_dints.py writes"
         )
     architecture = architecture_from_dict(content["architecture"], f"the architecture in {path}")
     try:
         task = Task.from_dict(content["task"])
         _check_task(task, architecture)
         settings = architecture, task.num_channels, task.num_classes, content["channel_mul"]
-        with torch.device("meta"):  # first without memory, which a damaged channel_mul would ask too much of
+        # first without memory, which a damaged channel_mul would ask too much of
+        with torch.device("meta"):
             outline = DiscreteNetwork(*settings)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        UserError,
+    ) as error:
         reason = cut(str(error).partition("\n")[0], 200)  # PyTorch adds its C++ stack
         raise UserError(
-            f"{path} is damaged: its task and channel_mul {shown(content['channel_mul'])} describe no network "
-            f"({reason}); give another model file of train_dints.py"
+            f"{path} is damaged: its task and channel_mul {shown(content['channel_mul'])} describe "
+            f"no network ({reason}); give another model file of train_dints.py"
         ) from error
     state = fitting_state(outline, content, path, outline.unused_stems)
     network = DiscreteNetwork(*settings)
     network.load_state_dict(state)
-    info = {key: value for key, value in content.items() if key not in ("state_dict", "architecture", "task")}
+    info = {
+        key: value
+        for key, value in content.items()
+        if key not in ("state_dict", "architecture", "task")
+    }
     _check_info(info, path)
     return Model(network, architecture, task, info, files.digest(path))
 
 
 def validation_of(path: Path, run: str) -> dict[str, float | int | None] | None:
-    """Read of which ``iteration`` a file's network is, and the ``dice`` of its validation; None where there is no file.
+    """Read of which ``iteration`` a file's network is, and the ``dice`` of its validation; None
+    where there is no file.
 
     Args:
-        run: identity of the run whose file it has to be; empty for a run, and a file, of before there was one.
+        run: identity of the run whose file it has to be; empty for a run, and a file, of before
+            there was one.
 
     Raises:
         UserError: it is damaged, of another run, or does not say so.
@@ -106,15 +138,26 @@ def validation_of(path: Path, run: str) -> dict[str, float | int | None] | None:
     if not path.is_file():
         return None
     content = torch_files.load_safely(path)
-    noted = {key: content.get(key) for key in ("iteration", "dice")} if isinstance(content, dict) else {}
-    is_sound = type(noted.get("iteration")) is int and isinstance(noted["dice"], (float, type(None)))
+    noted = (
+        {key: content.get(key) for key in ("iteration", "dice")}
+        if isinstance(content, dict)
+        else {}
+    )
+    is_sound = type(noted.get("iteration")) is int and isinstance(
+        noted["dice"], (float, type(None))
+    )
     if not is_sound or content.get("run", "") != run:
-        raise UserError(f"{path} is not of this run: move it away, and the same command writes it anew")
+        raise UserError(
+            f"{path} is not of this run: move it away, and the same command writes it again"
+        )
     return noted
 
 
-def model_of_weights(path: str | Path, architecture: Architecture, channel_mul: float, task: Task) -> Model:
-    """Make a model of weights alone, as MONAI's DiNTS saves them, which say nothing of their network and data.
+def model_of_weights(
+    path: str | Path, architecture: Architecture, channel_mul: float, task: Task
+) -> Model:
+    """Make a model of weights alone, as MONAI's DiNTS saves them, which say nothing of their
+    network and data.
 
     Raises:
         UserError: they do not fit the architecture, or the architecture does not fit the task.
@@ -128,52 +171,75 @@ def model_of_weights(path: str | Path, architecture: Architecture, channel_mul: 
 def _check_info(info: dict, path: str | Path) -> None:
     for key, value in info.items():
         if not isinstance(key, str) or not torch_files.is_plain(value) or not _is_sound(key, value):
-            raise UserError(f"{path} is damaged: its {cut(str(key))} is {shown(value)}; give another model file")
+            raise UserError(
+                f"{path} is damaged: its {cut(str(key))} is {shown(value)}; give another model file"
+            )
 
 
 def _is_sound(key: str, value: object) -> bool:
-    """Tell whether an entry is what its readers take it for; entries without readers may be anything."""
+    """Tell whether an entry is what its readers take it for; entries without readers may be
+    anything.
+    """
     if key in ("training_cases", "validation_cases"):
         return isinstance(value, list) and all(isinstance(name, str) for name in value)
     if key == "ranges":
-        return isinstance(value, dict) and all(_is_range(name, ends) for name, ends in value.items())
+        return isinstance(value, dict) and all(
+            _is_range(name, ends) for name, ends in value.items()
+        )
     if key == "flips":
         axes = value.get("axes") if isinstance(value, dict) else None
-        return isinstance(axes, (list, tuple)) and all(type(axis) is int and axis in (0, 1, 2) for axis in axes)
+        return isinstance(axes, (list, tuple)) and all(
+            type(axis) is int and axis in (0, 1, 2) for axis in axes
+        )
     return key != "overlap_ratio" or (isinstance(value, float) and 0 <= value < 1)
 
 
 def _is_range(name: object, ends: object) -> bool:
-    """Tell whether they are the lowest and the highest values of a quantity in `SIZES_OF_RANGES`."""
+    """Tell whether they are the lowest and the highest values of a quantity in
+    `SIZES_OF_RANGES`.
+    """
     if name not in SIZES_OF_RANGES or not isinstance(ends, (list, tuple)) or len(ends) != 2:
         return False
     count = SIZES_OF_RANGES[name]
-    return all(isinstance(end, (list, tuple)) and _are(tuple(end), (int, float), count) for end in ends)
+    return all(
+        isinstance(end, (list, tuple)) and _are(tuple(end), (int, float), count) for end in ends
+    )
 
 
 def _check_task(task: Task, architecture: Architecture) -> None:
-    """Raise unless the attributes are what `Task` says of them, and its patches fit the architecture."""
+    """Raise unless the attributes are what `Task` says of them, and its patches fit the
+    architecture.
+    """
     numbers = (int, float)
     for key, is_sound in (
         ("name", isinstance(task.name, str)),
         ("modality", task.modality in ("CT", "MRI")),
         ("num_channels", type(task.num_channels) is int and task.num_channels > 0),
         ("class_names", _are(task.class_names, str) and 2 <= len(task.class_names) <= MAX_CLASSES),
-        ("spacing", task.spacing is None or (_are(task.spacing, numbers, 3) and min(task.spacing) > 0)),
+        (
+            "spacing",
+            task.spacing is None or (_are(task.spacing, numbers, 3) and min(task.spacing) > 0),
+        ),
         (
             "intensity",
-            task.intensity is None or (_are(task.intensity, numbers, 2) and task.intensity[0] < task.intensity[1]),
+            task.intensity is None
+            or (_are(task.intensity, numbers, 2) and task.intensity[0] < task.intensity[1]),
         ),
         ("patch_size", _are(task.patch_size, int, 3)),
         ("channel_files", isinstance(task.channel_files, bool)),
     ):
         if not is_sound:
             raise ValueError(f"{key} {shown(getattr(task, key))}")
-    check_patch_size(task.patch_size, architecture.num_depths, architecture.use_downsample, "patch_size")
+    check_patch_size(
+        task.patch_size, architecture.num_depths, architecture.use_downsample, "patch_size"
+    )
 
 
 def _are(values: object, kinds: type | tuple[type, ...], count: int | None = None) -> bool:
     """Tell whether they are a tuple of so many, all of the kinds and, if numbers, finite."""
     if not isinstance(values, tuple) or (count is not None and len(values) != count):
         return False
-    return all(isinstance(value, kinds) and (isinstance(value, str) or math.isfinite(value)) for value in values)
+    return all(
+        isinstance(value, kinds) and (isinstance(value, str) or math.isfinite(value))
+        for value in values
+    )

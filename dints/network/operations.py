@@ -1,7 +1,7 @@
 """The operations that a path may hold: one table, from which everything else about them follows.
 
-An entry is searched, costed, decoded, written, drawn, retrained and segmented with; nothing else knows an operation by
-name. Files record the names, so that the order of the table may change.
+An entry is searched, costed, decoded, written, drawn, retrained and segmented with; nothing else
+knows an operation by name. Files record the names, so that the order of the table may change.
 """
 
 from __future__ import annotations
@@ -35,9 +35,17 @@ class Operation:
 
 
 class ActivatedConvolutions(nn.Sequential):
-    """ReLU, one convolution or a chain of them without bias, and InstanceNorm; MONAI's layers by MONAI's names."""
+    """ReLU, one convolution or a chain of them without bias, and InstanceNorm; MONAI's layers by
+    MONAI's names.
+    """
 
-    def __init__(self, channels: int, kernels: Sequence[tuple[int, int, int]], dilation: int = 1, groups: int = 1):
+    def __init__(
+        self,
+        channels: int,
+        kernels: Sequence[tuple[int, int, int]],
+        dilation: int = 1,
+        groups: int = 1,
+    ):
         super().__init__()
         self.acti = nn.ReLU()
         for number, kernel in enumerate(kernels):
@@ -51,21 +59,38 @@ def _convolutions(*kernels: tuple[int, int, int], **settings) -> Callable[[int],
     return partial(ActivatedConvolutions, kernels=kernels, **settings)
 
 
-# The published five first, in their order. Their memory is MONAI's: the activation and each convolution and the norm.
+# The published five first, in their order. Their memory is MONAI's: the activation and each
+# convolution and the norm.
 OPERATIONS = {
     "skip_connect": Operation(
-        "skip", "#FFFFFF", "no operation, at most the change of resolution", 0, lambda channels: nn.Identity()
+        "skip",
+        "#FFFFFF",
+        "no operation, at most the change of resolution",
+        0,
+        lambda channels: nn.Identity(),
     ),
     "conv_3x3x3": Operation("3x3x3", "#FFE9A8", "3x3x3 convolution", 3, _convolutions((3, 3, 3))),
     # A pseudo-3D pair is labelled after the plane that its first convolution spans.
     "conv_3x3x1": Operation(
-        "P3D-xy", "#C9EBD9", "pseudo-3D: 3x3x1 + 1x1x3 convolutions", 4, _convolutions((3, 3, 1), (1, 1, 3))
+        "P3D-xy",
+        "#C9EBD9",
+        "pseudo-3D: 3x3x1 + 1x1x3 convolutions",
+        4,
+        _convolutions((3, 3, 1), (1, 1, 3)),
     ),
     "conv_3x1x3": Operation(
-        "P3D-xz", "#CFE4F7", "pseudo-3D: 3x1x3 + 1x3x1 convolutions", 4, _convolutions((3, 1, 3), (1, 3, 1))
+        "P3D-xz",
+        "#CFE4F7",
+        "pseudo-3D: 3x1x3 + 1x3x1 convolutions",
+        4,
+        _convolutions((3, 1, 3), (1, 3, 1)),
     ),
     "conv_1x3x3": Operation(
-        "P3D-yz", "#F3D6E6", "pseudo-3D: 1x3x3 + 3x1x1 convolutions", 4, _convolutions((1, 3, 3), (3, 1, 1))
+        "P3D-yz",
+        "#F3D6E6",
+        "pseudo-3D: 1x3x3 + 3x1x1 convolutions",
+        4,
+        _convolutions((1, 3, 3), (3, 1, 1)),
     ),
 }
 PUBLISHED = ("skip_connect", "conv_3x3x3", "conv_3x3x1", "conv_3x1x3", "conv_1x3x3")
@@ -80,7 +105,12 @@ def check_names(names: Sequence[str], source: str = "--operations") -> tuple[str
     for name in names:
         if name not in OPERATIONS:
             known = ", ".join(OPERATIONS)
-            raise UserError(f"{source} names the operation {shown(name)}, which this version does not have ({known})")
+            raise UserError(
+                f"{source} names the operation {shown(name)}, which this version does "
+                f"not have ({known})"
+            )
     if len(names) == 0 or len(set(names)) < len(names):
-        raise UserError(f"{source} names {cut(', '.join(names)) or 'no operation'}: name each operation once")
+        raise UserError(
+            f"{source} names {cut(', '.join(names)) or 'no operation'}: name each operation once"
+        )
     return tuple(names)

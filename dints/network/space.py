@@ -1,8 +1,10 @@
-"""The search space: MONAI's `TopologySearch`, with the same parameters and results, computed stably.
+"""The search space: MONAI's `TopologySearch`, with the same parameters and results, computed
+stably.
 
-A block has ``P = 3 * depths - 2`` paths between the nodes of two neighbouring rows. A *child* is one way to switch them
-on or off (all off excluded, so ``2**P - 1`` of them); a *pattern* is a set of active nodes (``2**depths - 1`` of them).
-Where the path along depth 0 is kept in every block, a child is one way to switch the others, and node 0 is in every
+A block has ``P = 3 * depths - 2`` paths between the nodes of two neighbouring rows. A *child* is
+one way to switch them on or off (all off excluded, so ``2**P - 1`` of them); a *pattern* is a set
+of active nodes (``2**depths - 1`` of them). Where the path along depth 0 is kept in every block, a
+child is one way to switch the others, and node 0 is in every
 pattern: ``2**(P - 1)`` children, ``2**(depths - 1)`` patterns.
 """
 
@@ -27,22 +29,25 @@ from dints.network.fast.acceleration import accelerate
 from dints.network.fast.recomputation import kept_or_recomputed
 from dints.network.operations import PUBLISHED, check_names
 
-CERTAIN = 1000.0  # an alpha at which a path's probability is 1 to the last bit, and its complement 0
+# an alpha at which a path's probability is 1 to the last bit, and its complement 0
+CERTAIN = 1000.0
 
 
 class SearchSpace(TopologySearch):
     """MONAI's search space; state dicts move both ways.
 
-    Differences: probabilities are right for any alpha (MONAI's are NaN from -20 down); the regularisers are matrix
-    products (MONAI: 31,000 operations at 12 blocks and 4 depths); `decode` is a shortest path over patterns (MONAI:
-    over a dense matrix of all children, 2 GB); nothing is printed, and the space works on any device it is moved to.
+    Differences: probabilities are right for any alpha (MONAI's are NaN from -20 down); the
+        regularisers are matrix
+    products (MONAI: 31,000 operations at 12 blocks and 4 depths); `decode` is a shortest path over
+    patterns (MONAI: over a dense matrix of all children, 2 GB); nothing is printed, and the space
+    works on any device it is moved to.
 
     Args:
         channel_mul: times 32, 64, ... channels from the full resolution down.
         operations: names in `OPERATIONS`, one of which each path will hold.
         use_downsample: as in `Architecture`.
-        keep_finest: only children with the path along depth 0 active; all probabilities are conditional on that, and
-            no gradient reaches its alphas. The parameters are the same.
+        keep_finest: only children with the path along depth 0 active; all probabilities are
+            conditional on that, and no gradient reaches its alphas. The parameters are the same.
 
     Attributes:
         checkpoint_activations: keep only what goes from block to block for the backward pass.
@@ -70,35 +75,55 @@ class SearchSpace(TopologySearch):
             )
         self.paths = paths(self.num_depths)
         leaves, reaches = (np.array(ends) for ends in zip(*self.paths, strict=True))
-        starts, ends = (decoding.patterns(self.child_list, depths, self.num_depths) for depths in (leaves, reaches))
-        self.starts, self.ends = starts - starts.min(), ends - starts.min()  # patterns without node 0 come first
+        starts, ends = (
+            decoding.patterns(self.child_list, depths, self.num_depths)
+            for depths in (leaves, reaches)
+        )
+        # patterns without node 0 come first
+        self.starts, self.ends = starts - starts.min(), ends - starts.min()
         num_patterns = self.starts.max() + 1
         for name, constant in (
-            ("child_switches", torch.from_numpy(np.hstack([self.child_list, 1 - self.child_list])).float()),  # on, off
+            # on, off
+            (
+                "child_switches",
+                torch.from_numpy(np.hstack([self.child_list, 1 - self.child_list])).float(),
+            ),
             ("child_starts", F.one_hot(torch.from_numpy(self.starts), num_patterns).float()),
             ("child_ends", F.one_hot(torch.from_numpy(self.ends), num_patterns).float()),
             ("operation_costs", torch.from_numpy(self.ram_cost).float()),
-            ("targets", F.one_hot(torch.from_numpy(reaches), self.num_depths).T.float()),  # (depths, paths)
+            # (depths, paths)
+            ("targets", F.one_hot(torch.from_numpy(reaches), self.num_depths).T.float()),
         ):
             self.register_buffer(name, constant, persistent=False)
-        # A depth's feature map relative to others', and with these every path active with its dearest operation.
+        # A depth's feature map relative to others', and with these every path active with its
+        # dearest operation.
         self.depth_sizes = depth_sizes(self.filter_nums[: self.num_depths])
-        self.dearest_memory = ((1 + self.ram_cost.max(-1)) * np.array(self.depth_sizes)[reaches]).sum()
+        self.dearest_memory = (
+            (1 + self.ram_cost.max(-1)) * np.array(self.depth_sizes)[reaches]
+        ).sum()
 
     def gen_mtx(self, depth: int) -> tuple[dict, list[tuple], list[tuple]]:
-        """Return node patterns and children in MONAI's order; its table of transfer matrices is not needed here."""
+        """Return node patterns and children in MONAI's order; its table of transfer matrices is not
+        needed here.
+        """
         return {}, *(decoding.subsets(count, self.keep_finest) for count in (depth, 3 * depth - 2))
 
     def get_prob_a(self, child: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Return the path probabilities, given that each block has an active path: with ``keep_finest``, its first one.
+        """Return the path probabilities, given that each block has an active path: with
+        ``keep_finest``, its first one.
 
         Returns:
-            the children's probabilities (blocks, children) if ``child``, else None, and the paths' (blocks, paths).
+            the children's probabilities (blocks, children) if ``child``, else None, and the paths'
+            (blocks, paths).
         """
-        alphas = F.pad(self.log_alpha_a[:, 1:], (1, 0), value=CERTAIN) if self.keep_finest else self.log_alpha_a
+        alphas = (
+            F.pad(self.log_alpha_a[:, 1:], (1, 0), value=CERTAIN)
+            if self.keep_finest
+            else self.log_alpha_a
+        )
         log_on, log_off = F.logsigmoid(alphas), F.logsigmoid(-alphas)
-        # Some path is active: either the first is, or it is not and the second is, ... This sum keeps the digits that
-        # 1 - prod(1 - p) loses when all p are small.
+        # Some path is active: either the first is, or it is not and the second is, ... This sum
+        # keeps the digits that 1 - prod(1 - p) loses when all p are small.
         all_before_off = F.pad(log_off.cumsum(-1)[:, :-1], (1, 0))
         log_norm = torch.logsumexp(log_on + all_before_off, -1, keepdim=True)
         path_probs = torch.exp(log_on - log_norm)
@@ -108,7 +133,8 @@ class SearchSpace(TopologySearch):
         return torch.exp(log_child - log_norm), path_probs
 
     def get_topology_entropy(self, probs: torch.Tensor) -> torch.Tensor:
-        """Return the cross-entropy between the patterns in which a block ends and in which the next one starts.
+        """Return the cross-entropy between the patterns in which a block ends and in which the next
+        one starts.
 
         Args:
             probs: the children's probabilities (blocks, children).
@@ -117,59 +143,83 @@ class SearchSpace(TopologySearch):
         return -(ends * torch.log(starts + 1e-5) + (1 - ends) * torch.log(1 - starts + 1e-5)).sum()
 
     def ram_ratio(
-        self, in_size: tuple[int, ...], budget: str = "published", path_probs: torch.Tensor | None = None
+        self,
+        in_size: tuple[int, ...],
+        budget: str = "published",
+        path_probs: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the expected memory as a share of a budget, with its gradient.
 
         Args:
             in_size: shape of the network's input, (batch, channels, *spatial).
-            budget: ``published``: every path active with the present operations, which therefore cancel (all networks
-                with all paths read the same); ``fixed``: every path active with its dearest operation, a constant, so
-                that operations count.
+            budget: ``published``: every path active with the present operations, which therefore
+                cancel (all networks with all paths read the same); ``fixed``: every path active
+                with its dearest operation, a constant, so that operations count.
             path_probs: those of `get_prob_a`, where they are at hand.
         """
         path_probs = self.get_prob_a()[1] if path_probs is None else path_probs
         sizes = self._sizes(in_size) if budget == "published" else self._of_depths(self.depth_sizes)
         memory = self._expected_costs() * sizes
-        return (path_probs * memory).sum() / (memory.sum() if budget == "published" else self.dearest_memory)
+        return (path_probs * memory).sum() / (
+            memory.sum() if budget == "published" else self.dearest_memory
+        )
 
     def _sizes(self, in_size: tuple[int, ...]) -> torch.Tensor:
         """Return (paths,): numbers in the feature map that each path leads to."""
         spatial = np.array(in_size[-self._spatial_dims :])
         voxels = [(spatial // 2**depth).prod() for depth in range(self.num_depths)]
-        # MONAI halves the size once for the stem's downsampling, not once per axis; so do we, to get its values.
-        sizes = in_size[0] * np.array(voxels) * self.filter_nums[: self.num_depths] / 2 ** int(self.use_downsample)
+        # MONAI halves the size once for the stem's downsampling, not once per axis; so do we, to
+        # get its values.
+        sizes = (
+            in_size[0]
+            * np.array(voxels)
+            * self.filter_nums[: self.num_depths]
+            / 2 ** int(self.use_downsample)
+        )
         return self._of_depths(sizes.tolist())
 
     def _expected_costs(self) -> torch.Tensor:
-        """Return (blocks, paths): feature maps that a path keeps, its output and its operations' expected ones."""
+        """Return (blocks, paths): feature maps that a path keeps, its output and its operations'
+        expected ones.
+        """
         return 1 + (self.operation_costs * F.softmax(self.log_alpha_c, -1)).sum(-1)
 
     def _of_depths(self, values: Sequence[float]) -> torch.Tensor:
-        """Return (paths,): the value of each path's target, of Python numbers on the device, without a wait."""
+        """Return (paths,): the value of each path's target, of Python numbers on the device,
+        without a wait.
+        """
         return sum(value * at_depth for value, at_depth in zip(values, self.targets, strict=True))
 
     def _memory_of_paths(self, arch_code_c: np.ndarray) -> np.ndarray:
-        """Return (blocks, paths): memory of each path with its decoded operation, in the unit of ``dearest_memory``."""
+        """Return (blocks, paths): memory of each path with its decoded operation, in the unit of
+        ``dearest_memory``.
+        """
         costs = np.take_along_axis(self.ram_cost, arch_code_c[..., None], -1)[..., 0]
         return (1 + costs) * np.array(self.depth_sizes)[[target for _, target in self.paths]]
 
     def ram_ratio_of(self, arch_code_a: np.ndarray, arch_code_c: np.ndarray) -> float:
-        """Return the memory of a decoded architecture as a share of every path active with its dearest operation."""
+        """Return the memory of a decoded architecture as a share of every path active with its
+        dearest operation.
+        """
         return float((self._memory_of_paths(arch_code_c) * arch_code_a).sum() / self.dearest_memory)
 
     def feasible_ram_ratio(self) -> float:
-        """Return the smallest ``max_ram_ratio`` that `decode` can keep, whatever the operations are."""
+        """Return the smallest ``max_ram_ratio`` that `decode` can keep, whatever the operations
+        are.
+        """
         dearest = self._memory_of_paths(self.ram_cost.argmax(-1)) @ self.child_list.T
         return decoding.least_memory(dearest, self.starts, self.ends) / self.dearest_memory
 
     @torch.no_grad()
-    def decode(self, max_ram_ratio: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Find the most probable sequence of children in which each starts from the nodes where the one before ends.
+    def decode(
+        self, max_ram_ratio: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Find the most probable sequence of children in which each starts from the nodes where the
+        one before ends.
 
         Args:
-            max_ram_ratio: of the sequences whose `ram_ratio_of` is at most this, the most probable one. Operations stay
-                the most probable ones.
+            max_ram_ratio: of the sequences whose `ram_ratio_of` is at most this, the most probable
+                one. Operations stay the most probable ones.
 
         Returns:
             node_a, arch_code_a, arch_code_c, arch_code_a_max as in `dints.network.architecture`.
@@ -187,13 +237,17 @@ class SearchSpace(TopologySearch):
         arch_code_a = self.child_list[children]
         return nodes_of(arch_code_a), arch_code_a, arch_code_c, self.child_list[probs.argmax(-1)]
 
-    def _shortest_within(self, max_ram_ratio: float, lengths: np.ndarray, arch_code_c: np.ndarray) -> np.ndarray:
+    def _shortest_within(
+        self, max_ram_ratio: float, lengths: np.ndarray, arch_code_c: np.ndarray
+    ) -> np.ndarray:
         memory = self._memory_of_paths(arch_code_c) @ self.child_list.T
         least = decoding.least_memory(memory, self.starts, self.ends)
-        budget = max_ram_ratio * self.dearest_memory * (1 + 1e-9)  # a ratio that `ram_ratio_of` gave must be enough
+        # a ratio that `ram_ratio_of` gave must be enough
+        budget = max_ram_ratio * self.dearest_memory * (1 + 1e-9)
         if least > budget:
             raise UserError(
-                f"max_ram_ratio {max_ram_ratio:g} is below that of the smallest connected architecture: give at least "
+                f"max_ram_ratio {max_ram_ratio:g} is below that of the smallest connected "
+                "architecture: give at least "
                 f"{math.ceil(least / self.dearest_memory * 1e4) / 1e4:g}"
             )
         return decoding.shortest_sequence_within(budget, lengths, memory, self.starts, self.ends)
@@ -207,7 +261,9 @@ class SearchSpace(TopologySearch):
         return Architecture(*codes, self.operations, self.use_downsample, info)
 
     def without_weights(self) -> SearchSpace:
-        """Remove the cells and their weights, in place: what is left, on the CPU, decodes as before."""
+        """Remove the cells and their weights, in place: what is left, on the CPU, decodes as
+        before.
+        """
         self.cell_tree = nn.ModuleDict()
         return self.cpu()
 
@@ -224,7 +280,11 @@ class SearchSpace(TopologySearch):
         return x
 
     def _mixed(
-        self, block: int, x: list[torch.Tensor], path_probs: torch.Tensor, operation_probs: torch.Tensor
+        self,
+        block: int,
+        x: list[torch.Tensor],
+        path_probs: torch.Tensor,
+        operation_probs: torch.Tensor,
     ) -> list[torch.Tensor]:
         """Return a block's feature maps: each is the sum of the paths that lead to its depth."""
         outputs = [0.0] * self.num_depths
@@ -235,9 +295,14 @@ class SearchSpace(TopologySearch):
 
 
 def supernet_of(space: SearchSpace, in_channels: int, num_classes: int) -> DiNTS:
-    """Build MONAI's `DiNTS` around the space: stems before and after it, for images of so many channels."""
-    every_node = [[1] * space.num_depths] * (space.num_blocks + 1)  # MONAI's own is a tensor, which does not compile
-    network = DiNTS(space, in_channels, num_classes, use_downsample=space.use_downsample, node_a=every_node)
+    """Build MONAI's `DiNTS` around the space: stems before and after it, for images of so many
+    channels.
+    """
+    # MONAI's own is a tensor, which does not compile
+    every_node = [[1] * space.num_depths] * (space.num_blocks + 1)
+    network = DiNTS(
+        space, in_channels, num_classes, use_downsample=space.use_downsample, node_a=every_node
+    )
     return accelerate(network)
 
 

@@ -18,8 +18,8 @@ from dints.network.discrete import DiscreteNetwork
 from dints.running import machine
 from dints.settings import MachineSettings, PatchSettings, RunSettings
 
-# Bytes of activations a voxel, channel of the first level and block: counting begins where so many might not fit. A
-# network of 12 blocks and 4 depths keeps a fifth of it with every path active.
+# Bytes of activations a voxel, channel of the first level and block: counting begins where so many
+# might not fit. A network of 12 blocks and 4 depths keeps a fifth of it with every path active.
 GENEROUS = 64
 
 
@@ -90,8 +90,12 @@ def check_memory(
     machine.check_memory(needed, f"{of}: {step}", remedy)
 
 
-def _at_the_peak(network: DiscreteNetwork, input_shape: tuple[int, ...], checkpoint_activations: bool) -> float:
-    """Return the bytes that are kept at once, of blocks that are computed again only the average one's: no less."""
+def _at_the_peak(
+    network: DiscreteNetwork, input_shape: tuple[int, ...], checkpoint_activations: bool
+) -> float:
+    """Return the bytes that are kept at once, of blocks that are computed again only the average
+    one's: no less.
+    """
     whole = activation_bytes(network, input_shape)
     if not checkpoint_activations:
         return whole
@@ -100,7 +104,11 @@ def _at_the_peak(network: DiscreteNetwork, input_shape: tuple[int, ...], checkpo
     return stems + (whole - stems) / len(network.blocks)
 
 
-def within_supernet(num_blocks: int, num_depths: int, operations: Sequence[str], use_downsample: bool) -> Architecture:
-    """Return an architecture that keeps less than the supernet of such a space: on every path the last operation."""
+def within_supernet(
+    num_blocks: int, num_depths: int, operations: Sequence[str], use_downsample: bool
+) -> Architecture:
+    """Return an architecture that keeps less than the supernet of such a space: on every path the
+    last operation.
+    """
     codes = np.ones((num_blocks, 3 * num_depths - 2), dtype=np.int64)
     return from_codes(codes, codes * (len(operations) - 1), operations, use_downsample)

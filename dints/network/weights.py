@@ -1,4 +1,4 @@
-"""Weights in files, held against the network that is to take them."""
+"""Weights in files, compared with the network that is to take them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def load_weights(network: nn.Module, path: str | Path, unused: Sequence[str] = (
     """Load a state dict, a model file or a search's ``latest.pth`` into ``network``.
 
     Args:
-        unused: openings of keys that may be left over: MONAI's network has stems that an architecture does not use.
+        unused: openings of keys that may be left over: MONAI's network has stems that an
+            architecture does not use.
 
     Raises:
         UserError: as `fitting_state`.
@@ -29,16 +30,23 @@ def load_weights(network: nn.Module, path: str | Path, unused: Sequence[str] = (
 def fitting_state(
     network: nn.Module, content: object, source: str | Path, unused: Sequence[str] = ()
 ) -> dict[str, torch.Tensor]:
-    """Return the weights in a file's content, with or without ``module.`` before their names, as ``network`` has them.
+    """Return the weights in a file's content, with or without ``module.`` before their names, as
+    ``network`` has them.
 
     Raises:
-        UserError: the content is no state dict, does not fit the network, or holds NaN or infinite numbers.
+        UserError: the content is no state dict, does not fit the network, or holds NaN or infinite
+            numbers.
     """
     state = _state_dict_in(content)
     if not _is_state_dict(state):
-        is_other = f" (it is {torch_files.kind(content)})" if torch_files.kind(content) == "an architecture" else ""
+        is_other = (
+            f" (it is {torch_files.kind(content)})"
+            if torch_files.kind(content) == "an architecture"
+            else ""
+        )
         raise UserError(
-            f"{source} does not hold network weights{is_other}: give a state dict, or a model file of train_dints.py"
+            f"{source} does not hold network weights{is_other}: give a state dict, or a model file "
+            "of train_dints.py"
         )
     state = {key.removeprefix("module."): value for key, value in state.items()}
     own = network.state_dict()
@@ -51,23 +59,30 @@ def fitting_state(
         (misshapen, "has {} of another shape"),
     ):
         if keys:
-            shapes = f" {tuple(state[keys[0]].shape)}, not {tuple(own[keys[0]].shape)}" if keys is misshapen else ""
+            shapes = (
+                f" {tuple(state[keys[0]].shape)}, not {tuple(own[keys[0]].shape)}"
+                if keys is misshapen
+                else ""
+            )
             raise UserError(
-                f"the weights in {source} do not fit this network: the file {fault.format(f'{len(keys)} tensors')}, "
-                f"for example {cut(keys[0])}{shapes}; give the architecture, channel_mul and data of its training"
+                f"the weights in {source} do not fit this network: the file "
+                f"{fault.format(f'{len(keys)} tensors')}, for example {cut(keys[0])}{shapes}; give "
+                "the architecture, channel_mul and data of its training"
             )
     state = {key: state[key] for key in own}
     nonfinite = [key for key, value in state.items() if not value.isfinite().all()]
     if nonfinite:
         raise UserError(
-            f"the weights in {source} are NaN or infinite in {len(nonfinite)} tensors, for example {nonfinite[0]}: "
-            "give weights saved before that training failed"
+            f"the weights in {source} are NaN or infinite in {len(nonfinite)} tensors, for example "
+            f"{nonfinite[0]}: give weights saved before that training failed"
         )
     return state
 
 
 def _state_dict_in(content: object) -> object:
-    """Look where a model file and the checkpoint of a run have the weights; else the content is to be them."""
+    """Look where a model file and the checkpoint of a run have the weights; else the content is to
+    be them.
+    """
     if not isinstance(content, dict):
         return None
     if isinstance(content.get("parts"), dict):
@@ -82,6 +97,10 @@ def _is_state_dict(content: object) -> bool:
 
 
 def _is_dense(value: object) -> bool:
-    """Tell whether it is a tensor of floats that are all there; files may hold meta, sparse and nested ones too."""
-    is_tensor = isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_nested
+    """Tell whether it is a tensor of floats that are all there; files may hold meta, sparse and
+    nested ones too.
+    """
+    is_tensor = (
+        isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_nested
+    )
     return is_tensor and value.layout is torch.strided and value.dtype in _FLOATS

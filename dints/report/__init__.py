@@ -1,1 +1,3 @@
-"""A run's report, one page that can be sent on: cases looked at, their pictures, plots, the model, the page."""
+"""A run's report, one page that can be sent on: cases looked at, their pictures, plots, the model,
+the page.
+"""

@@ -1,4 +1,6 @@
-"""What a model file tells of itself: its architecture with its cost, its training and the course of it."""
+"""What a model file tells of itself: its architecture with its cost, its training and the course of
+it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ OF_TRAINING = {
 CURVES = {
     "training_loss": "Training loss over iterations, and over minutes",
     "validation_metric": "Dice of the validation cases over iterations, and over minutes",
-    "search": "The search: losses, memory, entropies, and changes of the decoded network over iterations",
+    "search": "The search: losses, memory, entropies, and changes of the decoded network over "
+    "iterations",
 }
 
 
@@ -61,7 +64,12 @@ def about(models: Sequence[Model], paths: Sequence[Path]) -> list[About]:
     """Gather what is told of each model; what two of them share is shown with the first."""
     told, drawn, folders = [], [], []
     for model, path in zip(models, paths, strict=True):
-        settings = model.task.num_channels, model.task.num_classes, model.task.patch_size, model.info["channel_mul"]
+        settings = (
+            model.task.num_channels,
+            model.task.num_classes,
+            model.task.patch_size,
+            model.info["channel_mul"],
+        )
         costs = cost(model.architecture, *settings)
         identity = (*model.architecture.codes(), model.architecture.operations, settings)
         drawing = note = ""
@@ -74,7 +82,10 @@ def about(models: Sequence[Model], paths: Sequence[Path]) -> list[About]:
         folders.append(path.parent)
         cases = {
             name: model.info[key]
-            for key, name in (("training_cases", "trained on"), ("validation_cases", "validated on"))
+            for key, name in (
+                ("training_cases", "trained on"),
+                ("validation_cases", "validated on"),
+            )
             if model.info.get(key)
         }
         notes = tuple(text for text in (note, absence) if text)
@@ -86,13 +97,28 @@ def _facts(model: Model, costs: Cost) -> list[tuple[str, str]]:
     info = model.info
     facts = [
         ("task", model.task.name),
-        ("modality", f"{model.task.modality}, {model.task.num_channels} channel{'s' * (model.task.num_channels > 1)}"),
+        (
+            "modality",
+            f"{model.task.modality}, {model.task.num_channels} "
+            f"channel{'s' * (model.task.num_channels > 1)}",
+        ),
         ("preprocessing", describe(model.task)),
         ("parameters", f"{costs.parameters:,}"),
-        ("multiply-adds", f"{costs.gmac:.4g} GMAC a patch of {' x '.join(map(str, model.task.patch_size))} voxels"),
-        ("memory", f"{costs.activation_mib:.4g} MiB of activations in a training step with one patch"),
+        (
+            "multiply-adds",
+            f"{costs.gmac:.4g} GMAC a patch of "
+            f"{' x '.join(map(str, model.task.patch_size))} voxels",
+        ),
+        (
+            "memory",
+            f"{costs.activation_mib:.4g} MiB of activations in a training step with one patch",
+        ),
     ]
-    facts += [(name, value_of(info[key])) for key, name in OF_TRAINING.items() if info.get(key) is not None]
+    facts += [
+        (name, value_of(info[key]))
+        for key, name in OF_TRAINING.items()
+        if info.get(key) is not None
+    ]
     if "flips" in info:
         axes = ", ".join("XYZ"[axis] for axis in info["flips"]["axes"])
         facts.append(("flips in training", f"along {axes}" if axes else "none"))
@@ -104,7 +130,13 @@ def value_of(value: object) -> str:
     """Write a value of an unknown kind for people."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(value_of, value)) or "none"
-    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)[:LONGEST]
+    return (
+        "none"
+        if value is None
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else str(value)[:LONGEST]
+    )
 
 
 def _drawing(model: Model, caption: Sequence[str]) -> tuple[str, str]:
@@ -117,7 +149,8 @@ def _drawing(model: Model, caption: Sequence[str]) -> tuple[str, str]:
     text = text[text.index("<svg") :]
     for what, instead in (
         (r'\A<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">'),
-        (r"<!--.*?-->|<title>.*?</title>", ""),  # names of nodes and paths, which a browser would show
+        # names of nodes and paths, which a browser would show
+        (r"<!--.*?-->|<title>.*?</title>", ""),
         (r'<(g|a) id="[^"]*"', r"<\1"),
         (r"\s*\n\s*", "\n"),
     ):
@@ -126,11 +159,16 @@ def _drawing(model: Model, caption: Sequence[str]) -> tuple[str, str]:
 
 
 def _curves(folder: Path) -> tuple[dict[str, str], str]:
-    """Draw the course of the training that a model's folder holds, or tell why there is nothing to draw."""
+    """Draw the course of the training that a model's folder holds, or tell why there is nothing to
+    draw.
+    """
     try:
         drawn = plots.course(folder)
-    except (LookupError, TypeError, ValueError, OSError) as error:  # tables of another program, or unreadable
-        log.warning("the report has no training curves: the tables in %s cannot be read (%r)", folder, error)
+    # tables of another program, or unreadable
+    except (LookupError, TypeError, ValueError, OSError) as error:
+        log.warning(
+            "the report has no training curves: the tables in %s cannot be read (%r)", folder, error
+        )
         return {}, f"No training curves: the tables in {folder} are none of train_dints.py's."
     if not drawn:
         return {}, f"No training curves: {folder} holds no tables of a training."

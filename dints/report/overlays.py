@@ -1,7 +1,9 @@
-"""A case in three views: planes of its image, and the outlines of reference and segmentation that lie over them.
+"""A case in three views: planes of its image, and the outlines of reference and segmentation that
+lie over them.
 
-Planes are shown in radiological convention, the patient's right on the left. Pixels are the file's voxels and outlines
-are lines in the same coordinates; a browser stretches both to mm, so that no voxel is squashed and little is stored.
+Planes are shown in radiological convention, the patient's right on the left. Pixels are the file's
+voxels and outlines are lines in the same coordinates; a browser stretches both to mm, so that no
+voxel is squashed and little is stored.
 """
 
 from __future__ import annotations
@@ -18,13 +20,18 @@ from PIL import Image
 from dints.data.grid import Resampling
 from dints.data.tasks import Task
 
-# By the axis of RAS that a plane lies across; what is left, right, above and below once both axes are flipped.
+# By the axis of RAS that a plane lies across; what is left, right, above and below once both axes
+# are flipped.
 DIRECTIONS = {2: ("axial", "RLAP"), 1: ("coronal", "RLSI"), 0: ("sagittal", "APSI")}
-MARGIN_MM, MARGIN_SHARE = 8.0, 0.2  # around the structure: the larger of mm, and a share of its longest side
-PERCENTILES = 1, 99.5  # of the non-zero voxels, shown from black to white where intensities are not absolute
+# around the structure: the larger of mm, and a share of its longest side
+MARGIN_MM, MARGIN_SHARE = 8.0, 0.2
+# of the non-zero voxels, shown from black to white where intensities are not absolute
+PERCENTILES = 1, 99.5
 SAMPLES = 500_000  # voxels that percentiles are taken of
-MOST_PIXELS, MOST_PIXELS_OF_MANY = 400, 220  # along a side of a picture; of those that are leafed through
-LOSSLESS_PIXELS = 1 << 14  # up to so many a picture is kept as it is: enlarged, its blocks would be seen
+# along a side of a picture; of those that are leafed through
+MOST_PIXELS, MOST_PIXELS_OF_MANY = 400, 220
+# up to so many a picture is kept as it is: enlarged, its blocks would be seen
+LOSSLESS_PIXELS = 1 << 14
 QUALITY = 80  # of larger ones
 
 
@@ -98,7 +105,10 @@ class Overlay:
     def size(self) -> int:
         """Bytes that it takes in a page, about."""
         planes = [plane for view in self.views for plane in view.planes]
-        return sum(len(plane.image) + 900 + sum(2 * len(o.path) + 300 for o in plane.outlines) for plane in planes)
+        return sum(
+            len(plane.image) + 900 + sum(2 * len(o.path) + 300 for o in plane.outlines)
+            for plane in planes
+        )
 
 
 def overlay(
@@ -120,11 +130,18 @@ def overlay(
     turning = Resampling(image.shape[1:], affine, None)  # to RAS, and nothing else
     spacing = np.linalg.norm(turning.affine[:3, :3], axis=0)
     volume = turning.apply(image[:1], nearest=True)[0]
-    masks = {"reference": reference, "prediction": prediction}  # in the order in which they are drawn
-    masks = {kind: turning.apply(m[None], nearest=True)[0] for kind, m in masks.items() if m is not None}
+    # in the order in which they are drawn
+    masks = {"reference": reference, "prediction": prediction}
+    masks = {
+        kind: turning.apply(m[None], nearest=True)[0] for kind, m in masks.items() if m is not None
+    }
     foreground = np.logical_or.reduce([mask > 0 for mask in masks.values()])
     box = box_around(foreground, spacing)
-    counted = masks["prediction"][box] != masks["reference"][box] if reference is not None else np.zeros(1, bool)
+    counted = (
+        masks["prediction"][box] != masks["reference"][box]
+        if reference is not None
+        else np.zeros(1, bool)
+    )
     chosen = "with most errors"
     if not counted.any():
         counted = foreground[box]
@@ -137,17 +154,34 @@ def overlay(
         planes = []
         for number in spread(box[axis], shown[axis], most_planes):
             place = tuple(number if axis == other else side for other, side in enumerate(box))
-            outlines = _outlines({kind: as_shown(mask[place]) for kind, mask in masks.items()}, voxel)
+            outlines = _outlines(
+                {kind: as_shown(mask[place]) for kind, mask in masks.items()}, voxel
+            )
             most_pixels = MOST_PIXELS if most_planes == 1 else MOST_PIXELS_OF_MANY
-            planes.append(Plane(number + 1, data_uri(as_shown(volume[place]), window, most_pixels), outlines))
+            planes.append(
+                Plane(number + 1, data_uri(as_shown(volume[place]), window, most_pixels), outlines)
+            )
         sides = [box[other].stop - box[other].start for other in range(3) if other != axis]
         width, height = (side * size for side, size in zip(sides, voxel, strict=True))
-        views.append(View(name, letters, volume.shape[axis], width, height, voxel, tuple(planes), shown[axis] + 1))
+        views.append(
+            View(
+                name,
+                letters,
+                volume.shape[axis],
+                width,
+                height,
+                voxel,
+                tuple(planes),
+                shown[axis] + 1,
+            )
+        )
     return Overlay(tuple(views), chosen)
 
 
 def spread(side: slice, shown: int, most: int) -> list[int]:
-    """Return planes through a box's side, at most so many and evenly spaced, ``shown`` among them."""
+    """Return planes through a box's side, at most so many and evenly spaced, ``shown`` among
+    them.
+    """
     step = -(-(side.stop - side.start) // most)
     return list(range(shown - (shown - side.start) // step * step, side.stop, step))
 
@@ -162,7 +196,9 @@ def _outlines(masks: dict[str, np.ndarray], voxel: tuple[float, float]) -> tuple
 
 
 def as_shown(plane: np.ndarray) -> np.ndarray:
-    """Return the rows and columns of a plane of RAS as they are looked at: anterior or superior above, right left."""
+    """Return the rows and columns of a plane of RAS as they are looked at: anterior or superior
+    above, right left.
+    """
     return plane[::-1, ::-1].T
 
 
@@ -187,7 +223,9 @@ def box_around(foreground: np.ndarray, spacing: np.ndarray) -> tuple[slice, slic
 
 
 def fullest_planes(mask: np.ndarray) -> list[int]:
-    """Return for each axis the plane across it that holds most voxels of a bool mask; of an empty one the middle's."""
+    """Return for each axis the plane across it that holds most voxels of a bool mask; of an empty
+    one the middle's.
+    """
     if not mask.any():
         return [size // 2 for size in mask.shape]
     return [int(mask.sum(tuple({0, 1, 2} - {axis})).argmax()) for axis in range(3)]
@@ -205,7 +243,11 @@ def percentiles(volume: np.ndarray) -> tuple[float, float]:
 def data_uri(pixels: np.ndarray, window: Sequence[float], most_pixels: int) -> str:
     """Encode a plane (rows, columns) as WebP, its window from black to white."""
     low, high = window
-    grey = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low)), 0, 255).round().astype(np.uint8)
+    grey = (
+        np.clip((pixels.astype(np.float32) - low) * (255 / (high - low)), 0, 255)
+        .round()
+        .astype(np.uint8)
+    )
     picture = Image.fromarray(np.ascontiguousarray(grey))
     picture.thumbnail((most_pixels, most_pixels), Image.Resampling.BOX)
     content = io.BytesIO()
@@ -214,9 +256,11 @@ def data_uri(pixels: np.ndarray, window: Sequence[float], most_pixels: int) -> s
 
 
 def outline(mask: np.ndarray) -> tuple[str, tuple[float, float]]:
-    """Return the outlines of a bool mask (rows, columns) as SVG path data in half voxels; and their highest point.
+    """Return the outlines of a bool mask (rows, columns) as SVG path data in half voxels; and their
+    highest point.
 
-    The lines pass midway between the centres of voxels within and without, as those of matplotlib's contours.
+    The lines pass midway between the centres of voxels within and without, as those of matplotlib's
+    contours.
 
     Returns:
         the path data; the point's column and row, in voxels from the upper left corner.
@@ -230,7 +274,9 @@ def outline(mask: np.ndarray) -> tuple[str, tuple[float, float]]:
 
 
 def _path(loop: np.ndarray) -> str:
-    """Write a closed loop of points (n, 2), the last one the first, without the points on straight lines."""
+    """Write a closed loop of points (n, 2), the last one the first, without the points on straight
+    lines.
+    """
     steps = np.diff(loop, axis=0)
     turns = (steps != np.roll(steps, 1, axis=0)).any(1)
     corners = loop[:-1][turns]

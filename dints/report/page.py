@@ -1,7 +1,9 @@
-"""The page: what became of a batch and how good it is, as one HTML file that needs nothing beside it.
+"""The page: what became of a batch and how good it is, as one HTML file that needs nothing beside
+it.
 
-`page.html` is its text, `page.css` its look and `page.js` the few lines that it runs. Its Content-Security-Policy lets
-a browser load nothing and run nothing but these lines, whatever a case is called.
+`page.html` is its text, `page.css` its look and `page.js` the few lines that it runs. Its
+Content-Security-Policy lets a browser load nothing and run nothing but these lines, whatever a case
+is called.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def write(
     models: Sequence[Model],
     model_paths: Sequence[Path],
 ) -> Path:
-    """Write ``report.html`` of a batch into its folder, which has ``run.json`` and the segmentations, and return it.
+    """Write ``report.html`` of a batch into its folder, which has ``run.json`` and the
+    segmentations, and return it.
 
     Args:
         cases: the fault in the place of one that could not be used.
@@ -56,26 +59,35 @@ def write(
         model_paths: the files of ``models``, whose folders may hold tables of their training.
 
     Raises:
-        UserError: something that the report needs is missing or cannot be read, or the page cannot be written.
+        UserError: something that the report needs is missing or cannot be read, or the page cannot
+            be written.
     """
     path = folder / NAME
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         notes = {output.name: run["cases"][output.name] for output in outputs}
-        done = [pair for pair in zip(cases, outputs, strict=True) if notes[pair[1].name].get("state") == "done"]
+        done = [
+            pair
+            for pair in zip(cases, outputs, strict=True)
+            if notes[pair[1].name].get("state") == "done"
+        ]
         batch = Batch(
             _looked_at(done, models[0]),
             models,
             seconds=[notes[output.name].get("seconds") for _, output in done],
-            failures=[(name, note["reason"]) for name, note in notes.items() if note.get("state") == "failed"],
+            failures=[
+                (name, note["reason"])
+                for name, note in notes.items()
+                if note.get("state") == "failed"
+            ],
             settings=run["settings"],
         )
         leaf = partial(_pictured, done, models[0].task)
         files.write_atomically(path, render(batch, model_facts.about(models, model_paths), leaf))
     except (MemoryError, OSError, RuntimeError, ValueError, UserError) as error:
         raise UserError(
-            f"{path} could not be made ({error}); segmentations and scores are written: mend this and give the same "
-            "command again, which keeps them, or leave --report out"
+            f"{path} could not be made ({error}); segmentations and scores are written: mend this "
+            "and give the same command again, which keeps them, or leave --report out"
         ) from error
     return path
 
@@ -108,7 +120,9 @@ class Batch:
     @property
     def trained_on(self) -> set[str]:
         """Names of its cases that a model was trained on."""
-        trained_on = {name for model in self.models for name in model.info.get("training_cases", [])}
+        trained_on = {
+            name for model in self.models for name in model.info.get("training_cases", [])
+        }
         return trained_on & {result.name for result in self.results}
 
 
@@ -129,7 +143,9 @@ def render(batch: Batch, about: Sequence[model_facts.About], leaf: Callable[[int
         leaf: returns the picture of many planes of a case, by its number.
     """
     remarks, drawn = remarks_on(batch), _plots(batch)
-    others = [text for _, text in drawn] + [text for one in about for text in (one.drawing, *one.curves.values())]
+    others = [text for _, text in drawn] + [
+        text for one in about for text in (one.drawing, *one.curves.values())
+    ]
     groups, num_left_out = pictures(batch, remarks, leaf, BYTES - sum(map(len, others)))
     rows = [row for result in batch.results for row in result.rows]
     folder = Path(__file__).parent
@@ -165,7 +181,12 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "volume": volume, "percent": percent, "value": model_facts.value_of}
+    environment.filters |= {
+        "number": number,
+        "volume": volume,
+        "percent": percent,
+        "value": model_facts.value_of,
+    }
     return environment.get_template("page.html")
 
 
@@ -192,8 +213,14 @@ def remarks_on(batch: Batch) -> list[list[str]]:
     unusual = results.unusual_volumes(volumes, batch.task.class_names[1:])
     remarks = []
     for result, of_volumes in zip(batch.results, unusual, strict=True):
-        false = [f"{row.label} was found where the reference has none" for row in result.rows if row.false_positive]
-        missed = [f"{row.label} was missed" for row in result.rows if math.isinf(row.hausdorff95_mm)]
+        false = [
+            f"{row.label} was found where the reference has none"
+            for row in result.rows
+            if row.false_positive
+        ]
+        missed = [
+            f"{row.label} was missed" for row in result.rows if math.isinf(row.hausdorff95_mm)
+        ]
         remarks.append([*result.remarks, *missed, *false, *of_volumes])
     return remarks
 
@@ -211,12 +238,17 @@ def pictures(
         most_bytes: of all of them.
 
     Returns:
-        titles of groups, with the pictures in them by their cases' numbers; how many are left out to keep the page
-        small.
+        titles of groups, with the pictures in them by their cases' numbers; how many are left out
+        to keep the page small.
     """
     groups = {title: numbers for title, numbers in grouped(batch, remarks).items() if numbers}
     left, chosen, num_left_out = most_bytes, [], 0
-    left -= sum(batch.results[n].overlay.size for title, numbers in groups.items() for n in numbers if title != OTHERS)
+    left -= sum(
+        batch.results[n].overlay.size
+        for title, numbers in groups.items()
+        for n in numbers
+        if title != OTHERS
+    )
     for title, numbers in groups.items():
         kept = {}
         for number in numbers:
@@ -235,7 +267,9 @@ def pictures(
 
 
 def grouped(batch: Batch, remarks: Sequence[Sequence[str]]) -> dict[str, list[int]]:
-    """Divide the cases' numbers into groups, by their titles; `OTHERS` are those that are not shown at once."""
+    """Divide the cases' numbers into groups, by their titles; `OTHERS` are those that are not shown
+    at once.
+    """
     numbers = list(range(len(batch.results)))
     if batch.has_scores:
         numbers.sort(key=lambda number: batch.results[number].rank)
@@ -250,17 +284,26 @@ def grouped(batch: Batch, remarks: Sequence[Sequence[str]]) -> dict[str, list[in
     else:
         usual = [number for number in numbers if not remarks[number]]
         unusual = [number for number in numbers if remarks[number]]
-        groups = {"Unusual cases": unusual[:UNUSUAL], "The first cases" if unusual else "Cases": usual[:FIRST]}
+        groups = {
+            "Unusual cases": unusual[:UNUSUAL],
+            "The first cases" if unusual else "Cases": usual[:FIRST],
+        }
     shown = {number for group in groups.values() for number in group}
     return groups | {OTHERS: [number for number in numbers if number not in shown]}
 
 
 def _plots(batch: Batch) -> list[tuple[str, str]]:
     """Draw scores and volumes; return what each plot shows, and its SVG."""
-    found, class_names, names = batch.results, batch.task.class_names[1:], [result.name for result in batch.results]
+    found, class_names, names = (
+        batch.results,
+        batch.task.class_names[1:],
+        [result.name for result in batch.results],
+    )
     if not found:
         return []
-    volumes = {name: [result.volumes[label] for result in found] for label, name in enumerate(class_names)}
+    volumes = {
+        name: [result.volumes[label] for result in found] for label, name in enumerate(class_names)
+    }
     if not batch.has_scores:
         return [  # an axis a class: a lesion is seen beside its organ
             (f"{name}, ml as segmented", plots.strips({name: of_class}, names, first_label=label))
@@ -273,6 +316,8 @@ def _plots(batch: Batch) -> list[tuple[str, str]]:
     drawn = []
     for score, title in SCORES.items():
         values = {name: column(score, label) for label, name in enumerate(class_names)}
-        drawn.append((title, plots.strips(values, names, 1.0 if score != "hausdorff95_mm" else None)))
+        drawn.append(
+            (title, plots.strips(values, names, 1.0 if score != "hausdorff95_mm" else None))
+        )
     references = {name: column("reference_ml", label) for label, name in enumerate(class_names)}
     return [*drawn, ("Volume", plots.agreement(references, volumes, names))]

@@ -1,4 +1,6 @@
-"""Plots of a page: matplotlib's SVG, made part of the page, its text in the page's font and colour."""
+"""Plots of a page: matplotlib's SVG, made part of the page, its text in the page's font and
+colour.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot, which would choose a window system and keep every figure
+
+# not pyplot, which would choose a window system and keep every figure
+from matplotlib.figure import Figure
 
 from dints.running import curves
 
-# Of Okabe and Ito, safe for colour-blind readers, those first that are seen well on grey; one a class.
+# Of Okabe and Ito, safe for colour-blind readers, those first that are seen well on grey; one a
+# class.
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
 MARKERS = "osD^vPX"  # beside colours, so that classes are told apart without them
 UNLIKE = 8  # times as large, volumes of two classes are shown on a logarithmic scale
@@ -37,9 +42,13 @@ def colour(label: int) -> str:
 
 
 def strips(
-    values: Mapping[str, Sequence[float]], cases: Sequence[str], best: float | None = None, first_label: int = 1
+    values: Mapping[str, Sequence[float]],
+    cases: Sequence[str],
+    best: float | None = None,
+    first_label: int = 1,
 ) -> str:
-    """Draw each class's values as points, one a case that leads to its row, over a box of quartiles and median.
+    """Draw each class's values as points, one a case that leads to its row, over a box of quartiles
+    and median.
 
     Args:
         values: of each class by its name, a value a case; those that are not finite are left out.
@@ -52,7 +61,8 @@ def strips(
         axes = figure.subplots()
         for row, of_class in enumerate(values.values()):
             kept = np.flatnonzero(np.isfinite(of_class))
-            y = row + 0.26 * np.sin(2.4 * np.arange(len(kept)))  # beside each other, and the same every time
+            # beside each other, and the same every time
+            y = row + 0.26 * np.sin(2.4 * np.arange(len(kept)))
             points = axes.scatter(
                 np.asarray(of_class)[kept],
                 y,
@@ -93,7 +103,9 @@ def _box(axes: Axes, values: np.ndarray, row: int) -> None:
 
 
 def agreement(
-    reference: Mapping[str, Sequence[float]], prediction: Mapping[str, Sequence[float]], cases: Sequence[str]
+    reference: Mapping[str, Sequence[float]],
+    prediction: Mapping[str, Sequence[float]],
+    cases: Sequence[str],
 ) -> str:
     """Draw the predicted volume of each case and class over the reference's, both in ml."""
     with matplotlib.rc_context(STYLE):
@@ -115,8 +127,11 @@ def agreement(
         volumes = np.array([*reference.values(), *prediction.values()])
         largest = 1.05 * np.nanmax(volumes) or 1.0
         axes.plot((0, largest), (0, largest), color="black", linewidth=1, linestyle="--", zorder=0)
-        medians = [np.median(of_class[of_class > 0]) for of_class in volumes if (of_class > 0).any()]
-        if medians and max(medians) > UNLIKE * min(medians):  # a lesion beside its organ would lie at the origin
+        medians = [
+            np.median(of_class[of_class > 0]) for of_class in volumes if (of_class > 0).any()
+        ]
+        # a lesion beside its organ would lie at the origin
+        if medians and max(medians) > UNLIKE * min(medians):
             scale = {"linthresh": min(medians) / UNLIKE, "linscale": 0.5}
             axes.set_xscale("symlog", **scale)  # not log, which has no 0
             axes.set_yscale("symlog", **scale)
@@ -135,13 +150,16 @@ def agreement(
 
 
 def course(folder: Path) -> dict[str, str]:
-    """Draw the course of a run from its folder's tables: pictures of `dints.running.curves`, by their names."""
+    """Draw the course of a run from its folder's tables: pictures of `dints.running.curves`, by
+    their names.
+    """
     with matplotlib.rc_context(STYLE):
         return {name: svg(figure) for name, figure in curves.figures(folder).items()}
 
 
 def svg(figure: Figure, cases: Sequence[str] = ()) -> str:
-    """Return a figure as SVG for the inside of a page: black is the page's own colour, and points tell their case.
+    """Return a figure as SVG for the inside of a page: black is the page's own colour, and points
+    tell their case.
 
     Args:
         cases: names of those that points lead to, as ``#case-<number>``.
@@ -158,8 +176,12 @@ def svg(figure: Figure, cases: Sequence[str] = ()) -> str:
         (r"; font-family: [^;\">]*", ""),
         ("#000000", "currentColor"),
         (r"\s*\n\s*", "\n"),
-        (r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0])),  # tenths of a point are enough
-        (r'<a xlink:href="#case-(\d+)" target="_blank">', lambda found: _link(int(found[1]), cases)),
+        # tenths of a point are enough
+        (r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0])),
+        (
+            r'<a xlink:href="#case-(\d+)" target="_blank">',
+            lambda found: _link(int(found[1]), cases),
+        ),
         ("xlink:href", "href"),
     ):
         text = re.sub(what, instead, text, flags=re.DOTALL)
@@ -167,5 +189,6 @@ def svg(figure: Figure, cases: Sequence[str] = ()) -> str:
 
 
 def _link(number: int, cases: Sequence[str]) -> str:
-    # Hidden from screen readers, as the whole plot, and from the tab key: the table of cases has the same numbers.
+    # Hidden from screen readers, as the whole plot, and from the tab key: the table of cases has
+    # the same numbers.
     return f'<a href="#case-{number}" tabindex="-1"><title>{html.escape(cases[number])}</title>'

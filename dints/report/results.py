@@ -1,4 +1,6 @@
-"""A case of a batch, looked at: its scores, its volumes, what is unusual about it, and its picture."""
+"""A case of a batch, looked at: its scores, its volumes, what is unusual about it, and its
+picture.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from dints.evaluation.scores import NAN, Row, score_case
 from dints.report.overlays import Overlay, overlay
 
 TOLERANCE_MM = 1.0  # of the surface Dice, as of evaluate.py
-WHISKERS = 1.5  # times the quartiles' distance beyond them, a volume is told: where a box plot's whiskers end
+# times the quartiles' distance beyond them, a volume is told: where a box plot's whiskers end
+WHISKERS = 1.5
 LEAST_CASES = 8  # that a volume is compared with
 
 
@@ -40,12 +43,16 @@ class Result:
 
     @property
     def dice(self) -> float:
-        """Mean Dice of the classes that the reference has; NaN where it has none, or there is no reference."""
+        """Mean Dice of the classes that the reference has; NaN where it has none, or there is no
+        reference.
+        """
         return _mean([row.dice for row in self.rows])
 
     @property
     def rank(self) -> float:
-        """By which it is better than others: the mean with nnU-Net's Dice, in which what is falsely found is 0."""
+        """By which it is better than others: the mean with nnU-Net's Dice, in which what is falsely
+        found is 0.
+        """
         mean = _mean([row.dice_nnunet for row in self.rows])
         return 1.0 if math.isnan(mean) else mean
 
@@ -64,11 +71,14 @@ def look_at(case: Case, output: Path, task: Task, ranges: plausibility.Ranges) -
     header, classes = case.headers[0], dict(enumerate(task.class_names[1:], start=1))
     rows = []
     if reference is not None:
-        rows = score_case(case.name, reference, prediction, header.spacing, classes, tolerance_mm=TOLERANCE_MM)
+        rows = score_case(
+            case.name, reference, prediction, header.spacing, classes, tolerance_mm=TOLERANCE_MM
+        )
     counts = np.bincount(prediction.ravel("K"), minlength=task.num_classes)[1:]
     volumes = counts * math.prod(header.spacing) / 1000
     remarks = plausibility.unusual(case, ranges)
-    if "intensity" in ranges:  # of the file's own voxels: resampling hardly changes their mean and spread
+    # of the file's own voxels: resampling hardly changes their mean and spread
+    if "intensity" in ranges:
         sampled = image[:, ::2, ::2, ::2].astype(np.float32)
         remarks += plausibility.unusual_intensities(normalise(sampled, task), ranges)
     picture = overlay(image, prediction, reference, header.affine, task)
@@ -103,7 +113,8 @@ def unusual_volumes(volumes: np.ndarray, class_names: Sequence[str]) -> list[lis
         margin = WHISKERS * (high - low)
         for number in np.flatnonzero((of_class < low - margin) | (of_class > high + margin)):
             found[number].append(
-                f"{name} has {of_class[number]:.3g} ml, where half of these cases have {low:.3g} to {high:.3g} ml"
+                f"{name} has {of_class[number]:.3g} ml, where half of these cases have {low:.3g} "
+                f"to {high:.3g} ml"
             )
     return found
 

@@ -1,4 +1,6 @@
-"""The state that a run goes on from: ``latest.pth`` and the one before, saved, found and restored."""
+"""The state that a run is resumed from: ``latest.pth`` and the one before, saved, found and
+restored.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +56,15 @@ def find_state(
     """Find what a run in ``folder`` continues from; None for a new run.
 
     Args:
-        configuration: plain values that decide what the run computes, ``processes`` among them; a stored run with
-            another one is not continued.
-        resume: ``must``: there must be a state. ``never`` is done with: `dints.running.run_folder.start_afresh`.
+        configuration: plain values that decide what the run computes, ``processes`` among them; a
+            stored run with another one is not continued.
+        resume: ``must``: there must be a state. ``never`` is done with:
+            `dints.running.run_folder.start_afresh`.
         allow_other_num_processes: continue a run that had another number of processes.
 
     Raises:
-        UserError: there is nothing to continue, or it belongs to another run; every setting that differs is named.
+        UserError: there is nothing to continue, or it belongs to another run; every setting that
+            differs is named.
     """
     latest, previous = folder / LATEST, folder / PREVIOUS
     stored = [path for path in (latest, previous) if path.exists()]
@@ -94,41 +98,53 @@ def _newest_whole(stored: list[Path]) -> tuple[Path, dict]:
 
 
 def _refuse_results(folder: Path) -> None:
-    """Refuse results without a state: a run saves its state before anything else, so another one wrote them."""
+    """Refuse results without a state: a run saves its state before anything else, so another one
+    wrote them.
+    """
     found = [path.name for pattern in RESULTS for path in folder.glob(pattern)]
     if found:
         raise UserError(
-            f"--output_root {folder} holds results ({', '.join(sorted(found)[:3])}) but no {LATEST} "
-            "to continue from: give another folder, or --resume never to move them away"
+            f"--output_root {folder} holds results ({', '.join(sorted(found)[:3])}) but no "
+            f"{LATEST} to continue from: give another folder, or --resume never to move them away"
         )
 
 
-def compare(path: Path, stored: dict, wanted: dict, allow_other_num_processes: bool = False) -> None:
-    """Raise `UserError` where the configuration stored in ``path`` is not the wanted one, with all that differs."""
+def compare(
+    path: Path, stored: dict, wanted: dict, allow_other_num_processes: bool = False
+) -> None:
+    """Raise `UserError` where the configuration stored in ``path`` is not the wanted one, with all
+    that differs.
+    """
     differing = [key for key in sorted({*stored, *wanted}) if stored.get(key) != wanted.get(key)]
     if differing == ["processes"] and allow_other_num_processes:
         log.warning(
-            "the run had %d processes and has %d: it continues, but not to the result that it would have had",
+            "the run had %d processes and has %d: it continues, but not to the result that it "
+            "would have had",
             stored["processes"],
             wanted["processes"],
         )
         return
     if differing:
-        changes = [change for key in differing for change in differences(key, stored.get(key), wanted.get(key))]
+        changes = [
+            change
+            for key in differing
+            for change in differences(key, stored.get(key), wanted.get(key))
+        ]
         if len(changes) > MOST_CHANGES:
             changes[MOST_CHANGES:] = [f"and {len(changes) - MOST_CHANGES} more"]
         others = ", --allow_other_num_processes" if differing == ["processes"] else ""
         raise UserError(
-            f"{path} belongs to a run with other settings ({', '.join(changes)}): use those again to continue "
-            f"it{others}, --resume never to start afresh in this folder, or another --output_root"
+            f"{path} belongs to a run with other settings ({', '.join(changes)}): use those again "
+            f"to continue it{others}, --resume never to start afresh in this folder, or another "
+            "--output_root"
         )
 
 
 class Checkpoint:
     """``latest.pth``, all that continuing a run needs, and ``previous.pth``, the one before.
 
-    The file is a zip archive with a checksum for each tensor; a damaged one is told from a whole one, and the one
-    before is taken.
+    The file is a zip archive with a checksum for each tensor; a damaged one is recognised, and the
+    one before is taken.
 
     Args:
         folder: the run folder.
@@ -168,7 +184,9 @@ class Checkpoint:
         self.progress = Progress.from_dict(state["progress"])
         if state["configuration"]["processes"] != self.processes.world_size and self.progress.step:
             self.progress.iteration, self.progress.step = self.progress.recorded_iteration, 0
-        log.info("continuing after epoch %d, iteration %d", self.progress.epoch, self.progress.iteration)
+        log.info(
+            "continuing after epoch %d, iteration %d", self.progress.epoch, self.progress.iteration
+        )
         return self.progress
 
     def save(self) -> None:
@@ -187,11 +205,15 @@ class Checkpoint:
                 "parts": parts,
             }
             _check_finite(parts)
-            needed, free = sum(t.nbytes for t in _tensors(parts)), shutil.disk_usage(self.latest.parent).free
+            needed, free = (
+                sum(t.nbytes for t in _tensors(parts)),
+                shutil.disk_usage(self.latest.parent).free,
+            )
             if needed > free:
                 raise UserError(
-                    f"{self.latest} needs {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} are free on its disk: free "
-                    "some space, then the same command continues from the last save"
+                    f"{self.latest} needs {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} are "
+                    "free on its disk: free some space, then the same command continues from the "
+                    "last save"
                 )
             with files.replacing(self.latest, keep=self.previous) as file:
                 torch.save(content, file)
@@ -205,8 +227,8 @@ def _new_identity() -> str:
 def _load_part(part: object, name: str, states: Mapping[str, object], path: Path) -> None:
     if name not in states:
         raise UserError(
-            f"{path} has no state of the part {name}: continue with the version of the scripts that wrote it, or start "
-            "afresh with --resume never"
+            f"{path} has no state of the part {name}: continue with the version of the scripts "
+            "that wrote it, or start afresh with --resume never"
         )
     try:
         part.load_state_dict(states[name])
@@ -217,13 +239,15 @@ def _load_part(part: object, name: str, states: Mapping[str, object], path: Path
             raise
         reason = f"{type(error).__name__}: {cut(' '.join(str(error).split()), 200)}"
         raise UserError(
-            f"{path} does not fit this run: its {name} cannot be loaded ({reason}); move it away to continue from "
-            f"{PREVIOUS}, or start afresh with --resume never"
+            f"{path} does not fit this run: its {name} cannot be loaded ({reason}); move it away "
+            f"to continue from {PREVIOUS}, or start afresh with --resume never"
         ) from error
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise `ValueError` where the state that was loaded is not of the optimizer's own parameters and settings."""
+    """Raise `ValueError` where the state that was loaded is not of the optimizer's own parameters
+    and settings.
+    """
     for group in optimizer.param_groups:
         for key, default in optimizer.defaults.items():
             if type(group.get(key)) is not type(default):
@@ -231,7 +255,10 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             for key, value in optimizer.state.get(parameter, {}).items():
                 if not isinstance(value, torch.Tensor) or value.shape not in (parameter.shape, ()):
-                    raise ValueError(f"{shown(key)} of a tensor of shape {tuple(parameter.shape)} is {shown(value)}")
+                    raise ValueError(
+                        f"{shown(key)} of a tensor of shape {tuple(parameter.shape)} "
+                        f"is {shown(value)}"
+                    )
 
 
 def _load(path: Path) -> dict:
@@ -243,15 +270,19 @@ def _load(path: Path) -> dict:
     state = torch_files.load_safely(path)
     keys = {"configuration", "precision", "progress", "parts"}
     if not isinstance(state, dict) or not keys <= state.keys():
-        raise UserError(f"{path} is not a run's checkpoint: move it away, or give another --output_root")
+        raise UserError(
+            f"{path} is not a run's checkpoint: move it away, or give another --output_root"
+        )
     if state.get("format") != FORMAT:
         raise UserError(
-            f"{path} has the format {shown(state.get('format'))}, and this version writes {FORMAT}: continue with the "
-            "version that it is of, or start afresh with --resume never"
+            f"{path} has the format {shown(state.get('format'))}, and this version writes "
+            f"{FORMAT}: continue with the version that it is of, or start afresh with --resume "
+            "never"
         )
     _check_content(path, state)
     try:
-        with zipfile.ZipFile(path) as archive:  # PyTorch writes checksums, and does not look at them
+        # PyTorch writes checksums, and does not look at them
+        with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError) as error:
         damaged = error
@@ -261,12 +292,17 @@ def _load(path: Path) -> dict:
 
 
 def _check_content(path: Path, state: dict) -> None:
-    """Raise unless a checkpoint's values are such as `Checkpoint.save` writes, down to each tensor."""
+    """Raise unless a checkpoint's values are such as `Checkpoint.save` writes, down to each
+    tensor.
+    """
     configuration, parts = state["configuration"], state["parts"]
     try:
         Progress.from_dict(state["progress"])
         for key, is_sound in (
-            ("configuration", isinstance(configuration, dict) and torch_files.is_plain(configuration)),
+            (
+                "configuration",
+                isinstance(configuration, dict) and torch_files.is_plain(configuration),
+            ),
             ("precision", state["precision"] in ("fp32", "bf16", "fp16")),
             ("parts", isinstance(parts, dict)),
         ):
@@ -284,7 +320,9 @@ def _check_content(path: Path, state: dict) -> None:
 
 
 def _tensors(content: object) -> Iterator[torch.Tensor]:
-    """Give the tensors in a nested state, however deep; what stands in it more than once is looked at once."""
+    """Give the tensors in a nested state, however deep; what stands in it more than once is looked
+    at once.
+    """
     waiting, seen = [content], set()
     while waiting:
         value = waiting.pop()
@@ -301,8 +339,10 @@ def _check_finite(parts: Mapping[str, object]) -> None:
     for tensor in _tensors(parts):
         if tensor.is_floating_point():
             finite.setdefault(tensor.device, []).append(tensor.isfinite().all())
-    if not all(torch.stack(answers).all() for answers in finite.values()):  # one wait, and not one a tensor
+    # one wait, and not one a tensor
+    if not all(torch.stack(answers).all() for answers in finite.values()):
         raise Diverged(
-            "the training diverged: weights are not finite, and are not saved; lower --learning_rate, set "
-            "--max_gradient_norm, or try --precision fp32. latest.pth is from before"
+            "the training diverged: weights are not finite, and are not saved; lower "
+            "--learning_rate, set --max_gradient_norm, or try --precision fp32. latest.pth is from "
+            "before"
         )

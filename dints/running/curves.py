@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot, which would choose a window system and keep every figure
+
+# not pyplot, which would choose a window system and keep every figure
+from matplotlib.figure import Figure
 
 from dints import files
 from dints.running.tables import ACCURACY, CANDIDATES, LOSSES, Rows, read_rows
 
-MARKED, SMOOTHED = 40, 200  # up to so many rows each point is marked; beyond so many points a running mean is drawn
+# up to so many rows each point is marked; beyond so many points a running mean is drawn
+MARKED, SMOOTHED = 40, 200
 
 
 def draw_all(folder: Path) -> None:
@@ -24,17 +27,27 @@ def draw_all(folder: Path) -> None:
 
 
 def figures(folder: Path) -> dict[str, Figure]:
-    """Make the pictures of a run folder, by their names without ending; of a table that is not there none."""
+    """Make the pictures of a run folder, by their names without ending; of a table that is not
+    there none.
+    """
     losses, accuracy, made = read_rows(folder / LOSSES), read_rows(folder / ACCURACY), {}
     is_search = bool(losses) and "architecture_loss" in losses[0]
     if losses:
         names = {"loss": "weights' cases", "architecture_loss": "architecture's cases"}
         names = names if is_search else {"loss": "training cases"}
-        made["training_loss"] = _over_iterations_and_time(losses, names, "training loss (Dice + CE)")
+        made["training_loss"] = _over_iterations_and_time(
+            losses, names, "training loss (Dice + CE)"
+        )
     if any(row["dice"] for row in accuracy):
-        names = {key: key.removeprefix("dice_").replace("_", " ") for key in accuracy[0] if key.startswith("dice_")}
+        names = {
+            key: key.removeprefix("dice_").replace("_", " ")
+            for key in accuracy[0]
+            if key.startswith("dice_")
+        }
         names = {"dice": "mean", **names} if len(names) > 1 else names
-        figure = _over_iterations_and_time(accuracy, names, "Dice of the validation cases", corner="lower right")
+        figure = _over_iterations_and_time(
+            accuracy, names, "Dice of the validation cases", corner="lower right"
+        )
         figure.axes[0].set_ylim(*_range_of_dice(accuracy, names))
         made["validation_metric"] = figure
     if is_search:
@@ -42,14 +55,20 @@ def figures(folder: Path) -> dict[str, Figure]:
     return made
 
 
-KINDS = {"given": "tab:blue", "by_hand": "tab:orange", "random": "tab:green", "mutant": "tab:purple"}
+KINDS = {
+    "given": "tab:blue",
+    "by_hand": "tab:orange",
+    "random": "tab:green",
+    "mutant": "tab:purple",
+}
 
 
 def draw_candidates(folder: Path) -> None:
-    """Draw ``candidates.png``: Dice of each candidate of a competition on each rung that it reached.
+    """Draw ``candidates.png``: Dice of each candidate of a competition on each rung that it
+    reached.
 
-    The axis leaves out candidates far below the others, for else those that matter would lie on each other; each is a
-    triangle at the lower edge with its Dice beside.
+    The axis leaves out candidates far below the others, for else those that matter would lie on
+    each other; each is a triangle at the lower edge with its Dice beside.
     """
     rows = read_rows(folder / CANDIDATES)
     rungs = sorted({int(row["iterations"]) for row in rows})
@@ -61,21 +80,41 @@ def draw_candidates(folder: Path) -> None:
     for kind, colour in KINDS.items():
         of_kind = dict.fromkeys(row["candidate"] for row in rows if row["kind"] == kind)
         for number, name in enumerate(of_kind):
-            points = {int(row["iterations"]): float(row["dice"]) for row in rows if row["candidate"] == name}
+            points = {
+                int(row["iterations"]): float(row["dice"])
+                for row in rows
+                if row["candidate"] == name
+            }
             # Beside each other, so that those of equal Dice can be told apart.
             x = [_beside(rungs.index(iterations), kind) for iterations in points]
             label = kind.replace("_", " ") if number == 0 else None
-            axes.plot(x, list(points.values()), marker="o", markersize=5, color=colour, label=label, alpha=0.75)
+            axes.plot(
+                x,
+                list(points.values()),
+                marker="o",
+                markersize=5,
+                color=colour,
+                label=label,
+                alpha=0.75,
+            )
     axes.set_ylim(lowest - margin, max(dices) + margin)
     for number, iterations in enumerate(rungs):
         for kind in KINDS:
-            of_kind = (row for row in rows if row["kind"] == kind and int(row["iterations"]) == iterations)
-            below = sorted(dice for dice in (float(row["dice"]) for row in of_kind) if dice < lowest)
+            of_kind = (
+                row for row in rows if row["kind"] == kind and int(row["iterations"]) == iterations
+            )
+            below = sorted(
+                dice for dice in (float(row["dice"]) for row in of_kind) if dice < lowest
+            )
             if below:
                 _mark_below(axes, _beside(number, kind), below, KINDS[kind])
-    winner = max((row for row in rows if int(row["iterations"]) == rungs[-1]), key=lambda row: float(row["dice"]))
+    winner = max(
+        (row for row in rows if int(row["iterations"]) == rungs[-1]),
+        key=lambda row: float(row["dice"]),
+    )
     axes.set_title(
-        f"the winner is {winner['candidate'].replace('_', ' ')}, Dice {float(winner['dice']):.4f}", loc="left"
+        f"the winner is {winner['candidate'].replace('_', ' ')}, Dice {float(winner['dice']):.4f}",
+        loc="left",
     )
     axes.set_xlim(-0.5, len(rungs) - 0.5)
     axes.set_xticks(range(len(rungs)), [f"{iterations:,}" for iterations in rungs])
@@ -92,9 +131,20 @@ def _beside(rung: int, kind: str) -> float:
 
 
 def _mark_below(axes: Axes, x: float, dices: list[float], colour: str) -> None:
-    """Mark at the lower edge that there are Dice below it; write up to three, or how many there are and their range."""
+    """Mark at the lower edge that there are Dice below it; write up to three, or how many there are
+    and their range.
+    """
     bottom = axes.get_ylim()[0]
-    axes.plot([x], [bottom], marker="v", markersize=8, color=colour, clip_on=False, label="_below", zorder=3)
+    axes.plot(
+        [x],
+        [bottom],
+        marker="v",
+        markersize=8,
+        color=colour,
+        clip_on=False,
+        label="_below",
+        zorder=3,
+    )
     text = ", ".join(f"{dice:.4f}" for dice in dices)
     if len(dices) > 3:
         text = f"{len(dices)}: {dices[0]:.4f} to {dices[-1]:.4f}"
@@ -102,11 +152,16 @@ def _mark_below(axes: Axes, x: float, dices: list[float], colour: str) -> None:
     axes.annotate(text, (x, bottom), xytext=(0, 7), textcoords="offset points", **style)
 
 
-def _over_iterations_and_time(rows: Rows, names: Mapping[str, str], label: str, corner: str = "upper right") -> Figure:
+def _over_iterations_and_time(
+    rows: Rows, names: Mapping[str, str], label: str, corner: str = "upper right"
+) -> Figure:
     """Draw the columns in ``names`` over iterations (left) and over minutes of training (right)."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, column, scale, name in ((left, "iteration", 1, "iterations"), (right, "seconds", 60, "minutes")):
+    for axes, column, scale, name in (
+        (left, "iteration", 1, "iterations"),
+        (right, "seconds", 60, "minutes"),
+    ):
         for key, curve in names.items():
             _plot(axes, *_points(rows, column, key, scale), curve, len(rows))
         _finish(axes, name)
@@ -121,7 +176,11 @@ def _course_of_search(rows: Rows) -> Figure:
     losses, memory, entropies, changes = figure.subplots(1, 4)
     for axes, label, names in (
         (losses, "loss (Dice + CE)", {"loss": "weights", "architecture_loss": "architecture"}),
-        (memory, "share of the memory of all paths", {"ram_ratio": "expected network", "ram_target": "RAM factor"}),
+        (
+            memory,
+            "share of the memory of all paths",
+            {"ram_ratio": "expected network", "ram_target": "RAM factor"},
+        ),
         (
             entropies,
             "entropy, share of its start",
@@ -146,13 +205,16 @@ def _course_of_search(rows: Rows) -> Figure:
 
 
 def _points(rows: Rows, column: str, key: str, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Return two columns of the rows that have a value of ``key``, the first divided by ``scale``."""
+    """Return two columns of the rows that have a value of ``key``, the first divided by
+    ``scale``.
+    """
     points = [(float(row[column]) / scale, float(row[key])) for row in rows if row.get(key)]
     return tuple(np.array(points).reshape(-1, 2).T)
 
 
 def _plot(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, num_rows: int) -> None:
-    """Draw one curve; where there are many points, their running mean over the points themselves, drawn faintly.
+    """Draw one curve; where there are many points, their running mean over the points themselves,
+    drawn faintly.
 
     Where there is none yet, the legend does not name it.
     """
@@ -170,10 +232,14 @@ def _plot(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, num_rows: int) ->
 
 
 def _range_of_dice(rows: Rows, names: Mapping[str, str]) -> tuple[float, float]:
-    """Return limits in steps of 0.05 that show the later three quarters well; what is below at first is cut off."""
+    """Return limits in steps of 0.05 that show the later three quarters well; what is below at
+    first is cut off.
+    """
     later = rows[len(rows) // 4 :]
     values = [float(row[key]) for row in later for key in names if row.get(key)] or [0.0, 1.0]
-    return max(0.0, math.floor(20 * min(values)) / 20 - 0.05), min(1.0, math.ceil(20 * max(values)) / 20 + 0.01)
+    return max(0.0, math.floor(20 * min(values)) / 20 - 0.05), min(
+        1.0, math.ceil(20 * max(values)) / 20 + 0.01
+    )
 
 
 def _finish(axes: Axes, name_x: str) -> None:

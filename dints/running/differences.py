@@ -1,4 +1,6 @@
-"""What differs between two plain values, in words: between a stored run's configuration and the one asked for."""
+"""What differs between two plain values, in words: between a stored run's configuration and the one
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ def differences(name: str, was: object, now: object) -> Iterator[str]:
 
 def _hold(kind: type | tuple[type, ...], *values: object) -> bool:
     """Tell whether they are lists of such items, not all of them empty."""
-    return all(isinstance(value, (list, tuple)) for value in values) and any(values) and all(
-        isinstance(item, kind) for value in values for item in value
+    return (
+        all(isinstance(value, (list, tuple)) for value in values)
+        and any(values)
+        and all(isinstance(item, kind) for value in values for item in value)
     )
 
 

@@ -94,8 +94,8 @@ class EpochLoss:
         first = min(iteration for _, iteration, _ in found)
         names = [name for _, iteration, cases in found if iteration == first for name in cases]
         return UserError(
-            f"the {self.name} is not finite at iteration {first} (cases {', '.join(names)}), and in "
-            f"{max(steps for steps, *_ in found)} steps in a row: the training diverged; lower "
+            f"the {self.name} is not finite at iteration {first} (cases {', '.join(names)}), and "
+            f"in {max(steps for steps, *_ in found)} steps in a row: the training diverged; lower "
             "--learning_rate, set --max_gradient_norm, or try --precision fp32. latest.pth is from "
             "before"
         )

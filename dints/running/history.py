@@ -1,4 +1,6 @@
-"""A run's history: tables for programs, TensorBoard for curves over time, pictures and lines for people."""
+"""A run's history: tables for programs, TensorBoard for curves over time, pictures and lines for
+people.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from dints.running.tables import ACCURACY, LOSSES, add_row, read_rows, write_row
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 10.0  # so that short epochs do not flood the terminal; the tables have every epoch
+# so that short epochs do not flood the terminal; the tables have every epoch
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class Scores(Protocol):
@@ -39,12 +42,14 @@ class Scores(Protocol):
 
 
 class History:
-    """Writes a table row per epoch and per validation, TensorBoard's ``Events/``, ``progress.yaml`` and pictures.
+    """Writes a table row per epoch and per validation, TensorBoard's ``Events/``, ``progress.yaml``
+    and pictures.
 
     Args:
         folder: the run folder.
         class_names: of the task, background first.
-        iteration: the last one that a stopped run need not do again; what it wrote after it is cut. 0: afresh.
+        iteration: the last one that a stopped run need not do again; what it wrote after it is cut.
+            0: afresh.
         enabled: False on ranks that do not write.
     """
 
@@ -57,30 +62,50 @@ class History:
             self.excepthook = threading.excepthook
             threading.excepthook = self._report_unless_raised
             with self._writing():
-                self.writer = SummaryWriter(str(folder / "Events"), purge_step=iteration + 1 if iteration else None)
+                self.writer = SummaryWriter(
+                    str(folder / "Events"), purge_step=iteration + 1 if iteration else None
+                )
             for table in (folder / LOSSES, folder / ACCURACY):
-                write_rows(table, [row for row in read_rows(table) if int(row["iteration"]) <= iteration])
+                write_rows(
+                    table, [row for row in read_rows(table) if int(row["iteration"]) <= iteration]
+                )
 
     def add_epoch(self, progress: Progress, values: Mapping[str, float | None]) -> None:
         """Note an epoch's values: a row of ``loss_history.csv``, scalars, a line for people.
 
         Args:
-            values: ``data_wait`` among them is the share of the epoch in which batches were waited for.
+            values: ``data_wait`` among them is the share of the epoch in which batches were waited
+                for.
         """
         if time.monotonic() - self.logged_at > SECONDS_BETWEEN_LINES:
-            shown = [f"{key} {value:.4g}" for key, value in values.items() if value is not None and key != "data_wait"]
+            shown = [
+                f"{key} {value:.4g}"
+                for key, value in values.items()
+                if value is not None and key != "data_wait"
+            ]
             pace = f"{progress.seconds_per_iteration:.2f} s/it"
             if "data_wait" in values:
                 pace += f", {values['data_wait']:.1%} of it waiting for data"
             log.info(
-                "epoch %d iteration %d: %s (%s)", progress.current_epoch, progress.iteration, " ".join(shown), pace
+                "epoch %d iteration %d: %s (%s)",
+                progress.current_epoch,
+                progress.iteration,
+                " ".join(shown),
+                pace,
             )
             self.logged_at = time.monotonic()
-        self._add(LOSSES, "train", progress, {**values, "seconds_per_iteration": progress.seconds_per_iteration})
+        self._add(
+            LOSSES,
+            "train",
+            progress,
+            {**values, "seconds_per_iteration": progress.seconds_per_iteration},
+        )
         self._flush()  # a run that is killed is continued after this epoch
 
     def add_validation(self, progress: Progress, scores: Scores | None) -> None:
-        """Note a validation (None: no cases) likewise, draw the pictures and replace ``progress.yaml``."""
+        """Note a validation (None: no cases) likewise, draw the pictures and replace
+        ``progress.yaml``.
+        """
         if scores is None:
             log.info("no validation cases: the newest network counts as the best")
         else:
@@ -110,22 +135,31 @@ class History:
                 self.writer.flush()
 
     def _report_unless_raised(self, raised: threading.ExceptHookArgs) -> None:
-        """Print no traceback of what TensorBoard's thread could not write, for `_writing` reports it."""
-        if not (isinstance(raised.exc_value, OSError) and type(raised.thread).__module__.startswith("tensorboard.")):
+        """Print no traceback of what TensorBoard's thread could not write, for `_writing` reports
+        it.
+        """
+        if not (
+            isinstance(raised.exc_value, OSError)
+            and type(raised.thread).__module__.startswith("tensorboard.")
+        ):
             self.excepthook(raised)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Report in one line what TensorBoard could not write: its thread raises at a later call."""
+        """Report in one line what TensorBoard could not write: its thread raises at a later
+        call.
+        """
         try:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.folder / 'Events'} cannot be written: {error.strerror or error}; free some space, then "
-                "the same command continues"
+                f"{self.folder / 'Events'} cannot be written: {error.strerror or error}; free some "
+                "space, then the same command continues"
             ) from error
 
-    def _add(self, name: str, group: str, progress: Progress, values: Mapping[str, float | None]) -> None:
+    def _add(
+        self, name: str, group: str, progress: Progress, values: Mapping[str, float | None]
+    ) -> None:
         if not self.enabled:
             return
         row = {
@@ -159,4 +193,6 @@ class History:
             "best_avg_dice_score_iteration": progress.best_iteration,
             "best_path": progress.best_path,
         }
-        files.write_atomically(self.folder / "progress.yaml", yaml.safe_dump(content, sort_keys=False))
+        files.write_atomically(
+            self.folder / "progress.yaml", yaml.safe_dump(content, sort_keys=False)
+        )

@@ -16,30 +16,42 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Precision:
-    """One path for every precision: in fp32 autocast does nothing, and outside fp16 the scaler does nothing."""
+    """One path for every precision: in fp32 autocast does nothing, and outside fp16 the scaler does
+    nothing.
+    """
 
     name: str
     device: torch.device
 
     def autocast(self, cache: bool = True) -> torch.autocast:
-        """Return the context that networks compute in; with ``cache``, a weight that is used twice is cast once."""
+        """Return the context that networks compute in; with ``cache``, a weight that is used twice
+        is cast once.
+        """
         dtype = torch.float16 if self.name == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32", cache_enabled=cache)
+        return torch.autocast(
+            self.device.type, dtype=dtype, enabled=self.name != "fp32", cache_enabled=cache
+        )
 
     def describe(self, processes: Processes) -> str:
         """Tell people what computes, and in which precision."""
-        tf32 = self.name == "fp32" and self.device.type == "cuda" and torch.backends.cudnn.allow_tf32
-        return f"{processes.world_size} x {self.device.type} in {self.name}{', convolutions in TF32' * tf32}"
+        tf32 = (
+            self.name == "fp32" and self.device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        )
+        return (
+            f"{processes.world_size} x {self.device.type} in "
+            f"{self.name}{', convolutions in TF32' * tf32}"
+        )
 
     def scaler(self) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
 def choose_precision(name: str, processes: Processes) -> Precision:
-    """Return the precision called ``name``; ``auto`` is the fastest that trains like fp32 on this device.
+    """Return the precision called ``name``; ``auto`` is the fastest that trains like fp32 on this
+    device.
 
-    On CUDA that is bf16 where the GPU computes it, else fp16. On a CPU it is measured: processors with bf16 matrix
-    instructions are several times faster with it, the others many times slower.
+    On CUDA that is bf16 where the GPU computes it, else fp16. On a CPU it is measured: processors
+    with bf16 matrix instructions are several times faster with it, the others many times slower.
     """
     device_type = processes.device.type
     native_bf16 = device_type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -50,14 +62,23 @@ def choose_precision(name: str, processes: Processes) -> Precision:
     if name == "fp16" and device_type == "cpu":
         raise UserError("--precision fp16 needs a GPU: use bf16, fp32 or auto on a CPU")
     if name == "bf16" and not native_bf16:
-        raise UserError("--precision bf16, but this GPU does not compute it: use fp16, fp32 or auto")
+        raise UserError(
+            "--precision bf16, but this GPU does not compute it: use fp16, fp32 or auto"
+        )
     return Precision(name, processes.device)
 
 
 def _faster_on_cpu() -> str:
-    """Return which of fp32 and bf16 takes less time forward and backward through a convolution like the network's."""
-    seconds = {name: _seconds_of_convolution(Precision(name, torch.device("cpu"))) for name in ("fp32", "bf16")}
-    log.info("CPU convolution: fp32 %.1f ms, bf16 %.1f ms", 1e3 * seconds["fp32"], 1e3 * seconds["bf16"])
+    """Return which of fp32 and bf16 takes less time forward and backward through a convolution like
+    the network's.
+    """
+    seconds = {
+        name: _seconds_of_convolution(Precision(name, torch.device("cpu")))
+        for name in ("fp32", "bf16")
+    }
+    log.info(
+        "CPU convolution: fp32 %.1f ms, bf16 %.1f ms", 1e3 * seconds["fp32"], 1e3 * seconds["bf16"]
+    )
     return min(seconds, key=seconds.get)
 
 

@@ -34,7 +34,8 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
-    board: dist.Store = field(default_factory=dist.HashStore, compare=False)  # where each may write, and all may read
+    # where each may write, and all may read
+    board: dist.Store = field(default_factory=dist.HashStore, compare=False)
     # Of all ranks, for numbers on the CPU; None: the group of all exchanges them.
     cpu_group: dist.ProcessGroup | None = field(default=None, compare=False)
 
@@ -48,7 +49,9 @@ class Processes:
         return max(1, self.world_size // launcher.local_world_size())
 
     def share(self, count: int) -> range:
-        """Return this rank's share of ``count`` things: every ``world_size``-th number, from its rank on."""
+        """Return this rank's share of ``count`` things: every ``world_size``-th number, from its
+        rank on.
+        """
         return range(self.rank, count, self.world_size)
 
     def alone(self) -> Processes:
@@ -78,7 +81,8 @@ class Processes:
         return values
 
     def wait_for_all(self, what: str) -> None:
-        """Wait until every rank has come here, however long that takes: a collective would give up on a slow one.
+        """Wait until every rank has come here, however long that takes: a collective would give up
+        on a slow one.
 
         Args:
             what: a name that no other place has.
@@ -94,26 +98,36 @@ class Processes:
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace each parameter's gradient by its mean over the ranks, all in one message."""
-        flat = self.sum(torch.cat([parameter.grad.flatten() for parameter in parameters])) / self.world_size
-        for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        flat = (
+            self.sum(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+            / self.world_size
+        )
+        for parameter, mean in zip(
+            parameters, flat.split([p.numel() for p in parameters]), strict=True
+        ):
             parameter.grad.copy_(mean.view_as(parameter))
 
     def distributed(self, network: nn.Module) -> nn.Module:
-        """Return the network under DDP, which averages the gradients of what is trainable now; alone, itself."""
+        """Return the network under DDP, which averages the gradients of what is trainable now;
+        alone, itself.
+        """
         if self.world_size == 1:
             return network
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        # Not batched_grad_copy, which would copy gradients in one call a bucket: with PyTorch 2.13 and gloo, two of
-        # four trainings of two processes came to weights that are not finite.
+        # Not batched_grad_copy, which would copy gradients in one call a bucket: with PyTorch 2.13
+        # and gloo, two of four trainings of two processes came to weights that are not finite.
         how = {"device_ids": device_ids, "gradient_as_bucket_view": True}
-        # Buffers are the same constants on all ranks. Before 2.13 its flag also skips their exchange at the start.
+        # Buffers are the same constants on all ranks. Before 2.13 its flag also skips their
+        # exchange at the start.
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         return DistributedDataParallel(
             network, **how, **{"forward_sync_buffers" if new else "broadcast_buffers": False}
         )
 
     def on_main(self, function: Callable, *args, **keywords):
-        """Call ``function`` on rank 0 and return its result on every rank; where it raises, every rank leaves."""
+        """Call ``function`` on rank 0 and return its result on every rank; where it raises, every
+        rank leaves.
+        """
         if self.world_size == 1:
             return function(*args, **keywords)
         outcome = [None, True]
@@ -121,7 +135,9 @@ class Processes:
             if self.is_main:
                 outcome = [function(*args, **keywords), False]
         finally:
-            dist.broadcast_object_list(outcome, src=0, device=self.device if self.device.type == "cuda" else None)
+            dist.broadcast_object_list(
+                outcome, src=0, device=self.device if self.device.type == "cuda" else None
+            )
         result, failed = outcome
         if failed:
             sys.exit(1)  # rank 0 says why
@@ -146,7 +162,9 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
         if processes.world_size > 1:
             store = _join(processes, timeout_minutes)
             processes = replace(
-                processes, board=dist.PrefixStore("board", store), cpu_group=_cpu_group(timeout_minutes)
+                processes,
+                board=dist.PrefixStore("board", store),
+                cpu_group=_cpu_group(timeout_minutes),
             )
         yield processes
     except (MemoryError, RuntimeError) as error:
@@ -157,7 +175,9 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
         raise explained from error
     else:
         if store is not None:
-            gc.collect()  # DDP refers to itself: what it holds of the group would outlive Python, which aborts at times
+            # DDP refers to itself: what it holds of the group would outlive Python, which aborts at
+            # times
+            gc.collect()
             dist.destroy_process_group()
     finally:
         for number, handler in handlers.items():
@@ -166,7 +186,10 @@ def started(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Pro
 
 def _join(processes: Processes, timeout_minutes: float) -> dist.Store:
     """Make the group of all processes; return the store at which they met."""
-    backend, timeout = "nccl" if processes.device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
+    backend, timeout = (
+        "nccl" if processes.device.type == "cuda" else "gloo",
+        timedelta(minutes=timeout_minutes),
+    )
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     dist.init_process_group(
         backend,
@@ -182,11 +205,14 @@ def _join(processes: Processes, timeout_minutes: float) -> dist.Store:
 def _cpu_group(timeout_minutes: float) -> dist.ProcessGroup | None:
     """Make a group of all ranks for numbers on the CPU, where the group of all is one of GPUs.
 
-    It is the first to give up on a rank: its error can be explained, and NCCL's watchdog ends the process.
+    It is the first to give up on a rank: its error can be explained, and NCCL's watchdog ends the
+        process.
     """
     if dist.get_backend() == "gloo":
         return None
-    return dist.new_group(backend="gloo", timeout=timedelta(minutes=FIRST_TO_GIVE_UP * timeout_minutes))
+    return dist.new_group(
+        backend="gloo", timeout=timedelta(minutes=FIRST_TO_GIVE_UP * timeout_minutes)
+    )
 
 
 def start_logging() -> None:
@@ -194,6 +220,8 @@ def start_logging() -> None:
     rank = launcher.rank()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
-        format="%(asctime)s %(message)s" if launcher.world_size() == 1 else f"%(asctime)s [rank {rank}] %(message)s",
+        format="%(asctime)s %(message)s"
+        if launcher.world_size() == 1
+        else f"%(asctime)s [rank {rank}] %(message)s",
         datefmt="%H:%M:%S",
     )

@@ -14,16 +14,19 @@ from dints.errors import shown
 
 log = logging.getLogger(__name__)
 
-BEST = {"best_dice": float, "best_epoch": int, "best_iteration": int, "best_path": str}  # kinds, where not None
+# kinds, where not None
+BEST = {"best_dice": float, "best_epoch": int, "best_iteration": int, "best_path": str}
 NOTHING_FOUND = 0.0005  # Dice that people read as 0
 
 
 @dataclass
 class Progress:
-    """How far a run has come, and its best validation so far (``best_*`` are None before the first).
+    """How far a run has come, and its best validation so far (``best_*`` are None before the
+    first).
 
     Attributes:
-        run: identity of the run, which its model file has too; empty where the run began before there was one.
+        run: identity of the run, which its model file has too; empty where the run began before
+            there was one.
         epoch: how many are completed, with their validation.
         step: steps done in the epoch that is running.
         iteration: steps done in all.
@@ -46,7 +49,8 @@ class Progress:
 
     @staticmethod
     def from_dict(values: Mapping[str, object]) -> Progress:
-        """Return the progress in a checkpoint; an attribute that an older one lacks has its default.
+        """Return the progress in a checkpoint; an attribute that an older one lacks has its
+        default.
 
         Raises:
             ValueError, TypeError: they are not what the attributes are.
@@ -67,7 +71,9 @@ class Progress:
 
     @property
     def recorded_iteration(self) -> int:
-        """The last iteration of the epochs that are completed: what comes after it is done again or gone on with."""
+        """The last iteration of the epochs that are completed: what comes after it is done again or
+        gone on with.
+        """
         return self.iteration - self.step
 
     def step_done(self) -> None:
@@ -77,10 +83,16 @@ class Progress:
         self.epoch, self.step = self.epoch + 1, 0
 
     def note_validation(self, dice: float | None, path: Path) -> bool:
-        """Take over a validation's result if it is the best; without any (no cases), the newest network is the best."""
+        """Take over a validation's result if it is the best; without any (no cases), the newest
+        network is the best.
+        """
         if dice is not None and self.best_dice is not None and dice <= self.best_dice:
             return False
-        self.best_dice, self.best_epoch, self.best_iteration = dice, self.current_epoch, self.iteration
+        self.best_dice, self.best_epoch, self.best_iteration = (
+            dice,
+            self.current_epoch,
+            self.iteration,
+        )
         self.best_path = str(path)
         return True
 
@@ -99,17 +111,20 @@ class Progress:
 
 
 def remark_on_dice(best: float | None, iterations: int, num_cases: int) -> None:
-    """Say at the end of a training what may be wrong where its best validation, of so many cases, found nothing."""
+    """Say at the end of a training what may be wrong where its best validation, of so many cases,
+    found nothing.
+    """
     if num_cases and best is None:
         log.info(
-            "there is no Dice: none of the %d validation cases has any foreground; --check lists what labels hold, "
-            "and another --fold has other cases",
+            "there is no Dice: none of the %d validation cases has any foreground; --check lists "
+            "what labels hold, and another --fold has other cases",
             num_cases,
         )
     elif num_cases and best < NOTHING_FOUND:
         log.info(
-            "Dice stayed 0 in all validations. Likely causes: too few iterations (%d); a --learning_rate at which the "
-            "loss does not fall (loss_history.csv); classes that the %d validation cases lack (--check lists them)",
+            "Dice stayed 0 in all validations. Likely causes: too few iterations (%d); a "
+            "--learning_rate at which the loss does not fall (loss_history.csv); classes that the "
+            "%d validation cases lack (--check lists them)",
             iterations,
             num_cases,
         )

@@ -1,4 +1,6 @@
-"""The run folder (``--output_root``): made, probed, locked against a second run, and cleared for a fresh start."""
+"""The run folder (``--output_root``): made, probed, locked against a second run, and cleared for a
+fresh start.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,27 @@ log = logging.getLogger(__name__)
 
 NOTE = "fresh_start.json"
 LATEST, PREVIOUS = "latest.pth", "previous.pth"
-# What runs write into their folder. The states come first: whatever interrupts a fresh start, none is left to continue.
+# What runs write into their folder. The states come first: whatever interrupts a fresh start, none
+# is left to continue.
 WRITTEN = (
-    *(LATEST, PREVIOUS, NOTE, "best_metric_model.pth", "search_code_*", "*_history.csv", "Events", "progress.yaml"),
-    *("training_loss.png", "validation_metric.png", "search.png", "candidates", "candidates.csv", "candidates.png"),
+    *(
+        LATEST,
+        PREVIOUS,
+        NOTE,
+        "best_metric_model.pth",
+        "search_code_*",
+        "*_history.csv",
+        "Events",
+        "progress.yaml",
+    ),
+    *(
+        "training_loss.png",
+        "validation_metric.png",
+        "search.png",
+        "candidates",
+        "candidates.csv",
+        "candidates.png",
+    ),
     *("data.json", "task.json", "done.json"),
 )
 
@@ -49,9 +68,11 @@ def opened(path: str | Path, processes: Processes) -> Iterator[Path]:
 
 
 def start_afresh(folder: Path, processes: Processes, inputs: Sequence[Path | None] = ()) -> None:
-    """Move what an earlier run left in the folder into ``before_1`` there, or the next number; once a launch.
+    """Move what an earlier run left in the folder into ``before_1`` there, or the next number; once
+    a launch.
 
-    Processes that a launcher starts again, and a SLURM job that is queued again, find in the folder's note that they
+    Processes that a launcher starts again, and a SLURM job that is queued again, find in the
+    folder's note that they
     have started afresh before: they continue.
 
     Args:
@@ -61,33 +82,47 @@ def start_afresh(folder: Path, processes: Processes, inputs: Sequence[Path | Non
         UserError: on rank 0; nothing is moved, or what is left can be moved by the same command.
     """
     # Each node has a launch of its own, and rank 0 may be on another one after a restart.
-    launches = sorted({name for of_rank in processes.gather(launcher.launches()) for name in of_rank})
-    processes.on_main(_start_afresh, folder, launches, [path for path in inputs if path is not None])
+    launches = sorted(
+        {name for of_rank in processes.gather(launcher.launches()) for name in of_rank}
+    )
+    processes.on_main(
+        _start_afresh, folder, launches, [path for path in inputs if path is not None]
+    )
 
 
 def _start_afresh(folder: Path, launches: list[str], inputs: list[Path]) -> None:
     restarted = launcher.restarted(launches, _noted(folder))
     if restarted:
-        log.info("--resume never: %s started afresh here before, and now continues", ", ".join(restarted))
+        log.info(
+            "--resume never: %s started afresh here before, and now continues", ", ".join(restarted)
+        )
         return
     found = [path for pattern in WRITTEN for path in sorted(folder.glob(pattern))]
     for path in inputs:
         if any(moved.resolve() in (path.resolve(), *path.resolve().parents) for moved in found):
-            raise UserError(f"{path} is in the folder that --resume never clears: give another --output_root")
+            raise UserError(
+                f"{path} is in the folder that --resume never clears: give another --output_root"
+            )
     try:
         if found:
-            before = next(path for n in itertools.count(1) if not (path := folder / f"before_{n}").exists())
+            before = next(
+                path for n in itertools.count(1) if not (path := folder / f"before_{n}").exists()
+            )
             before.mkdir()
             for path in found:
                 path.rename(before / path.name)
             log.info("--resume never: what an earlier run left in %s is now in %s", folder, before)
     except OSError as error:
-        raise UserError(f"{folder} cannot be cleared for --resume never: {error.strerror}") from error
+        raise UserError(
+            f"{folder} cannot be cleared for --resume never: {error.strerror}"
+        ) from error
     files.write_atomically(folder / NOTE, json.dumps({"started_by": launches}))
 
 
 def _noted(folder: Path) -> list[str]:
-    """Return the launches that the last fresh start is of; none where there was none, or its note is damaged."""
+    """Return the launches that the last fresh start is of; none where there was none, or its note
+    is damaged.
+    """
     try:
         names = json.loads((folder / NOTE).read_text(encoding="utf-8"))["started_by"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -96,7 +131,15 @@ def _noted(folder: Path) -> list[str]:
 
 
 def _left_by_a_kill(folder: Path) -> list[Path]:
-    """List what a run that was killed has left half written: the lock is ours, but not that of a run's folder below."""
-    found = [path for path in folder.rglob(".*.partial") if re.search(r"\.\d+\.partial\Z", path.name)]
+    """List what a run that was killed has left half written: the lock is ours, but not that of a
+    run's folder below.
+    """
+    found = [
+        path for path in folder.rglob(".*.partial") if re.search(r"\.\d+\.partial\Z", path.name)
+    ]
     below = {path: path.parents[: path.parents.index(folder)] for path in found}
-    return [path for path, parents in below.items() if not any((parent / ".lock").exists() for parent in parents)]
+    return [
+        path
+        for path, parents in below.items()
+        if not any((parent / ".lock").exists() for parent in parents)
+    ]

@@ -15,7 +15,9 @@ Rows = Sequence[Mapping[str, str]]
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a table, [] if there is none yet; a last line cut short by a kill is left out."""
+    """Read the rows of a table, [] if there is none yet; a last line cut short by a kill is left
+    out.
+    """
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")

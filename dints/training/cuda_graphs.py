@@ -1,7 +1,8 @@
-"""CUDA graphs: a step's kernels are recorded once, and replayed together, so that the GPU does not wait for launches.
+"""CUDA graphs: a step's kernels are recorded once, and replayed together, so that the GPU does not
+wait for launches.
 
-At a batch of one or two patches, a step of these networks is thousands of small kernels, most of which take less time
-than the host needs to launch one.
+At a batch of one or two patches, a step of these networks is thousands of small kernels, most of
+which take less time than the host needs to launch one.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ def check_cuda_graphs(settings: TrainSettings | SearchSettings) -> None:
 
 
 def recorded(network: nn.Module, image_shape: Sequence[int], precision: Precision) -> nn.Module:
-    """Return what computes as ``network`` does in training, forward and backward, by replaying two CUDA graphs.
+    """Return what computes as ``network`` does in training, forward and backward, by replaying two
+    CUDA graphs.
 
-    Parameters are the network's, and so is the state; gradients are those that the network's parameters ask for now,
-    so that each set of trainable parameters needs a recording of its own. Record before a loader's threads are there,
-    whose calls of CUDA would break into the recording. What a step keeps stays allocated between the steps.
+    Parameters are the network's, and so is the state; gradients are those that the network's
+    parameters ask for now, so that each set of trainable parameters needs a recording of its own.
+    Record before a loader's threads are there, whose calls of CUDA would break into the recording.
+    What a step keeps stays allocated between the steps.
 
     Args:
         image_shape: (batch, channels, *patch_size), of every image that it will be given.
@@ -51,14 +54,16 @@ def _pool() -> tuple[int, int]:
 
 
 class _Replaying(nn.Module):
-    """Has its ``forward`` replaced by PyTorch in place of the network's, which copies and validations go on using."""
+    """Has its ``forward`` replaced by PyTorch in place of the network's, which copies and
+    validations go on using.
+    """
 
     def __init__(self, network: nn.Module, precision: Precision):
         super().__init__()
         self.network, self.precision = network, precision
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        # Here and not around the recording, whose backward pass would be under autocast too. Without a cache, for the
-        # casts have to be part of the recording: the weights change.
+        # Here and not around the recording, whose backward pass would be under autocast too.
+        # Without a cache, for the casts have to be part of the recording: the weights change.
         with self.precision.autocast(cache=False):
             return self.network(image)

@@ -34,7 +34,9 @@ def dice_ce(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
 
 # Functions of class scores (batch, classes, *spatial), before softmax, and labels (batch, 1,
 # *spatial).
-LOSSES: dict[str, Loss] = {"dice_ce": dice_ce}
+LOSSES: dict[str, Loss] = {
+    "dice_ce": dice_ce,
+}
 
 
 def check_loss(name: str) -> None:

@@ -65,7 +65,8 @@ class Scores:
 def count_overlap(
     predicted: torch.Tensor, reference: torch.Tensor, num_classes: int
 ) -> torch.Tensor:
-    """Count voxels in common, predicted and in the reference for each foreground class: (classes - 1, 3), float64.
+    """Count voxels in common, predicted and in the reference for each foreground class: (classes -
+    1, 3), float64.
 
     Counts of a volume's parts add up.
     """

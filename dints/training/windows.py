@@ -18,16 +18,19 @@ PLANES = 8  # that are decided at a time
 
 
 def slab_axis(shape: Sequence[int]) -> int:
-    """Return the axis along which slabs of a volume take least memory: the longest, whose planes are smallest."""
+    """Return the axis along which slabs of a volume take least memory: the longest, whose planes
+    are smallest.
+    """
     return int(np.argmax(shape))
 
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """Computes class scores of an image from overlapping patches, weighted by a Gaussian around each one's centre.
+    """Computes class scores of an image from overlapping patches, weighted by a Gaussian around
+    each one's centre.
 
-    Images smaller than a patch are padded by reflection, as in training; where an image is too small for that (less
-    than a third of the patch), by its border voxels.
+    Images smaller than a patch are padded by reflection, as in training; where an image is too
+    small for that (less than a third of the patch), by its border voxels.
     """
 
     patch_size: tuple[int, int, int]
@@ -54,7 +57,9 @@ class SlidingWindow:
     def probabilities(
         self, image: np.ndarray, network: nn.Module, precision: Precision
     ) -> np.ndarray:
-        """Return class probabilities (classes, *spatial), float32, of an image (channels, *spatial), float32."""
+        """Return class probabilities (classes, *spatial), float32, of an image (channels,
+        *spatial), float32.
+        """
         with precision.autocast():
             scores = self(torch.from_numpy(image[None]).to(precision.device), network)[0]
         return scores.float().softmax(0).cpu().numpy()
@@ -67,10 +72,12 @@ class SlidingWindow:
     def slabs(
         self, image: torch.Tensor, network: nn.Module, precision: Precision, axis: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield class scores, slab by slab along an axis; together they are those of the whole volume.
+        """Yield class scores, slab by slab along an axis; together they are those of the whole
+        volume.
 
-        Of all classes' scores only as many planes are kept as a patch has, on the GPU where they fit, so that it does
-        not wait for a CPU to add them up. So memory grows with the area of a plane, and not with the volume.
+        Of all classes' scores only as many planes are kept as a patch has, on the GPU where they
+        fit, so that it does not wait for a CPU to add them up. So memory grows with the area of a
+        plane, and not with the volume.
 
         Args:
             image: (channels, *spatial), on the CPU, and nowhere smaller than a patch.
@@ -98,10 +105,11 @@ class SlidingWindow:
 
 
 def place_of_sums(num_bytes: int, device: torch.device) -> torch.device:
-    """Return where scores of so many bytes are added up: on the device that computes them, or on the CPU.
+    """Return where scores of so many bytes are added up: on the device that computes them, or on
+    the CPU.
 
-    A GPU must have twice as much free beside what PyTorch holds, which is what the network's passes take. So it is to
-    be asked after the first pass, as large as any that follow.
+    A GPU must have twice as much free beside what PyTorch holds, which is what the network's passes
+    take. So it is to be asked after the first pass, as large as any that follow.
     """
     if device.type == "cuda" and 2 * num_bytes > torch.cuda.mem_get_info(device)[0]:
         return torch.device("cpu")
@@ -120,7 +128,9 @@ class _Kept:
         self.scores = self.counts = None
 
     def add(self, places: Sequence[Sequence[slice]], scores: torch.Tensor) -> None:
-        """Add the scores (windows, classes, *patch) of windows, on the device that computed them."""
+        """Add the scores (windows, classes, *patch) of windows, on the device that computed
+        them.
+        """
         if self.scores is None:
             count = scores.shape[1]
             device = place_of_sums(

@@ -1,6 +1,8 @@
-"""The published data recipe in MONAI's own calls: the oracle of tests and the baseline of benchmarks.
+"""The published data recipe in MONAI's own calls: the oracle of tests and the baseline of
+benchmarks.
 
-`CacheDataset` holds what the first half makes of a case, and gives the second half a deep copy each time.
+`CacheDataset` holds what the first half makes of a case, and gives the second half a deep copy each
+time.
 """
 
 from __future__ import annotations
@@ -48,9 +50,11 @@ def files(case: Case) -> dict:
 
 
 def caching(task: Task, masks_type: type = float) -> Compose:
-    """Make the way from `files` to what is cached: image (float32), label (uint8), and a mask for each class.
+    """Make the way from `files` to what is cached: image (float32), label (uint8), and a mask for
+    each class.
 
-    The masks are float64 in the later versions of the published scripts; in the earlier ones uint8, as the label is.
+    The masks are float64 in the later versions of the published scripts; in the earlier ones uint8,
+    as the label is.
     """
     resample = []
     if task.spacing is not None:

@@ -291,6 +291,7 @@ def test_folds_are_those_of_the_training(root, capsys):
     assert "case_0.nii.gz: remove one" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_real_cases_are_sound(task04, capsys):
     check.check(DataSettings(root=task04))
     text = capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""Masks grown by 48 binary dilations, centres as MONAI draws them, patches as MONAI pads and cuts."""
+"""Masks grown by 48 binary dilations, centres as MONAI draws them, patches as MONAI pads and
+cuts.
+"""
 
 from __future__ import annotations
 
@@ -185,11 +187,8 @@ TWO = blocks((9, 8, 7), np.s_[1:3, 2:5, 3:5], np.s_[6:, 6:, :2])
 LONG = blocks((130, 3, 4), np.s_[0, 0, 0], np.s_[70, 1, 1], np.s_[126:, 2:, 2:])
 DRAWS = {
     # label, classes, patch size, steps of growth
-    "even patch": (TWO, 3, (4, 4, 2), 2),
-    "odd patch": (TWO, 3, (5, 3, 3), 2),
+    "even and odd patch": (TWO, 3, (4, 5, 2), 2),
     "absent classes": (blocks((9, 8, 7), np.s_[:0], np.s_[6:, 6:, :2]), 5, (4, 5, 3), 2),
-    "no background": (blocks((9, 8, 7), np.s_[:5], np.s_[5:]), 3, (4, 5, 3), 1),
-    "as large as the patch": (blocks((4, 5, 9), np.s_[1, 1, 1]), 2, (4, 5, 4), 1),
     "smaller along two axes": (
         *(blocks((3, 12, 4), np.s_[2, 2:5, 1], np.s_[:, 9:, :2]), 3, (9, 5, 7), 2),
     ),

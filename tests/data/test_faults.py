@@ -143,7 +143,9 @@ def with_sform(column: int, value: float) -> Spoil:
 
 
 def turned(*orientation: tuple[int, int]) -> Spoil:
-    """Leave both in their place, with other axes in the file: which one each becomes, and its sign."""
+    """Leave both in their place, with other axes in the file: which one each becomes, and its
+    sign.
+    """
 
     def spoil(root: Path) -> None:
         affine = AFFINE @ nib.orientations.inv_ornt_aff(orientation, SHAPE)
@@ -429,12 +431,13 @@ def test_an_oddity_is_accepted_and_changes_nothing(name, dataset, sound, tmp_pat
         assert np.abs(found.image - expected.image).max() < 2e-3
 
 
+@pytest.mark.slow
 def test_a_header_with_any_byte_changed_is_read_or_refused(dataset, tmp_path):
     """Reading raises nothing but `UserError`; each byte takes its lowest and highest values."""
     path, raw = tmp_path / "image.nii", gzip.decompress((dataset / IMAGE).read_bytes())
     refused = 0
     for place in range(352):
-        for value in (0, 1, 127, 255):
+        for value in (0, 127, 255):
             path.write_bytes(raw[:place] + bytes([value]) + raw[place + 1 :])
             try:
                 header = read_header(str(path))
@@ -443,4 +446,4 @@ def test_a_header_with_any_byte_changed_is_read_or_refused(dataset, tmp_path):
             except UserError as error:
                 refused += 1
                 assert str(error).startswith(str(path)) and len(str(error)) < 500
-    assert 50 < refused < 500
+    assert 50 < refused < 400

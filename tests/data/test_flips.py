@@ -107,6 +107,7 @@ def test_centres_are_the_mean_voxels_of_classes():
     assert np.isnan(centres[[0, 3]]).all() and centres.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_real_hippocampi_are_flipped_along_no_axis_but_perhaps_the_first(task04):
     fold = opened(task04, fold=0, num_folds=4)
     held = cache_of("ram", Path(), fold.task).hold(fold.training, "test")

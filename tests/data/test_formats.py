@@ -76,7 +76,6 @@ def unknown(
     return Task(name, modality, channels, classes, None, None, (96, 96, 96), files)
 
 
-PARTS = tuple(f"part {number}" for number in range(255))
 PROSTATE = TASKS["Task05_Prostate"]
 BONE, B_X = ("background", "bone"), {"0": "b", "1": "x"}
 PAIR = (["imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz"], "b.nii.gz")
@@ -92,7 +91,6 @@ READ_TASKS = [
         unknown("Lowercase", "CT", 1, BONE),
     ),
     (msd({"0": "CT", "1": "PET"}, B_X), unknown("PET-CT", "MRI", 2, ("b", "x"))),
-    (msd({"0": "CT", "1": "Ct"}, B_X), unknown("Phases", "CT", 2, ("b", "x"))),
     # nnU-Net v2: numbers of names, in any order; the one with 0 is the background.
     (
         nnunet({"0": "CT"}, {"spleen": 1, "air": 0}),
@@ -107,19 +105,7 @@ READ_TASKS = [
         {**nnunet({"0": "CT"}, {"0": "background", "1": "bone"}), "modality": "PET"},
         unknown("Mixed", "CT", 1, BONE, True),
     ),
-    (
-        {**nnunet({"0": "CT"}, {"background": 0, "bone": 1}), **listing(("a.nii.gz", "b.nii.gz"))},
-        unknown("Listed", "CT", 1, BONE),
-    ),
     ({**MSD, **listing(PAIR)}, unknown("A file a channel", "MRI", 2, ("background", "x"), True)),
-    (
-        msd({"0": "MRI"}, {"background": 0, "0": 1}),
-        unknown("Numbers", "MRI", 1, ("background", "0")),
-    ),
-    (
-        nnunet({"0": "CT"}, {name: n for n, name in enumerate(PARTS)}),
-        unknown("Many", "CT", 1, PARTS, True),
-    ),
 ]
 
 
@@ -135,7 +121,6 @@ def test_the_task_of_a_dataset(tmp_path, content, task):
     ("changes", "fault"),
     [
         ({"modality": None}, "'modality' must be an object .*, not None"),
-        ({"modality": {}}, "'modality' must be an object .*, not {}"),
         ({"modality": {"1": "CT"}}, r"keys of 'modality' .* \"0\" to \"0\", not \['1'\]"),
         ({"labels": ["background", "spleen"]}, r"'labels' must be an object .*, not \['background"),
         ({"labels": {"0": "a", "2": "b"}}, r"keys of 'labels' .* \"0\" to \"1\", not \['0', '2'\]"),
@@ -144,10 +129,8 @@ def test_the_task_of_a_dataset(tmp_path, content, task):
             {"labels": {"background": "0", "spleen": "1"}},
             r"keys of 'labels' .*: write .*\"tumour\"",
         ),
-        ({"labels": {"b": 0, "c": 2}}, r"must be 0 to 1, each once, not \[0, 2\]"),
         ({"labels": {"b": 0, "c": 1, "d": 1}}, r"must be 0 to 2, each once, not \[0, 1, 1\]"),
         ({"labels": {"b": 0, "c": 1.0}}, r"numbers of 'labels' .*, not \[0, 1.0\]"),
-        ({"labels": {"b": False, "c": True}}, r"numbers of 'labels' .*, not \[False, True\]"),
         ({"labels": {"background": 0}}, "'labels' names only 'background'; .* at least one more"),
         ({"labels": {"b": 0, "whole": [1, 2], "core": [2]}}, r"regions, .* \(whole, core\)"),
         ({"labels": {"b": 0, "c": 1, "ignore": 2}}, "'ignore' label, which is not supported"),
@@ -183,11 +166,10 @@ def test_json_is_read_as_utf_8(tmp_path, encoding):
     ("root", "description", "meant"),
     [
         ("data/Task/dataset.json", None, "--root data/Task"),
+        ("data/task", None, "--root data/Task"),
         ("data/Task/fold.json", None, "--root data/Task --json data/Task/fold.json"),
-        ("data/Task/imagesTr", None, "--root data/Task"),
         ("data/Task/imagesTr/a.nii.gz", None, "--root data/Task"),
         ("data", None, "--root data/Task"),
-        ("data/task", None, "--root data/Task"),
         ("data/Other", None, "--json data/Other/list.json"),
         ("data/Task", "fold.json", "--json data/Task/fold.json"),
         ("data/Empty", None, None),
@@ -287,12 +269,10 @@ def test_an_entry_names_one_file_or_one_a_channel(root, images, name):
     ("description", "expected"),
     [
         ({"validation": [], "test": [1]}, "'training': give --json_key .*validation, test"),
-        ({"training": {"image": "a"}}, "'training': give --json_key .*none"),
         ({**NNUNET, "training": []}, "'training': give --json_key"),
         ({"training": ["a.nii.gz"]}, "entry 0 of 'training' .*'image' and 'label'.*'a.nii.gz'"),
         ({"training": [{"image": "a.nii", "label": ["c.nii"]}]}, r"entry 0 .*\['c.nii'\]"),
         (listing(("a", "b"), {"image": 3, "label": "c"}), "entry 1 of 'training' .*3"),
-        ({"training": [{"image": ["a", 3], "label": "c"}]}, r"entry 0 of 'training' .*\['a', 3\]"),
         ({"training": [{"image": [], "label": "c"}]}, r"entry 0 of 'training' .*\[\]"),
         (listing((["a.nii"] * 3, "c")), r"entry 0 .* has 3 image files for 2 channels \(T2, ADC\)"),
     ],

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid
 
 # Of the intensities' range. MONAI interpolates in float64, and we in float32, whose weights and
 # sums are rounded to 6e-8 along each axis. Where a header's float32 affine is oblique, its axes are
-# askew by 1e-7 of a volume's length, which is ignored: 5e-5 of a voxel in 512, and so of the step to
-# the next voxel. The cache rounds to 5e-4.
+# askew by 1e-7 of a volume's length, which is ignored: 5e-5 of a voxel in 512, and so of the step
+# to the next voxel. The cache rounds to 5e-4.
 TOLERANCE = 1e-4
 
 
@@ -109,7 +109,7 @@ GRIDS = {
     "a needle": ("LPI", 0, (1.0, 2.0, 5.0), (1.5, 1.0, 2.0), (1, 13, 1)),
     "one voxel": ("PIR", 0, (1.0, 2.0, 5.0), (1.5, 1.0, 2.0), (1, 1, 1)),
     "becomes one slice": ("LAS", 0, (1.0, 1.0, 1.0), (1.0, 1.5, 9.0), (12, 13, 3)),
-    "longer than a block": ("RAS", 0, (1.0, 3.0, 1.0), (0.7, 1.0, 1.7), (150, 40, 140)),
+    "longer than a block": ("RAS", 0, (1.0, 3.0, 1.0), (0.7, 1.0, 1.7), (150, 9, 140)),
 }
 
 
@@ -125,7 +125,7 @@ OWN = [0.3, 0.5, 0.6, 0.703125, 0.7871, 0.79296875, 0.9997, 1.0, 1.0005, 1.25, 1
 
 
 def test_random_grids_are_monais():
-    for number in range(150):
+    for number in range(60):
         rng = np.random.default_rng([7, number])
         shape, own = rng.choice([1, 2, 3, 5, 8, 13, 20, 21, 32, 33], 3), rng.choice(OWN, 3)
         axes = "".join(rng.choice(list(pair)) for pair in rng.permutation(["RL", "AP", "SI"]))

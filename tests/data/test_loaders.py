@@ -118,7 +118,9 @@ def test_patches_do_not_depend_on_workers_restart_or_cache(cases, tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("chain", augmentation.CHAINS)
 def test_workers_that_are_not_forked_give_the_same_patches(cases, tmp_path, mode, chain):
-    """As on Windows and macOS, where a worker is no copy of this process but gets all in writing."""
+    """As on Windows and macOS, where a worker is no copy of this process but gets all in
+    writing.
+    """
     loader = loader_of(cases, cache_of(mode, tmp_path)).loader
     loader.dataset.steps = augmentation.chain(chain, (0, 2))
     sent = ForkingPickler.dumps((loader.dataset, loader.collate_fn, loaders._ignore_signals))

@@ -25,7 +25,7 @@ SMALL = {"shape": (16, 16, 16)}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return write_phantom(tmp_path_factory.mktemp("data") / "Task00_Phantom")
+    return write_phantom(tmp_path_factory.mktemp("data") / "Task00_Phantom", num_training=9)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,12 @@ def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
 
 def test_layout_is_the_decathlons(root):
     description = read_json(root / "dataset.json")
-    assert (description["numTraining"], description["numTest"]) == (16, 4)
+    assert (description["numTraining"], description["numTest"]) == (9, 4)
     named = [path for case in description["training"] for path in case.values()]
     named += description["test"]
     found = {path.relative_to(root) for path in root.rglob("*.nii.gz")}
-    assert {Path(path) for path in named} == found and len(found) == 36
-    assert sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) < 10e6
+    assert {Path(path) for path in named} == found and len(found) == 22
+    assert sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) < 6e6
     assert read_dataset(root)[0] == TASK
 
 
@@ -68,8 +68,8 @@ def test_images_and_labels_fit_and_vary(cases):
         assert all(1.5 <= size <= 2.6 for size in image.header.get_zooms())
         assert set(np.unique(voxels(label))) <= set(range(TASK.num_classes))
         assert voxels(image).min() >= -1024 and voxels(image).max() > 300  # air and bone
-    assert len({image.shape for image, _ in cases}) > 8
-    assert len({image.header.get_zooms() for image, _ in cases}) > 8
+    assert len({image.shape for image, _ in cases}) > 6
+    assert len({image.header.get_zooms() for image, _ in cases}) > 6
     orientations = {"".join(nib.aff2axcodes(image.affine)) for image, _ in cases}
     assert orientations == {"RAS", "LPS", "LAS"}
 
@@ -87,13 +87,12 @@ def test_liver_is_always_there_on_the_patients_right_and_the_lesion_is_not(cases
         assert liver[0] > body[0] + 5
 
 
-@pytest.mark.parametrize("shape", [None, (16, 16, 16)])
-def test_lesions_take_the_place_of_liver_alone(shape, monkeypatch):
-    with_lesion = [voxels(make_case(3, case, shape=shape)[1]) for case in range(8)]
+def test_lesions_take_the_place_of_liver_alone(monkeypatch):
+    with_lesion = [voxels(make_case(3, case, **SMALL)[1]) for case in range(8)]
     assert [(label == LESION).any() for label in with_lesion] == [case != 3 for case in range(8)]
     monkeypatch.setattr(phantom, "LESION_FREE_EVERY", 1)
     for case, label in enumerate(with_lesion):
-        without = voxels(make_case(3, case, shape=shape)[1])
+        without = voxels(make_case(3, case, **SMALL)[1])
         assert np.array_equal(label > 0, without == LIVER)
 
 

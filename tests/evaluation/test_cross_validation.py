@@ -1,4 +1,6 @@
-"""Cases scored out of fold: which files are taken, what is written and printed, and what is refused."""
+"""Cases scored out of fold: which files are taken, what is written and printed, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def write(path: Path, voxels: np.ndarray, affine: np.ndarray = AFFINE) -> None:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Write three cases in two folds, which infer_dints.py has segmented with a blob too many each."""
+    """Write three cases in two folds, which infer_dints.py has segmented with a blob too many
+    each.
+    """
     entries, labels = [], {"0": "background", "1": "organ", "2": "lesion"}
     for fold, names in enumerate(FOLDS):
         masks, notes = tmp_path / f"runs/out_of_fold/fold_{fold}", {}
@@ -71,7 +75,11 @@ def test_every_case_is_scored_once_before_and_after(folder):
     mean = float(np.mean(expected))
     assert summary["as_segmented"]["classes"]["organ"]["dice"]["mean"] == pytest.approx(mean)
     assert summary["postprocessed"]["all"]["dice"]["mean"] == 1
-    assert f"| organ | 3 | {mean:.4f} | " in said and "| all | 3 |" in said and "| 1.0000 | 1.0000 to 1.0000 |" in said
+    assert (
+        f"| organ | 3 | {mean:.4f} | " in said
+        and "| all | 3 |" in said
+        and ("| 1.0000 | 1.0000 to 1.0000 |") in said
+    )
     assert {line.count("|") for line in said.splitlines() if line.startswith("|")} == {9}
 
 
@@ -79,9 +87,14 @@ def test_nothing_is_removed_where_nothing_helps(folder):
     validate(folder)
     for fold, names in enumerate(FOLDS):
         for name in names:
-            write(folder / f"runs/out_of_fold/fold_{fold}/{name}.nii.gz", mask((1, 2, 11), (2, 12, 15)))
+            write(
+                folder / f"runs/out_of_fold/fold_{fold}/{name}.nii.gz",
+                mask((1, 2, 11), (2, 12, 15)),
+            )
     said = validate(folder)
-    assert "nothing is removed" in said and {line.count("|") for line in said.splitlines()[:5]} == {6}
+    assert "nothing is removed" in said and {line.count("|") for line in said.splitlines()[:5]} == {
+        6
+    }
     assert not (folder / "runs/scores_postprocessed.csv").exists()  # it was of other masks
     assert "postprocessed" not in json.loads((folder / "runs/summary.json").read_text())
 
@@ -92,16 +105,28 @@ def test_nothing_is_removed_where_the_check_finds_harm(folder):
     for place in (description["training"][2][key] for key in ("image", "label")):
         write(folder / "data" / place, mask((1, 2, 12), (2, 12, 15), (1, 30, 36)))
     for name in FOLDS[0]:
-        write(folder / f"runs/out_of_fold/fold_0/{name}.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 38)))
-    write(folder / "runs/out_of_fold/fold_1/case_2.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 36)))
+        write(
+            folder / f"runs/out_of_fold/fold_0/{name}.nii.gz",
+            mask((1, 2, 12), (2, 12, 15), (1, 30, 38)),
+        )
+    write(
+        folder / "runs/out_of_fold/fold_1/case_2.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 36))
+    )
     said = validate(folder)
     found = json.loads((folder / "runs/postprocessing.json").read_text())
     dice = {what: of_all["mean"] for what, of_all in found["chosen_on"]["dice"].items()}
     assert dice["chosen_on_other_folds"] < dice["as_segmented"] == dice["postprocessed"]
     change = f"(Dice {dice['chosen_on_other_folds']:.4f} instead of {dice['as_segmented']:.4f})"
-    assert f"nothing is removed from segmentations: what the other folds choose harms a fold's cases {change}" in said
-    assert found["chosen_on"]["harms"] and not any(step["kept"] for step in found["chosen_on"]["steps"])
-    assert not found["largest_foreground"] and not any(rule["largest"] for rule in found["classes"].values())
+    assert (
+        "nothing is removed from segmentations: what the other folds choose harms a fold's "
+        f"cases {change}"
+    ) in said
+    assert found["chosen_on"]["harms"] and not any(
+        step["kept"] for step in found["chosen_on"]["steps"]
+    )
+    assert not found["largest_foreground"] and not any(
+        rule["largest"] for rule in found["classes"].values()
+    )
     assert not (folder / "runs/scores_postprocessed.csv").exists() and "removed:" not in said
 
 
@@ -111,7 +136,8 @@ def test_labels_that_lie_elsewhere_may_be_trusted(folder):
     with pytest.raises(UserError, match="has another affine"):
         validate(folder)
     validate(folder, trust_shapes=True)
-    assert rows(folder / "runs/scores.csv")[0]["prediction_ml"] == "0.216000"  # 108 voxels of the image's 2 mm3
+    # 108 voxels of the image's 2 mm3
+    assert rows(folder / "runs/scores.csv")[0]["prediction_ml"] == "0.216000"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +151,10 @@ def test_labels_that_lie_elsewhere_may_be_trusted(folder):
         ),
         (
             [[{"task": "data", "fold": 1, "num_folds": 2}]] * 2,
-            ["fold 1: searched without the cases", "fold 0: searched on this dataset, with cases that it validates on"],
+            [
+                "fold 1: searched without the cases",
+                "fold 0: searched on this dataset, with cases that it validates on",
+            ],
             ([0], [1]),
         ),
     ],
@@ -135,7 +164,9 @@ def test_whether_a_search_saw_the_cases_is_said_where_it_is_known(folder, search
         path = folder / f"runs/out_of_fold/fold_{fold}/run.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "searched_on": searched_on}))
     lines = [line for line in validate(folder).splitlines() if "architecture" in line]
-    assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines, strict=True))
+    assert len(lines) == len(said) and all(
+        part in line for part, line in zip(said, lines, strict=True)
+    )
     summary = json.loads((folder / "runs/summary.json").read_text())
     assert (summary["searched_with_folds"], summary["searched_without_folds"]) == facts
 
@@ -150,16 +181,20 @@ def spoil(folder: Path, name: str) -> None:
     elif name == "no fold":
         second.unlink()
     elif name == "a case twice":
-        second.write_text(json.dumps({"cases": {f"case_{n}.nii.gz": {"state": "done"} for n in (1, 2)}}))
+        second.write_text(
+            json.dumps({"cases": {f"case_{n}.nii.gz": {"state": "done"} for n in (1, 2)}})
+        )
     else:
         write(masks / "fold_1/case_2.nii.gz", mask((3, 0, 3)))
 
 
 BAD = {
-    "a case that failed": r"lacks 1 of the 3 cases, for example case_1: give the command with FOLD=each again",
+    "a case that failed": r"lacks 1 of the 3 cases, for example case_1: give the command with "
+    r"FOLD=each again",
     "no fold": r"fold_1/run\.json cannot be read \(No such file",
     "a case twice": r"has case_1 in 2 folds of 2, and the dataset once",
-    "unknown label": r"case_2\.nii\.gz has the label 3, and the dataset the classes background, organ, lesion: correct",
+    "unknown label": r"case_2\.nii\.gz has the label 3, and the dataset the classes background, "
+    r"organ, lesion: correct",
 }
 
 

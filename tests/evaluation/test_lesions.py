@@ -56,7 +56,12 @@ def test_it_is_what_pairs_one_by_one_say(min_iou=0.1):
     masks = [ndimage.gaussian_filter(rng.normal(size=(30, 30, 20)), 1) > 0.15 for _ in range(2)]
     parts = [ndimage.label(mask, np.ones((3, 3, 3))) for mask in masks]
     sets = [[labels == number for number in range(1, count + 1)] for labels, count in parts]
-    matches = np.array([[(a & b).any() and (a & b).sum() / (a | b).sum() >= min_iou for b in sets[1]] for a in sets[0]])
+    matches = np.array(
+        [
+            [(a & b).any() and (a & b).sum() / (a | b).sum() >= min_iou for b in sets[1]]
+            for a in sets[0]
+        ]
+    )
     assert min(matches.shape) > 10
     detected, matching = matches.any(1).sum(), matches.any(0).sum()
     expected = Lesions(detected, len(sets[0]) - detected, len(sets[1]) - matching)

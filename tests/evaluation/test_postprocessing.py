@@ -1,4 +1,6 @@
-"""Post-processing removes components, of all classes and of each one; its file is read as it was written."""
+"""Post-processing removes components, of all classes and of each one; its file is read as it was
+written.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ def bars(*bars: tuple[int, int, int], order: str = "C") -> np.ndarray:
     return labels
 
 
-def removing(largest_foreground: bool = False, organ: Rule = Rule(), lesion: Rule = Rule()) -> Postprocessing:  # noqa: B008
+NOTHING = Rule()
+
+
+def removing(
+    largest_foreground: bool = False, organ: Rule = NOTHING, lesion: Rule = NOTHING
+) -> Postprocessing:
     return Postprocessing(NAMES, largest_foreground, (organ, lesion))
 
 
@@ -35,9 +42,12 @@ LARGEST = Rule(largest=True)
     [
         (removing(organ=LARGEST), [(1, 0, 5), (1, 8, 10), (2, 12, 13), (2, 20, 22)], [0, 2, 3]),
         (removing(lesion=LARGEST), [(1, 0, 5), (1, 8, 10), (2, 12, 13), (2, 20, 22)], [0, 1, 3]),
-        (removing(organ=LARGEST), [(1, 0, 5), (1, 8, 13), (1, 20, 21)], [0, 1]),  # equally large ones stay
-        (removing(True), [(1, 0, 5), (2, 5, 9), (1, 12, 20), (2, 30, 32)], [0, 1]),  # nine voxels of two classes
-        (removing(True, LARGEST), [(1, 0, 3), (2, 3, 8), (1, 8, 9), (1, 20, 26)], [0, 1]),  # the whole comes first
+        # equally large ones stay
+        (removing(organ=LARGEST), [(1, 0, 5), (1, 8, 13), (1, 20, 21)], [0, 1]),
+        # nine voxels of two classes
+        (removing(True), [(1, 0, 5), (2, 5, 9), (1, 12, 20), (2, 30, 32)], [0, 1]),
+        # the whole comes first
+        (removing(True, LARGEST), [(1, 0, 3), (2, 3, 8), (1, 8, 9), (1, 20, 26)], [0, 1]),
         (removing(organ=Rule(min_volume_mm3=9)), [(1, 0, 3), (1, 8, 10), (2, 20, 21)], [0, 2]),
         (removing(organ=Rule(min_volume_mm3=9.1)), [(1, 0, 3), (2, 20, 21)], [1]),  # all of a class
         (removing(organ=Rule(True, 7)), [(1, 0, 2), (2, 20, 21)], [1]),
@@ -76,8 +86,14 @@ SOUND = removing(True).to_dict()
 BAD = {
     "no JSON": ("{", "is malformed"),
     "no classes": ({**SOUND, "classes": None}, "has no object 'classes'"),
-    "a rule": ({**SOUND, "classes": {"organ": {"largest": True}}}, "class 'organ' must have 'largest' and"),
-    "a volume": ({**SOUND, "classes": {"organ": {"largest": True, "min_volume_mm3": -1}}}, "a volume in mm3"),
+    "a rule": (
+        {**SOUND, "classes": {"organ": {"largest": True}}},
+        "class 'organ' must have 'largest' and",
+    ),
+    "a volume": (
+        {**SOUND, "classes": {"organ": {"largest": True, "min_volume_mm3": -1}}},
+        "a volume in mm3",
+    ),
     "other classes": (
         {**SOUND, "classes": {"organ": {"largest": True, "min_volume_mm3": 0}}},
         "is of the classes background, organ, and the model segments background, organ, lesion",
@@ -92,5 +108,7 @@ def test_a_bad_file_is_told_in_one_line(name, tmp_path):
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UserError, match=re.escape(said)) as refusal:
         read(path, NAMES)
-    assert str(refusal.value).startswith(f"--postprocessing {path} ") and "\n" not in str(refusal.value)
+    assert str(refusal.value).startswith(f"--postprocessing {path} ") and "\n" not in str(
+        refusal.value
+    )
     assert re.search(r"\b(give|mend)\b", str(refusal.value))

@@ -23,7 +23,9 @@ def blobs(seed: int, shape=(9, 8, 7), smooth=0.8) -> list[np.ndarray]:
 def ellipsoids() -> tuple[np.ndarray, np.ndarray]:
     x, y, z = np.indices((24, 20, 16))
     first = (x - 11) ** 2 / 64 + (y - 9) ** 2 / 49 + (z - 7) ** 2 / 25 < 1
-    return first, (x - 12) ** 2 / 56 + (y - 9) ** 2 / 60 + (z - 8) ** 2 / 20 + 0.2 * np.sin(x + 2 * y) < 1
+    return first, (x - 12) ** 2 / 56 + (y - 9) ** 2 / 60 + (z - 8) ** 2 / 20 + 0.2 * np.sin(
+        x + 2 * y
+    ) < 1
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -35,10 +37,19 @@ def test_surface_dice_is_monais_with_subvoxels(seed):
     assert surface_distances(*masks, STRETCHED).surface_dice(1.3) == pytest.approx(expected.item())
 
 
-# surface-distance 0.1 (PyPI) on these ellipsoids: surface Dice at 0.5, 1 and 2 mm, Hausdorff distances, areas in mm².
+# surface-distance 0.1 (PyPI) on these ellipsoids: surface Dice at 0.5, 1 and 2 mm, Hausdorff
+# distances, areas in mm².
 DEEPMIND = {
-    UNIT: ((0.501969129, 0.915218604, 0.99865231), (1.414213562, 2.449489743), (583.57096228, 701.629198245)),
-    STRETCHED: ((0.512457575, 0.737895951, 0.910963951), (3.1, 3.733630941), (1301.253900641, 1660.251579202)),
+    UNIT: (
+        (0.501969129, 0.915218604, 0.99865231),
+        (1.414213562, 2.449489743),
+        (583.57096228, 701.629198245),
+    ),
+    STRETCHED: (
+        (0.512457575, 0.737895951, 0.910963951),
+        (3.1, 3.733630941),
+        (1301.253900641, 1660.251579202),
+    ),
 }
 
 
@@ -46,17 +57,24 @@ DEEPMIND = {
 def test_it_is_what_deepminds_package_says(spacing):
     dice, hausdorff, areas = DEEPMIND[spacing]
     distances = surface_distances(*ellipsoids(), spacing)
-    assert [distances.surface_dice(tolerance) for tolerance in (0.5, 1.0, 2.0)] == pytest.approx(dice, abs=1e-8)
-    assert [distances.hausdorff(percent) for percent in (95, 100)] == pytest.approx(hausdorff, abs=1e-8)
+    assert [distances.surface_dice(tolerance) for tolerance in (0.5, 1.0, 2.0)] == pytest.approx(
+        dice, abs=1e-8
+    )
+    assert [distances.hausdorff(percent) for percent in (95, 100)] == pytest.approx(
+        hausdorff, abs=1e-8
+    )
     # The sum of that package's table of areas.
     areas_of_cells = {UNIT: 241.343139706, STRETCHED: 629.983834645}[spacing]
     assert cell_areas(spacing).sum() == pytest.approx(areas_of_cells, abs=1e-8)
-    assert [distances.reference_areas.sum(), distances.prediction_areas.sum()] == pytest.approx(areas, abs=1e-7)
+    assert [distances.reference_areas.sum(), distances.prediction_areas.sum()] == pytest.approx(
+        areas, abs=1e-7
+    )
 
 
 def test_tree_and_transform_agree(monkeypatch):
     masks = [np.zeros((40, 12, 12), bool), np.zeros((40, 12, 12), bool)]
-    masks[0][2:9, 3:9, 3:9] = masks[1][3:10, 3:9, 2:8] = masks[1][30:35, 4:8, 4:8] = True  # near, and far away
+    # near, and far away
+    masks[0][2:9, 3:9, 3:9] = masks[1][3:10, 3:9, 2:8] = masks[1][30:35, 4:8, 4:8] = True
     found = []
     for near, sparse in ((5, 1.0), (1000, 1.0), (0, 0.0)):
         monkeypatch.setattr(surfaces, "NEAR", near)
@@ -79,7 +97,10 @@ def test_a_voxel_as_large_as_the_tolerance_is_within_it_in_float32(size):
 def test_empty_masks():
     empty, full = np.zeros((3, 4, 5), bool), np.ones((3, 4, 5), bool)
     for masks in ((empty, full), (full, empty)):
-        assert (surface_distances(*masks, UNIT).surface_dice(1), surface_distances(*masks, UNIT).hausdorff()) == (
+        assert (
+            surface_distances(*masks, UNIT).surface_dice(1),
+            surface_distances(*masks, UNIT).hausdorff(),
+        ) == (
             0,
             np.inf,
         )

@@ -1,4 +1,6 @@
-"""Candidates are connected, different from each other, and each fills the memory; mutants are near their parents."""
+"""Candidates are connected, different from each other, and each fills the memory; mutants are near
+their parents.
+"""
 
 from __future__ import annotations
 

@@ -56,7 +56,9 @@ def table(folder: Path) -> list[dict[str, str]]:
 def test_a_candidate_that_lacks_memory_is_trained_once_more_with_less(
     phantom, tmp_path, before_steps, monkeypatch, caplog
 ):
-    """To the same result, after all of the first attempt is freed; cuDNN times nothing meanwhile."""
+    """To the same result, after all of the first attempt is freed; cuDNN times nothing
+    meanwhile.
+    """
     plain = evolve(phantom, tmp_path / "plain", FLAGS, "--candidates 2")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     failed = []

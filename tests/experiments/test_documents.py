@@ -17,7 +17,8 @@ import tables
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 README, RECIPES = CHECKOUT / "README.md", CHECKOUT / "docs" / "recipes.md"
-PARTS = ("published", "flips", "polynomial", "recommended", "nnunet")  # each with what the one before has
+# each with what the one before has
+PARTS = ("published", "flips", "polynomial", "recommended", "nnunet")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,11 @@ def numbers(row: str) -> tuple[str, ...]:
 
 
 def said(path: Path) -> set[tuple[str, ...]]:
-    return {numbers(line) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")}
+    return {
+        numbers(line)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    }
 
 
 def written(values: Iterable[float]) -> tuple[str, ...]:

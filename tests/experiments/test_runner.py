@@ -1,4 +1,6 @@
-"""The experiments' runner trains and scores rows, ours and opponents', and resumes where it was stopped."""
+"""The experiments' runner trains and scores rows, ours and opponents', and resumes where it was
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from dints.network.baselines import u_shaped
 from dints.network.cost import counts
 from dints.network.discrete import DiscreteNetwork
 
-# MONAI's own layers in bf16 need at least 3 planes at the coarsest of 3 resolutions: dints/network/fast/layers.py.
+# MONAI's own layers in bf16 need at least 3 planes at the coarsest of 3 resolutions:
+# dints/network/fast/layers.py.
 RECIPE = "--channel_mul 0.125 --patch_size 12 12 12 --spacing 6 6 6 --num_iterations 2"
 ROW = rows.Training(rows.U, "small", 6, 0, 0)
 OPPONENT = rows.Training("dynunet", "small", 6, 1, 3)
@@ -35,14 +38,24 @@ def run(monkeypatch, folder: Path, *flags: str, table: Sequence = (ROW, OPPONENT
     monkeypatch.setattr(runner, "RESULTS", folder / "results.jsonl")
     monkeypatch.setitem(rows.RECIPES, "small", RECIPE)
     monkeypatch.setattr(runner, "table", lambda: {row.name: row for row in table})
-    arguments = ["--root", str(folder / "Task00_Phantom"), "--work", str(folder / "work"), "--jobs", "1", *flags]
+    arguments = [
+        "--root",
+        str(folder / "Task00_Phantom"),
+        "--work",
+        str(folder / "work"),
+        "--jobs",
+        "1",
+        *flags,
+    ]
     monkeypatch.setattr(sys, "argv", ["runner.py", *arguments])
     runner.main(runner.parse_args())
     return runner.read_results()
 
 
 def parameters_of(opponent: str, channel_mul: float) -> int:
-    return sum(weight.numel() for weight in opponents.OPPONENTS[opponent](1, 3, channel_mul).parameters())
+    return sum(
+        weight.numel() for weight in opponents.OPPONENTS[opponent](1, 3, channel_mul).parameters()
+    )
 
 
 def test_every_row_has_a_name_of_its_own_and_a_network():
@@ -60,12 +73,16 @@ def test_at_equal_memory_each_network_fills_it_but_for_one_channel():
     for network in ("u_shaped_skip_9x3", "dynunet"):
         width = rows.filling(network, 10.0)
         if network in opponents.OPPONENTS:
-            makers = [partial(opponents.OPPONENTS[network], 1, 3, width + more) for more in (0, 1 / 32)]
+            makers = [
+                partial(opponents.OPPONENTS[network], 1, 3, width + more) for more in (0, 1 / 32)
+            ]
         else:
             found = rows.architecture_of(network)
             makers = [partial(DiscreteNetwork, found, 1, 3, width + more) for more in (0, 1 / 32)]
         of_widths = [counts(make, (2, 1, 32, 32, 32)) for make in makers]
-        within, beyond = (one["activation_mib"] + 16 * one["parameters"] / 2**20 for one in of_widths)
+        within, beyond = (
+            one["activation_mib"] + 16 * one["parameters"] / 2**20 for one in of_widths
+        )
         assert within <= 10 < beyond
 
 
@@ -101,7 +118,9 @@ def test_rows_are_run_once_and_their_lines_tell_what_was_measured(monkeypatch, t
     monkeypatch.setitem(rows.SEARCHES, "search", 4)
     monkeypatch.setattr(rows, "COMPETITION", "--num_iterations 8")
     monkeypatch.setattr(rows, "COMMON", f"{rows.COMMON} --patch_size 16 16 16 --spacing 6 6 6")
-    monkeypatch.setattr(rows, "GRADIENT", "--channel_mul 0.125 --num_epochs 2 --num_epochs_warmup 1")
+    monkeypatch.setattr(
+        rows, "GRADIENT", "--channel_mul 0.125 --num_epochs 2 --num_epochs_warmup 1"
+    )
     shutil.copy(rows.ARCHITECTURES / f"{rows.U}.pth", tmp_path)
     monkeypatch.setattr(rows, "ARCHITECTURES", tmp_path)
     monkeypatch.setitem(rows.RECIPES, "larger", RECIPE.replace("12 12 12", "16 16 16"))
@@ -122,9 +141,13 @@ def test_rows_are_run_once_and_their_lines_tell_what_was_measured(monkeypatch, t
     *before, opponent = run(monkeypatch, tmp_path, table=table)
     assert before == [found, trained] and opponent["name"] == OPPONENT.name
     assert opponent["parameters"] == parameters_of("dynunet", 0.125) != trained["parameters"]
-    assert opponent["gmac"] != trained["gmac"] and min(opponent["gmac"], opponent["activation_mib"]) > 0
+    assert (
+        opponent["gmac"] != trained["gmac"]
+        and min(opponent["gmac"], opponent["activation_mib"]) > 0
+    )
     written = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in written] == [found, trained, opponent]  # nothing was run twice
+    # nothing was run twice
+    assert [json.loads(line) for line in written] == [found, trained, opponent]
     capsys.readouterr()
     assert len(run(monkeypatch, tmp_path, "--list", table=table)) == 3
     assert capsys.readouterr().out == "".join(f"done {row.name}\n" for row in table)
@@ -134,7 +157,9 @@ def test_rows_of_as_many_minutes_take_equally_long():
     seconds = {name: network.seconds for name, network in rows.NETWORKS.items()}
     for row in (rows.Training(name, "recommended", 10, 0, 0) for name in seconds):
         assert abs(row.iterations * seconds[row.network] / 600 - 1) < 0.05
-    plain, half = (rows.Training(rows.U, recipe, 10, 0, 0) for recipe in ("recommended", "half-resolution"))
+    plain, half = (
+        rows.Training(rows.U, recipe, 10, 0, 0) for recipe in ("recommended", "half-resolution")
+    )
     assert half.iterations > plain.iterations
     assert rows.Training(rows.U, "recommended", 10, 0, 0, processes=2).iterations > plain.iterations
 
@@ -142,7 +167,9 @@ def test_rows_of_as_many_minutes_take_equally_long():
 @pytest.mark.parametrize("size", [(5, 3), (9, 3)], ids=str)
 def test_the_us_of_the_experiments_are_ours_at_full_resolution(size):
     made = u_shaped(*size, skip_connections=size == (9, 3))
-    committed = load_architecture(rows.ARCHITECTURES / f"{made.info['baseline']}_{size[0]}x{size[1]}.pth")
+    committed = load_architecture(
+        rows.ARCHITECTURES / f"{made.info['baseline']}_{size[0]}x{size[1]}.pth"
+    )
     assert committed.codes()[:2] == made.codes() and not committed.use_downsample
 
 
@@ -162,18 +189,32 @@ def test_at_equal_memory_a_kind_has_a_row_and_what_candidates_gain_over_it():
     def result(network: str, dices: Sequence[float]) -> dict:
         cases = {f"case_{number}": {"a": dice, "b": dice} for number, dice in enumerate(dices)}
         mean = sum(dices) / len(dices)
-        line = {"network": network, "seed": 0, "memory_mib": 30.0, "parameters": 1.5e6, "seconds": 60.0 * len(cases)}
+        line = {
+            "network": network,
+            "seed": 0,
+            "memory_mib": 30.0,
+            "parameters": 1.5e6,
+            "seconds": 60.0 * len(cases),
+        }
         return {**line, "dice": mean, "cases": cases}
 
-    search = {"name": "search_30mib", "kind": "search", "memory_mib": 30.0, "seconds": 900.0, "gradient_seconds": 300.0}
+    search = {
+        "name": "search_30mib",
+        "kind": "search",
+        "memory_mib": 30.0,
+        "seconds": 900.0,
+        "gradient_seconds": 300.0,
+    }
     control = {**search, "kind": "control", "seconds": 600.0, "gradient_seconds": 0.0}
     lines = [search, control, {**control, "seconds": None}, result("random_0", [0.6, 0.7])]
     lines += [result("control_30mib_seed0", [0.8, 0.9]), result("control_30mib_seed1", [0.6, 0.7])]
     lines += [result("gradient_seed0", [0.5, 0.6]), {"minutes": 6, "network": "u"}]
     assert tables.memory_table(lines)[2:] == [
         "| 30 | candidates | 2 | 1.50 to 1.50 M | 10 | 2.0 | 0.7500 (0.6500 to 0.8500) | - |",
-        "| 30 | gradient search alone | 1 | 1.50 M | 5 | 2.0 | 0.5500 | +0.2000 (+0.2000 to +0.2000) |",
-        "| 30 | random, finest path kept | 1 | 1.50 M | - | 2.0 | 0.6500 | +0.1000 (+0.1000 to +0.1000) |",
+        "| 30 | gradient search alone | 1 | 1.50 M | 5 | 2.0 | 0.5500 | +0.2000 (+0.2000 to "
+        "+0.2000) |",
+        "| 30 | random, finest path kept | 1 | 1.50 M | - | 2.0 | 0.6500 | +0.1000 (+0.1000 to "
+        "+0.1000) |",
     ]
     assert tables.seeds_differ(lines) == "no network has two seeds"
 
@@ -182,7 +223,12 @@ def test_a_networks_seeds_count_as_one_network():
     """What candidates gain is of the seeds that all have."""
 
     def result(network: str, dice: float, seed: int = 0) -> dict:
-        line = {"memory_mib": 30.0, "parameters": 1.5e6, "seconds": None, "cases": {"case_1": {"a": dice}}}
+        line = {
+            "memory_mib": 30.0,
+            "parameters": 1.5e6,
+            "seconds": None,
+            "cases": {"case_1": {"a": dice}},
+        }
         return {"network": network, "dice": dice, "seed": seed, **line}
 
     found = [
@@ -194,12 +240,16 @@ def test_a_networks_seeds_count_as_one_network():
     lines = [*found, result("random_0", 0.5), result("random_1", 0.4), result("random_1", 0.3, 1)]
     assert tables.memory_table(lines)[2:] == [
         "| 30 | candidates | 2 | 1.50 to 1.50 M | - | - | 0.7000 (0.6000 to 0.8000) | - |",
-        "| 30 | random, finest path kept | 2 | 1.50 to 1.50 M | - | - | 0.4250 (0.3500 to 0.5000) | "
-        "+0.3000 (+0.3000 to +0.3000) |",
+        "| 30 | random, finest path kept | 2 | 1.50 to 1.50 M | - | - | 0.4250 (0.3500 to 0.5000) "
+        "| +0.3000 (+0.3000 to +0.3000) |",
     ]
-    differ = "two seeds of 3 networks differ by 0.1000 on average, nine tenths of them by at most 0.1800"
+    differ = (
+        "two seeds of 3 networks differ by 0.1000 on average, nine tenths of them by at most 0.1800"
+    )
     assert tables.seeds_differ(lines) == differ
-    assert figures.dice_at_equal_memory(lines) == {30.0: {"control": [0.8, 0.6], "random": [0.5, 0.35]}}
+    assert figures.dice_at_equal_memory(lines) == {
+        30.0: {"control": [0.8, 0.6], "random": [0.5, 0.35]}
+    }
 
 
 def test_pictures_of_searches_are_drawn_from_their_lines(monkeypatch, tmp_path):
@@ -218,7 +268,9 @@ def test_pictures_of_searches_are_drawn_from_their_lines(monkeypatch, tmp_path):
     assert list(of_budgets) == [20.0, 30.0] and of_budgets[20.0] == {"dynunet": [0.5]}
     assert of_budgets[30.0] == {"search": [0.9], "random": [0.6, 0.8], "dynunet": [0.7]}
     for picture, flags in (("memory", []), ("rungs", ["--search", "search_30mib"])):
-        monkeypatch.setattr(sys, "argv", ["figures.py", picture, "--output", str(tmp_path / picture), *flags])
+        monkeypatch.setattr(
+            sys, "argv", ["figures.py", picture, "--output", str(tmp_path / picture), *flags]
+        )
         arguments = figures.parse_args()
         arguments.draw(arguments)
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,6 @@
-"""Exports are read again by what is to run them, and give the network's labels; what differs is not written."""
+"""Exports are read again by what is to run them, and give the network's labels; what differs is not
+written.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,17 @@ from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import load_model, save_model
 
 TASK = Task(
-    "Toy", "MRI", 2, ("background", "a", "b"), spacing=(2.0, 2.5, 2.0), patch_size=(8, 8, 16), channel_files=True
+    "Toy",
+    "MRI",
+    2,
+    ("background", "a", "b"),
+    spacing=(2.0, 2.5, 2.0),
+    patch_size=(8, 8, 16),
+    channel_files=True,
 )
 STRAIGHT = connected(np.array([[1, 0, 0, 1]]), np.array([[4, 0, 0, 1]]))
-# Grid points that coincide would leave it to the last bit of a place whether a voxel beside zeros is exactly zero.
+# Grid points that coincide would leave it to the last bit of a place whether a voxel beside zeros
+# is exactly zero.
 AXES = {
     "LPS, anisotropic": np.diag([-1.53, -1.47, 3.1]),
     "oblique": np.array([[1.6, -0.5, 0.1], [0.48, 1.5, -0.4], [0, 0.42, 1.9]]),
@@ -88,7 +97,14 @@ def predictor(model) -> Predictor:
 def made(tmp_path_factory, model, case) -> Path:
     """Export the model in every form, as a user does."""
     out = tmp_path_factory.mktemp("out")
-    infer(out, "--checkpoint", model, "--input", case[0].parent, "--export onnx exported_program bundle")
+    infer(
+        out,
+        "--checkpoint",
+        model,
+        "--input",
+        case[0].parent,
+        "--export onnx exported_program bundle",
+    )
     return out
 
 
@@ -98,10 +114,14 @@ def labels_of(predictor: Predictor, paths: list[Path]) -> np.ndarray:
 
 
 def is_decided(predictor: Predictor, paths: list[Path]) -> np.ndarray:
-    """Tell of each voxel whether its most probable class leads by more than what rounding changes."""
+    """Tell of each voxel whether its most probable class leads by more than what rounding
+    changes.
+    """
     image = nib.load(paths[0])
     resampling = Resampling(image.shape, image.affine.astype(float), TASK.spacing)
-    prepared = normalise(resampling.apply(np.stack([np.asarray(nib.load(path).dataobj) for path in paths])), TASK)
+    prepared = normalise(
+        resampling.apply(np.stack([np.asarray(nib.load(path).dataobj) for path in paths])), TASK
+    )
     probabilities = resampling.undo(predictor._probabilities(np.ascontiguousarray(prepared)))
     _, second, first = np.sort(probabilities, 0)
     return first - second > 1e-5
@@ -117,16 +137,31 @@ class TestFolder:
 
     @pytest.mark.slow
     def test_every_form_is_there_and_nothing_else(self, made):
-        bundled = {"configs/inference.json", "configs/metadata.json", "docs/README.md", "models/model.pt"}
-        expected = {".lock", "model.onnx", "model.pt2", "predict_onnx.py", *(f"bundle/{name}" for name in bundled)}
-        assert {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()} == expected
+        bundled = {
+            "configs/inference.json",
+            "configs/metadata.json",
+            "docs/README.md",
+            "models/model.pt",
+        }
+        expected = {
+            ".lock",
+            "model.onnx",
+            "model.pt2",
+            "predict_onnx.py",
+            *(f"bundle/{name}" for name in bundled),
+        }
+        assert {
+            str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()
+        } == expected
 
     @pytest.mark.slow
     def test_the_program_takes_any_multiple_of_the_step(self, made, predictor):
         network, loaded = predictor.networks[0], program.LoadedProgram(made / "model.pt2")
         for shape in ((1, 2, 8, 8, 8), (5, 2, 8, 8, 16), (1, 2, 24, 12, 32)):
             image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            torch.testing.assert_close(scores(loaded, image), scores(network, image), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                scores(loaded, image), scores(network, image), rtol=1e-4, atol=1e-5
+            )
         with pytest.raises((AssertionError, RuntimeError)):
             scores(loaded, torch.zeros(1, 2, 8, 8, 18))
         extra = {program.FACTS: ""}
@@ -139,12 +174,19 @@ class TestScript:
 
     def test_it_imports_nothing_of_ours(self):
         tree = ast.parse(Path(predict_onnx.__file__).read_text())
-        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert names - sys.stdlib_module_names == {"numpy", "nibabel", "onnxruntime"}
 
     @pytest.mark.slow
-    def test_it_writes_the_predictors_labels_on_the_images_grid(self, made, predictor, case, tmp_path):
+    def test_it_writes_the_predictors_labels_on_the_images_grid(
+        self, made, predictor, case, tmp_path
+    ):
         done = run("-I", made / "predict_onnx.py", *case, tmp_path / "out.nii.gz", folder=tmp_path)
         assert done.returncode == 0, done.stderr
         result, image = nib.load(tmp_path / "out.nii.gz"), nib.load(case[0])
@@ -156,9 +198,13 @@ class TestScript:
     @pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
     def test_labels_are_the_predictors_on_any_grid(self, made, predictor, axes, tmp_path):
         paths = case_files(tmp_path, axes)
-        labels, expected = predict_onnx.segment(paths, made / "model.onnx"), labels_of(predictor, paths)
+        labels, expected = (
+            predict_onnx.segment(paths, made / "model.onnx"),
+            labels_of(predictor, paths),
+        )
         assert len(np.unique(expected)) == 3 and labels.dtype == np.uint8
-        decided = is_decided(predictor, paths)  # a network of random weights may have a voxel or two that are not
+        # a network of random weights may have a voxel or two that are not
+        decided = is_decided(predictor, paths)
         assert decided.mean() > 0.999 and np.array_equal(labels[decided], expected[decided])
 
     def test_a_header_in_metres_counts(self, tmp_path):
@@ -196,13 +242,19 @@ class TestScript:
 
 
 class TestBundle:
-    """The bundle's transforms and networks are MONAI's and give what ours do, without running it as a whole."""
+    """The bundle's transforms and networks are MONAI's and give what ours do, without running it as
+    a whole.
+    """
 
     @pytest.mark.parametrize(
-        ("spacing", "intensity"), [(None, None), ((2.0, 2.5, 2.0), (100.0, 700.0))], ids=["MRI", "CT"]
+        ("spacing", "intensity"),
+        [(None, None), ((2.0, 2.5, 2.0), (100.0, 700.0))],
+        ids=["MRI", "CT"],
     )
     def test_images_are_prepared_as_ours(self, spacing, intensity, case):
-        task = replace(TASK, num_channels=1, channel_files=False, spacing=spacing, intensity=intensity)
+        task = replace(
+            TASK, num_channels=1, channel_files=False, spacing=spacing, intensity=intensity
+        )
         parser = ConfigParser({**bundle._transforms(task), "output_dir": "nowhere"})
         image = parser.get_parsed_content("preprocessing")({"image": str(case[0])})["image"]
         file = nib.load(case[0])
@@ -226,7 +278,9 @@ class TestBundle:
 
     def test_operations_in_another_order_are_monais_too(self, tmp_path):
         architecture = connected(
-            STRAIGHT.arch_code_a, np.array([[0, 0, 0, 1]]), operations=("conv_1x3x3", "skip_connect")
+            STRAIGHT.arch_code_a,
+            np.array([[0, 0, 0, 1]]),
+            operations=("conv_1x3x3", "skip_connect"),
         )
         model = load_model(model_file(tmp_path / "m.pth", architecture))
         assert bundle.is_monais(model)
@@ -235,9 +289,15 @@ class TestBundle:
 
     def test_an_operation_that_monai_lacks_is_noticed(self, tmp_path, monkeypatch):
         monkeypatch.setitem(operations.OPERATIONS, "new", operations.OPERATIONS["conv_3x3x3"])
-        for codes, expected in (([[1, 0, 0, 1]], False), ([[0, 1, 1, 0]], True)):  # of paths that are not there: no
-            architecture = connected(STRAIGHT.arch_code_a, np.array(codes), operations=("skip_connect", "new"))
-            assert bundle.is_monais(load_model(model_file(tmp_path / "m.pth", architecture))) == expected
+        # of paths that are not there: no
+        for codes, expected in (([[1, 0, 0, 1]], False), ([[0, 1, 1, 0]], True)):
+            architecture = connected(
+                STRAIGHT.arch_code_a, np.array(codes), operations=("skip_connect", "new")
+            )
+            assert (
+                bundle.is_monais(load_model(model_file(tmp_path / "m.pth", architecture)))
+                == expected
+            )
 
     @pytest.mark.slow
     def test_a_program_computes_in_its_place(self, made, model, predictor, tmp_path):
@@ -250,7 +310,9 @@ class TestBundle:
         monkeypatch.setattr(checked, "RUN_BUNDLE", "import sys, dints")
         opened = Case("case", tuple(map(str, case)))
         with pytest.raises(
-            UserError, match=r"MONAI cannot run the bundle \(Mod.*No module named 'dints'\): use another"
+            UserError,
+            match=r"MONAI cannot run the bundle \(Mod.*No module named 'dints'\): use "
+            r"another",
         ):
             checked._run_bundle(tmp_path, opened, tmp_path / "out")
 
@@ -262,7 +324,9 @@ class TestChecks:
     def listed(self, case) -> Case:
         return Case("case", tuple(map(str, case)))
 
-    def test_other_labels_are_refused_and_an_older_file_stays(self, predictor, listed, case, monkeypatch, tmp_path):
+    def test_other_labels_are_refused_and_an_older_file_stays(
+        self, predictor, listed, case, monkeypatch, tmp_path
+    ):
         """A new file is checked under a temporary name, before it takes the older one's place."""
         expected, seen = labels_of(predictor, case), []
 
@@ -280,15 +344,22 @@ class TestChecks:
         assert seen == ["newer", "older"]
         assert [path.read_text() for path in tmp_path.iterdir()] == ["older"]
 
-    def test_another_bundle_is_refused_and_the_older_one_stays(self, predictor, listed, monkeypatch, tmp_path):
+    def test_another_bundle_is_refused_and_the_older_one_stays(
+        self, predictor, listed, monkeypatch, tmp_path
+    ):
         (tmp_path / "bundle").mkdir()
         (tmp_path / "bundle/older").touch()
         monkeypatch.setattr(checked, "_run_bundle", lambda *_: np.zeros((20, 24, 15), np.uint8))
         with pytest.raises(UserError, match="bundle is not written"):
             checked.export(["bundle"], predictor, listed, tmp_path)
-        assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["bundle", "bundle/older"]
+        assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
+            "bundle",
+            "bundle/older",
+        ]
 
-    def test_an_equal_one_takes_the_olders_place(self, predictor, listed, case, monkeypatch, tmp_path, capsys):
+    def test_an_equal_one_takes_the_olders_place(
+        self, predictor, listed, case, monkeypatch, tmp_path, capsys
+    ):
         (tmp_path / "bundle").mkdir()
         (tmp_path / "bundle/older").touch()
         labels = labels_of(predictor, case)
@@ -300,26 +371,39 @@ class TestChecks:
             f"{tmp_path}/bundle: 99.9861% equal to the network, 1 of 7200 voxels of case differ"
             in capsys.readouterr().out
         )
-        assert {path.name for path in (tmp_path / "bundle").iterdir()} == {"configs", "docs", "models"}
+        assert {path.name for path in (tmp_path / "bundle").iterdir()} == {
+            "configs",
+            "docs",
+            "models",
+        }
         assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
     @pytest.mark.fault("package for ONNX missing")
-    def test_missing_packages_are_named_before_the_work(self, predictor, listed, monkeypatch, tmp_path):
+    def test_missing_packages_are_named_before_the_work(
+        self, predictor, listed, monkeypatch, tmp_path
+    ):
         monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name != "onnx" else sys)
         monkeypatch.setattr(checked, "_segmented", None)
-        with pytest.raises(UserError, match="needs onnxscript and onnxruntime: pip install onnxscript onnxruntime$"):
+        with pytest.raises(
+            UserError, match="needs onnxscript and onnxruntime: pip install onnxscript onnxruntime$"
+        ):
             checked.export(["bundle", "onnx"], predictor, listed, tmp_path)
 
     def test_weights_that_no_onnx_file_can_hold_are_refused(self):
         large = SimpleNamespace(state_dict={"weight": torch.zeros(2**30, device="meta")})
-        with pytest.raises(UserError, match="4.0 GiB of weights, and a file holds 2: use exported_program"):
+        with pytest.raises(
+            UserError, match="4.0 GiB of weights, and a file holds 2: use exported_program"
+        ):
             onnx_file.as_bytes(large, {})
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("--checkpoint a.pth b.pth --input x.nii.gz --export onnx", "--export writes one network as it is"),
+        (
+            "--checkpoint a.pth b.pth --input x.nii.gz --export onnx",
+            "--export writes one network as it is",
+        ),
         ("--checkpoint a.pth --input x.nii.gz --export torchscript", "exported_program"),
     ],
 )

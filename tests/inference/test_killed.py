@@ -20,7 +20,9 @@ from dints.data.tasks import Task
 from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import save_model
 
-TASK = Task("Toy", "CT", 1, ("background", "a"), spacing=None, intensity=(0.0, 1.0), patch_size=(16, 16, 16))
+TASK = Task(
+    "Toy", "CT", 1, ("background", "a"), spacing=None, intensity=(0.0, 1.0), patch_size=(16, 16, 16)
+)
 IMAGES = 8
 
 
@@ -29,7 +31,9 @@ def given(tmp_path) -> Path:
     """Write a model file and images into a folder."""
     architecture = chain(0, 1, 0, num_depths=2)
     torch.manual_seed(0)
-    save_model(tmp_path / "m.pth", DiscreteNetwork(architecture, 1, 2, 0.125), architecture, 0.125, TASK)
+    save_model(
+        tmp_path / "m.pth", DiscreteNetwork(architecture, 1, 2, 0.125), architecture, 0.125, TASK
+    )
     (tmp_path / "in").mkdir()
     for number in range(IMAGES):
         image = np.random.default_rng(number).random((40, 40, 40)).astype(np.float32)
@@ -38,10 +42,20 @@ def given(tmp_path) -> Path:
 
 
 def start(given: Path, out: str, *flags: str) -> subprocess.Popen:
-    places = ["--checkpoint", given / "m.pth", "--input", given / "in", "--output_root", given / out, ON_CPU]
+    places = [
+        "--checkpoint",
+        given / "m.pth",
+        "--input",
+        given / "in",
+        "--output_root",
+        given / out,
+        ON_CPU,
+    ]
     command = [sys.executable, *words("infer_dints.py", *places, *flags)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, cwd=CHECKOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
+    return subprocess.Popen(
+        command, cwd=CHECKOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet
+    )
 
 
 def kill_at(process: subprocess.Popen, folder: Path, count: int) -> None:

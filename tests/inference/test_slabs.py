@@ -46,7 +46,8 @@ def test_labels_are_those_of_the_whole_volume(networks, axes, spacing, shape):
     found = slabs.segmented(image, networks[:1], WINDOW, FP32, resampling).labels
     expected = resampling.undo(WINDOW.probabilities(image, networks[0], FP32)).argmax(0)
     assert found.shape == shape and found.dtype == np.uint8 and len(np.unique(found)) == 3
-    assert (found != expected).mean() < 1e-4  # where two classes are equally probable but for rounding
+    # where two classes are equally probable but for rounding
+    assert (found != expected).mean() < 1e-4
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -63,7 +64,9 @@ def test_probabilities_are_those_of_the_whole_volume(networks, axis):
 def test_maps_are_those_of_the_whole_volume(networks, spacing):
     resampling = Resampling((40, 25, 23), affine(AXES["permuted PIR"]), spacing)
     image = np.random.default_rng(0).normal(size=(2, *resampling.shape)).astype(np.float32)
-    found = slabs.segmented(image, networks[:1], WINDOW, FP32, resampling, ("probabilities", "uncertainty"))
+    found = slabs.segmented(
+        image, networks[:1], WINDOW, FP32, resampling, ("probabilities", "uncertainty")
+    )
     expected = resampling.undo(WINDOW.probabilities(image, networks[0], FP32)).astype(np.float64)
     entropy = -(expected * np.log(expected)).sum(0) / np.log(3)
     assert found.probabilities.dtype == found.uncertainty.dtype == np.uint8
@@ -74,21 +77,28 @@ def test_maps_are_those_of_the_whole_volume(networks, spacing):
 
 def test_the_room_is_asked_for_after_a_pass_and_is_that_of_a_patchs_planes(networks, monkeypatch):
     asked, passes = [], []
-    monkeypatch.setattr(windows, "place_of_sums", lambda count, device: asked.append((count, len(passes))) or device)
+    monkeypatch.setattr(
+        windows, "place_of_sums", lambda count, device: asked.append((count, len(passes))) or device
+    )
     hook = networks[0].register_forward_hook(lambda *_: passes.append(1))
     image = np.random.default_rng(0).normal(size=(2, 40, 24, 16)).astype(np.float32)
     list(slabs.probabilities(image, networks[0], WINDOW, FP32, 0))
     hook.remove()
-    assert asked == [(16 * 24 * 16 * (3 + 1) * 4, 1)]  # float32 of three classes, and the weights' sums
+    # float32 of three classes, and the weights' sums
+    assert asked == [(16 * 24 * 16 * (3 + 1) * 4, 1)]
 
 
 def test_what_needs_padding_or_shearing_is_done_at_once():
     straight = Resampling((40, 40, 40), np.eye(4), (2.0, 2.0, 2.0))
     assert straight.is_separable and not slabs.fits((15, 40, 40), WINDOW, straight)
     angle = np.radians(20)
-    rotated = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1.2]])
+    rotated = np.array(
+        [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1.2]]
+    )
     sheared = rotated @ np.array([[1, 0.3, 0], [0, 1, 0], [0, 0, 1]])
     for axes, separable in ((rotated, True), (sheared, False)):
         resampling = Resampling((40, 40, 40), affine(axes), (2.0, 2.0, 2.0))
         assert resampling.is_separable == separable
-        assert slabs.fits(resampling.shape, SlidingWindow((8, 8, 8), 0.5, 1), resampling) == separable
+        assert (
+            slabs.fits(resampling.shape, SlidingWindow((8, 8, 8), 0.5, 1), resampling) == separable
+        )

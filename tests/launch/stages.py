@@ -1,7 +1,8 @@
-"""Stand in for Python under the launchers: play a fold's training and segmenting, in no time; all else is Python's.
+"""Stand in for Python under the launchers: play a fold's training and segmenting; run all else.
 
-A stage adds a line to $CALLS. A training writes a file for its model; segmenting takes the labels of the fold's cases
-as their masks. $HANG, as "train 1", names a stage and fold that waits for a signal; $FAIL one that leaves with code 7.
+A stage adds a line to $CALLS. A training writes a file for its model; segmenting copies the labels
+of the fold's cases as their masks. $HANG, as "train 1", names a stage and fold that waits for a
+signal; $FAIL one that exits with code 7.
 """
 
 import json
@@ -17,47 +18,51 @@ def value(flag: str) -> str:
     return sys.argv[sys.argv.index(flag) + 1]
 
 
-def train() -> str:
-    (Path(value("--output_root")) / "best_metric_model.pth").write_text("a network")
-    return value("--fold")
+def train(output: Path) -> None:
+    assert value("--fold") == output.name.removeprefix("fold_")
+    (output / "best_metric_model.pth").write_text("a network")
 
 
-def infer() -> str:
-    masks = Path(value("--output_root"))
-    fold = int(masks.name.removeprefix("fold_"))
+def infer(output: Path) -> None:
     assert Path(value("--checkpoint")).is_file()
-    root = Path(value("--root"))
-    cases = json.loads((root / "dataset.json").read_text())["training"]
+    root, fold = Path(value("--root")), int(output.name.removeprefix("fold_"))
     num_folds = int(os.environ["NUM_FOLDS"])
+    cases = json.loads((root / "dataset.json").read_text())["training"]
     first, last = len(cases) * fold // num_folds, len(cases) * (fold + 1) // num_folds
     labels = [root / case["label"] for case in cases[first:last]]
     for label in labels:
-        shutil.copy(label, masks / label.name)
+        shutil.copy(label, output / label.name)
     notes = {label.name: {"state": "done"} for label in labels}
-    (masks / "run.json").write_text(json.dumps({"cases": notes}))
-    return str(fold)
+    (output / "run.json").write_text(json.dumps({"cases": notes}))
+
+
+def note_call(name: str) -> None:
+    """Add this stage to $CALLS, and wait for the other nodes, as the processes of a stage do."""
+    calls, rank = Path(os.environ["CALLS"]), os.environ.get("NODE_RANK")
+    with calls.open("a") as file:
+        file.write(name + (f" on node {rank}" if rank else "") + "\n")
+    nodes = range(int(os.environ.get("NUM_NODES", 0)))
+    while not all(f"{name} on node {node}\n" in calls.read_text() for node in nodes):
+        time.sleep(0.05)
 
 
 def main() -> None:
-    stages = {f"{name}_dints.py": name for name in ("train", "infer")}
-    names = [stages[Path(word).name] for word in sys.argv if Path(word).name in stages]
-    if not names:
+    stages = {"train_dints.py": train, "infer_dints.py": infer}
+    stage = next((stages[Path(word).name] for word in sys.argv if Path(word).name in stages), None)
+    if stage is None:
         os.execv(sys.executable, [sys.executable, *sys.argv[1:]])  # noqa: S606
-    folder = Path(value("--output_root"))
-    fold = folder.name.removeprefix("fold_")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(os.environ["CALLS"], "a") as calls:
-        rank = f" on node {os.environ['NODE_RANK']}" if "NODE_RANK" in os.environ else ""
-        calls.write(f"{names[0]} {fold}{rank}\n")
-    if os.environ.get("FAIL") == f"{names[0]} {fold}":
+    output = Path(value("--output_root"))
+    output.mkdir(parents=True, exist_ok=True)
+    name = f"{stage.__name__} {output.name.removeprefix('fold_')}"
+    note_call(name)
+    if os.environ.get("FAIL") == name:
         sys.exit(7)
-    if os.environ.get("HANG") == f"{names[0]} {fold}":
+    if os.environ.get("HANG") == name:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        (folder / "pid").write_text(str(os.getpid()))
+        (output / "pid").write_text(str(os.getpid()))
         time.sleep(60)
     if os.environ.get("NODE_RANK", "0") == "0":
-        done = {"train": train, "infer": infer}[names[0]]()
-        assert done == fold
+        stage(output)
 
 
 if __name__ == "__main__":

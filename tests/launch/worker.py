@@ -1,8 +1,8 @@
-"""Stand in for a stage under the launchers: count in FOLDER/saved, step by step with the other ranks, or go on there.
+"""Stand in for a stage: count in FOLDER/saved, in step with the other ranks, or resume there.
 
-Told to by a signal it stops as a stage does, on all ranks after the same step, with exit code 128 + signal; with --deaf
-it does not. With --alone it knows no other rank, nor PyTorch, whose import takes most of a short run's time.
---fail CODE: rank 0 leaves with it, once (again and again with --always) after ten steps.
+A signal stops it as it stops a stage: on all ranks after the same step, with code 128 + signal.
+With --deaf it ignores signals. With --alone it neither meets other ranks nor imports torch, which
+is most of a short run's time. --fail CODE: rank 0 exits with it after ten steps, at every start.
 """
 
 import argparse
@@ -28,30 +28,27 @@ def meet_others() -> tuple[Callable[[int], int], Callable[[], None]]:
         return int(largest)
 
     dist.init_process_group("gloo")
-    dist.barrier()
     return agree, dist.destroy_process_group
 
 
 def main(args: argparse.Namespace) -> int:
+    launcher.stop_with_launcher()
     received = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN if args.deaf else lambda number, _: received.append(number))
-    rank, saved, failed = int(os.environ["RANK"]), args.folder / "saved", args.folder / "failed"
+        handler = signal.SIG_IGN if args.deaf else lambda number, _: received.append(number)
+        signal.signal(number, handler)
+    rank, saved = launcher.rank(), args.folder / "saved"
     start = int(saved.read_text()) if saved.exists() else 0
     agree, leave = (int, lambda: None) if args.alone else meet_others()
     (args.folder / f"rank{rank}").write_text(str(os.getpid()))
-    (args.folder / "log_level").write_text(os.environ.get("TORCH_CPP_LOG_LEVEL", "unset"))
-    for name, value in (("starts", start), ("launches", launcher.launches()[0])):
-        with (args.folder / name).open("a") as file:
-            file.write(f"{value}\n")
+    with (args.folder / "starts").open("a") as file:
+        file.write(f"{start} {launcher.launches()[0]}\n")
     for step in range(start, args.steps):
         if stop := agree(received[0] if received else 0):
             leave()
             time.sleep(args.seconds_to_save * rank)  # not all end at once
             return 128 + stop
-        if rank == 0 and args.fail and step >= 10 and (args.always or not failed.exists()):
-            failed.touch()
-            leave()  # else its threads would abort Python's end at times, and the code with it
+        if rank == 0 and args.fail and step >= 10:
             return args.fail
         time.sleep(0.02)
         if rank == 0:
@@ -64,10 +61,9 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=9999)
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--deaf", action="store_true")
     parser.add_argument("--seconds_to_save", type=float, default=0.3)
     parser.add_argument("--fail", type=int)
-    parser.add_argument("--always", action="store_true")
     sys.exit(main(parser.parse_args()))

@@ -17,12 +17,25 @@ from monai.networks.nets.dints import DiNTS, TopologyInstance
 from published import network
 
 from dints.errors import UserError
-from dints.network.architecture import Architecture, DecodedCodes, load_architecture, paths, save_architecture
+from dints.network.architecture import (
+    Architecture,
+    DecodedCodes,
+    load_architecture,
+    paths,
+    save_architecture,
+)
 from dints.network.operations import PUBLISHED
 
 ARRAYS = ("node_a", "arch_code_a", "arch_code_c", "arch_code_a_max")
 ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-INFO = {"iter_num": 600, "epochs": 30, "best_dsc": 0.81, "best_path": None, "factor_ram_cost": 0.8, "seed": 7}
+INFO = {
+    "iter_num": 600,
+    "epochs": 30,
+    "best_dsc": 0.81,
+    "best_path": None,
+    "factor_ram_cost": 0.8,
+    "seed": 7,
+}
 
 
 def assert_same(one: Architecture, other: Architecture) -> None:
@@ -33,7 +46,9 @@ def assert_same(one: Architecture, other: Architecture) -> None:
 
 def with_max(drawn: Architecture, **info) -> Architecture:
     """Add the most probable paths regardless of neighbours; here all that are not active."""
-    return Architecture(drawn.node_a, drawn.arch_code_a, drawn.arch_code_c, 1 - drawn.arch_code_a, **info)
+    return Architecture(
+        drawn.node_a, drawn.arch_code_a, drawn.arch_code_c, 1 - drawn.arch_code_a, **info
+    )
 
 
 def message_of(path: Path) -> str:
@@ -86,7 +101,9 @@ def published(architecture: Architecture, dtype: type = np.float64) -> dict:
 
 
 def save_as_numpy_1(content: object, path: Path, zipped: bool) -> None:
-    """Save under the module names of NumPy 1; in pickle protocol 2 a name ends at its newline, and can be replaced."""
+    """Save under the module names of NumPy 1; in pickle protocol 2 a name ends at its newline, and
+    can be replaced.
+    """
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
 
     def renamed(data: bytes) -> bytes:
@@ -111,23 +128,36 @@ def test_monais_own_instance_reads_a_file_of_ours_as_the_page_says(tmp_path):
     saved = random_architecture(3, 3, 3)
     save_architecture(tmp_path / "search_code_600.pth", saved)
     text = (Path(__file__).parents[2] / "docs/published.md").read_text()
-    (line,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "arch_code = " in block)
+    (line,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        if "arch_code = " in block
+    )
     names = {}
     exec(line.replace('"search_code_600.pth"', f'r"{tmp_path}/search_code_600.pth"'), names)  # noqa: S102
     size = {"channel_mul": 0.125, "num_blocks": 3, "num_depths": 3}
     with pytest.raises(TypeError, match="expected np.ndarray"):
         TopologyInstance([names["code"]["arch_code_a"], names["code"]["arch_code_c"]], **size)
-    theirs = DiNTS(TopologyInstance(names["arch_code"], **size), 1, 3, node_a=names["code"]["node_a"])
+    theirs = DiNTS(
+        TopologyInstance(names["arch_code"], **size), 1, 3, node_a=names["code"]["node_a"]
+    )
     expected = network(saved, 1, 3, 0.125).state_dict()
-    assert theirs.state_dict().keys() == expected.keys() and theirs(torch.zeros(1, 1, 32, 32, 32)).shape[1] == 3
+    assert (
+        theirs.state_dict().keys() == expected.keys()
+        and theirs(torch.zeros(1, 1, 32, 32, 32)).shape[1] == 3
+    )
 
 
 @pytest.mark.fault("legacy NumPy files")
-@pytest.mark.skipif(int(np.__version__[0]) < 2, reason="the files are made from what NumPy 2 writes")
+@pytest.mark.skipif(
+    int(np.__version__[0]) < 2, reason="the files are made from what NumPy 2 writes"
+)
 @pytest.mark.parametrize("dtype", [np.float64, np.uint8, bool, ">i8"], ids=str)
 @ZIPPED
 @pytest.mark.parametrize("save", [save_as_numpy_1, save_as_numpy_2])
-def test_published_files_load_and_what_we_make_of_them_needs_no_allow_list(tmp_path, save, zipped, dtype):
+def test_published_files_load_and_what_we_make_of_them_needs_no_allow_list(
+    tmp_path, save, zipped, dtype
+):
     architecture = with_max(random_architecture(2, 12, 4))
     save(published(architecture, dtype), tmp_path / "published.pth", zipped)
     loaded = load_architecture(tmp_path / "published.pth")
@@ -151,7 +181,9 @@ class Payload:
 
 
 @pytest.mark.fault("malicious pickle")
-@pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle", "inside an array", "beside good arrays"])
+@pytest.mark.parametrize(
+    "form", ["zip", "legacy", "plain pickle", "inside an array", "beside good arrays"]
+)
 def test_a_malicious_file_runs_nothing(tmp_path, form):
     file, marker = tmp_path / "code.pth", tmp_path / "it_ran"
     malicious = Payload(marker)
@@ -169,7 +201,9 @@ def test_a_malicious_file_runs_nothing(tmp_path, form):
     assert not marker.exists()
 
     # The trap does work: loaded without care, the file runs its payload.
-    pickle.loads(file.read_bytes()) if form == "plain pickle" else torch.load(file, weights_only=False)
+    pickle.loads(file.read_bytes()) if form == "plain pickle" else torch.load(
+        file, weights_only=False
+    )
     assert marker.exists()
 
 
@@ -191,12 +225,24 @@ def test_a_truncated_file_is_refused(tmp_path, keep, zipped):
         (lambda path: None, "does not exist"),
         (Path.mkdir, "is a folder"),
         (Path.touch, "is damaged or not a PyTorch file"),
-        (lambda path: path.write_text("node_a: [[1, 0], [1, 0]]\n" * 100), "is damaged or not a PyTorch file"),
-        (lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)), "is damaged or not a PyTorch file"),
+        (
+            lambda path: path.write_text("node_a: [[1, 0], [1, 0]]\n" * 100),
+            "is damaged or not a PyTorch file",
+        ),
+        (
+            lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)),
+            "is damaged or not a PyTorch file",
+        ),
         (lambda path: torch.save([1, 2], path), "holds a list where a dictionary is expected"),
         (lambda path: torch.save(torch.nn.Linear(1, 1).state_dict(), path), "has no 'node_a'"),
-        (lambda path: torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)).save(path), "not a PyTorch file"),
-        (lambda path: np.savez(path.open("wb"), **{key: GOOD[key] for key in ARRAYS}), "not a PyTorch file"),
+        (
+            lambda path: torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)).save(path),
+            "not a PyTorch file",
+        ),
+        (
+            lambda path: np.savez(path.open("wb"), **{key: GOOD[key] for key in ARRAYS}),
+            "not a PyTorch file",
+        ),
     ],
     ids=["missing", "folder", "empty", "text", "empty zip", "list", "state dict", "script", "npz"],
 )
@@ -228,19 +274,43 @@ LEVEL_1 = 3  # the path of depth 1 to itself
         (entry("arch_code_a", (1, 3), 2), "'arch_code_a' holds 2; values are 0 to 1"),
         (entry("node_a", (0, 0), np.nan), "'node_a' holds nan where only whole numbers"),
         ({**GOOD, "use_downsample": 2}, "'use_downsample' is not True or False"),
-        ({**GOOD, "arch_code_c": torch.full((3, 7), 2**64 - 1, dtype=torch.uint64)}, "holds 1.84467e+19 where only"),
+        (
+            {**GOOD, "arch_code_c": torch.full((3, 7), 2**64 - 1, dtype=torch.uint64)},
+            "holds 1.84467e+19 where only",
+        ),
         (entry("arch_code_a", (1, LEVEL_1), 0), "block 1 has no active path"),
-        (entry("arch_code_a", (2, 0), 1), "block 1 ends at depths [1], but block 2 starts from [0, 1]"),
-        (entry("node_a", (0, 1), 1), "row 0 of 'node_a' activates depths [0, 1], but the paths use [0]"),
-        ({**GOOD, "node_a": GOOD["node_a"][1:]}, "'node_a' has shape (3, 3), but .* asks for (4, 3)"),
-        ({**GOOD, "arch_code_c": torch.ones(3, 7, 5)}, "'arch_code_c' has shape (3, 7, 5), but .* asks for (3, 7)"),
-        ({**GOOD, "arch_code_a_max": torch.ones(3, 4)}, "'arch_code_a_max' has shape (3, 4), but .* asks for (3, 7)"),
+        (
+            entry("arch_code_a", (2, 0), 1),
+            "block 1 ends at depths [1], but block 2 starts from [0, 1]",
+        ),
+        (
+            entry("node_a", (0, 1), 1),
+            "row 0 of 'node_a' activates depths [0, 1], but the paths use [0]",
+        ),
+        (
+            {**GOOD, "node_a": GOOD["node_a"][1:]},
+            "'node_a' has shape (3, 3), but .* asks for (4, 3)",
+        ),
+        (
+            {**GOOD, "arch_code_c": torch.ones(3, 7, 5)},
+            "'arch_code_c' has shape (3, 7, 5), but .* asks for (3, 7)",
+        ),
+        (
+            {**GOOD, "arch_code_a_max": torch.ones(3, 4)},
+            "'arch_code_a_max' has shape (3, 4), but .* asks for (3, 7)",
+        ),
         *(
-            ({**GOOD, "arch_code_a": torch.ones(shape)}, f"'arch_code_a' has shape {shape}, not (blocks, 3 * depths")
+            (
+                {**GOOD, "arch_code_a": torch.ones(shape)},
+                f"'arch_code_a' has shape {shape}, not (blocks, 3 * depths",
+            )
             for shape in ((), (0, 7), (3, 1), (3, 8))
         ),
         # One number in the file, and 8 GB in memory were it taken as it is
-        ({**GOOD, "arch_code_a": torch.zeros(1).expand(10**9, 7)}, "has shape (1000000000, 7), too large for an"),
+        (
+            {**GOOD, "arch_code_a": torch.zeros(1).expand(10**9, 7)},
+            "has shape (1000000000, 7), too large for an",
+        ),
         (
             {**GOOD, "arch_code_a": torch.ones(1, 3 * 17 - 2)},
             "it has 1 blocks and 17 depths, more than the 1000 and 16",
@@ -248,7 +318,14 @@ LEVEL_1 = 3  # the path of depth 1 to itself
         *(
             ({**GOOD, "node_a": value}, "'node_a' is not an array of numbers")
             for value in (
-                *("four", [[1], [1, 0]], [["1", "0"]], {}, torch.ones(4, 3) * 1j, torch.ones(4, 3).to_sparse()),
+                *(
+                    "four",
+                    [[1], [1, 0]],
+                    [["1", "0"]],
+                    {},
+                    torch.ones(4, 3) * 1j,
+                    torch.ones(4, 3).to_sparse(),
+                ),
                 torch.ones(4, 3, device="meta"),
                 torch.ones(4, 3, dtype=torch.bfloat16),
                 torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
@@ -293,7 +370,17 @@ def test_changes_of_what_is_decoded_are_counted_and_outlive_a_checkpoint():
     before, changed = DecodedCodes(), DecodedCodes()
     before.take(chain(0, 0, 0, num_depths=2, operation=1))
     changed.load_state_dict(before.state_dict())
-    assert changed.changes(chain(0, 0, 0, num_depths=2, operation=1)) == {"changed_paths": 0, "changed_operations": 0}
-    # The first block's path leads elsewhere and the second's too; of none that was active before is any active now.
-    assert changed.changes(chain(0, 1, 1, num_depths=2, operation=2)) == {"changed_paths": 4, "changed_operations": 0}
-    assert changed.changes(chain(0, 0, 0, num_depths=2, operation=2)) == {"changed_paths": 0, "changed_operations": 2}
+    assert changed.changes(chain(0, 0, 0, num_depths=2, operation=1)) == {
+        "changed_paths": 0,
+        "changed_operations": 0,
+    }
+    # The first block's path leads elsewhere and the second's too; of none that was active before is
+    # any active now.
+    assert changed.changes(chain(0, 1, 1, num_depths=2, operation=2)) == {
+        "changed_paths": 4,
+        "changed_operations": 0,
+    }
+    assert changed.changes(chain(0, 0, 0, num_depths=2, operation=2)) == {
+        "changed_paths": 0,
+        "changed_operations": 2,
+    }

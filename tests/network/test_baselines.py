@@ -1,4 +1,6 @@
-"""Uniformity is checked against every architecture of a tiny space, memory against that of a `SearchSpace`."""
+"""Uniformity is checked against every architecture of a tiny space, memory against that of a
+`SearchSpace`.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,16 @@ SIZES = [(1, 2), (4, 4), (9, 3), (12, 6)]
 def ends(architecture: Architecture) -> list[list[tuple[int, int]]]:
     """List the (source, target) depths of each block's active paths."""
     every = paths(architecture.num_depths)
-    return [sorted(every[path] for path in block.nonzero()[0]) for block in architecture.arch_code_a]
+    return [
+        sorted(every[path] for path in block.nonzero()[0]) for block in architecture.arch_code_a
+    ]
 
 
 def codes(architecture: Architecture) -> tuple[int, ...]:
     """Return an operation per path, -1 where there is none."""
-    return tuple(np.where(architecture.arch_code_a, architecture.arch_code_c, -1).flatten().tolist())
+    return tuple(
+        np.where(architecture.arch_code_a, architecture.arch_code_c, -1).flatten().tolist()
+    )
 
 
 def test_the_u_shape_of_five_blocks_and_three_depths():
@@ -59,7 +65,11 @@ def test_its_long_paths_may_be_skip_connections():
     architecture, plain = u_shaped(6, 3, names, skip_connections=True), u_shaped(6, 3, names)
     assert architecture.info["baseline"] == "u_shaped_skip" and ends(architecture) == ends(plain)
     skipping = [
-        [path for path, operation in zip(block, codes[active == 1], strict=True) if names[operation] == "skip_connect"]
+        [
+            path
+            for path, operation in zip(block, codes[active == 1], strict=True)
+            if names[operation] == "skip_connect"
+        ]
         for block, codes, active in zip(
             ends(architecture), architecture.arch_code_c, architecture.arch_code_a, strict=True
         )
@@ -75,8 +85,15 @@ def test_u_shapes_are_symmetric_and_as_deep_as_they_can_be(size):
     architecture = u_shaped(*size)
     used = architecture.node_a.nonzero()
     assert used[1].max() == min(size[1] - 1, size[0] // 2)
-    assert np.flatnonzero(architecture.node_a[0]).tolist() == np.flatnonzero(architecture.node_a[-1]).tolist() == [0]
-    mirrored = [sorted((target, source) for source, target in block) for block in reversed(ends(architecture))]
+    assert (
+        np.flatnonzero(architecture.node_a[0]).tolist()
+        == np.flatnonzero(architecture.node_a[-1]).tolist()
+        == [0]
+    )
+    mirrored = [
+        sorted((target, source) for source, target in block)
+        for block in reversed(ends(architecture))
+    ]
     assert mirrored == ends(architecture)
     changes = [sum(source != target for source, target in block) for block in ends(architecture)]
     assert max(changes) <= 1 and sum(changes) == 2 * used[1].max()
@@ -128,7 +145,8 @@ def test_every_architecture_in_the_band_is_drawn_equally_often(band, keep_finest
     wanted = {
         combination
         for combination, ratio in every_architecture().items()
-        if band[0] <= ratio <= band[1] and not (keep_finest and -1 in (combination[0], combination[4]))
+        if band[0] <= ratio <= band[1]
+        and not (keep_finest and -1 in (combination[0], combination[4]))
     }
     assert len(wanted) > 10
     expected = 20
@@ -153,10 +171,15 @@ def test_tails_of_the_published_size_are_reached(band, keep_finest):
 
 @pytest.mark.parametrize("keep_finest", [False, True])
 def test_the_smallest_and_a_ratio_that_was_drawn_are_bands_too(keep_finest):
-    smallest = 0.5 / 800.5 if not keep_finest else 32 / 800.5  # skip_connect at depth 3, or at depth 0
-    architecture = random_architecture(12, 4, 0, smallest, np.random.default_rng(0), keep_finest=keep_finest)
+    # skip_connect at depth 3, or at depth 0
+    smallest = 0.5 / 800.5 if not keep_finest else 32 / 800.5
+    architecture = random_architecture(
+        12, 4, 0, smallest, np.random.default_rng(0), keep_finest=keep_finest
+    )
     assert ends(architecture) == [[(0, 0) if keep_finest else (3, 3)]] * 12
-    ratio = random_architecture(3, 2, 0.2, 0.3, np.random.default_rng(0), TWO, keep_finest).info["ram_ratio"]
+    ratio = random_architecture(3, 2, 0.2, 0.3, np.random.default_rng(0), TWO, keep_finest).info[
+        "ram_ratio"
+    ]
     again = random_architecture(3, 2, ratio, ratio, np.random.default_rng(1), TWO, keep_finest)
     assert again.info["ram_ratio"] == ratio
 
@@ -166,17 +189,33 @@ def test_bad_bands_are_refused_with_what_is_possible():
         random_architecture(12, 4, low, high, np.random.default_rng(0), keep_finest=keep_finest)
 
     for band in ((0.4, 0.3), (1.01, 2), (0, 0.0006), (float("nan"), 1)):
-        with pytest.raises(UserError, match=r"is no band .* ratios from 0\.00063 to 1 are possible"):
+        with pytest.raises(
+            UserError,
+            match=r"is no band .* ratios from 0\.00063 to 1 are "
+            r"possible",
+        ):
             draw(*band)
-    with pytest.raises(UserError, match=r"is no band .*, the finest path kept, ratios from 0\.04 to 1 are possible"):
+    with pytest.raises(
+        UserError,
+        match=r"is no band .*, the finest path kept, ratios from 0\.04 "
+        r"to 1 are possible",
+    ):
         draw(0, 0.039, keep_finest=True)
     # The sums of 12 blocks' costs are multiples of 1/2 of 9606.
-    with pytest.raises(UserError, match=r"none of 100,000 draws .* wider band; .* from 0\.00063 to 1 are possible"):
+    with pytest.raises(
+        UserError,
+        match=r"none of 100,000 draws .* wider band; .* from 0\.00063 to "
+        r"1 are possible",
+    ):
         draw(0.50001, 0.50002)
 
 
 def test_sizes_and_operations_are_refused_by_name():
-    for make in (u_shaped, all_paths, lambda *given: random_architecture(*given[:2], 0, 1, np.random.default_rng())):
+    for make in (
+        u_shaped,
+        all_paths,
+        lambda *given: random_architecture(*given[:2], 0, 1, np.random.default_rng()),
+    ):
         for size in ((0, 3), (1001, 3)):
             with pytest.raises(UserError, match=r"--num_blocks is \d+: give 1 to 1000"):
                 make(*size)
@@ -194,8 +233,14 @@ def test_the_command_writes_each_kind(tmp_path, capsys):
     small = ["--output_root", str(tmp_path / "made"), "--num_blocks", "3", "--num_depths", "2"]
     main([*small, "--u_shaped"])
     made = load_architecture(tmp_path / "made" / "u_shaped_3x2.pth")
-    assert codes(made) == codes(u_shaped(3, 2)) and made.info == {**u_shaped(3, 2).info, "version": __version__}
-    said = f"{tmp_path / 'made' / 'u_shaped_3x2.pth'}: ram ratio {ram_ratio(made):.4f}, 6 of 12 paths\n"
+    assert codes(made) == codes(u_shaped(3, 2)) and made.info == {
+        **u_shaped(3, 2).info,
+        "version": __version__,
+    }
+    said = (
+        f"{tmp_path / 'made' / 'u_shaped_3x2.pth'}: ram ratio {ram_ratio(made):.4f}, 6 of 12 "
+        "paths\n"
+    )
     assert capsys.readouterr().out == said
     with pytest.raises(UserError, match=r"u_shaped_3x2\.pth exists"):
         main([*small, "--u_shaped"])
@@ -210,7 +255,17 @@ def test_the_command_writes_each_kind(tmp_path, capsys):
 def test_the_command_numbers_random_ones(tmp_path):
     def write(folder: str, number: int, *settings: str) -> dict[str, Architecture]:
         root = tmp_path / folder
-        small = ["--output_root", str(root), "--num_blocks", "3", "--num_depths", "3", "--ram_ratio", "0.1", "0.2"]
+        small = [
+            "--output_root",
+            str(root),
+            "--num_blocks",
+            "3",
+            "--num_depths",
+            "3",
+            "--ram_ratio",
+            "0.1",
+            "0.2",
+        ]
         main([*small, "--random", str(number), *settings])
         return {path.name: load_architecture(path) for path in sorted(root.iterdir())}
 
@@ -220,7 +275,13 @@ def test_the_command_numbers_random_ones(tmp_path):
     assert len(set(map(codes, three.values()))) == 3
     (drawn,) = write("finest", 1, "--keep_finest").values()
     assert drawn.arch_code_a[:, 0].all() and 0.1 <= drawn.info["ram_ratio"] <= 0.2
-    facts = {"baseline": "random", "ram_ratio_band": [0.1, 0.2], "keep_finest": True, "seed": 0, "number": 0}
+    facts = {
+        "baseline": "random",
+        "ram_ratio_band": [0.1, 0.2],
+        "keep_finest": True,
+        "seed": 0,
+        "number": 0,
+    }
     assert drawn.info == {**facts, "ram_ratio": ram_ratio(drawn), "version": __version__}
 
 
@@ -239,8 +300,24 @@ def test_flags_that_do_not_go_together(flags, complaint, tmp_path, capsys):
 
 
 def test_the_command_ends_with_one_line_and_waits_for_no_monai(tmp_path):
-    command = [sys.executable, "-X", "importtime", "-m", baselines.__name__, "--output_root", str(tmp_path)]
-    refused = subprocess.run([*command, "--u_shaped", "--num_depths", "1"], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        baselines.__name__,
+        "--output_root",
+        str(tmp_path),
+    ]
+    refused = subprocess.run(
+        [*command, "--u_shaped", "--num_depths", "1"], capture_output=True, text=True
+    )
     *imported, said = refused.stderr.splitlines()
-    assert (refused.returncode, refused.stdout, said) == (1, "", "error: --num_depths is 1: give 2 to 6")
-    assert any("torch" in line for line in imported) and not any("monai" in line for line in imported)
+    assert (refused.returncode, refused.stdout, said) == (
+        1,
+        "",
+        "error: --num_depths is 1: give 2 to 6",
+    )
+    assert any("torch" in line for line in imported) and not any(
+        "monai" in line for line in imported
+    )

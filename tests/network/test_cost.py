@@ -1,4 +1,6 @@
-"""What a network costs is counted by hand for a small one; for others the oracle is a real run on the CPU."""
+"""What a network costs is counted by hand for a small one; for others the oracle is a real run on
+the CPU.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from dints.network.fast.layers import Convolution, InstanceNorm, Upsample
 
 CPU = torch.device("cpu")
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
-TINY = chain(0, 0, num_depths=2)  # one block with one 3x3x3 convolution at half the image's resolution
+# one block with one 3x3x3 convolution at half the image's resolution
+TINY = chain(0, 0, num_depths=2)
 
 
 def test_counts_by_hand():
@@ -33,10 +36,12 @@ def test_counts_by_hand():
     norms = (2, 4, 4, 2, 2)  # channels
     bias = 2
     kept = (
-        512 * (1 + 2 + 2)  # image as resampled, convolved, activated (the last is also the next one's input)
+        # image as resampled, convolved, activated (the last is also the next one's input)
+        512 * (1 + 2 + 2)
         + 64 * (4 + 4 + 4 + 4 + 2)  # convolved, activated; cell convolved, activated; convolved
         + 512 * (2 + 2 + 2)  # activated, convolved, normalised
-        + 3 * sum(norms)  # mean and deviation of each channel, and the norm's weights, repeated for the batch
+        # mean and deviation of each channel, and the norm's weights, repeated for the batch
+        + 3 * sum(norms)
     )
     found = cost(TINY, 1, 2, (8, 8, 8), SMALL)
     assert found == Cost(
@@ -46,7 +51,11 @@ def test_counts_by_hand():
         input_shape=(1, 1, 8, 8, 8),
         channel_mul=SMALL,
     )
-    assert found.parameters == 1060 and found.gmac == 140_288e-9 and found.activation_mib == 27_304 / 2**20
+    assert (
+        found.parameters == 1060
+        and found.gmac == 140_288e-9
+        and found.activation_mib == 27_304 / 2**20
+    )
 
 
 def run_for_real(network: DiscreteNetwork, image: torch.Tensor) -> tuple[int, int, int]:
@@ -68,18 +77,25 @@ def run_for_real(network: DiscreteNetwork, image: torch.Tensor) -> tuple[int, in
     for parameter in network.parameters():
         kept.pop(parameter.data_ptr(), None)
     scores.sum().backward()  # until here, nothing that is kept was freed
-    return count_parameters(network), sum(multiply_adds), sum(t.untyped_storage().nbytes() for t in kept.values())
+    return (
+        count_parameters(network),
+        sum(multiply_adds),
+        sum(t.untyped_storage().nbytes() for t in kept.values()),
+    )
 
 
 @pytest.mark.parametrize(
     ("architecture", "channels", "classes", "patch_size", "channel_mul", "batch_size"),
     [
         (random_architecture(0, 3, 3), 2, 3, (16, 8, 24), 1 / 8, 1),
-        (random_architecture(4, 3, 4), 1, 2, (32, 32, 32), 1 / 4, 1),  # large enough for dints.network.fast.layers
+        # large enough for dints.network.fast.layers
+        (random_architecture(4, 3, 4), 1, 2, (32, 32, 32), 1 / 4, 1),
         (chain(1, 0, 1, 2, num_depths=3, operation=0), 1, 3, (16, 16, 16), 0.3, 2),
     ],
 )
-def test_counts_are_those_of_a_real_run(architecture, channels, classes, patch_size, channel_mul, batch_size):
+def test_counts_are_those_of_a_real_run(
+    architecture, channels, classes, patch_size, channel_mul, batch_size
+):
     image = torch.randn(batch_size, channels, *patch_size)
     found = cost(architecture, channels, classes, patch_size, channel_mul, batch_size)
     network = DiscreteNetwork(architecture, channels, classes, channel_mul)
@@ -97,7 +113,10 @@ def test_counts_are_those_of_a_real_run(architecture, channels, classes, patch_s
 
 def test_a_network_as_large_as_the_published_one():
     found = cost(stand_in(), 1, 2, (96, 96, 96))
-    amounts, settings = "152.4 M parameters, 334.4 GMAC, 3,836 MiB activations", "at 1x1x96x96x96 (channel_mul 1)"
+    amounts, settings = (
+        "152.4 M parameters, 334.4 GMAC, 3,836 MiB activations",
+        ("at 1x1x96x96x96 (channel_mul 1)"),
+    )
     assert found.lines() == [amounts, settings]
 
 
@@ -111,7 +130,9 @@ def test_measured_on_the_cpu():
 
 
 class Clock(nn.Module):
-    """Takes its times, one after another, by its own clock, and notes whether gradients were wanted."""
+    """Takes its times, one after another, by its own clock, and notes whether gradients were
+    wanted.
+    """
 
     def __init__(self, *seconds: float):
         super().__init__()
@@ -137,7 +158,9 @@ def test_time_of_a_pass(monkeypatch, seconds, passes, expected_ms):
 
 
 def test_peak_is_that_of_one_step(monkeypatch):
-    """It is the second step's, whose gradients count, over what was there before; checked where there is no GPU."""
+    """It is the second step's, whose gradients count, over what was there before; checked where
+    there is no GPU.
+    """
     network = nn.Linear(2, 2)
     calls = []
 
@@ -158,7 +181,9 @@ def test_peak_is_that_of_one_step(monkeypatch):
 
 def test_lines_are_short_and_say_for_what_the_numbers_hold():
     device = "16 threads of " + 50 * "x"
-    measured = Cost(1_052_360_000, 12_334.4, 99_876.4, (2, 4, 96, 96, 32), 0.5, device, 14.0, 123_456.7)
+    measured = Cost(
+        1_052_360_000, 12_334.4, 99_876.4, (2, 4, 96, 96, 32), 0.5, device, 14.0, 123_456.7
+    )
     assert measured.lines() == [
         "1,052 M parameters, 12,334 GMAC, 99,876 MiB activations, 123,457 MiB measured in a step",
         f"at 2x4x96x96x32 (channel_mul 0.5), 14 ms a forward pass on {device}"[:99],
@@ -173,7 +198,9 @@ def test_lines_are_short_and_say_for_what_the_numbers_hold():
 def test_name_of_a_cpu(monkeypatch):
     model = "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz"
     monkeypatch.setattr(Path, "exists", lambda path: True)
-    monkeypatch.setattr(Path, "read_text", lambda path: f"processor\t: 0\nmodel name\t: {model}\nstepping\t: 1\n")
+    monkeypatch.setattr(
+        Path, "read_text", lambda path: f"processor\t: 0\nmodel name\t: {model}\nstepping\t: 1\n"
+    )
     assert module.device_name(CPU, 1) == "1 thread of Intel Xeon Platinum 8481C"
     monkeypatch.setattr(Path, "exists", lambda path: False)  # as where there is no /proc
     monkeypatch.setattr(module.platform, "processor", lambda: "")
@@ -184,7 +211,10 @@ def test_name_of_a_cpu(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"patch_size": (8, 8, 6)}, "--patch_size 8 8 6 does not fit 2 depths, .* for example 8 8 8"),
+        (
+            {"patch_size": (8, 8, 6)},
+            "--patch_size 8 8 6 does not fit 2 depths, .* for example 8 8 8",
+        ),
         ({"in_channels": 0}, "in_channels is 0: give at least 1"),
         ({"channel_mul": 0.03}, "channel_mul is 0.03: give at least 0.03125"),
         ({"channel_mul": float("nan")}, "channel_mul is nan: give"),
@@ -194,7 +224,13 @@ def test_name_of_a_cpu(monkeypatch):
     ],
 )
 def test_what_no_network_has(change, message):
-    settings = {"in_channels": 1, "num_classes": 2, "patch_size": (8, 8, 8), "channel_mul": SMALL, **change}
+    settings = {
+        "in_channels": 1,
+        "num_classes": 2,
+        "patch_size": (8, 8, 8),
+        "channel_mul": SMALL,
+        **change,
+    }
     with pytest.raises(UserError, match=message) as caught:
         cost(TINY, **settings)
     assert "\n" not in str(caught.value)
@@ -202,7 +238,10 @@ def test_what_no_network_has(change, message):
 
 def test_lack_of_memory_and_nothing_else_is_the_users_affair(monkeypatch):
     patch_size = (2**17,) * 3  # an image of 8 PiB, beyond what a processor addresses
-    message = "memory of .* too small .* channel_mul 0.0625 .* 1x1x131072x131072x131072: lower --channel_mul or --patch"
+    message = (
+        "memory of .* too small .* channel_mul 0.0625 .* 1x1x131072x131072x131072: lower "
+        "--channel_mul or --patch"
+    )
     with pytest.raises(UserError, match=message):
         cost(TINY, 1, 2, patch_size, SMALL, device=CPU)
 
@@ -219,7 +258,8 @@ def test_the_channel_mul_that_fills_a_memory():
 
     def mib(steps: int, batch_size: int) -> float:
         counted = cost(architecture, *shape, steps / 32, batch_size)
-        of_weights = 4 * 4 * counted.parameters / 2**20  # fp32: weight, gradient, momentum, moving average
+        # fp32: weight, gradient, momentum, moving average
+        of_weights = 4 * 4 * counted.parameters / 2**20
         assert counted.step_mib == counted.activation_mib + of_weights
         return counted.activation_mib + of_weights
 
@@ -227,8 +267,15 @@ def test_the_channel_mul_that_fills_a_memory():
     assert fitting_channel_mul(architecture, mib(9, 2), *shape, batch_size=2) == 9 / 32
     for batch_size in (1, 2):  # exactly, where weights take most of it too
         assert fitting_channel_mul(architecture, mib(41, batch_size), *shape, batch_size) == 41 / 32
-        assert fitting_channel_mul(architecture, mib(41, batch_size) - 2**-20, *shape, batch_size) == 40 / 32
-    with pytest.raises(UserError, match=rf"smallest channel_mul, 1/32, a training step takes {mib(1, 1):.4g} MiB"):
+        assert (
+            fitting_channel_mul(architecture, mib(41, batch_size) - 2**-20, *shape, batch_size)
+            == 40 / 32
+        )
+    with pytest.raises(
+        UserError,
+        match=r"smallest channel_mul, 1/32, a training step takes "
+        rf"{mib(1, 1):.4g} MiB",
+    ):
         fitting_channel_mul(architecture, 0.999 * mib(1, 1), *shape)
     for memory in (0, -1, float("nan"), float("inf")):
         with pytest.raises(UserError, match="--memory_mib is .*: give a positive number"):

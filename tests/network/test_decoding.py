@@ -1,4 +1,6 @@
-"""Every sequence of children, where there are few enough to try them all, is the oracle of decoding."""
+"""Every sequence of children, where there are few enough to try them all, is the oracle of
+decoding.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def with_alphas(seed: int, spread: float, *size) -> SearchSpace:
 
 
 def lengths_of_children(space: SearchSpace) -> np.ndarray:
-    """Return what decoding minimises the sum of, from the children's probabilities: (blocks, children)."""
+    """Return what decoding minimises the sum of, from the children's probabilities: (blocks,
+    children).
+    """
     return -np.log(space.get_prob_a(child=True)[0].detach().numpy().astype(float) + 1e-5)
 
 
@@ -44,7 +48,10 @@ def length(space: SearchSpace, arch_code_a: np.ndarray) -> float:
 def all_architectures(space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
     """Return lengths and ratios of every connected sequence of children."""
     arch_code_c = space.log_alpha_c.argmax(-1).numpy()
-    lengths, ratios = lengths_of_children(space), np.zeros((space.num_blocks, len(space.child_list)))
+    lengths, ratios = (
+        lengths_of_children(space),
+        np.zeros((space.num_blocks, len(space.child_list))),
+    )
     for block, number in np.ndindex(ratios.shape):
         arch_code_a = np.zeros(arch_code_c.shape)
         arch_code_a[block] = space.child_list[number]
@@ -53,7 +60,11 @@ def all_architectures(space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
     total, memory, last = lengths[0], ratios[0], np.arange(len(space.child_list))
     for block in range(1, space.num_blocks):
         before, child = connected[last].nonzero()
-        total, memory, last = total[before] + lengths[block][child], memory[before] + ratios[block][child], child
+        total, memory, last = (
+            total[before] + lengths[block][child],
+            memory[before] + ratios[block][child],
+            child,
+        )
     return total, memory
 
 
@@ -68,11 +79,15 @@ def test_no_architecture_within_the_budget_is_more_probable(size, spread):
         for budget in [ratios.min(), *np.quantile(ratios, [0.05, 0.2, 0.5, 0.9]), 1.0]:
             found = space.architecture(budget)
             assert found.info["ram_ratio"] <= budget * (1 + 1e-8)
-            assert found.info["ram_ratio"] == space.ram_ratio_of(found.arch_code_a, found.arch_code_c)
+            assert found.info["ram_ratio"] == space.ram_ratio_of(
+                found.arch_code_a, found.arch_code_c
+            )
             best = lengths[ratios <= budget * (1 + 1e-9)].min()
             assert length(space, found.arch_code_a) == pytest.approx(best, abs=1e-6)
             assert found.arch_code_a[:, 0].all() or not space.keep_finest
-        with pytest.raises(UserError, match="max_ram_ratio .* is below that of the smallest connected architecture"):
+        with pytest.raises(
+            UserError, match="max_ram_ratio .* is below that of the smallest connected architecture"
+        ):
             space.decode(0.99 * ratios.min())
 
 
@@ -80,7 +95,9 @@ def test_a_loose_budget_changes_nothing_and_a_reported_ratio_can_be_kept():
     for seed in range(5):
         space = with_alphas(seed, 1.0, 12, 4)
         free = space.architecture()
-        for expected, found in zip(space.decode(), space.decode(free.info["ram_ratio"]), strict=True):
+        for expected, found in zip(
+            space.decode(), space.decode(free.info["ram_ratio"]), strict=True
+        ):
             np.testing.assert_array_equal(found, expected)
         tight = space.architecture(0.5 * free.info["ram_ratio"])
         assert tight.info["ram_ratio"] <= 0.5 * free.info["ram_ratio"]
@@ -90,7 +107,9 @@ def test_a_loose_budget_changes_nothing_and_a_reported_ratio_can_be_kept():
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 1000.0])
 def test_the_published_size_and_five_depths_take_seconds_at_most(spread):
-    """At spread 1000, children's probabilities round to 0 or 1, and sequences of the same length abound."""
+    """At spread 1000, children's probabilities round to 0 or 1, and sequences of the same length
+    abound.
+    """
     for size in ((12, 4), (3, 5), (12, 4, True)):
         space = with_alphas(0, spread, *size)
         free, least = space.architecture().info["ram_ratio"], space.feasible_ram_ratio()
@@ -109,7 +128,8 @@ def test_the_smallest_feasible_ratio_holds_for_any_operations(keep_finest):
         with torch.no_grad():
             space.log_alpha_c.zero_()[..., operation] = 1
         assert space.architecture(least).info["ram_ratio"] <= least * (1 + 1e-8)
-    assert least == pytest.approx(all_architectures(space)[1].min())  # the last operation is one of the dearest
+    # the last operation is one of the dearest
+    assert least == pytest.approx(all_architectures(space)[1].min())
 
 
 def test_without_weights_it_decodes_as_before():

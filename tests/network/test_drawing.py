@@ -1,4 +1,6 @@
-"""A drawing holds the architecture or the search space, legibly, and its files are written whole or not at all."""
+"""A drawing holds the architecture or the search space, legibly, and its files are written whole or
+not at all.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from dints.network.drawing import draw_architecture, draw_search_space
 LABELS = ("skip", "3x3x3", "P3D-xy", "P3D-xz", "P3D-yz")
 PATH_LINE = re.compile(r"row(\d+)_depth(\d+) -> row(\d+)_depth(\d+) \[(.*)\]")
 
-needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz's program 'dot' is not installed")
+needs_dot = pytest.mark.skipif(
+    shutil.which("dot") is None, reason="graphviz's program 'dot' is not installed"
+)
 
 
 def ends_of_paths(num_depths: int) -> list[tuple[int, int]]:
@@ -27,7 +31,9 @@ def ends_of_paths(num_depths: int) -> list[tuple[int, int]]:
 
 
 def drawn_paths(source: str) -> dict[tuple[int, int, int], str]:
-    """Return graphviz's attributes of each path in the drawing, by (block, source depth, target depth)."""
+    """Return graphviz's attributes of each path in the drawing, by (block, source depth, target
+    depth).
+    """
     drawn = {}
     for start_row, start, end_row, end, attributes in PATH_LINE.findall(source):
         assert int(end_row) == int(start_row) + 1
@@ -57,7 +63,9 @@ def test_drawing_holds_the_architecture(tmp_path, num_blocks, num_depths):
         (block, *ends[path]): LABELS[architecture.arch_code_c[block, path]]
         for block, path in np.argwhere(architecture.arch_code_a)
     }
-    assert {path: operation(attributes) for path, attributes in drawn_paths(source).items()} == expected
+    assert {
+        path: operation(attributes) for path, attributes in drawn_paths(source).items()
+    } == expected
 
     active_width, inactive_width = "0.250", "0.111"
     for (row, depth), active in np.ndenumerate(architecture.node_a):
@@ -68,20 +76,27 @@ def test_drawing_holds_the_architecture(tmp_path, num_blocks, num_depths):
     ]
     inputs, outputs = (np.flatnonzero(architecture.node_a[row]).tolist() for row in (0, -1))
     assert [int(depth) for depth in re.findall(r"image -> row0_depth(\d+)", source)] == inputs
-    assert re.findall(rf"row{num_blocks}_depth(\d+) -> sum(\d+)", source) == [(str(d), str(d)) for d in outputs]
+    assert re.findall(rf"row{num_blocks}_depth(\d+) -> sum(\d+)", source) == [
+        (str(d), str(d)) for d in outputs
+    ]
     sums = [("0", "segmentation"), *((str(d), f"sum{d - 1}") for d in range(1, max(outputs) + 1))]
     assert sorted(re.findall(r"sum(\d+) -> (\w+)", source)) == sorted(sums)
     assert source.count('label="+"') == len(outputs) - 1
 
 
 @needs_dot
-def test_a_search_space_holds_every_path_and_directions_differ_in_colour_and_in_line_or_head(tmp_path):
+def test_a_search_space_holds_every_path_and_directions_differ_in_colour_and_in_line_or_head(
+    tmp_path,
+):
     drawn = drawn_paths(draw_search_space(3, 3, "space", tmp_path).source)
     assert set(drawn) == {(block, *ends) for block in range(3) for ends in ends_of_paths(3)}
     assert not any("label" in attributes for attributes in drawn.values())
     looks = {}
     for (_, start, end), attributes in drawn.items():
-        look = tuple(re.search(rf"\b{key}=\"?([#\w]+)", attributes)[1] for key in ("color", "style", "arrowhead"))
+        look = tuple(
+            re.search(rf"\b{key}=\"?([#\w]+)", attributes)[1]
+            for key in ("color", "style", "arrowhead")
+        )
         looks.setdefault(end - start, set()).add(look)
     assert sorted(looks) == [-1, 0, 1]
     (up,), (level,), (down,) = (looks[change] for change in (-1, 0, 1))
@@ -92,10 +107,13 @@ def test_a_search_space_holds_every_path_and_directions_differ_in_colour_and_in_
 def test_labels_do_not_overlap(tmp_path):
     num_blocks, num_depths = 12, 4
     shape = (num_blocks, 3 * num_depths - 2)
-    everything = Architecture(np.ones((num_blocks + 1, num_depths)), np.ones(shape), np.full(shape, 4))
+    everything = Architecture(
+        np.ones((num_blocks + 1, num_depths)), np.ones(shape), np.full(shape, 4)
+    )
     source = draw_architecture(everything, "full", tmp_path).source
     places = [
-        tuple(map(float, re.search(r'lp="([-\d.]+),([-\d.]+)"', a).groups())) for a in drawn_paths(source).values()
+        tuple(map(float, re.search(r'lp="([-\d.]+),([-\d.]+)"', a).groups()))
+        for a in drawn_paths(source).values()
     ]
     assert len(places) == num_blocks * (3 * num_depths - 2)
     width, height = 42, 15  # of "P3D-xy" in 10 point Helvetica, with its frame
@@ -104,13 +122,17 @@ def test_labels_do_not_overlap(tmp_path):
 
 
 @needs_dot
-@pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG\r\n\x1a\n"), ("svg", b"<?xml"), ("pdf", b"%PDF-")])
+@pytest.mark.parametrize(
+    ("ending", "magic"), [("png", b"\x89PNG\r\n\x1a\n"), ("svg", b"<?xml"), ("pdf", b"%PDF-")]
+)
 def test_each_format_is_written_beside_its_source(tmp_path, ending, magic):
     folder = tmp_path / "made" / "here"
     # A dot in the name is not an ending: Figures/arch_ram-cost-0.8.png has one.
     draw_architecture(random_architecture(0, 3, 3), "ram-cost-0.8", folder, ending)
     assert (folder / f"ram-cost-0.8.{ending}").read_bytes().startswith(magic)
-    assert sorted(file.name for file in folder.iterdir()) == sorted([f"ram-cost-0.8.{ending}", "ram-cost-0.8.gv"])
+    assert sorted(file.name for file in folder.iterdir()) == sorted(
+        [f"ram-cost-0.8.{ending}", "ram-cost-0.8.gv"]
+    )
 
 
 @needs_dot
@@ -118,10 +140,19 @@ def test_each_format_is_written_beside_its_source(tmp_path, ending, magic):
     ("info", "title"),
     [
         (
-            {"task": "Task04_Hippocampus", "factor_ram_cost": 0.8, "iter_num": 1234567, "best_dsc": 0.85},
-            "DiNTS architecture · Task04_Hippocampus · RAM factor 0.8 · iteration 1234567 · supernet's best Dice 0.850",
+            {
+                "task": "Task04_Hippocampus",
+                "factor_ram_cost": 0.8,
+                "iter_num": 1234567,
+                "best_dsc": 0.85,
+            },
+            "DiNTS architecture · Task04_Hippocampus · RAM factor 0.8 · iteration 1234567 · "
+            "supernet's best Dice 0.850",
         ),
-        ({"task": None, "iter_num": "many", "best_dsc": -1, "factor_ram_cost": [1]}, "DiNTS architecture"),
+        (
+            {"task": None, "iter_num": "many", "best_dsc": -1, "factor_ram_cost": [1]},
+            "DiNTS architecture",
+        ),
         ({"task": r'a "b" \n <c>'}, r"DiNTS architecture · a \"b\" \\n <c>"),
     ],
 )
@@ -149,7 +180,9 @@ def test_files_that_cannot_be_written_are_refused(tmp_path, monkeypatch, files, 
     assert [file.name for file in tmp_path.iterdir()] == ["taken"]
 
 
-def test_failing_dot_keeps_the_previous_picture_and_without_dot_the_source_is_written(tmp_path, monkeypatch):
+def test_failing_dot_keeps_the_previous_picture_and_without_dot_the_source_is_written(
+    tmp_path, monkeypatch
+):
     architecture = random_architecture(3, 4, 3)
     (tmp_path / "graph.png").write_bytes(b"previous")
     program = tmp_path / "bin" / "dot"
@@ -162,8 +195,14 @@ def test_failing_dot_keeps_the_previous_picture_and_without_dot_the_source_is_wr
     assert (tmp_path / "graph.png").read_bytes() == b"previous"
 
     program.unlink()
-    hints = "graph.gv is written, .*apt-get install graphviz, conda install graphviz, or brew install graphviz"
+    hints = (
+        "graph.gv is written, .*apt-get install graphviz, conda install graphviz, or brew "
+        "install graphviz"
+    )
     with pytest.raises(UserError, match=hints):
         draw_architecture(architecture, directory=tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["graph.gv"]
-    assert len(drawn_paths((tmp_path / "out" / "graph.gv").read_text())) == architecture.arch_code_a.sum()
+    assert (
+        len(drawn_paths((tmp_path / "out" / "graph.gv").read_text()))
+        == architecture.arch_code_a.sum()
+    )

@@ -1,4 +1,6 @@
-"""A fast network computes what the plain one does: values, gradients and state, in every way that it may compute."""
+"""A fast network computes what the plain one does: values, gradients and state, in every way that
+it may compute.
+"""
 
 from __future__ import annotations
 
@@ -67,21 +69,28 @@ def plain(make, monkeypatch) -> nn.Module:
 def scores_and_gradients(network: nn.Module, kind: torch.dtype) -> dict[str, torch.Tensor]:
     """Compute in this type, bfloat16 by autocast; of the weights, those that have a gradient."""
     generator = torch.Generator().manual_seed(1)
-    image, noise = (torch.randn(2, channels, 16, 16, 16, generator=generator) for channels in (1, 3))
+    image, noise = (
+        torch.randn(2, channels, 16, 16, 16, generator=generator) for channels in (1, 3)
+    )
     exact = torch.float64 if kind == torch.float64 else torch.float32
     network = network.to(exact)
     network.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
         scores = network(image.to(exact))
     (scores.to(exact) * noise).mean().backward()
-    gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+    gradients = {
+        name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None
+    }
     return {"scores": scores.detach(), **gradients}
 
 
 def assert_near(values: dict, expected: dict, tolerance: float) -> None:
     assert values.keys() == expected.keys() and len(values) > 10
     for name, value in values.items():
-        error, size = (value.double() - expected[name].double()).norm(), expected[name].double().norm()
+        error, size = (
+            (value.double() - expected[name].double()).norm(),
+            expected[name].double().norm(),
+        )
         assert error <= tolerance * size + 1e-12, f"{name}: {error / size:.1e}"
 
 
@@ -92,7 +101,9 @@ def test_a_fast_network_is_the_plain_one(make, plain, channels, monkeypatch):
     kinds = {type(layer) for layer in plain.modules()} ^ {type(layer) for layer in fast.modules()}
     assert kinds  # else the comparison shows nothing
     assert fast.state_dict().keys() == plain.state_dict().keys()
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in fast.state_dict().items())
+    assert all(
+        torch.equal(value, plain.state_dict()[name]) for name, value in fast.state_dict().items()
+    )
     for kind, tolerance in ((torch.float64, 1e-8), (torch.float32, 5e-3)):
         assert_near(scores_and_gradients(fast, kind), scores_and_gradients(plain, kind), tolerance)
 
@@ -102,19 +113,29 @@ def test_in_bfloat16_it_is_as_near_to_fp32_as_the_plain_one(make, plain):
     errors = []
     for network in (make(), plain):
         rounded = scores_and_gradients(network, torch.bfloat16)
-        errors.append(torch.stack([(rounded[name].double() - value).norm() for name, value in exact.items()]))
+        errors.append(
+            torch.stack([(rounded[name].double() - value).norm() for name, value in exact.items()])
+        )
     assert errors[0].norm() < 1.5 * errors[1].norm() + 0.02 * exact["scores"].norm()
 
 
 def test_as_on_a_gpu_it_is_the_plain_one(make, plain, as_on_gpu):
-    assert_near(scores_and_gradients(make(), torch.float64), scores_and_gradients(plain, torch.float64), 1e-8)
+    assert_near(
+        scores_and_gradients(make(), torch.float64),
+        scores_and_gradients(plain, torch.float64),
+        1e-8,
+    )
 
 
 def test_copies_are_fast_too_and_a_second_call_changes_nothing(make):
     network, image = make(), torch.randn(1, 1, 16, 16, 16)
     kinds = [type(module) for module in network.modules()]
     copied = copy.deepcopy(accelerate(network))
-    assert [type(module) for module in copied.modules()] == kinds == [type(module) for module in network.modules()]
+    assert (
+        [type(module) for module in copied.modules()]
+        == kinds
+        == [type(module) for module in network.modules()]
+    )
     for weight in copied.parameters():
         weight.data.add_(1e-3)
     before = network(image)
@@ -125,45 +146,69 @@ def test_copies_are_fast_too_and_a_second_call_changes_nothing(make):
 
 def test_on_another_device_cells_are_taken_one_at_a_time():
     cells = nn.ModuleList([cell_of(PUBLISHED)(4, 4, 0) for _ in range(3)]).to("meta")
-    images, weights = [torch.empty(2, 4, 8, 8, 8, device="meta")] * 3, torch.empty(3, 5, device="meta")
+    images, weights = (
+        [torch.empty(2, 4, 8, 8, 8, device="meta")] * 3,
+        torch.empty(3, 5, device="meta"),
+    )
     sizes = []
     for cell in cells:
-        cell.op.ops[1].acti.register_forward_hook(lambda module, given, _: sizes.append(tuple(given[0].shape)))
+        cell.op.ops[1].acti.register_forward_hook(
+            lambda module, given, _: sizes.append(tuple(given[0].shape))
+        )
     assert mix(cells, images, weights).shape == (2, 4, 8, 8, 8)
     assert sizes == [(2, 4, 8, 8, 8)] * 3  # side by side, it would be one of 12 channels
-    assert cells_together(3, torch.device("cpu")) == 3 and cells_together(3, torch.device("cuda")) == 1
+    assert (
+        cells_together(3, torch.device("cpu")) == 3 and cells_together(3, torch.device("cuda")) == 1
+    )
 
 
 class TestComposition:
     OTHERS = {
         "dilated": partial(ActivatedConvolutions, kernels=[(3, 3, 3)], dilation=2),
         "grouped": partial(ActivatedConvolutions, kernels=[(3, 3, 3)], groups=CHANNELS),
-        "twice": partial(ActivatedConvolutions, kernels=[(3, 3, 3), (3, 3, 3)]),  # together 5x5x5, and other borders
+        # together 5x5x5, and other borders
+        "twice": partial(ActivatedConvolutions, kernels=[(3, 3, 3), (3, 3, 3)]),
         "small": partial(ActivatedConvolutions, kernels=[(1, 1, 1)]),
         "three": partial(ActivatedConvolutions, kernels=[(3, 1, 1), (1, 3, 1), (1, 1, 3)]),
     }
 
-    def cells(self, count: int, names: tuple[str, ...] = PUBLISHED) -> tuple[nn.ModuleList, list, torch.Tensor]:
-        """Make cells without a change of resolution, an image for each, and weights of their operations, in float64."""
+    def cells(
+        self, count: int, names: tuple[str, ...] = PUBLISHED
+    ) -> tuple[nn.ModuleList, list, torch.Tensor]:
+        """Make cells without a change of resolution, an image for each, and weights of their
+        operations, in float64.
+        """
         torch.manual_seed(0)
-        cells = nn.ModuleList([cell_of(names)(CHANNELS, CHANNELS, 0) for _ in range(count)]).double()
+        cells = nn.ModuleList(
+            [cell_of(names)(CHANNELS, CHANNELS, 0) for _ in range(count)]
+        ).double()
         for weight in cells.parameters():
             nn.init.normal_(weight)
-        images = [torch.randn(2, CHANNELS, 5, 6, 7, dtype=torch.double, requires_grad=True) for _ in range(count)]
+        images = [
+            torch.randn(2, CHANNELS, 5, 6, 7, dtype=torch.double, requires_grad=True)
+            for _ in range(count)
+        ]
         return cells, images, torch.rand(count, len(names), dtype=torch.double, requires_grad=True)
 
     @pytest.mark.parametrize("together", [1, 3], ids=["one at a time, as on a GPU", "side by side"])
     def test_a_mix_and_its_gradients_are_those_of_the_cells(self, together, monkeypatch):
-        monkeypatch.setattr("dints.network.fast.mixing.cells_together", lambda count, device: together)
+        monkeypatch.setattr(
+            "dints.network.fast.mixing.cells_together", lambda count, device: together
+        )
         cells, images, weights = self.cells(3)
         wanted, results = [*images, weights, *cells.parameters()], []
         parts = composed(cells, weights, together)
         assert len(parts) == 3 // together and parts[0].operations == (1, 2, 3, 4)
         for mixed in (
-            sum(cell(image, weight) for cell, image, weight in zip(cells, images, weights, strict=True)),
+            sum(
+                cell(image, weight)
+                for cell, image, weight in zip(cells, images, weights, strict=True)
+            ),
             mix(cells, images, weights, parts),
         ):
-            noise = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+            noise = torch.randn(
+                mixed.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double
+            )
             results.append([mixed, *torch.autograd.grad((mixed * noise).sum(), wanted)])
         for expected, value in zip(*results, strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
@@ -176,8 +221,12 @@ class TestComposition:
         cells, images, weights = self.cells(2, ("skip_connect", name, "conv_3x1x3"))
         parts = composed(cells, weights, 2)
         assert parts[0].operations == ((1, 2) if name == "three" else (2,))
-        expected = sum(cell(image, weight) for cell, image, weight in zip(cells, images, weights, strict=True))
-        torch.testing.assert_close(mix(cells, images, weights, parts), expected, rtol=1e-10, atol=1e-10)
+        expected = sum(
+            cell(image, weight) for cell, image, weight in zip(cells, images, weights, strict=True)
+        )
+        torch.testing.assert_close(
+            mix(cells, images, weights, parts), expected, rtol=1e-10, atol=1e-10
+        )
         cells, _, weights = self.cells(2, ("skip_connect",))
         assert composed(cells, weights, 2) is None
 
@@ -189,7 +238,8 @@ class TestComposition:
             cast = composed(cells, weights, 1)
         for one, other in zip(exact, cast, strict=True):
             assert other.kernels.dtype == torch.bfloat16 and other.scale.dtype == torch.float32
-            assert torch.equal(other.kernels, one.kernels.bfloat16())  # composed in fp32 all the same
+            # composed in fp32 all the same
+            assert torch.equal(other.kernels, one.kernels.bfloat16())
 
     def test_a_gpu_always_composes(self):
         wide = torch.empty(1, 64, 4, 4, 4)
@@ -198,29 +248,39 @@ class TestComposition:
 
 
 def recomputing(network: nn.Module, wanted: bool = True) -> nn.Module:
-    (network if isinstance(network, DiscreteNetwork) else network.dints_space).checkpoint_activations = wanted
+    (
+        network if isinstance(network, DiscreteNetwork) else network.dints_space
+    ).checkpoint_activations = wanted
     return network
 
 
 class TestRecomputation:
-    """With --checkpoint_activations a step keeps less and gives the same bits, whatever the architecture."""
+    """With --checkpoint_activations a step keeps less and gives the same bits, whatever the
+    architecture.
+    """
 
     @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
     def test_gradients_are_the_same_to_the_bit(self, make, kind):
-        kept, recomputed = (scores_and_gradients(recomputing(make(), wanted), kind) for wanted in (False, True))
+        kept, recomputed = (
+            scores_and_gradients(recomputing(make(), wanted), kind) for wanted in (False, True)
+        )
         assert kept.keys() == recomputed.keys()
         assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
     def test_of_blocks_nothing_is_kept(self, make):
         """The rest is the stems': of the one path a block three quarters."""
         network = make().to("meta")
-        kept = [activation_bytes(recomputing(network, wanted), (1, 1, 32, 32, 32)) for wanted in (False, True)]
+        kept = [
+            activation_bytes(recomputing(network, wanted), (1, 1, 32, 32, 32))
+            for wanted in (False, True)
+        ]
         assert kept[1] < 0.8 * kept[0]
 
     def test_nothing_is_computed_twice_without_gradients(self, make, monkeypatch):
         network = recomputing(make())
         monkeypatch.setattr(
-            "dints.network.fast.recomputation.checkpoint", lambda *_, **__: pytest.fail("computed twice")
+            "dints.network.fast.recomputation.checkpoint",
+            lambda *_, **__: pytest.fail("computed twice"),
         )
         with torch.no_grad():
             network(torch.zeros(1, 1, 16, 16, 16))
@@ -237,12 +297,17 @@ class TestRecomputation:
         save_architecture(tmp_path / "arch.pth", RANDOM)
         histories = []
         for flags in ("", "--checkpoint_activations"):
-            folder, flags = tmp_path / f"run{len(histories)}", f"--num_epochs 2 --num_epochs_per_validation 2 {flags}"
+            folder, flags = (
+                tmp_path / f"run{len(histories)}",
+                (f"--num_epochs 2 --num_epochs_per_validation 2 {flags}"),
+            )
             if stage == "search":
                 search(phantom, folder, "--num_epochs_warmup 1", flags)
             else:
                 train(phantom, folder, tmp_path / "arch.pth", flags)
             with (folder / "loss_history.csv").open(newline="") as file:
                 rows = list(csv.DictReader(file))
-            histories.append([(row["loss"], row.get("architecture_loss"), row.get("entropy_a")) for row in rows])
+            histories.append(
+                [(row["loss"], row.get("architecture_loss"), row.get("entropy_a")) for row in rows]
+            )
         assert len(rows) == 2 and histories[0] == histories[1]

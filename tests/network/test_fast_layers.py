@@ -20,7 +20,13 @@ from tracing import assert_one_graph
 from dints.network.discrete import DiscreteNetwork
 from dints.network.fast import layers
 from dints.network.fast.acceleration import accelerate
-from dints.network.fast.layers import Convolution, InstanceNorm, Upsample, convolve, convolve_side_by_side
+from dints.network.fast.layers import (
+    Convolution,
+    InstanceNorm,
+    Upsample,
+    convolve,
+    convolve_side_by_side,
+)
 from dints.network.space import SearchSpace, supernet
 
 # Batch, input and output channels, kernel, stride, spatial size, and how that is computed in fp32.
@@ -31,7 +37,15 @@ SHAPES = {
     "stem": (1, 16, 32, (3, 3, 3), 2, (32, 32, 32), "oneDNN"),
     "few voxels, many weights": (1, 80, 160, (3, 3, 3), 1, (2, 4, 2), "product"),
     "few voxels, stride": (3, 40, 80, (3, 3, 3), 2, (5, 4, 3), "product"),
-    "few voxels in each of many images": (6, 64, 64, (3, 3, 3), 1, (4, 4, 2), "oneDNN without AVX-512"),
+    "few voxels in each of many images": (
+        6,
+        64,
+        64,
+        (3, 3, 3),
+        1,
+        (4, 4, 2),
+        "oneDNN without AVX-512",
+    ),
     "few voxels, few weights": (1, 8, 8, (3, 3, 3), 1, (4, 4, 4), "PyTorch"),
     "one voxel in the kernel": (1, 32, 64, (1, 1, 1), 1, (16, 16, 16), "PyTorch"),
     "one voxel in the kernel, stride": (2, 16, 8, (1, 1, 1), 2, (9, 8, 7), "PyTorch"),
@@ -41,12 +55,16 @@ SHAPES = {
 
 @pytest.fixture(params=[True, False], ids=["AVX-512", "AVX2"])
 def has_avx512(request, monkeypatch):
-    """Compute as on processors with and without AVX-512: every one can do both, though not as fast."""
+    """Compute as on processors with and without AVX-512: every one can do both, though not as
+    fast.
+    """
     monkeypatch.setattr(layers, "_HAS_AVX512", request.param)
     return request.param
 
 
-def pair(channels: int, outputs: int, kernel, stride: int = 1, **options) -> tuple[nn.Conv3d, nn.Conv3d]:
+def pair(
+    channels: int, outputs: int, kernel, stride: int = 1, **options
+) -> tuple[nn.Conv3d, nn.Conv3d]:
     """Make PyTorch's convolution and ours with the same weights."""
     torch.manual_seed(0)
     padding = [size // 2 for size in kernel]
@@ -54,8 +72,12 @@ def pair(channels: int, outputs: int, kernel, stride: int = 1, **options) -> tup
     return plain, accelerate(copy.deepcopy(plain))
 
 
-def assert_same(plain, ours, image: torch.Tensor, parameters=((), ()), image_trained=True, tolerance=1e-5) -> None:
-    """Compare results and gradients, by ``parameters`` of both and by the image: equal but for rounding."""
+def assert_same(
+    plain, ours, image: torch.Tensor, parameters=((), ()), image_trained=True, tolerance=1e-5
+) -> None:
+    """Compare results and gradients, by ``parameters`` of both and by the image: equal but for
+    rounding.
+    """
     results = []
     for module, trained in zip((plain, ours), parameters, strict=True):
         own_image = image.clone().requires_grad_(image_trained)
@@ -93,13 +115,21 @@ def test_a_convolution_is_pytorchs_and_each_shape_goes_its_way(shape, has_avx512
     torch.manual_seed(0)
     image = torch.randn(batch, channels, *size)
     for trained in (("image", "weight"), ("image",), ("weight",)):
-        plain, ours = (each.requires_grad_("weight" in trained) for each in pair(channels, outputs, kernel, stride))
-        parameters = [list(each.parameters()) if "weight" in trained else [] for each in (plain, ours)]
+        plain, ours = (
+            each.requires_grad_("weight" in trained)
+            for each in pair(channels, outputs, kernel, stride)
+        )
+        parameters = [
+            list(each.parameters()) if "weight" in trained else [] for each in (plain, ours)
+        ]
         assert_same(plain, ours, image, parameters, image_trained="image" in trained)
     if expected == "oneDNN without AVX-512":
         expected = "PyTorch" if has_avx512 else "oneDNN"
     # Without oneDNN, on a processor that is not x86 or has no AVX2, everything stays PyTorch's.
-    assert (way(plain, image), way(ours, image)) == ("PyTorch", expected if layers._HAS_ONEDNN else "PyTorch")
+    assert (way(plain, image), way(ours, image)) == (
+        "PyTorch",
+        expected if layers._HAS_ONEDNN else "PyTorch",
+    )
 
 
 def test_other_convolutions_types_and_places_stay_pytorchs():
@@ -123,7 +153,9 @@ def assert_nearer(result: torch.Tensor, theirs: torch.Tensor, truth: torch.Tenso
     assert (result - truth).abs().max() <= (theirs - truth).abs().max()
 
 
-@pytest.mark.parametrize(("size", "expected"), [((16, 16, 16), "PyTorch"), ((2, 2, 2), "product")], ids=str)
+@pytest.mark.parametrize(
+    ("size", "expected"), [((16, 16, 16), "PyTorch"), ((2, 2, 2), "product")], ids=str
+)
 def test_under_autocast_products_stay_in_fp32(size, expected):
     """Their results are nearer to the truth than PyTorch's in bf16."""
     plain, ours = pair(64, 64, (3, 3, 3))
@@ -137,7 +169,8 @@ def test_under_autocast_products_stay_in_fp32(size, expected):
 
 
 UNIT = 2**-9  # of bfloat16: the largest relative error of rounding a number to it
-# Tests of bf16 against fp32: of the output, the last axis; and batch and the other axes, which take turns.
+# Tests of bf16 against fp32: of the output, the last axis; and batch and the other axes, which take
+# turns.
 WIDTHS = (*range(1, 9), 12, 24)
 OTHERS = ((1, 2, 4), (2, 1, 2), (1, 4, 3))
 CHANNELS = (1, 3, 8, 16, 32, 128)
@@ -145,7 +178,9 @@ CHANNELS = (1, 3, 8, 16, 32, 128)
 
 @cache
 def kinds() -> list[tuple]:
-    """List what a network is made of: kernel, stride, padding, whether with a bias, and output for input channels."""
+    """List what a network is made of: kernel, stride, padding, whether with a bias, and output for
+    input channels.
+    """
     found = set()
     for use_downsample in (True, False):
         architecture = replace(everything(2, 3), use_downsample=use_downsample)
@@ -154,7 +189,9 @@ def kinds() -> list[tuple]:
         for layer in network.modules():
             if isinstance(layer, nn.Conv3d):
                 ratio = Fraction(layer.out_channels, layer.in_channels)
-                found.add((layer.kernel_size, layer.stride, layer.padding, layer.bias is not None, ratio))
+                found.add(
+                    (layer.kernel_size, layer.stride, layer.padding, layer.bias is not None, ratio)
+                )
     return sorted(found)
 
 
@@ -163,8 +200,12 @@ def in_numbers_of_bfloat16(*shape: int) -> torch.Tensor:
     return torch.randn(shape).bfloat16().float()
 
 
-def results_in(kind: torch.dtype, call, image: torch.Tensor, mix: torch.Tensor, parameters) -> list[torch.Tensor]:
-    """Return the result of ``call`` in this type, and the gradients by the image and the parameters."""
+def results_in(
+    kind: torch.dtype, call, image: torch.Tensor, mix: torch.Tensor, parameters
+) -> list[torch.Tensor]:
+    """Return the result of ``call`` in this type, and the gradients by the image and the
+    parameters.
+    """
     image = image.to(kind).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == torch.bfloat16):
         result = call(image)
@@ -175,7 +216,8 @@ def results_in(kind: torch.dtype, call, image: torch.Tensor, mix: torch.Tensor, 
 
 
 def errors_in_bfloat16(ours, plain, image, mix, of_ours, of_plain) -> list[float]:
-    """Return how far `results_in` bf16 are from fp32's, by the norms that these have where no terms cancel by chance.
+    """Return how far `results_in` bf16 are from fp32's, by the norms that these have where no terms
+    cancel by chance.
 
     Those are known from the squares of all numbers: of independent terms, the squares add.
     """
@@ -195,16 +237,20 @@ def errors_in_bfloat16(ours, plain, image, mix, of_ours, of_plain) -> list[float
 
 
 def test_bfloat16_is_fp32_in_every_shape_of_a_network_on_this_machine():
-    """A failure here is a kernel of this machine that is wrong: `layers._by_pytorch` has to go around it.
+    """A failure here is a kernel of this machine that is wrong: `layers._by_pytorch` has to go
+    around it.
 
-    Products are summed in fp32, rounded once, and a weight's gradient again where a batch is summed. Without AVX-512
-    PyTorch rounds an image's gradient after each voxel of the kernel: errors that add like the steps of a random walk.
+    Products are summed in fp32, rounded once, and a weight's gradient again where a batch is
+    summed. Without AVX-512 PyTorch rounds an image's gradient after each voxel of the kernel:
+    errors that add like the steps of a random walk.
     """
     torch.manual_seed(0)
     wrong, number = [], 0
     for kernel, stride, padding, bias, ratio in kinds():
         tolerance = UNIT * (2 + math.sqrt(math.prod(kernel)))
-        for channels in {max(count, ratio.denominator) for count in CHANNELS if count * max(ratio, 1) <= 128}:
+        for channels in {
+            max(count, ratio.denominator) for count in CHANNELS if count * max(ratio, 1) <= 128
+        }:
             plain = nn.Conv3d(channels, int(channels * ratio), kernel, stride, padding, bias=bias)
             for parameter in plain.parameters():
                 parameter.data = in_numbers_of_bfloat16(*parameter.shape) / 4
@@ -214,10 +260,13 @@ def test_bfloat16_is_fp32_in_every_shape_of_a_network_on_this_machine():
                 batch, *other = OTHERS[number % len(OTHERS)]
                 size = [count * step for count, step in zip((*other, width), stride, strict=True)]
                 if stride == kernel or number % 2 and math.prod(stride) > 1 == math.prod(kernel):
-                    size = [max(count - 1, 1) for count in size]  # as the second half of a change of resolution sees it
+                    # as the second half of a change of resolution sees it
+                    size = [max(count - 1, 1) for count in size]
                 image = in_numbers_of_bfloat16(batch, plain.in_channels, *size)
                 mix = in_numbers_of_bfloat16(*plain(image).shape)
-                found = errors_in_bfloat16(ours, plain, image, mix, [*ours.parameters()], [*plain.parameters()])
+                found = errors_in_bfloat16(
+                    ours, plain, image, mix, [*ours.parameters()], [*plain.parameters()]
+                )
                 if not max(found) <= tolerance:
                     wrong.append((kernel, stride, tuple(image.shape), plain.out_channels, found))
     assert number > 500
@@ -225,7 +274,9 @@ def test_bfloat16_is_fp32_in_every_shape_of_a_network_on_this_machine():
 
 
 class Faulty(TorchDispatchMode):
-    """Has the faults of oneDNN 3.12 in bfloat16: NaN where results, or memory that nobody wrote, would be wrong."""
+    """Has the faults of oneDNN 3.12 in bfloat16: NaN where results, or memory that nobody wrote,
+    would be wrong.
+    """
 
     def __init__(self):
         super().__init__()
@@ -234,8 +285,15 @@ class Faulty(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function is torch.ops.aten.convolution.default and args[0].dtype == torch.bfloat16:
-            return self._broken(result) if self._strides_wrongly(args[0], args[1], args[3], args[4]) else result
-        if function is torch.ops.aten.convolution_backward.default and args[1].dtype == torch.bfloat16:
+            return (
+                self._broken(result)
+                if self._strides_wrongly(args[0], args[1], args[3], args[4])
+                else result
+            )
+        if (
+            function is torch.ops.aten.convolution_backward.default
+            and args[1].dtype == torch.bfloat16
+        ):
             of_image, of_weight, of_bias = result
             _, image, weight, _, stride, padding = args[:6]
             if self._strides_wrongly(image, weight, stride, padding):
@@ -276,9 +334,12 @@ def test_no_faulty_kernel_is_called(kernel, stride, size, bias):
         theirs = results_in(torch.bfloat16, plain, image, mix, [*plain.parameters()])
         assert faulty.seen and any(each.isnan().any() for each in theirs)
         faulty.seen = 0
-        errors = errors_in_bfloat16(ours, plain, image, mix, [*ours.parameters()], [*plain.parameters()])
+        errors = errors_in_bfloat16(
+            ours, plain, image, mix, [*ours.parameters()], [*plain.parameters()]
+        )
         assert max(errors) < 0.02 and not faulty.seen
-        assert torch.isfinite(copy.deepcopy(ours).bfloat16()(image.bfloat16())).all()  # without autocast
+        # without autocast
+        assert torch.isfinite(copy.deepcopy(ours).bfloat16()(image.bfloat16())).all()
         assert torch.isfinite(ours(image[0])).all()  # without a batch axis
     assert not faulty.seen
 
@@ -290,10 +351,15 @@ def test_no_faulty_kernel_is_called_for_several_at_once(groups):
     plain = [nn.Conv3d(2, 2, 3, padding=1, bias=False) for _ in range(groups)]
     weights = [convolution.weight for convolution in plain]
     ours = accelerate(nn.ModuleList(copy.deepcopy(plain)))
-    image, mix = in_numbers_of_bfloat16(1, 2 * groups, 2, 8, 8), in_numbers_of_bfloat16(1, 2 * groups, 2, 8, 8)
+    image, mix = (
+        in_numbers_of_bfloat16(1, 2 * groups, 2, 8, 8),
+        in_numbers_of_bfloat16(1, 2 * groups, 2, 8, 8),
+    )
 
     def one_by_one(whole):
-        return torch.cat([each(part) for each, part in zip(plain, whole.chunk(groups, 1), strict=True)], 1)
+        return torch.cat(
+            [each(part) for each, part in zip(plain, whole.chunk(groups, 1), strict=True)], 1
+        )
 
     with Faulty() as faulty:
         for call, own in (
@@ -306,7 +372,9 @@ def test_no_faulty_kernel_is_called_for_several_at_once(groups):
 
 @pytest.mark.parametrize("use_downsample", [True, False])
 def test_networks_meet_no_faulty_kernel(use_downsample):
-    """Of patches whose deepest level is one voxel wide and two high, as the recipes' thinnest are."""
+    """Of patches whose deepest level is one voxel wide and two high, as the recipes' thinnest
+    are.
+    """
     torch.manual_seed(0)
     image = torch.randn(1, 1, *((8, 16, 4) if use_downsample else (4, 8, 2)))
     architecture = replace(everything(2, 2), use_downsample=use_downsample)
@@ -319,7 +387,11 @@ def test_networks_meet_no_faulty_kernel(use_downsample):
             scores.float().square().sum().backward()
         assert not faulty.seen
         assert (scores - expected).norm() < 0.1 * expected.norm()
-        assert all(parameter.grad.isfinite().all() for parameter in network.parameters() if parameter.grad is not None)
+        assert all(
+            parameter.grad.isfinite().all()
+            for parameter in network.parameters()
+            if parameter.grad is not None
+        )
 
 
 def test_a_compiler_is_given_no_faulty_kernel():
@@ -335,7 +407,9 @@ def test_a_compiler_is_given_no_faulty_kernel():
         return run
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = torch.compile(network, fullgraph=True, dynamic=False, backend=on_this_machine)(image)
+        scores = torch.compile(network, fullgraph=True, dynamic=False, backend=on_this_machine)(
+            image
+        )
     with faulty:
         scores.float().square().sum().backward()
     assert not faulty.seen
@@ -343,14 +417,21 @@ def test_a_compiler_is_given_no_faulty_kernel():
 
 
 @pytest.mark.parametrize("size", [(16, 8, 8), (4, 4, 4), (2, 1, 2)], ids=str)
-@pytest.mark.parametrize(("batch", "kernel"), [(1, (3, 3, 3)), (2, (3, 3, 1)), (2, (1, 1, 1))], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "kernel"), [(1, (3, 3, 3)), (2, (3, 3, 1)), (2, (1, 1, 1))], ids=str
+)
 def test_convolutions_side_by_side_are_those_one_by_one(size, batch, kernel, has_avx512):
     channels, groups = 40, 3
     torch.manual_seed(0)
-    plain = [nn.Conv3d(channels, channels, kernel, 1, [k // 2 for k in kernel], bias=False) for _ in range(groups)]
+    plain = [
+        nn.Conv3d(channels, channels, kernel, 1, [k // 2 for k in kernel], bias=False)
+        for _ in range(groups)
+    ]
     ours = accelerate(nn.ModuleList(copy.deepcopy(plain)))
     assert_same(
-        lambda whole: torch.cat([each(part) for each, part in zip(plain, whole.chunk(groups, 1), strict=True)], 1),
+        lambda whole: torch.cat(
+            [each(part) for each, part in zip(plain, whole.chunk(groups, 1), strict=True)], 1
+        ),
         lambda whole: convolve_side_by_side(ours, whole),
         torch.randn(batch, groups * channels, *size),
         [[convolution.weight for convolution in convolutions] for convolutions in (plain, ours)],
@@ -369,12 +450,16 @@ def test_instance_norm(size, batch, affine):
     image = 3 * torch.randn(batch, 6, *size) + 5
     parameters = [list(norm.parameters()) for norm in (plain, ours)]
     assert_same(plain, ours, image, parameters, tolerance=1e-4 if size == (3, 1, 1) else 1e-5)
-    torch.testing.assert_close(ours(image[0]), plain(image[0]), rtol=1e-4, atol=1e-5)  # without a batch axis
+    # without a batch axis
+    torch.testing.assert_close(ours(image[0]), plain(image[0]), rtol=1e-4, atol=1e-5)
 
 
 def test_instance_norm_refuses_what_pytorch_refuses():
     norm = accelerate(nn.InstanceNorm3d(6))
-    for shape, message in (((2, 6, 1, 1, 1), "more than 1 spatial element"), ((2, 6, 1), "expected 4D or 5D input")):
+    for shape, message in (
+        ((2, 6, 1, 1, 1), "more than 1 spatial element"),
+        ((2, 6, 1), "expected 4D or 5D input"),
+    ):
         with pytest.raises(ValueError, match=message):
             norm(torch.randn(shape))
 
@@ -412,10 +497,15 @@ def test_doubling_before_a_convolution(size):
     plain = FactorizedIncreaseBlock(6, 3)
     ours = accelerate(copy.deepcopy(plain))
     image = torch.randn(2, 6, *size)
-    assert_same(plain, ours, image, (tuple(plain.parameters()), tuple(ours.parameters())), tolerance=1e-4)
+    assert_same(
+        plain, ours, image, (tuple(plain.parameters()), tuple(ours.parameters())), tolerance=1e-4
+    )
     mix = in_numbers_of_bfloat16(*plain(image).shape)
     in_kind = ((torch.float32, plain), (torch.bfloat16, plain), (torch.bfloat16, ours))
-    results = [results_in(kind, block, image.bfloat16(), mix, [*block.parameters()]) for kind, block in in_kind]
+    results = [
+        results_in(kind, block, image.bfloat16(), mix, [*block.parameters()])
+        for kind, block in in_kind
+    ]
     for expected, theirs, found in zip(*results, strict=True):
         errors = [(value.float() - expected).norm() / expected.norm() for value in (found, theirs)]
         assert errors[0] < max(1.5 * errors[1], 0.01)  # bfloat16 keeps 0.004
@@ -429,11 +519,18 @@ def doubling() -> nn.Module:
     return accelerate(nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True))
 
 
-@pytest.mark.parametrize("size", [(2, 2, 2), (1, 1, 1), (1, 2, 3), (5, 1, 11), (24, 3, 1), (16, 12, 20)], ids=str)
-@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(2, 2, 2), (1, 1, 1), (1, 2, 3), (5, 1, 11), (24, 3, 1), (16, 12, 20)], ids=str
+)
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str
+)
 def test_doubling_as_on_a_gpu_is_pytorchs(size, kind, tolerance, as_on_gpu):
     torch.manual_seed(0)
-    image, mix = torch.randn(2, 3, *size, dtype=kind), torch.randn(2, 3, *(2 * count for count in size), dtype=kind)
+    image, mix = (
+        torch.randn(2, 3, *size, dtype=kind),
+        torch.randn(2, 3, *(2 * count for count in size), dtype=kind),
+    )
     results = []
     for call in (doubled_by_pytorch, doubling()):
         given = image.clone().requires_grad_()
@@ -463,7 +560,9 @@ def test_the_matrices_are_kept_but_not_of_what_is_traced(as_on_gpu):
 
 def test_a_network_as_on_a_gpu_compiles_as_one_graph(as_on_gpu):
     torch.manual_seed(0)
-    assert_one_graph(DiscreteNetwork(chain(0, 1, 0, num_depths=2), 1, 2, 1 / 16), torch.randn(1, 1, 8, 8, 8))
+    assert_one_graph(
+        DiscreteNetwork(chain(0, 1, 0, num_depths=2), 1, 2, 1 / 16), torch.randn(1, 1, 8, 8, 8)
+    )
 
 
 def test_which_layers_change_and_only_by_their_class():

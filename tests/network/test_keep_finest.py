@@ -1,4 +1,6 @@
-"""A space that keeps the finest path is MONAI's, given that this path is active: made sure there, or filtered for."""
+"""A space that keeps the finest path is MONAI's, given that this path is active: made sure there,
+or filtered for.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,14 @@ SMALL = 1 / 16  # channel_mul
 
 
 def twins(seed: int, *size: int) -> tuple[TopologySearch, SearchSpace]:
-    """Make MONAI's space and ours that keeps the finest path, in float64 and with the same alphas."""
+    """Make MONAI's space and ours that keeps the finest path, in float64 and with the same
+    alphas.
+    """
     shape = dict(zip(("num_blocks", "num_depths"), size, strict=True), channel_mul=SMALL)
-    theirs, ours = quiet(TopologySearch, **shape).double(), SearchSpace(**shape, keep_finest=True).double()
+    theirs, ours = (
+        quiet(TopologySearch, **shape).double(),
+        SearchSpace(**shape, keep_finest=True).double(),
+    )
     generator = torch.Generator().manual_seed(seed)
     for alpha in (theirs.log_alpha_a, theirs.log_alpha_c):
         alpha.data.normal_(generator=generator)
@@ -31,15 +38,22 @@ def twins(seed: int, *size: int) -> tuple[TopologySearch, SearchSpace]:
 @pytest.mark.parametrize("size", [(2, 2), (2, 4)], ids=str)
 def test_probabilities_are_conditional_on_the_path(size):
     theirs, ours = twins(0, *size)
-    every, wanted = np.array(subsets(3 * size[1] - 2)), theirs.get_prob_a(child=True)[0].detach().numpy()
+    every, wanted = (
+        np.array(subsets(3 * size[1] - 2)),
+        theirs.get_prob_a(child=True)[0].detach().numpy(),
+    )
     kept = every[:, 0] == 1
     expected = wanted[:, kept] / wanted[:, kept].sum(-1, keepdims=True)
     children, path_probs = (probs.detach().numpy() for probs in ours.get_prob_a(child=True))
     np.testing.assert_array_equal(ours.child_list, every[kept])
     np.testing.assert_allclose(children, expected, rtol=1e-12)
     np.testing.assert_allclose(path_probs, expected @ every[kept], rtol=1e-12)
-    assert (path_probs[:, 0] == 1).all() and torch.equal(ours.get_prob_a()[1], ours.get_prob_a(child=True)[1])
-    extreme = torch.tensor([-1000.0, -40.0, 40.0, 1000.0])[torch.arange(ours.log_alpha_a.numel()) % 4]
+    assert (path_probs[:, 0] == 1).all() and torch.equal(
+        ours.get_prob_a()[1], ours.get_prob_a(child=True)[1]
+    )
+    extreme = torch.tensor([-1000.0, -40.0, 40.0, 1000.0])[
+        torch.arange(ours.log_alpha_a.numel()) % 4
+    ]
     with torch.no_grad():
         path_probs = ours.log_alpha_a.copy_(extreme.view_as(ours.log_alpha_a)).sigmoid()
     path_probs[:, 0] = 1
@@ -87,7 +101,9 @@ def test_the_supernet_and_its_gradients_are_monais_where_the_path_is_sure():
         (output * mix).mean().backward()
     theirs_of = dict(monais.named_parameters())
     for name, parameter in own.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs_of[name].grad, rtol=1e-7, atol=1e-12, msg=name.__add__)
+        torch.testing.assert_close(
+            parameter.grad, theirs_of[name].grad, rtol=1e-7, atol=1e-12, msg=name.__add__
+        )
     assert (ours.log_alpha_a.grad[:, 0] == 0).all() and (ours.log_alpha_a.grad[:, 1:] != 0).all()
 
 
@@ -98,7 +114,9 @@ def test_the_parameters_are_those_of_a_plain_space_and_files_say_it(tmp_path):
         networks.append(supernet(SearchSpace(SMALL, 2, 3, keep_finest=keep_finest), 1, 2))
     plain, ours = networks
     assert plain.state_dict().keys() == ours.state_dict().keys()
-    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in plain.state_dict().items())
+    assert all(
+        torch.equal(value, ours.state_dict()[name]) for name, value in plain.state_dict().items()
+    )
     save_architecture(tmp_path / "arch.pth", ours.dints_space.architecture())
     assert load_architecture(tmp_path / "arch.pth").info["keep_finest"] is True
     assert "keep_finest" not in plain.dints_space.architecture().info

@@ -24,13 +24,20 @@ SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
 
 def test_what_is_saved_is_loaded(tmp_path):
     # As loaded from a published file, whose best_dsc is a NumPy scalar.
-    content = {**random_architecture(1, 3, 3).to_dict(), "best_dsc": np.float64(0.5), "task": "Task07_Pancreas"}
+    content = {
+        **random_architecture(1, 3, 3).to_dict(),
+        "best_dsc": np.float64(0.5),
+        "task": "Task07_Pancreas",
+    }
     architecture = architecture_from_dict(content, "published.pth")
     network = DiscreteNetwork(architecture, 2, 3, SMALL)
     save_model(tmp_path / "model.pth", network, architecture, SMALL, TASK, dice=0.75)
     model = load_model(tmp_path / "model.pth")
     assert model.task == TASK and model.info == {"channel_mul": SMALL, "dice": 0.75}
-    assert model.architecture.info == architecture.info and model.architecture.codes() == architecture.codes()
+    assert (
+        model.architecture.info == architecture.info
+        and model.architecture.codes() == architecture.codes()
+    )
     image = torch.randn(1, 2, 16, 16, 16)
     assert torch.equal(model.network(image), network(image))
 
@@ -45,7 +52,9 @@ def endless() -> list:
 
 def model_content(tmp_path: Path) -> dict:
     architecture = chain(2, 1, 0, num_depths=4, operation=0)
-    save_model(tmp_path / "m.pth", DiscreteNetwork(architecture, 2, 3, SMALL), architecture, SMALL, TASK)
+    save_model(
+        tmp_path / "m.pth", DiscreteNetwork(architecture, 2, 3, SMALL), architecture, SMALL, TASK
+    )
     return torch.load(tmp_path / "m.pth", weights_only=True)
 
 
@@ -69,8 +78,14 @@ def of_file(fault: str, **changes: object) -> tuple:
         of_file("holds a NoneType where a dictionary", architecture=None),
         (lambda c: c["architecture"]["arch_code_a"].zero_(), "block 0 has no active path"),
         (lambda c: c["state_dict"].pop("stem_finals.1.bias"), "lacks 1 tensors"),
-        (lambda c: c["architecture"].update(operations=["conv_9x9x9"]), "names the operation 'conv_9x9x9'"),
-        (lambda c: c["task"].pop("class_names"), "is damaged: its task and channel_mul 0.0625 .*class_names"),
+        (
+            lambda c: c["architecture"].update(operations=["conv_9x9x9"]),
+            "names the operation 'conv_9x9x9'",
+        ),
+        (
+            lambda c: c["task"].pop("class_names"),
+            "is damaged: its task and channel_mul 0.0625 .*class_names",
+        ),
         (lambda c: c["task"].update(colour="red"), "is damaged: .*colour"),
         *of_task("name", None),
         *of_task("modality", "US"),
@@ -88,10 +103,13 @@ def of_file(fault: str, **changes: object) -> tuple:
         of_file("is damaged: its .*'x'", channel_mul="x"),
         of_file("is damaged: its .*nan", channel_mul=math.nan),
         of_file(r"is damaged: its .*1e\+300", channel_mul=1e300),
-        of_file("has [0-9]+ tensors of another shape", channel_mul=100.0),  # before memory for it is asked for
+        # before memory for it is asked for
+        of_file("has [0-9]+ tensors of another shape", channel_mul=100.0),
         of_file(r"is damaged: its dice .*\[\[", dice=endless()),
         of_file(r"is damaged: its ranges .*\[\[", ranges=endless()),
-        of_file("is damaged: its ranges is", ranges={"spacing": ([1.0, 1.0, 1.0], [1.0, math.nan, 1.0])}),
+        of_file(
+            "is damaged: its ranges is", ranges={"spacing": ([1.0, 1.0, 1.0], [1.0, math.nan, 1.0])}
+        ),
         of_file("is damaged: its ranges is", ranges={"extent": [1.0]}),
         of_file("is damaged: its training_cases is", training_cases=[5]),
         of_file("is damaged: its flips is {'axes': ", flips={"axes": [3]}),
@@ -116,7 +134,9 @@ def test_what_describes_no_network_is_refused(tmp_path, change, fault):
 def test_a_truncated_file_is_no_model(tmp_path, keep):
     torch.save(model_content(tmp_path), tmp_path / "model.pth")
     whole = (tmp_path / "model.pth").read_bytes()
-    (tmp_path / "model.pth").write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+    (tmp_path / "model.pth").write_bytes(
+        whole[: int(keep * len(whole)) if isinstance(keep, float) else keep]
+    )
     with pytest.raises(UserError, match="model.pth is damaged or not a PyTorch file"):
         load_model(tmp_path / "model.pth")
 
@@ -124,10 +144,16 @@ def test_a_truncated_file_is_no_model(tmp_path, keep):
 def test_files_of_before_operations_had_names_give_the_scores_that_they_gave():
     """An earlier version wrote files and scores; `tests/fixtures/README.md` says how."""
     model = load_model(FIXTURES / "model_before_operations.pth")
-    alone = load_architecture(FIXTURES / "search_code_before_operations.pth", num_blocks=1, num_depths=2)
+    alone = load_architecture(
+        FIXTURES / "search_code_before_operations.pth", num_blocks=1, num_depths=2
+    )
     assert alone.operations == model.architecture.operations == PUBLISHED
     assert alone.codes() == model.architecture.codes() == ([[1, 1, 1, 1]], [[1, 2, 3, 4]])
-    assert model.task == TASK and model.info == {"channel_mul": SMALL, "dice": 0.8, "version": "0.1.0"}
+    assert model.task == TASK and model.info == {
+        "channel_mul": SMALL,
+        "dice": 0.8,
+        "version": "0.1.0",
+    }
     image = torch.linspace(-20, 20, 2 * 8**3, dtype=torch.float64).sin().reshape(1, 2, 8, 8, 8)
     with torch.no_grad():
         scores = model.network.double()(image)

@@ -22,20 +22,35 @@ from dints.network.cost import cost
 from dints.network.discrete import DiscreteNetwork
 from dints.network.drawing import draw_architecture, draw_search_space
 from dints.network.model_file import load_model, save_model
-from dints.network.operations import OPERATIONS, PUBLISHED, ActivatedConvolutions, Operation, check_names
+from dints.network.operations import (
+    OPERATIONS,
+    PUBLISHED,
+    ActivatedConvolutions,
+    Operation,
+    check_names,
+)
 from dints.network.space import SearchSpace, supernet
 
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
 NEW = {
     "dilated_3x3x3": Operation(
-        "3x3x3/2", "#DDDDDD", "3x3x3, dilated", 3, lambda c: ActivatedConvolutions(c, [(3, 3, 3)], dilation=2)
+        "3x3x3/2",
+        "#DDDDDD",
+        "3x3x3, dilated",
+        3,
+        lambda c: ActivatedConvolutions(c, [(3, 3, 3)], dilation=2),
     ),
     "depthwise_5x5x5": Operation(
-        "DW <5>", "#EEEEEE", "5x5x5, depthwise", 5, lambda c: ActivatedConvolutions(c, [(5, 5, 5)], groups=c)
+        "DW <5>",
+        "#EEEEEE",
+        "5x5x5, depthwise",
+        5,
+        lambda c: ActivatedConvolutions(c, [(5, 5, 5)], groups=c),
     ),
 }
 SEVEN = (*PUBLISHED, *NEW)
-SUBSET = ("depthwise_5x5x5", "conv_1x3x3", "skip_connect", "dilated_3x3x3")  # in another order than the table's
+# in another order than the table's
+SUBSET = ("depthwise_5x5x5", "conv_1x3x3", "skip_connect", "dilated_3x3x3")
 LISTS = {"seven": SEVEN, "subset": SUBSET}
 EACH_LIST = pytest.mark.parametrize("names", LISTS.values(), ids=LISTS)
 
@@ -70,14 +85,18 @@ def test_dilation_and_groups_are_the_convolutions():
     image = torch.randn(1, 4, 6, 8, 6)
     for name, settings in (("dilated_3x3x3", {"dilation": 2}), ("depthwise_5x5x5", {"groups": 4})):
         operation = NEW[name].build(4)
-        expected = F.instance_norm(F.conv3d(image.relu(), operation.conv.weight, padding=2, **settings))
+        expected = F.instance_norm(
+            F.conv3d(image.relu(), operation.conv.weight, padding=2, **settings)
+        )
         torch.testing.assert_close(operation(image), expected)
 
 
 def spaces(names: tuple[str, ...]) -> tuple[TopologySearch, SearchSpace]:
     """Make MONAI's space and ours of the same cells, with the same random alphas and weights."""
     torch.manual_seed(0)
-    theirs = published.quiet(TopologySearch, channel_mul=SMALL, cell=cell_of(names), num_blocks=2, num_depths=3)
+    theirs = published.quiet(
+        TopologySearch, channel_mul=SMALL, cell=cell_of(names), num_blocks=2, num_depths=3
+    )
     for alpha in (theirs.log_alpha_a, theirs.log_alpha_c):
         torch.nn.init.normal_(alpha)
     ours = SearchSpace(SMALL, 2, 3, names)
@@ -87,8 +106,12 @@ def spaces(names: tuple[str, ...]) -> tuple[TopologySearch, SearchSpace]:
 
 @EACH_LIST
 def test_a_supernet_mixes_any_operations_as_monai_does(seven, names):
-    """MONAI's own way calls each cell with its weights; ours calls new operations only, and joins the published."""
-    theirs, ours = (build(space, 1, 2) for build, space in zip((DiNTS, supernet), spaces(names), strict=True))
+    """MONAI's own way calls each cell with its weights; ours calls new operations only, and joins
+    the published.
+    """
+    theirs, ours = (
+        build(space, 1, 2) for build, space in zip((DiNTS, supernet), spaces(names), strict=True)
+    )
     ours.load_state_dict(theirs.state_dict(), strict=True)
     called = set()
     for cell in ours.dints_space.cell_tree.values():
@@ -105,14 +128,17 @@ def test_a_supernet_mixes_any_operations_as_monai_does(seven, names):
     for name, parameter in ours.named_parameters():
         assert parameter.grad.abs().max() > 0, name
         atol = 5e-4 * expected[name].grad.abs().max().item()
-        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=5e-4, atol=atol, msg=name.__add__)
+        torch.testing.assert_close(
+            parameter.grad, expected[name].grad, rtol=5e-4, atol=atol, msg=name.__add__
+        )
 
 
 @EACH_LIST
 def test_memory_and_what_is_decoded_are_monais(seven, names):
     theirs, ours = spaces(names)
     maps = [OPERATIONS[name].maps for name in names]
-    assert (np.diff(ours.ram_cost) == np.diff(maps)).all()  # beside them, a path has the memory of its change
+    # beside them, a path has the memory of its change
+    assert (np.diff(ours.ram_cost) == np.diff(maps)).all()
     size = (1, 1, 32, 32, 32)
     expected = theirs.get_ram_cost_usage(size) / theirs.get_ram_cost_usage(size, full=True)
     torch.testing.assert_close(ours.ram_ratio(size), expected, rtol=1e-5, atol=0)
@@ -147,10 +173,14 @@ def test_a_found_network_is_monais_and_its_model_file_holds_the_operations(seven
 
 
 def test_the_cost_of_a_new_operation_is_counted(seven):
-    """Of c channels, a 3x3x3 convolution has 27 c^2 weights, a depthwise 5x5x5 one 125 c, each used at every voxel."""
+    """Of c channels, a 3x3x3 convolution has 27 c^2 weights, a depthwise 5x5x5 one 125 c, each used
+    at every voxel.
+    """
     plain = chain(0, 0, num_depths=2, operation=1)
     depthwise = connected(plain.arch_code_a, np.full((1, 4), 6), operations=SEVEN)
-    before, after = (cost(architecture, 1, 2, (8, 8, 8), SMALL) for architecture in (plain, depthwise))
+    before, after = (
+        cost(architecture, 1, 2, (8, 8, 8), SMALL) for architecture in (plain, depthwise)
+    )
     voxels, more = 4**3, 125 * 4 - 27 * 4**2
     assert after.parameters - before.parameters == more
     assert 1e9 * (after.gmac - before.gmac) == pytest.approx(voxels * more)
@@ -158,13 +188,18 @@ def test_the_cost_of_a_new_operation_is_counted(seven):
 
 @pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz's program 'dot' is not installed")
 def test_labels_and_legend_of_a_drawing_are_those_of_its_operations(seven, tmp_path):
-    labels, architecture = [html.escape(OPERATIONS[name].label) for name in SUBSET], everything(3, 2, SUBSET)
+    labels, architecture = (
+        [html.escape(OPERATIONS[name].label) for name in SUBSET],
+        everything(3, 2, SUBSET),
+    )
     found = draw_architecture(architecture, "found", tmp_path).source
     space = draw_search_space(3, 2, "space", tmp_path, operations=SUBSET).source
     on_paths = [labels[code] for code in architecture.arch_code_c.flat]
     for source, expected in ((found, on_paths + labels), (space, labels)):
         assert re.findall("<TD>(.*?)</TD>", source) == expected
-        assert {name for name, operation in OPERATIONS.items() if operation.meaning in source} == set(SUBSET)
+        assert {
+            name for name, operation in OPERATIONS.items() if operation.meaning in source
+        } == set(SUBSET)
     assert "with one of 4 operations" in space
 
 
@@ -182,15 +217,27 @@ def test_a_file_without_names_means_the_published_five(seven, tmp_path):
 @pytest.mark.parametrize(
     ("names", "fault"),
     [
-        ([*PUBLISHED, "conv_7x7x7"], r"names the operation 'conv_7x7x7', .* not have \(skip_connect, .*, conv_1x3x3\)"),
-        (["conv_3x3x3", "skip_connect", "conv_3x3x3"], "names conv_3x3x3, skip_connect, conv_3x3x3: name each .* once"),
+        (
+            [*PUBLISHED, "conv_7x7x7"],
+            r"names the operation 'conv_7x7x7', .* not have "
+            r"\(skip_connect, .*, conv_1x3x3\)",
+        ),
+        (
+            ["conv_3x3x3", "skip_connect", "conv_3x3x3"],
+            "names conv_3x3x3, skip_connect, conv_3x3x3: name each .* once",
+        ),
         ([], "names no operation"),
         *((value, "'operations' is not a list of names") for value in ("conv_3x3x3", None, [1, 2])),
     ],
     ids=str,
 )
-def test_names_that_the_table_lacks_and_what_is_no_list_of_names_are_refused(tmp_path, names, fault):
-    torch.save({**chain(0, 0, num_depths=2, operation=0).to_dict(), "operations": names}, tmp_path / "code.pth")
+def test_names_that_the_table_lacks_and_what_is_no_list_of_names_are_refused(
+    tmp_path, names, fault
+):
+    torch.save(
+        {**chain(0, 0, num_depths=2, operation=0).to_dict(), "operations": names},
+        tmp_path / "code.pth",
+    )
     with pytest.raises(UserError, match=f"{tmp_path}/code.pth.* {fault}") as caught:
         load_architecture(tmp_path / "code.pth")
     assert "\n" not in str(caught.value)

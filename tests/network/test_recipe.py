@@ -1,4 +1,6 @@
-"""The published recipe in MONAI's calls is the oracle of the whole search: same seeds, same data, no autocast."""
+"""The published recipe in MONAI's calls is the oracle of the whole search: same seeds, same data,
+no autocast.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,9 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
     [
         # In float64 rounding has no say: all iterations are the same but for the last digits.
         (torch.float64, 60, 1e-9),
-        # In float32 rounding grows to 1e-3, here after 75 iterations. The recipes are not what differs: the published
-        # one parts from itself after 50 when its first weights are changed by their last digit.
+        # In float32 rounding grows to 1e-3, here after 75 iterations. The recipes are not what
+        # differs: the published one parts from itself after 50 when its first weights are changed
+        # by their last digit.
         (torch.float32, 50, 1e-3),
     ],
     ids=str,

@@ -1,4 +1,6 @@
-"""MONAI's `TopologySearch` is the oracle of ours, in float64 where its float32 is not good enough for one."""
+"""MONAI's `TopologySearch` is the oracle of ours, in float64 where its float32 is not good enough
+for one.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,29 @@ SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_oracle():
-    """Let MONAI find arrays by their bytes, not their text, with which its `decode` takes 20 s at 4 depths."""
+    """Let MONAI find arrays by their bytes, not their text, with which its `decode` takes 20 s at 4
+    depths.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dints, "str", lambda x: x.tobytes() if isinstance(x, np.ndarray) else str(x), raising=False)
+        patch.setattr(
+            dints,
+            "str",
+            lambda x: x.tobytes() if isinstance(x, np.ndarray) else str(x),
+            raising=False,
+        )
         yield
 
 
 @cache
-def _twins(num_blocks: int, num_depths: int, use_downsample: bool = True) -> tuple[TopologySearch, SearchSpace]:
-    size = {"num_blocks": num_blocks, "num_depths": num_depths, "channel_mul": SMALL, "use_downsample": use_downsample}
+def _twins(
+    num_blocks: int, num_depths: int, use_downsample: bool = True
+) -> tuple[TopologySearch, SearchSpace]:
+    size = {
+        "num_blocks": num_blocks,
+        "num_depths": num_depths,
+        "channel_mul": SMALL,
+        "use_downsample": use_downsample,
+    }
     torch.manual_seed(0)  # or the weights would depend on the tests before
     return quiet(TopologySearch, **size), SearchSpace(**size)
 
@@ -55,7 +71,9 @@ def searched_values(space: TopologySearch) -> dict[str, torch.Tensor]:
         "paths": path_probs,
         "paths alone": space.get_prob_a()[1],
         "topology": space.get_topology_entropy(children),
-        "ram ratio": ratio(INPUT) if (ratio := getattr(space, "ram_ratio", None)) else monais_ratio(space),
+        "ram ratio": ratio(INPUT)
+        if (ratio := getattr(space, "ram_ratio", None))
+        else monais_ratio(space),
     }
 
 
@@ -63,11 +81,15 @@ def gradients(space: TopologySearch, value: torch.Tensor) -> list[torch.Tensor]:
     """Return those of a fixed random mix of the value's entries, by log_alpha_a and log_alpha_c."""
     mix = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
     alphas = [space.log_alpha_a, space.log_alpha_c]
-    return torch.autograd.grad((value * mix).sum(), alphas, retain_graph=True, materialize_grads=True)
+    return torch.autograd.grad(
+        (value * mix).sum(), alphas, retain_graph=True, materialize_grads=True
+    )
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
-    """Compare relatively to each entry, or to the largest one, since sums of thousands of terms may cancel."""
+    """Compare relatively to each entry, or to the largest one, since sums of thousands of terms may
+    cancel.
+    """
     atol = tolerance * theirs.detach().abs().max().item()
     torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=tolerance, atol=atol)
 
@@ -81,12 +103,18 @@ def test_probabilities_and_regularisers_are_monais(size, spread):
     if size[0] == 1:  # no two blocks to agree
         assert expected.pop("topology") == searched_values(ours)["topology"] == 0
     expected_gradients = {name: gradients(theirs, value) for name, value in expected.items()}
-    # The gradients are differences of thousands of terms: in float32, rounding leaves no more digits.
-    for dtype, tolerance, tolerance_of_gradients in ((torch.float64, 1e-9, 1e-9), (torch.float32, 1e-5, 1e-4)):
+    # The gradients are differences of thousands of terms: in float32, rounding leaves no more
+    # digits.
+    for dtype, tolerance, tolerance_of_gradients in (
+        (torch.float64, 1e-9, 1e-9),
+        (torch.float32, 1e-5, 1e-4),
+    ):
         values = searched_values(ours.to(dtype))
         for name, value in expected.items():
             # Entry by entry: a child's probability may be 1e-12.
-            torch.testing.assert_close(values[name].double(), value, rtol=tolerance, atol=1e-30, msg=name.__add__)
+            torch.testing.assert_close(
+                values[name].double(), value, rtol=tolerance, atol=1e-30, msg=name.__add__
+            )
             for pair in zip(gradients(ours, values[name]), expected_gradients[name], strict=True):
                 assert_close(*pair, tolerance_of_gradients)
 
@@ -96,7 +124,8 @@ def test_probabilities_and_regularisers_are_monais(size, spread):
     [
         ((1, 2), 1.0, 5),
         *((size, spread, 2) for size in ((12, 2), (12, 3)) for spread in (0.01, 1.0, 5.0)),
-        *(((2, 4), spread, 1) for spread in (0.01, 1.0, 5.0)),  # at 12 blocks MONAI's matrix has 2 GB
+        # at 12 blocks MONAI's matrix has 2 GB
+        *(((2, 4), spread, 1) for spread in (0.01, 1.0, 5.0)),
     ],
     ids=str,
 )
@@ -114,7 +143,9 @@ def test_decode_finds_the_architecture_that_the_alphas_spell(size):
         wanted = random_architecture(seed, *size)
         with torch.no_grad():
             space.log_alpha_a.copy_(torch.from_numpy(12 * wanted.arch_code_a - 6))
-            space.log_alpha_c.zero_().scatter_(-1, torch.from_numpy(wanted.arch_code_c).unsqueeze(-1), 1.0)
+            space.log_alpha_c.zero_().scatter_(
+                -1, torch.from_numpy(wanted.arch_code_c).unsqueeze(-1), 1.0
+            )
         found = space.architecture(task="Task09_Spleen")
         for key in ("node_a", "arch_code_a", "arch_code_c"):
             np.testing.assert_array_equal(getattr(found, key), getattr(wanted, key))
@@ -122,7 +153,9 @@ def test_decode_finds_the_architecture_that_the_alphas_spell(size):
         assert found.info.keys() == {"task", "ram_ratio"} and found.info["task"] == "Task09_Spleen"
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-4), (torch.float64, 1e-9)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 5e-4), (torch.float64, 1e-9)], ids=str
+)
 @pytest.mark.parametrize("size", [(3, 2), (2, 3), (2, 4), (2, 3, False)], ids=str)
 def test_the_supernet_and_its_gradients_are_monais(size, dtype, tolerance):
     theirs, ours = twins(0, 1.0, *size)
@@ -161,10 +194,12 @@ def test_extreme_alphas(row):
     with torch.no_grad():
         space.log_alpha_a[1:] = torch.tensor(row)
     values = searched_values(space)
-    accuracy = 1e-5 if abs(row[0]) < 1000 else 1e-4  # sums of ten numbers near 1000 have no more digits in float32
+    # sums of ten numbers near 1000 have no more digits in float32
+    accuracy = 1e-5 if abs(row[0]) < 1000 else 1e-4
     torch.testing.assert_close(values["children"].sum(-1), torch.ones(3), rtol=0, atol=accuracy)
 
-    # p / (1 - prod(1 - p)) without cancellation; at -1000 all ten p underflow, each path is as likely as the others.
+    # p / (1 - prod(1 - p)) without cancellation; at -1000 all ten p underflow, each path is as
+    # likely as the others.
     alpha = np.array(row)
     p, log_off = 1 / (1 + np.exp(-np.clip(alpha, -700, 700))), -np.logaddexp(0, alpha)
     expected = p / -np.expm1(log_off.sum()) if p.sum() > 1e-300 else np.full(10, 0.1)
@@ -202,18 +237,24 @@ def test_the_supernet_compiles_as_one_graph():
 def test_gradients_of_the_share_of_memory(budget):
     space = SearchSpace(SMALL, 2, 2).double()
     torch.manual_seed(0)
-    alphas = [torch.randn_like(alpha).requires_grad_() for alpha in (space.log_alpha_a, space.log_alpha_c)]
+    alphas = [
+        torch.randn_like(alpha).requires_grad_() for alpha in (space.log_alpha_a, space.log_alpha_c)
+    ]
 
     def ratio(log_alpha_a: torch.Tensor, log_alpha_c: torch.Tensor) -> torch.Tensor:
         space._parameters.update(log_alpha_a=log_alpha_a, log_alpha_c=log_alpha_c)
         return space.ram_ratio((1, 1, 32, 32, 32), budget)
 
     assert torch.autograd.gradcheck(ratio, alphas)
-    assert all(gradient.abs().max() > 1e-3 for gradient in torch.autograd.grad(ratio(*alphas), alphas))
+    assert all(
+        gradient.abs().max() > 1e-3 for gradient in torch.autograd.grad(ratio(*alphas), alphas)
+    )
 
 
 def test_operations_count_in_the_fixed_budget_alone():
-    """All paths active with one operation each: the published share is the same for all, the fixed one is not."""
+    """All paths active with one operation each: the published share is the same for all, the fixed
+    one is not.
+    """
     space = SearchSpace(SMALL, 2, 3)
     shares = {"published": [], "fixed": []}
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Patches and networks that a machine cannot hold are refused before a case is read; no others are."""
+"""Patches and networks that a machine cannot hold are refused before a case is read; no others
+are.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +47,17 @@ def memory(monkeypatch):
     ],
 )
 def test_patches_ahead_are_counted(memory, changes, loaders, needed):
-    """All that a loader's workers have ready while the network validates; without workers one batch."""
+    """All that a loader's workers have ready while the network validates; without workers one
+    batch.
+    """
     settings = {**OF_PATCHES, **changes, "num_loaders": loaders}
     memory(needed)
     check(TASK, None, 1.0, **settings)
     memory(needed - 1)
-    told = rf"--patch_size 32 32 16 and --num_images_per_batch \d: .* at least {needed:,} bytes \(.* GiB\).*: lower "
+    told = (
+        rf"--patch_size 32 32 16 and --num_images_per_batch \d: .* at least {needed:,} bytes "
+        r"\(.* GiB\).*: lower "
+    )
     with pytest.raises(UserError, match=told):
         check(TASK, None, 1.0, **settings)
 
@@ -74,7 +81,9 @@ def test_a_steps_activations_count_on_a_cpu(memory, precision, share):
     memory(needed)
     check(TASK, ARCHITECTURE, 0.5, **OF_PATCHES, precision=precision)
     memory(needed - 1)
-    with pytest.raises(UserError, match=f"a training step on the CPU takes at least {needed:,} bytes"):
+    with pytest.raises(
+        UserError, match=f"a training step on the CPU takes at least {needed:,} bytes"
+    ):
         check(TASK, ARCHITECTURE, 0.5, **OF_PATCHES, precision=precision)
 
 
@@ -86,7 +95,10 @@ def test_what_candidates_fill_counts_on_a_cpu(memory, monkeypatch):
     memory(needed)
     check(TASK, None, 1.0, **settings)
     memory(needed - 1)
-    with pytest.raises(UserError, match=f"--memory_mib 100: .* at least {needed:,} bytes .*smaller one, or use a GPU"):
+    with pytest.raises(
+        UserError,
+        match=f"--memory_mib 100: .* at least {needed:,} bytes .*smaller one, or use a GPU",
+    ):
         check(TASK, None, 1.0, **settings)
     check(TASK, None, 1.0, **{**settings, "device": "cuda"})
 
@@ -111,14 +123,20 @@ def test_of_blocks_that_are_computed_again_the_average_one_counts(memory):
         check(TASK, ARCHITECTURE, 0.5, **settings, checkpoint_activations=True)
 
 
-@pytest.mark.parametrize("architecture", [ARCHITECTURE, random_architecture(4, 3, 3)], ids=["chain", "random"])
+@pytest.mark.parametrize(
+    "architecture", [ARCHITECTURE, random_architecture(4, 3, 3)], ids=["chain", "random"]
+)
 def test_a_real_training_step_keeps_what_is_counted(architecture):
-    """Activations but for a twentieth, as CPU layers are, the loss beside; of each parameter 16 bytes exactly."""
+    """Activations but for a twentieth, as CPU layers are, the loss beside; of each parameter 16
+    bytes exactly.
+    """
     shape, num_classes, kept = (2, 2, 32, 32, 16), 3, {}
     network = DiscreteNetwork(architecture, 2, num_classes, 0.25)
     alone, average = Processes(0, 1, torch.device("cpu")), averaged(network, 0.99)
     settings = {"learning_rate": 0.01, "average": average}
-    weights = weights_training(network, network.parameters(), choose_precision("fp32", alone), alone, **settings)
+    weights = weights_training(
+        network, network.parameters(), choose_precision("fp32", alone), alone, **settings
+    )
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
@@ -128,11 +146,19 @@ def test_a_real_training_step_keeps_what_is_counted(architecture):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         weights_step(weights, batch)
     parameters = [*network.parameters()]
-    saved = sum(s.nbytes() for address, s in kept.items() if address not in {p.data_ptr() for p in parameters})
+    saved = sum(
+        s.nbytes()
+        for address, s in kept.items()
+        if address not in {p.data_ptr() for p in parameters}
+    )
     counted = cost(architecture, 2, num_classes, shape[2:], 0.25, batch_size=2)
     activations = counted.activation_mib * 2**20
     assert 0.95 * activations < saved < 1.05 * activations + 16 * num_classes * 2 * VOXELS
-    held = [*parameters, *(parameter.grad for parameter in parameters), *average.module.parameters()]
+    held = [
+        *parameters,
+        *(parameter.grad for parameter in parameters),
+        *average.module.parameters(),
+    ]
     held += [weights.optimizer.state[parameter]["momentum_buffer"] for parameter in parameters]
     assert sum(tensor.nbytes for tensor in held) == counted.step_mib * 2**20 - activations
 
@@ -152,14 +178,21 @@ def test_the_scripts_refuse_a_patch_before_a_case_is_read(phantom, tmp_path, mon
     monkeypatch.setattr("dints.data.cache.Cache.hold", lambda *_: pytest.fail("read"))
     save_architecture(tmp_path / "arch.pth", chain(0, 0, num_depths=3))
     huge = "--patch_size 4096 4096 4096"
-    told = "--patch_size 4096 4096 4096 and --num_images_per_batch 2: .* at least 687,194,767,360 bytes"
+    told = (
+        "--patch_size 4096 4096 4096 and --num_images_per_batch 2: .* at least 687,194,767,360 "
+        "bytes"
+    )
     for check_only in ("", "--check"):
         with pytest.raises(UserError, match=told):
             train(phantom, tmp_path / "train", tmp_path / "arch.pth", huge, check_only)
-    with pytest.raises(UserError, match="--num_images_per_batch 1: .* at least 687,194,767,360 bytes"):
+    with pytest.raises(
+        UserError, match="--num_images_per_batch 1: .* at least 687,194,767,360 bytes"
+    ):
         search(phantom, tmp_path / "search", huge)
     only = "--proposals random --candidates 2"
-    with pytest.raises(UserError, match="--candidate_images_per_batch 3: .* at least 1,030,792,151,040 bytes"):
+    with pytest.raises(
+        UserError, match="--candidate_images_per_batch 3: .* at least 1,030,792,151,040 bytes"
+    ):
         search(phantom, tmp_path / "search", SPACE, huge, only, "--candidate_images_per_batch 3")
     for check_only in ("", "--check"):
         told = "candidates fill --memory_mib 1e.07: a training step on the CPU takes at least"

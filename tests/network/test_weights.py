@@ -1,4 +1,6 @@
-"""Weights in files are loaded where they fit the network, and of others one line says why they do not."""
+"""Weights in files are loaded where they fit the network, and of others one line says why they do
+not.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
 UP = chain(2, 1, 0, num_depths=4, operation=0)
 
 
-def state_of(architecture: Architecture, channels: int = 2, classes: int = 3, channel_mul: float = SMALL) -> dict:
+def state_of(
+    architecture: Architecture, channels: int = 2, classes: int = 3, channel_mul: float = SMALL
+) -> dict:
     """Return the state of MONAI's network, with stems that the architecture does not use."""
     return monai_network(architecture, channels, classes, channel_mul).state_dict()
 
@@ -51,13 +55,20 @@ def test_weights_of_monais_networks_and_of_every_file_of_ours_are_loaded(tmp_pat
         content = {
             "state dict": prefixed,
             "model file": {"state_dict": prefixed, "task": {}},
-            "latest.pth": {"parts": {"network": prefixed, "optimizer": {"state": {}}}, "configuration": {}},
+            "latest.pth": {
+                "parts": {"network": prefixed, "optimizer": {"state": {}}},
+                "configuration": {},
+            },
         }
         assert_loads(network, content[form], state, tmp_path / "weights.pth", unused)
 
 
 def test_stems_may_be_left_over_only_where_the_caller_says_so(tmp_path):
-    with pytest.raises(UserError, match=r"has [0-9]+ tensors that the network lacks, for example stem_down\.0"):
+    with pytest.raises(
+        UserError,
+        match=r"has [0-9]+ tensors that the network lacks, for example "
+        r"stem_down\.0",
+    ):
         assert_loads(DiscreteNetwork(UP, 2, 3, SMALL), state_of(UP), {}, tmp_path / "weights.pth")
 
 
@@ -67,9 +78,19 @@ def without(state: dict, key: str) -> dict:
 
 BIAS = "stem_finals.1.bias"
 MISFITS = {
-    "another path": (lambda fit: state_of(chain(2, 2, 1, num_depths=4)), "lacks 6 tensors .*, for example dints_space"),
-    "more classes": (lambda fit: state_of(UP, 2, 4), r"has 2 tensors of another shape, .*1.weight \(4, 2, .* not \(3"),
-    "a supernet": (lambda fit: our_supernet().state_dict(), "lacks [0-9]+ tensors that the network has"),
+    "another path": (
+        lambda fit: state_of(chain(2, 2, 1, num_depths=4)),
+        "lacks 6 tensors .*, for example dints_space",
+    ),
+    "more classes": (
+        lambda fit: state_of(UP, 2, 4),
+        r"has 2 tensors of another shape, .*1.weight "
+        r"\(4, 2, .* not \(3",
+    ),
+    "a supernet": (
+        lambda fit: our_supernet().state_dict(),
+        "lacks [0-9]+ tensors that the network has",
+    ),
     "one missing": (lambda fit: without(fit, BIAS), f"lacks 1 tensors .*{BIAS}"),
     **{
         key: (
@@ -78,8 +99,15 @@ MISFITS = {
         )
         for key in ("head.bias", "stem_down.2.mod.9.bias")
     },
-    "a long name": (lambda fit: {**fit, "x" * 10**6: torch.ones(2)}, r"has 1 tensors .* example x+\.\.\.; give"),
-    "NaN": (lambda fit: {**fit, BIAS: torch.tensor([0, math.nan, 0])}, f"are NaN or infinite in 1 .* {BIAS}: give"),
+    "a long name": (
+        lambda fit: {**fit, "x" * 10**6: torch.ones(2)},
+        r"has 1 tensors .* example "
+        r"x+\.\.\.; give",
+    ),
+    "NaN": (
+        lambda fit: {**fit, BIAS: torch.tensor([0, math.nan, 0])},
+        f"are NaN or infinite in 1 .* {BIAS}: give",
+    ),
 }
 NO_WEIGHTS = [
     *(None, {}, {"state_dict": 5}, {"parts": {"network": {}}}, {"parts": 5}),
@@ -105,7 +133,10 @@ def test_weights_that_do_not_fit_are_refused(change, fault):
 @pytest.mark.fault("truncated, empty or foreign file")
 @pytest.mark.parametrize("content", NO_WEIGHTS, ids=lambda content: str(content)[:30])
 def test_what_holds_no_weights_is_refused(content):
-    assert_refused(content, "does not hold network weights: give a state dict, or a model file of train_dints.py")
+    assert_refused(
+        content,
+        "does not hold network weights: give a state dict, or a model file of train_dints.py",
+    )
 
 
 def test_a_refused_file_changes_no_weight(tmp_path):

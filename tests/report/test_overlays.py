@@ -1,4 +1,6 @@
-"""Pictures show what is where: the patient's right on the left, voxels of their size, outlines around the masks."""
+"""Pictures show what is where: the patient's right on the left, voxels of their size, outlines
+around the masks.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ SPACING = np.array([2.0, 1.0, 4.0])
 
 
 def pixels(uri: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("L")).astype(int)
+    return np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("L")
+    ).astype(int)
 
 
 def corners(path: str) -> np.ndarray:
@@ -30,7 +34,9 @@ def corners(path: str) -> np.ndarray:
 
 
 def body() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Make image (1, x, y, z), mask and affine, RAS: class 1 is right, in front and above the middle, and bright."""
+    """Make image (1, x, y, z), mask and affine, RAS: class 1 is right, in front and above the
+    middle, and bright.
+    """
     mask = np.zeros((20, 30, 12), np.uint8)
     mask[14:18, 22:27, 8:11] = 1
     return (80 * mask + 10.0)[None].astype(np.float32), mask, np.diag([*SPACING, 1])
@@ -39,7 +45,9 @@ def body() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def turned(codes: str, *volumes: np.ndarray) -> list[np.ndarray]:
     """Return volumes (x, y, z) and their affine as a file of another orientation has them."""
     images = [nib.Nifti1Image(volume, np.diag([*SPACING, 1])) for volume in volumes]
-    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes))
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes)
+    )
     images = [image.as_reoriented(turn) for image in images]
     return [*(np.asarray(image.dataobj) for image in images), images[0].affine]
 
@@ -48,15 +56,22 @@ class TestOverlay:
     def of(self, codes: str = "RAS", **options: int) -> dict[str, View]:
         image, mask, _ = body()
         image, mask, affine = turned(codes, image[0], mask)
-        return {view.name: view for view in overlay(image[None], mask, None, affine, CT, **options).views}
+        return {
+            view.name: view
+            for view in overlay(image[None], mask, None, affine, CT, **options).views
+        }
 
     @pytest.mark.parametrize("codes", ["LPS", "PIR"])
     def test_it_is_the_same_however_the_file_is_turned(self, codes):
         assert self.of(codes) == self.of()
 
-    @pytest.mark.parametrize(("name", "letters"), [("axial", "RLAP"), ("coronal", "RLSI"), ("sagittal", "APSI")])
+    @pytest.mark.parametrize(
+        ("name", "letters"), [("axial", "RLAP"), ("coronal", "RLSI"), ("sagittal", "APSI")]
+    )
     def test_right_is_left_and_front_and_top_are_above(self, name, letters):
-        """The structure lies to the right, in front and above, so on every plane left and above the middle."""
+        """The structure lies to the right, in front and above, so on every plane left and above the
+        middle.
+        """
         view = self.of()[name]
         assert view.letters == letters
         rows, columns = (pixels(view.planes[0].image) > 127).nonzero()
@@ -64,15 +79,27 @@ class TestOverlay:
         (line,) = view.planes[0].outlines
         for x, y in ((columns.mean() + 0.5, rows.mean() + 0.5), corners(line.path).mean(0)):
             assert x < width / 2 and y < height / 2, name
-        assert corners(line.path).mean(0) == pytest.approx((columns.mean() + 0.5, rows.mean() + 0.5))
+        assert corners(line.path).mean(0) == pytest.approx(
+            (columns.mean() + 0.5, rows.mean() + 0.5)
+        )
 
     def test_planes_are_those_of_most_errors_or_else_of_most_structure(self):
         image, mask, affine = body()
         reference = mask.copy()
         reference[3, 4, 5] = 2
-        wrong, alone, right = (overlay(image, mask, other, affine, CT) for other in (reference, None, mask))
-        assert [view.shown for view in wrong.views] == [6, 5, 4] and wrong.chosen == "with most errors"
-        assert [view.shown for view in alone.views] == [view.shown for view in right.views] == [9, 23, 15]
+        wrong, alone, right = (
+            overlay(image, mask, other, affine, CT) for other in (reference, None, mask)
+        )
+        assert [view.shown for view in wrong.views] == [
+            6,
+            5,
+            4,
+        ] and wrong.chosen == "with most errors"
+        assert (
+            [view.shown for view in alone.views]
+            == [view.shown for view in right.views]
+            == [9, 23, 15]
+        )
         assert alone.chosen == right.chosen == "with most of what was found"
         kinds = [(line.kind, line.label) for line in wrong.views[0].planes[0].outlines]
         assert kinds == [("reference", 2)]
@@ -94,12 +121,15 @@ def test_an_outline_runs_between_voxels_within_and_without():
     path, top = outline(mask)
     found = corners(path)
     assert {*found[:, 0]} == {2.0, 2.5, 5.5, 6.0} and {*found[:, 1]} == {1.0, 1.5, 2.5, 3.0}
-    assert len(found) == 8 and 2 <= top[0] <= 6 and top[1] == 1.0  # straight runs have no points between
+    # straight runs have no points between
+    assert len(found) == 8 and 2 <= top[0] <= 6 and top[1] == 1.0
     assert outline(np.ones((2, 2), bool))[0].count("M") == 1  # up to the border
 
 
 def test_windows():
-    assert pixels(data_uri(np.array([[-50, 0, 50, 100, 900]]), (0, 100), 400)).tolist() == [[0, 0, 128, 255, 255]]
+    assert pixels(data_uri(np.array([[-50, 0, 50, 100, 900]]), (0, 100), 400)).tolist() == [
+        [0, 0, 128, 255, 255]
+    ]
     assert max(pixels(data_uri(np.zeros((900, 300)), (0, 1), 400)).shape) == 400
     low, high = percentiles(np.array([0.0] * 100 + list(range(1, 101))))
     assert 1 < low < 3 and 99 < high < 101  # of the non-zero ones

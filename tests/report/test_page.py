@@ -1,4 +1,6 @@
-"""infer_dints.py --report writes one page that tells of a batch, needs nothing beside it, and costs no segmentation."""
+"""infer_dints.py --report writes one page that tells of a batch, needs nothing beside it, and costs
+no segmentation.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from dints.report import page, results
 from dints.report.overlays import Overlay
 from dints.report.results import Result, unusual_volumes
 
-# As a task, a class and a case (or a patient's folder) may be called; the last one is a file's name, without a slash.
+# As a task, a class and a case (or a patient's folder) may be called; the last one is a file's
+# name, without a slash.
 CALLED = """Toy & <co></title></style><script>alert("task")</script>{{ 7 * 7 }}-->"""
 ORGAN = """<1>'"></text><script>x()</script>"""
 HOSTILE = """b"><script>alert('case')<!--<img src=x onerror=alert(1)>&lt;"""
@@ -77,12 +80,16 @@ def save(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> Pa
 def ball(radius: float) -> np.ndarray:
     """Make an image in which class 1 is a ball of this radius, in voxels."""
     x, y, z = np.indices((18, 20, 16))
-    return np.clip(100 + 15 * (radius - np.sqrt((x - 9) ** 2 + (y - 9) ** 2 + (z - 8) ** 2)), 0, 200).astype(np.float32)
+    return np.clip(
+        100 + 15 * (radius - np.sqrt((x - 9) ** 2 + (y - 9) ** 2 + (z - 8) ** 2)), 0, 200
+    ).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    """Nine labelled cases: the references of later ones are smaller than what a threshold finds; one has no file."""
+    """Nine labelled cases: the references of later ones are smaller than what a threshold finds;
+    one has no file.
+    """
     root, entries = tmp_path_factory.mktemp("data") / "toy", []
     for number, name in enumerate(["a", HOSTILE, *"cdefghi"]):
         paths = {"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"}
@@ -100,7 +107,9 @@ def run(tmp_path_factory) -> Path:
     """A model file's folder, with the tables of its training."""
     folder = tmp_path_factory.mktemp("run")
     with open(folder / "accuracy_history.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["epoch", "iteration", "seconds", "dice", f"dice_{ORGAN}"], [1, 5, 9, 0.5, 0.5]])
+        csv.writer(file).writerows(
+            [["epoch", "iteration", "seconds", "dice", f"dice_{ORGAN}"], [1, 5, 9, 0.5, 0.5]]
+        )
     return folder
 
 
@@ -114,7 +123,9 @@ def labelled(tmp_path_factory, dataset, run) -> Path:
         with pytest.raises(PartlyDone):
             infer(out, *flags)
         assert not (out / "report.html").exists()
-        patch.setattr("infer_dints.Batch.decide", lambda *a: pytest.fail("what is done is done again"))
+        patch.setattr(
+            "infer_dints.Batch.decide", lambda *a: pytest.fail("what is done is done again")
+        )
         with pytest.raises(PartlyDone):
             infer(out, *flags, "--report")
     return out
@@ -129,7 +140,10 @@ class TestLabelled:
     def test_it_asks_for_nothing_and_runs_its_own_lines_only(self, labelled_page):
         for name, attributes in labelled_page.elements:
             for key, value in attributes.items():
-                assert not key.startswith("on") and key not in ("srcset", "action", "poster"), (name, key)
+                assert not key.startswith("on") and key not in ("srcset", "action", "poster"), (
+                    name,
+                    key,
+                )
                 if key.split(":")[-1] in ("src", "href"):
                     assert value.startswith(("#", "data:")), (name, value)
         assert "://" not in labelled_page.content and "@import" not in labelled_page.content
@@ -137,12 +151,20 @@ class TestLabelled:
         (script,) = re.findall("<script>(.*?)</script>", labelled_page.content, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         (policy,) = [a["content"] for a in labelled_page.all("meta") if "http-equiv" in a]
-        assert policy.startswith("default-src 'none'; ") and policy.endswith(f"script-src 'sha256-{digest}'")
+        assert policy.startswith("default-src 'none'; ") and policy.endswith(
+            f"script-src 'sha256-{digest}'"
+        )
 
     @pytest.mark.fault("HTML in the names of tasks, classes, cases and patients")
     def test_names_are_text(self, labelled_page):
-        """In elements, attributes and drawings; and no page of harmless names has other elements or attributes."""
-        assert not labelled_page.all("img") and not labelled_page.all("i") and not labelled_page.all("co")
+        """In elements, attributes and drawings; and no page of harmless names has other elements or
+        attributes.
+        """
+        assert (
+            not labelled_page.all("img")
+            and not labelled_page.all("i")
+            and not labelled_page.all("co")
+        )
         assert len(labelled_page.all("script")) == len(labelled_page.all("style")) == 1
         for text in (HOSTILE, ORGAN, CALLED, "<i>own</i>"):
             assert text in labelled_page.text
@@ -156,13 +178,23 @@ class TestLabelled:
             ElementTree.fromstring(drawn.replace("&nbsp;", " ").replace(" hidden ", " "))  # noqa: S314  our own
 
     def test_ids_are_unique_and_links_lead_somewhere(self, labelled_page):
-        own = [name for name in labelled_page.ids if not re.match("[a-zA-Z]+[0-9_]*[0-9a-f]{10}", name)]
+        own = [
+            name for name in labelled_page.ids if not re.match("[a-zA-Z]+[0-9_]*[0-9a-f]{10}", name)
+        ]
         assert len(own) == len({*own}) and own.count("case-0") == own.count("picture-0") == 1
         assert {a["href"][1:] for a in labelled_page.all("a")} <= {*labelled_page.ids}
 
     def test_scores_are_those_of_the_evaluation(self, labelled, labelled_page):
-        table = [line.split(",") for line in (labelled / "scores.csv").read_text().splitlines()[1:] if ".gz,0." in line]
-        dice = {name.removesuffix(".nii.gz"): float(value) for name, value, _ in table if "img" not in name}
+        table = [
+            line.split(",")
+            for line in (labelled / "scores.csv").read_text().splitlines()[1:]
+            if ".gz,0." in line
+        ]
+        dice = {
+            name.removesuffix(".nii.gz"): float(value)
+            for name, value, _ in table
+            if "img" not in name
+        }
         assert len(dice) == 6 and "a" not in dice  # which is perfect
         for name, value in dice.items():
             assert f"{name}{value:.3f}" in re.sub(r"[\s⚠]", "", labelled_page.text), name
@@ -174,23 +206,37 @@ class TestLabelled:
         assert pictures[:2] == ["picture-6", "picture-7"] and len(pictures) == 8
         drawn = [a for a in labelled_page.all("svg") if a.get("role") == "img"]
         assert len(drawn) > 3 * 8  # those at once have many planes
-        assert all(" plane " in a["aria-label"] and "of the reference" in a["aria-label"] for a in drawn)
+        assert all(
+            " plane " in a["aria-label"] and "of the reference" in a["aria-label"] for a in drawn
+        )
         assert sum("hidden" not in a for a in drawn) == 3 * 8
         sliders = [a for a in labelled_page.all("input") if a["type"] == "range"]
         assert len(sliders) == 3 * 7 and all(0 <= int(a["value"]) <= int(a["max"]) for a in sliders)
 
     def test_what_failed_and_what_is_unusual_is_told(self, labelled_page):
-        assert "d.nii.gz" in labelled_page.text and "cannot be read: it is no NIfTI file" in labelled_page.text
+        assert (
+            "d.nii.gz" in labelled_page.text
+            and "cannot be read: it is no NIfTI file" in labelled_page.text
+        )
         assert "8 of 9" in labelled_page.text
-        assert re.search(re.escape(ORGAN) + r" has [\d.]+ ml, where half of these cases have", labelled_page.text)
+        assert re.search(
+            re.escape(ORGAN) + r" has [\d.]+ ml, where half of these cases have", labelled_page.text
+        )
 
     def test_the_model_is_told(self, labelled_page, run):
-        for text in (str(run), "GMAC a patch of 16 x 16 x 16 voxels", "along X", "Dice of the validation cases over"):
+        for text in (
+            str(run),
+            "GMAC a patch of 16 x 16 x 16 voxels",
+            "along X",
+            "Dice of the validation cases over",
+        ):
             assert text in labelled_page.text
         assert "resolution" in labelled_page.text  # of the drawing
 
 
-def segmented(out: Path, patch: pytest.MonkeyPatch, images: Path, *flags: object, **facts: object) -> Page:
+def segmented(
+    out: Path, patch: pytest.MonkeyPatch, images: Path, *flags: object, **facts: object
+) -> Page:
     knows(patch, TASK)(Threshold(num_classes=3), **{**FACTS, **facts})
     return Page(infer(out, "--input", images, "--report", *flags) / "report.html")
 
@@ -204,30 +250,47 @@ def images(tmp_path) -> Path:
 
 class TestUnlabelled:
     def test_volumes_take_the_place_of_scores(self, tmp_path, monkeypatch, images):
-        """Beside them, training cases among them are told, and what is unlike those in header or intensities."""
+        """Beside them, training cases among them are told, and what is unlike those in header or
+        intensities.
+        """
         monkeypatch.setenv("PATH", "")  # no dot
         ranges = {
             "spacing": [[1, 1, 1], [1, 1, 1]],
             "extent": [[9, 9, 9], [99, 99, 99]],
             "intensity": [[3, 0], [3, 0.1]],
         }
-        (tmp_path / "accuracy_history.csv").write_text("epoch\tmetric\n1\t0.5\n")  # of another program
+        # of another program
+        (tmp_path / "accuracy_history.csv").write_text("epoch\tmetric\n1\t0.5\n")
         models = [tmp_path / "model.pth", tmp_path / "other.pth"]
-        found = segmented(tmp_path / "out", monkeypatch, images, "--checkpoint", *models, ranges=ranges)
-        assert "Dice" not in found.text.partition("Model")[0] and f"{ORGAN}, ml as segmented" in found.text
+        found = segmented(
+            tmp_path / "out", monkeypatch, images, "--checkpoint", *models, ranges=ranges
+        )
+        assert (
+            "Dice" not in found.text.partition("Model")[0]
+            and f"{ORGAN}, ml as segmented" in found.text
+        )
         assert "3 mm between voxels bottom-top, where training cases have 1 to 1" in found.text
         assert "are they in Hounsfield units?" in found.text
-        assert "1 of these cases was trained on" in found.text and "trained_1 ⚠ trained on" in " ".join(
-            found.text.split()
+        assert (
+            "1 of these cases was trained on" in found.text
+            and "trained_1 ⚠ trained on" in " ".join(found.text.split())
         )
-        assert "No picture of the architecture" in found.text and "'dot', which is not installed" in found.text
+        assert (
+            "No picture of the architecture" in found.text
+            and "'dot', which is not installed" in found.text
+        )
         assert "none of train_dints.py's" in found.text
-        assert "Models, whose class probabilities" in found.text and f"that of {models[0]}" in found.text
+        assert (
+            "Models, whose class probabilities" in found.text
+            and f"that of {models[0]}" in found.text
+        )
 
     def test_a_report_that_fails_costs_nothing_else(self, tmp_path, monkeypatch, images):
         (tmp_path / "out/report.html").mkdir(parents=True)
         with pytest.raises(
-            UserError, match=r"report.html could not be made \(.*report.html cannot be written.*--report"
+            UserError,
+            match=r"report.html could not be made \(.*report.html cannot be "
+            r"written.*--report",
         ):
             segmented(tmp_path / "out", monkeypatch, images)
         (tmp_path / "out/report.html").rmdir()
@@ -239,8 +302,12 @@ class TestUnlabelled:
         with pytest.raises(UserError, match=r"could not be made \(no picture\)"):
             segmented(tmp_path / "out", monkeypatch, images)
         run = json.loads((tmp_path / "out/run.json").read_text())
-        assert {case["state"] for case in run["cases"].values()} == {"done"} and len(run["cases"]) == 3
-        assert not list((tmp_path / "out").glob("*.html")) and not list((tmp_path / "out").glob(".*.partial"))
+        assert {case["state"] for case in run["cases"].values()} == {"done"} and len(
+            run["cases"]
+        ) == 3
+        assert not list((tmp_path / "out").glob("*.html")) and not list(
+            (tmp_path / "out").glob(".*.partial")
+        )
 
 
 def result(name: str, dice: float, falsely: float = NAN) -> Result:
@@ -269,7 +336,9 @@ def test_cases_are_grouped_by_dice_and_what_is_falsely_found_counts():
 
 
 def test_pictures_keep_to_their_bytes(monkeypatch):
-    monkeypatch.setattr(Overlay, "size", property(lambda overlay: {"still": 10, "many": 25}[overlay.chosen]))
+    monkeypatch.setattr(
+        Overlay, "size", property(lambda overlay: {"still": 10, "many": 25}[overlay.chosen])
+    )
     found = [replace(result(str(number), 0.5), overlay=Overlay((), "still")) for number in range(9)]
     groups, num_left_out = page.pictures(
         batch(*found), [[]] * 9, lambda number: Overlay((), "many"), 7 * 10 + 2 * 15 + 10
@@ -279,7 +348,9 @@ def test_pictures_keep_to_their_bytes(monkeypatch):
 
 
 def test_volumes_that_are_far_from_the_others_are_told():
-    volumes = np.array([[1.0, 5.0]] * 8 + [[1.1, 5.0], [9.0, 0.0]]) + np.linspace(0, 0.4, 10)[:, None]
+    volumes = (
+        np.array([[1.0, 5.0]] * 8 + [[1.1, 5.0], [9.0, 0.0]]) + np.linspace(0, 0.4, 10)[:, None]
+    )
     told = unusual_volumes(volumes, ["a", "b"])
     assert [len(of_case) for of_case in told] == [0] * 9 + [2]
     assert told[9][0].startswith("a has 9.4 ml, where half of these cases have 1.")

@@ -1,4 +1,6 @@
-"""Plots are parts of a page: they name nothing outside of it, and whatever a class or case is called is text."""
+"""Plots are parts of a page: they name nothing outside of it, and whatever a class or case is
+called is text.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def strips() -> str:
 
 def test_points_lead_to_their_cases_and_are_named(strips):
     links = [(link.get("href"), link.find("title").text) for link in parsed(strips).iter("a")]
-    one, hostile, three, four = [(f"#case-{n}", name) for n, name in enumerate(["one", HOSTILE, "three", "four"])]
+    one, hostile, three, four = [
+        (f"#case-{n}", name) for n, name in enumerate(["one", HOSTILE, "three", "four"])
+    ]
     assert links == [one, hostile, four, one, three, four]  # but for those that are not finite
 
 
@@ -47,6 +51,11 @@ def test_a_plot_goes_by_the_pages_colour_and_names_nothing_outside(strips):
 
 
 def test_volumes_agree_on_the_diagonal():
-    drawn = plots.agreement({"organ": [1.0, math.nan, 2.0]}, {"organ": [1.0, 3.0, 2.0]}, ["one", "two", "three"])
+    drawn = plots.agreement(
+        {"organ": [1.0, math.nan, 2.0]}, {"organ": [1.0, 3.0, 2.0]}, ["one", "two", "three"]
+    )
     assert [link.get("href") for link in parsed(drawn).iter("a")] == ["#case-0", "#case-2"]
-    assert len(list(parsed(plots.agreement({"organ": [0.0]}, {"organ": [0.0]}, ["one"])).iter("a"))) == 1
+    assert (
+        len(list(parsed(plots.agreement({"organ": [0.0]}, {"organ": [0.0]}, ["one"])).iter("a")))
+        == 1
+    )

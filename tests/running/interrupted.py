@@ -1,14 +1,19 @@
-"""Runs commands with a fault at a chosen place; `Theatre` in conftest.py talks to it by lines of JSON.
+"""Runs commands with a fault at a chosen place; `Theatre` in conftest.py talks to it by lines of
+JSON.
 
-Ranks are forked off this process, which has imported everything: each is a process as torchrun starts it, with its own
-exit code and stderr, all in a process group of their own, but ready at once. Each writes its own state, rank<r>.pth,
-beside latest.pth. Pictures are not drawn, and costs of networks not measured.
+Ranks are forked off this process, which has imported everything: each is a process as torchrun
+starts it, with its own exit code and stderr, all in a process group of their own, but ready at
+once. Each writes its own state, rank<r>.pth, beside latest.pth. Pictures are not drawn, and costs
+of networks not measured.
 
-A line: {"stage": "search_dints", "flags": [...], "world_size": 2, "fault": {...}}. A fault: the place (see `FAULTS`),
-the iteration, the signal, and to whom: "all", a rank, or "worker", which is rank 0's first. Instead of a signal, NAN
-makes a rank's batches unusable from that iteration up to "until", and MEMORY raises there as exhausted memory does.
-"launch", where it is not empty, is the folder that torchrun has for one start of the processes. The answer: each rank's
-exit code and what it said, the seconds from the signal to the end, and whether a worker outlived the run.
+A line: {"stage": "search_dints", "flags": [...], "world_size": 2, "fault": {...}}. A fault: the
+    place (see `FAULTS`),
+the iteration, the signal, and to whom: "all", a rank, or "worker", which is rank 0's first. Instead
+    of a signal, NAN
+makes a rank's batches unusable from that iteration up to "until", and MEMORY raises there as
+exhausted memory does. "launch", where it is not empty, is the folder that torchrun has for one
+start of the processes. The answer: each rank's exit code and what it said, the seconds from the
+signal to the end, and whether a worker outlived the run.
 """
 
 import functools
@@ -112,7 +117,9 @@ def become_rank(rank: int, world_size: int, port: int, pids: list[int], said: in
 
 
 def replace(owner: type | ModuleType, name: str, function: Callable) -> None:
-    """Put ``function(self, original, ...)``, or ``function(original, ...)`` in a module, in place of a function."""
+    """Put ``function(self, original, ...)``, or ``function(original, ...)`` in a module, in place
+    of a function.
+    """
     partial = functools.partialmethod if isinstance(owner, type) else functools.partial
     setattr(owner, name, partial(function, getattr(owner, name)))
 
@@ -151,7 +158,9 @@ def wait(pid: int, group: int, deadline: float) -> int:
 
 
 def survivors(group: int, patience: float = 6.0) -> bool:
-    """Tell whether a process of the group outlives its ranks; workers of a killed rank look for it every 5 s."""
+    """Tell whether a process of the group outlives its ranks; workers of a killed rank look for it
+    every 5 s.
+    """
     deadline = time.monotonic() + patience
     try:
         while time.monotonic() < deadline:
@@ -188,7 +197,9 @@ def install(fault: dict, rank: int, struck: int) -> None:
 
 
 def in_step(iterations: range, strike: Callable, only_if_all_is_kept: bool = False) -> None:
-    """Strike before steps of these numbers are computed, perhaps only of networks that keep all activations."""
+    """Strike before steps of these numbers are computed, perhaps only of networks that keep all
+    activations.
+    """
 
     def steps(run, original, *loaders, until=None):
         for batch in original(run, *loaders, until=until):
@@ -231,7 +242,9 @@ def in_caching(_: range, strike: Callable) -> None:
 
 
 def in_save(iterations: range, strike: Callable, half: str) -> None:
-    """Strike when half of such an iteration's state is written, or when it is whole and has no name yet."""
+    """Strike when half of such an iteration's state is written, or when it is whole and has no name
+    yet.
+    """
 
     def write_half(original, content, file):
         if isinstance(file, io.BufferedWriter):

@@ -30,7 +30,9 @@ SEARCH = {
 
 @pytest.fixture
 def pictures(monkeypatch) -> Pictures:
-    """The axes of the pictures that were drawn, by file name; the first of a test is written too."""
+    """The axes of the pictures that were drawn, by file name; the first of a test is written
+    too.
+    """
     drawn, save = {}, curves._save
 
     def note(figure, path) -> None:
@@ -77,7 +79,9 @@ def test_pictures_show_losses_and_dice_over_iterations_and_minutes(tmp_path, pic
 
 
 def test_a_search_is_shown_from_where_the_architecture_learns(tmp_path, pictures):
-    """Entropies are shown as shares of their start, and how often the decoded network changed is added up."""
+    """Entropies are shown as shares of their start, and how often the decoded network changed is
+    added up.
+    """
     draw(tmp_path, SEARCH)
     assert lines(pictures["training_loss.png"][0])["architecture's cases"] == [[30, 0.5]]
     losses, memory, entropies, changes = map(lines, pictures["search.png"])

@@ -1,4 +1,6 @@
-"""Tables, TensorBoard events and progress.yaml of a run, and what a resumed or fresh run does with them."""
+"""Tables, TensorBoard events and progress.yaml of a run, and what a resumed or fresh run does with
+them.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def drawn(monkeypatch) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def equally_long_names(monkeypatch) -> None:
-    """Event files of one second are read in the order of their names, whose last number is not padded."""
+    """Event files of one second are read in the order of their names, whose last number is not
+    padded.
+    """
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
 
 
@@ -49,7 +53,9 @@ def run(
     epochs: range,
     values: Callable[[int], dict] = lambda epoch: {"loss": 1 / (epoch + 1)},
 ) -> None:
-    """Note epochs of 10 iterations and 30 seconds with a validation each, from where ``epochs`` begins."""
+    """Note epochs of 10 iterations and 30 seconds with a validation each, from where ``epochs``
+    begins.
+    """
     history = History(folder, CLASSES, iteration=10 * epochs.start, enabled=True)
     for epoch in epochs:
         progress = Progress(

@@ -85,7 +85,9 @@ def test_measuring_the_precision_draws_no_random_number():
 
 
 def test_seeds_depend_on_every_part_and_on_nothing_else():
-    """Nor on the process, whose own hashes differ from run to run: this one's are what an earlier process computed."""
+    """Nor on the process, whose own hashes differ from run to run: this one's are what an earlier
+    process computed.
+    """
     parts = (
         (0, "weights", 1, 2),
         (0, "weights", 2, 1),

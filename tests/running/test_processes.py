@@ -38,14 +38,16 @@ def test_alone_nobody_is_waited_for():
 
 @pytest.mark.parametrize("name", ["forward_sync_buffers", "broadcast_buffers"])
 def test_ddp_of_pytorch_before_and_from_2_13_leaves_buffers_alone(name, monkeypatch):
-    """Constants are no matter to exchange in each step; the flag has had another name since 2.13."""
+    """Constants are no matter to exchange in each step; the flag has had another name since
+    2.13.
+    """
     given = {}
     stand_ins = {
-        "forward_sync_buffers": lambda network, device_ids, gradient_as_bucket_view, forward_sync_buffers=None: (
-            given.update(forward_sync_buffers=forward_sync_buffers)
+        "forward_sync_buffers": lambda network, *, forward_sync_buffers=None, **_: given.update(
+            forward_sync_buffers=forward_sync_buffers
         ),
-        "broadcast_buffers": lambda network, device_ids, gradient_as_bucket_view, broadcast_buffers=True: (
-            given.update(broadcast_buffers=broadcast_buffers)
+        "broadcast_buffers": lambda network, *, broadcast_buffers=True, **_: given.update(
+            broadcast_buffers=broadcast_buffers
         ),
     }
     monkeypatch.setattr(module, "DistributedDataParallel", stand_ins[name])

@@ -1,4 +1,6 @@
-"""The run folder: made, probed, locked against a second run, and cleared for a fresh start, once."""
+"""The run folder: made, probed, locked against a second run, and cleared for a fresh start,
+once.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path):
 
 @TWO_RUNS
 def test_a_kill_frees_the_folder_though_a_worker_lives_on(tmp_path):
-    """As the workers of a killed process do, for some seconds, while the launcher starts it again."""
+    """As the workers of a killed process do, for some seconds, while the launcher starts it
+    again.
+    """
     reading, ready = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -104,7 +108,9 @@ def test_a_search_in_the_folder_of_another_one_is_refused_before_it_clears_it(tm
 
 @pytest.fixture
 def launch(monkeypatch):
-    """Return a function that sets what torchrun and SLURM tell a process of its launch, restart, job and queueing."""
+    """Return a function that sets what torchrun and SLURM tell a process of its launch, restart,
+    job and queueing.
+    """
 
     def set_variables(
         torchrun: str = "", restart: int = 0, job: str = "", requeued: int = 0

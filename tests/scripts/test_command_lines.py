@@ -1,4 +1,6 @@
-"""The scripts' command lines give help at once, and say what is wrong before any work, in one line."""
+"""The scripts' command lines give help at once, and say what is wrong before any work, in one
+line.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +152,8 @@ def test_check_judges_the_whole_command_and_writes_nothing(
         "search_dints.py --root none --output_root {tmp}/run",
         "evolve_dints.py --root none --output_root {tmp}/run",
         "train_dints.py --root none --output_root {tmp}/run --arch_ckpt none.pth",
-        "infer_dints.py --checkpoint none.pth --output_root {tmp}/run --input none.nii.gz --device cpu",
+        "infer_dints.py --checkpoint none.pth --output_root {tmp}/run --input none.nii.gz --device "
+        "cpu",
         "evaluate.py --prediction none --reference none --output_root {tmp}/run",
         "decode_plot.py --checkpoint none.pth --directory {tmp}/run",
     ],

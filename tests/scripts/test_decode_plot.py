@@ -1,4 +1,6 @@
-"""decode_plot.py draws files and the search space, prints what a network costs, and says in a line what is wrong."""
+"""decode_plot.py draws files and the search space, prints what a network costs, and says in a line
+what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +27,25 @@ SCRIPT = Path(decode_plot.__file__)
 PUBLISHED_CODE2IN = [0, 1, 0, 1, 2, 1, 2, 3, 2, 3]
 PUBLISHED_CODE2OUT = [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
 
-needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz's program 'dot' is not installed")
+needs_dot = pytest.mark.skipif(
+    shutil.which("dot") is None, reason="graphviz's program 'dot' is not installed"
+)
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
+    )
 
 
 def python(code: str, folder: Path) -> subprocess.CompletedProcess:
     """Run code that can import the script, in a folder."""
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=folder)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=environment, cwd=folder
+    )
 
 
 def main(monkeypatch, *arguments: object) -> None:
@@ -56,7 +64,10 @@ def test_plot_graph_draws_a_published_file_for_published_callers(tmp_path):
         "iter_num": 1430,
         "best_dsc": np.float64(0.61234),
     }
-    file, codes = str(tmp_path / "search_code.pth"), {"code2in": PUBLISHED_CODE2IN, "code2out": PUBLISHED_CODE2OUT}
+    file, codes = (
+        str(tmp_path / "search_code.pth"),
+        {"code2in": PUBLISHED_CODE2IN, "code2out": PUBLISHED_CODE2OUT},
+    )
     torch.save(content, file)
     graph = plot_graph(file, "legacy", str(tmp_path), **codes)
     assert graph.source == draw_architecture(architecture, "ours", tmp_path).source
@@ -68,14 +79,26 @@ def test_plot_graph_draws_a_published_file_for_published_callers(tmp_path):
 def test_code2in_and_code2out_must_be_the_files(tmp_path):
     save_architecture(tmp_path / "small.pth", random_architecture(0, 3, 3))
     for name, codes in (("code2in", PUBLISHED_CODE2IN), ("code2out", PUBLISHED_CODE2OUT)):
-        with pytest.raises(UserError, match=f"{name} is .*{re.escape(str(codes))}.* 3 depths of .*small.pth"):
+        with pytest.raises(
+            UserError, match=f"{name} is .*{re.escape(str(codes))}.* 3 depths of .*small.pth"
+        ):
             plot_graph(tmp_path / "small.pth", directory=tmp_path, **{name: codes})
     assert not (tmp_path / "graph.gv").exists()
 
 
 @needs_dot
 def test_a_search_space_is_drawn_from_the_command_line(tmp_path):
-    result = run("--search_space", "--num_blocks", 2, "--num_depths", 3, "--directory", tmp_path, "--filename", "space")
+    result = run(
+        "--search_space",
+        "--num_blocks",
+        2,
+        "--num_depths",
+        3,
+        "--directory",
+        tmp_path,
+        "--filename",
+        "space",
+    )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "space.gv").read_text() == draw_search_space(2, 3, "same", tmp_path).source
     assert (tmp_path / "space.png").read_bytes().startswith(b"\x89PNG")
@@ -83,17 +106,25 @@ def test_a_search_space_is_drawn_from_the_command_line(tmp_path):
 
 def assert_told_in_a_line(result: subprocess.CompletedProcess, part: str) -> None:
     assert result.returncode == 1
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and part in result.stderr
+    assert (
+        result.stderr.startswith("error: ")
+        and result.stderr.count("\n") == 1
+        and part in result.stderr
+    )
 
 
 def test_without_dot_one_line_says_so(tmp_path):
     save_architecture(tmp_path / "code.pth", random_architecture(3, 4, 3))
-    result = run("--checkpoint", tmp_path / "code.pth", "--directory", tmp_path / "out", PATH=str(tmp_path))
+    result = run(
+        "--checkpoint", tmp_path / "code.pth", "--directory", tmp_path / "out", PATH=str(tmp_path)
+    )
     assert_told_in_a_line(result, "graph.gv is written, but drawing")
 
 
 @pytest.mark.fault("truncated, empty or foreign file")
-@pytest.mark.parametrize(("write", "message"), [(None, "does not exist"), ("no PyTorch file", "is damaged or not a")])
+@pytest.mark.parametrize(
+    ("write", "message"), [(None, "does not exist"), ("no PyTorch file", "is damaged or not a")]
+)
 def test_a_bad_file_is_named_before_anything_is_written(tmp_path, monkeypatch, write, message):
     if write is not None:
         (tmp_path / "code.pth").write_text(write)
@@ -108,7 +139,10 @@ def test_a_bad_file_is_named_before_anything_is_written(tmp_path, monkeypatch, w
         ("", "give one of --checkpoint and --search_space"),
         ("--checkpoint a.pth --search_space", "give one of --checkpoint and --search_space"),
         ("--checkpoint a.pth --num_blocks 6", "go with --search_space"),
-        ("--checkpoint a.pth --num_classes 2 --channel_mul 1", "--num_classes, --channel_mul: only"),
+        (
+            "--checkpoint a.pth --num_classes 2 --channel_mul 1",
+            "--num_classes, --channel_mul: only",
+        ),
         ("--checkpoint a.pth --cost --patch_size 32 32 0", "--patch_size: 0 is not at least 1"),
     ],
 )
@@ -126,9 +160,14 @@ def test_import_runs_nothing_and_does_not_load_monai(tmp_path):
 
 def test_help_names_every_flag_and_does_not_wait_for_torch(tmp_path):
     code = "import sys; sys.modules['torch'] = None; sys.argv = ['decode_plot.py', '-h']; "
-    result = python(f"{code}import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')", tmp_path)
+    result = python(
+        f"{code}import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')", tmp_path
+    )
     assert result.returncode == 0, result.stderr
-    flags = "checkpoint search_space num_blocks num_depths directory filename format cost patch_size in_channels"
+    flags = (
+        "checkpoint search_space num_blocks num_depths directory filename format cost "
+        "patch_size in_channels"
+    )
     for flag in (*flags.split(), "num_classes", "channel_mul", "device"):
         assert f"--{flag}" in result.stdout
 
@@ -138,12 +177,21 @@ def test_cost_is_printed_and_drawn(tmp_path, monkeypatch, capsys):
     architecture = random_architecture(1, 3, 3)
     save_architecture(tmp_path / "code.pth", architecture)
     files = ("--checkpoint", tmp_path / "code.pth", "--directory", tmp_path)
-    settings = "--patch_size 16 16 32 --in_channels 2 --num_classes 4 --channel_mul 0.25 --device cpu"
+    settings = (
+        "--patch_size 16 16 32 --in_channels 2 --num_classes 4 --channel_mul 0.25 --device cpu"
+    )
     main(monkeypatch, "--cost", *files, *settings.split())
     amounts, rest = capsys.readouterr().out.splitlines()
     assert amounts == cost.cost(architecture, 2, 4, (16, 16, 32), 0.25).lines()[0]
-    assert re.fullmatch(r"at 1x2x16x16x32 \(channel_mul 0\.25\), [\d.,]+ ms a forward pass on \d+ threads? of .+", rest)
-    assert re.findall(r'caption\d \[label="?(.*?)\\l', (tmp_path / "graph.gv").read_text()) == [amounts, rest]
+    assert re.fullmatch(
+        r"at 1x2x16x16x32 \(channel_mul 0\.25\), [\d.,]+ ms a forward pass on \d+ "
+        r"threads? of .+",
+        rest,
+    )
+    assert re.findall(r'caption\d \[label="?(.*?)\\l', (tmp_path / "graph.gv").read_text()) == [
+        amounts,
+        rest,
+    ]
 
 
 @needs_dot
@@ -166,8 +214,18 @@ def test_cost_is_of_the_files_task(tmp_path, monkeypatch, task, flags, settings)
         return answer
 
     monkeypatch.setattr(cost, "cost", note)
-    main(monkeypatch, "--cost", "--checkpoint", tmp_path / "code.pth", "--directory", tmp_path, *flags.split())
-    assert asked == [(architecture.codes(), settings, "cuda" if torch.cuda.is_available() else "cpu")]
+    main(
+        monkeypatch,
+        "--cost",
+        "--checkpoint",
+        tmp_path / "code.pth",
+        "--directory",
+        tmp_path,
+        *flags.split(),
+    )
+    assert asked == [
+        (architecture.codes(), settings, "cuda" if torch.cuda.is_available() else "cpu")
+    ]
 
 
 def test_cost_that_cannot_be_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, capsys):

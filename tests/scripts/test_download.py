@@ -1,4 +1,6 @@
-"""download_msd_datasets.py against a real server on the loopback that misbehaves, and archives that do."""
+"""download_msd_datasets.py against a real server on the loopback that misbehaves, and archives that
+do.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from dints.errors import UserError
 
 TASK = "Task02_Heart"
 SCRIPT = Path(downloader.__file__)
-IMAGE = random.Random(0).randbytes(100_000)  # several chunks, so that a cut in the middle leaves something
+# several chunks, so that a cut in the middle leaves something
+IMAGE = random.Random(0).randbytes(100_000)
 
 
 def member(name: str, content: bytes = b"", **fields) -> tuple[tarfile.TarInfo, bytes]:
@@ -39,14 +42,20 @@ def member(name: str, content: bytes = b"", **fields) -> tuple[tarfile.TarInfo, 
     return info, content
 
 
-def heart_members(num_training=2, num_test=1, image=IMAGE, **described) -> list[tuple[tarfile.TarInfo, bytes]]:
-    """Make a small archive's members, dataset.json second; ``described`` overrides what that says."""
+def heart_members(
+    num_training=2, num_test=1, image=IMAGE, **described
+) -> list[tuple[tarfile.TarInfo, bytes]]:
+    """Make a small archive's members, dataset.json second; ``described`` overrides what that
+    says.
+    """
     names = [f"la_{number:03}.nii.gz" for number in range(num_training + num_test)]
     training, tests = names[:num_training], names[num_training:]
     description = {
         "numTraining": num_training,
         "numTest": num_test,
-        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in training],
+        "training": [
+            {"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in training
+        ],
         "test": [f"./imagesTs/{name}" for name in tests],
     } | described
     return [
@@ -91,7 +100,9 @@ class Handler(BaseHTTPRequestHandler):
         # Whatever is compressed has another length than the file.
         (answer if self.headers["Accept-Encoding"] == "identity" else plain(406))(self)
 
-    def respond(self, status: int, headers: dict, body: bytes = b"", reason: str | None = None) -> None:
+    def respond(
+        self, status: int, headers: dict, body: bytes = b"", reason: str | None = None
+    ) -> None:
         self.send_response(status, reason)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -103,7 +114,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Mirror(ThreadingHTTPServer):
-    """A server of one file; ``script`` holds how to answer the next requests, afterwards it behaves.
+    """A server of one file; ``script`` holds how to answer the next requests, afterwards it
+    behaves.
 
     ``ranges`` holds the first byte that each request asked for, or None.
     """
@@ -123,8 +135,9 @@ class Mirror(ThreadingHTTPServer):
 def serve(content=None, cut=None, part=None, ranges=True, length=True, shift=0, stall=False):
     """Make an answer with the mirror's content, spoilt as told.
 
-    ``content`` is the mirror's from now on. Only ``cut`` bytes of the body are sent, and with ``stall`` the connection
-    stays open. A Range request is answered with ``part`` bytes, ``shift`` bytes too late, or with all (not ``ranges``).
+    ``content`` is the mirror's from now on. Only ``cut`` bytes of the body are sent, and with
+    ``stall`` the connection stays open. A Range request is answered with ``part`` bytes, ``shift``
+    bytes too late, or with all (not ``ranges``).
     """
 
     def answer(handler: Handler) -> None:
@@ -146,7 +159,10 @@ def serve(content=None, cut=None, part=None, ranges=True, length=True, shift=0, 
 
 def plain(status: int, body: bytes = b"", reason: str | None = None, **headers):
     """Make an answer that is not the archive."""
-    fields = {name.replace("_", "-"): value for name, value in ({"Content_Length": len(body)} | headers).items()}
+    fields = {
+        name.replace("_", "-"): value
+        for name, value in ({"Content_Length": len(body)} | headers).items()
+    }
     return lambda handler: handler.respond(status, fields, body, reason)
 
 
@@ -168,7 +184,9 @@ def mirror():
 
 
 def download(root: Path, *flags: object, archive: bytes | None = None) -> None:
-    """Run the script's main for one task, and for the small archive unless ``archive`` is, which is there already."""
+    """Run the script's main for one task, and for the small archive unless ``archive`` is, which is
+    there already.
+    """
     if archive is not None:
         root.mkdir(exist_ok=True)
         (root / f"{TASK}.tar").write_bytes(archive)
@@ -180,7 +198,9 @@ def download(root: Path, *flags: object, archive: bytes | None = None) -> None:
 def assert_whole(root: Path, members=None, others: tuple[str, ...] = ()) -> None:
     """The task's folder holds the archive's files, and ``root`` nothing but it and ``others``."""
     expected = {info.name: content for info, content in members or heart_members() if info.isreg()}
-    found = {str(path.relative_to(root)): path for path in (root / TASK).rglob("*") if path.is_file()}
+    found = {
+        str(path.relative_to(root)): path for path in (root / TASK).rglob("*") if path.is_file()
+    }
     assert {name: path.read_bytes() for name, path in found.items()} == expected
     assert sorted(os.listdir(root)) == sorted([TASK, *others])
 
@@ -197,7 +217,8 @@ def rows(*tests: tuple) -> list:
 @pytest.mark.fault("server without Range, or that answers 200 to a Range request")
 @pytest.mark.fault("no md5 given; HTML with status 200; cut without a length; stale partial")
 @pytest.mark.parametrize(
-    ("left", "script", "ranges"),  # left: by an earlier run; ranges: what is asked for, where it is known before
+    # left: by an earlier run; ranges: what is asked for, where it is known before
+    ("left", "script", "ranges"),
     rows(
         ("well-behaved", b"", [], [None]),
         ("cut", b"", [serve(cut=HALF)], [None, ...]),
@@ -213,8 +234,18 @@ def rows(*tests: tuple) -> list:
         ("no Content-Length", b"", [serve(length=False)], [None]),
         ("stalled in the body", b"", [serve(cut=HALF, stall=True)], [None, ...]),
         ("stalled after the headers", b"", [serve(cut=0, stall=True)], [None, None]),
-        ("part behind a redirect", ARCHIVE[:HALF], [plain(302, Location="/elsewhere")], [HALF, HALF]),
-        ("another version now", b"", [serve(OTHER_VERSION, cut=HALF), serve(ARCHIVE)], [None, ..., None]),
+        (
+            "part behind a redirect",
+            ARCHIVE[:HALF],
+            [plain(302, Location="/elsewhere")],
+            [HALF, HALF],
+        ),
+        (
+            "another version now",
+            b"",
+            [serve(OTHER_VERSION, cut=HALF), serve(ARCHIVE)],
+            [None, ..., None],
+        ),
         ("partial of an earlier run", ARCHIVE[:HALF], [], [HALF]),
         ("partial of another version", OTHER_VERSION[:HALF], [], [HALF, None]),
         ("partial of another program", b"not an archive", [], [14, None]),
@@ -228,8 +259,12 @@ def test_recovers(mirror, tmp_path, left, script, ranges):
     mirror.script = list(script)
     download(tmp_path, "--url", mirror.url, "--timeout", 0.3, "--retries", 2, "--keep_archive")
     assert_whole(tmp_path, others=(f"{TASK}.tar",))
-    starts = [first for first, expected in zip(mirror.ranges, ranges, strict=True) if expected is ...]
-    assert [first for first in mirror.ranges if first not in starts] == [first for first in ranges if first is not ...]
+    starts = [
+        first for first, expected in zip(mirror.ranges, ranges, strict=True) if expected is ...
+    ]
+    assert [first for first in mirror.ranges if first not in starts] == [
+        first for first in ranges if first is not ...
+    ]
     assert all(0 < first < len(ARCHIVE) for first in starts) and starts == sorted(starts)
 
 
@@ -255,19 +290,49 @@ def test_without_a_digest_nothing_is_continued(mirror, tmp_path, caplog):
         ("stalled", [serve(stall=True, cut=0)] * 9, "failed in attempt 3 of 3: .*timed out", 3),
         ("no answer at all", [hang] * 9, "failed in attempt 3 of 3: .*timed out", 3),
         ("cut for ever", [serve(cut=HALF)] + [serve(cut=0)] * 9, r"\d+ bytes have arrived", 3),
-        ("other bytes", [plain(200, ARCHIVE[::-1])], f"md5 .*, not {md5(ARCHIVE)}; it was deleted", 1),
-        ("other bytes twice, cut", [serve(OTHER_VERSION, cut=HALF), serve()] * 9, "it was deleted", 4),
+        (
+            "other bytes",
+            [plain(200, ARCHIVE[::-1])],
+            f"md5 .*, not {md5(ARCHIVE)}; it was deleted",
+            1,
+        ),
+        (
+            "other bytes twice, cut",
+            [serve(OTHER_VERSION, cut=HALF), serve()] * 9,
+            "it was deleted",
+            4,
+        ),
         ("cut without a length", [serve(length=False, cut=HALF)], "md5 .* it was deleted", 1),
         ("HTML", [plain(200, b"<html>", Content_Type="text/html")], "answers with a web page", 1),
         ("HTML that does not say so", [plain(200, b"<html>")], "it was deleted", 1),
-        ("redirect to ftp", [plain(302, Location="ftp://x/y.tar")], "redirects where .*ftp://x/y.tar", 1),
-        ("redirect to a file", [plain(302, Location="file:///etc/passwd")], "redirects where .*file:///etc", 1),
+        (
+            "redirect to ftp",
+            [plain(302, Location="ftp://x/y.tar")],
+            "redirects where .*ftp://x/y.tar",
+            1,
+        ),
+        (
+            "redirect to a file",
+            [plain(302, Location="file:///etc/passwd")],
+            "redirects where .*file:///etc",
+            1,
+        ),
         ("redirect loop", [plain(302, Location="/again")] * 9, "Exceeded 5 redirects", 6),
         ("redirect to [", [plain(302, Location="http://[/x.tar")], "cannot be fetched", 1),
         ("redirect to no port", [plain(302, Location="http://x:99999/")], "cannot be fetched", 1),
-        ("redirect to no name", [plain(302, Location=f"http://{'x' * 99}/")], "cannot be fetched", 1),
+        (
+            "redirect to no name",
+            [plain(302, Location=f"http://{'x' * 99}/")],
+            "cannot be fetched",
+            1,
+        ),
         ("absurd length", [plain(200, b"x", Content_Length="9" * 5000)], "cannot be fetched", 1),
-        ("body without end", [serve(bytes(10**6), length=False)], f"{TASK}.tar sends more than 400000 bytes", 1),
+        (
+            "body without end",
+            [serve(bytes(10**6), length=False)],
+            f"{TASK}.tar sends more than 400000 bytes",
+            1,
+        ),
         ("length of no disk", [plain(200, b"x", Content_Length="9" * 18)], "GB are needed", 1),
         ("terminal codes", [plain(404, reason="\x1b[2J")], r"answers 404 '\\x1b\[2J'", 1),
     ),
@@ -282,7 +347,9 @@ def test_gives_up(mirror, tmp_path, monkeypatch, script, message, num_requests):
     assert kept == ({f"{TASK}.tar.partial"} if "have arrived" in message else set())
 
 
-def test_pauses_grow_up_to_a_limit_and_are_short_again_after_progress(mirror, tmp_path, monkeypatch):
+def test_pauses_grow_up_to_a_limit_and_are_short_again_after_progress(
+    mirror, tmp_path, monkeypatch
+):
     waits = []
     monkeypatch.setattr(downloader, "FIRST_WAIT", 1)
     monkeypatch.setattr(downloader, "LONGEST_WAIT", 5)
@@ -296,7 +363,10 @@ def test_pauses_grow_up_to_a_limit_and_are_short_again_after_progress(mirror, tm
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
 def test_https_is_not_left(mirror, tmp_path, monkeypatch):
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
+        "-subj /CN=localhost"
+    )
     flags = ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate]
     subprocess.run([*command.split(), *flags], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -360,12 +430,30 @@ def test_what_is_in_the_way_is_named_and_left(mirror, tmp_path, name, link):
         (member("../evil", b"x"), f"is not in {TASK}/"),
         (member("/tmp/evil", b"x"), f"is not in {TASK}/"),
         (member("Task09_Spleen/file", b"x"), f"is not in {TASK}/"),
-        (member(f"{TASK}/link", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "is no plain file or folder"),
-        (member(f"{TASK}/inner", type=tarfile.SYMTYPE, linkname="dataset.json"), "is no plain file or folder"),
-        (member(f"{TASK}/._link", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "is no plain file or folder"),
-        (member(f"{TASK}/hard", type=tarfile.LNKTYPE, linkname=f"{TASK}/dataset.json"), "is no plain file or folder"),
-        (member(f"{TASK}/device", type=tarfile.CHRTYPE, devmajor=1, devminor=3), "is no plain file or folder"),
-        (member(f"{TASK}/device", type=tarfile.BLKTYPE, devmajor=1, devminor=3), "is no plain file or folder"),
+        (
+            member(f"{TASK}/link", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+            "is no plain file or folder",
+        ),
+        (
+            member(f"{TASK}/inner", type=tarfile.SYMTYPE, linkname="dataset.json"),
+            "is no plain file or folder",
+        ),
+        (
+            member(f"{TASK}/._link", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+            "is no plain file or folder",
+        ),
+        (
+            member(f"{TASK}/hard", type=tarfile.LNKTYPE, linkname=f"{TASK}/dataset.json"),
+            "is no plain file or folder",
+        ),
+        (
+            member(f"{TASK}/device", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
+            "is no plain file or folder",
+        ),
+        (
+            member(f"{TASK}/device", type=tarfile.BLKTYPE, devmajor=1, devminor=3),
+            "is no plain file or folder",
+        ),
         (member(f"{TASK}/fifo", type=tarfile.FIFOTYPE), "is no plain file or folder"),
         (member(f"{TASK}/sparse", type=tarfile.GNUTYPE_SPARSE), "is no plain file or folder"),
         (member(f"./{TASK}//dataset.json", b"{}"), "is there twice"),
@@ -373,22 +461,32 @@ def test_what_is_in_the_way_is_named_and_left(mirror, tmp_path, name, link):
         (member(TASK, b"x"), "is there twice"),
         (member(f"{TASK}/LabelsTr/la_000.nii.gz", b"x"), "is there twice"),  # but for capitals
     ],
-    ids=lambda value: value if isinstance(value, str) else f"{value[0].name}-{value[0].type.decode()}",
+    ids=lambda value: (
+        value if isinstance(value, str) else f"{value[0].name}-{value[0].type.decode()}"
+    ),
 )
 def test_nothing_of_a_bad_archive_is_written(tmp_path, monkeypatch, bad, fault):
     """The bad member comes last: those before it must not have been written either."""
     root, unpacked = tmp_path / "root", []
     monkeypatch.setattr(tarfile.TarFile, "extractall", lambda *_, **__: unpacked.append(True))
-    with pytest.raises(UserError, match=f"member '{re.escape(bad[0].name)}' {fault}: nothing was unpacked"):
+    with pytest.raises(
+        UserError, match=f"member '{re.escape(bad[0].name)}' {fault}: nothing was unpacked"
+    ):
         download(root, archive=tar_of([*heart_members(), bad]))
-    assert unpacked == [] and os.listdir(tmp_path) == ["root"] and os.listdir(root) == [f"{TASK}.tar"]
+    assert (
+        unpacked == [] and os.listdir(tmp_path) == ["root"] and os.listdir(root) == [f"{TASK}.tar"]
+    )
 
 
 @pytest.mark.fault("member with ../, absolute path, symlink, hard link, device, FIFO")
-@pytest.mark.parametrize("content", [member(f"{TASK}/x", size=10**12)[0].tobuf() + ARCHIVE, tar_of(ALL_MEMBERS)])
+@pytest.mark.parametrize(
+    "content", [member(f"{TASK}/x", size=10**12)[0].tobuf() + ARCHIVE, tar_of(ALL_MEMBERS)]
+)
 def test_caps_on_an_archive(tmp_path, monkeypatch, content):
     monkeypatch.setattr(downloader, "MAX_MEMBERS", 50)  # of 52
-    with pytest.raises(UserError, match="more than 50 members or 100000000000 bytes: nothing was unpacked"):
+    with pytest.raises(
+        UserError, match="more than 50 members or 100000000000 bytes: nothing was unpacked"
+    ):
         download(tmp_path, archive=content)
     assert os.listdir(tmp_path) == [f"{TASK}.tar"]
 
@@ -399,12 +497,17 @@ def test_apple_double_files_leading_dots_modes_and_owners_are_dropped(tmp_path):
     members = [member("./._" + TASK, b"apple"), member(".", type=tarfile.DIRTYPE)]
     for info, content in heart_members():
         folder, _, name = f"./{info.name}".rpartition("/")
-        members.append(member(f"{folder}/{name}", content, type=info.type, mode=0o7777, uid=12345, gid=12345))
+        members.append(
+            member(f"{folder}/{name}", content, type=info.type, mode=0o7777, uid=12345, gid=12345)
+        )
         members.append(member(f"{folder}/._{name}", b"apple"))
     download(tmp_path, archive=tar_of(members))
     assert_whole(tmp_path, others=(f"{TASK}.tar",))
     for status in (path.stat() for path in (tmp_path / TASK).rglob("*")):
-        assert status.st_mode & 0o7022 == 0 and (status.st_uid, status.st_gid) == (os.getuid(), os.getgid())
+        assert status.st_mode & 0o7022 == 0 and (status.st_uid, status.st_gid) == (
+            os.getuid(),
+            os.getgid(),
+        )
 
 
 @pytest.mark.fault("archive cut at a member boundary")
@@ -412,8 +515,16 @@ def test_apple_double_files_leading_dots_modes_and_owners_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     rows(
-        ("last member lost", tar_of(heart_members()[:-1]), "1 of the 5 files .* missing .*imagesTs/la_002.nii.gz"),
-        ("no end", ARCHIVE[: ARCHIVE.rindex(f"{TASK}/imagesTs".encode())], "1 of the 5 files .* missing"),
+        (
+            "last member lost",
+            tar_of(heart_members()[:-1]),
+            "1 of the 5 files .* missing .*imagesTs/la_002.nii.gz",
+        ),
+        (
+            "no end",
+            ARCHIVE[: ARCHIVE.rindex(f"{TASK}/imagesTs".encode())],
+            "1 of the 5 files .* missing",
+        ),
         ("labels lost", tar_of(heart_members()[:3]), "4 of the 5 files .* missing"),
         ("no dataset.json", tar_of(heart_members()[2:]), "no dataset.json"),
         ("cut in a member", ARCHIVE[:HALF], "damaged"),
@@ -422,14 +533,37 @@ def test_apple_double_files_leading_dots_modes_and_owners_are_dropped(tmp_path):
         ("no label", tar_of(heart_members(training=[{"image": "x"}])), "must list"),
         ("no training case", tar_of(heart_members(training=[])), "names no training case"),
         *(
-            (f"names {name!a:.9}", tar_of(heart_members(test=[name])), "1 of the 5 files .* missing or empty")
-            for name in ("../../x", "/etc/passwd", f"../{TASK}/dataset.json", "x\0y", "\ud800", "x" * 5000, ".", "\x1b")
+            (
+                f"names {name!a:.9}",
+                tar_of(heart_members(test=[name])),
+                "1 of the 5 files .* missing or empty",
+            )
+            for name in (
+                "../../x",
+                "/etc/passwd",
+                f"../{TASK}/dataset.json",
+                "x\0y",
+                "\ud800",
+                "x" * 5000,
+                ".",
+                "\x1b",
+            )
         ),
-        *((f"training {value!r}", tar_of(heart_members(training=value)), "must list") for value in (None, 5, ["x"])),
-        *((f"test {value!r}", tar_of(heart_members(test=value)), "must list") for value in (None, 5, [5])),
+        *(
+            (f"training {value!r}", tar_of(heart_members(training=value)), "must list")
+            for value in (None, 5, ["x"])
+        ),
+        *(
+            (f"test {value!r}", tar_of(heart_members(test=value)), "must list")
+            for value in (None, 5, [5])
+        ),
         # Headers that exhaust or mislead the reader.
         ("2000 headers", header(tarfile.XHDTYPE, b"9 x=1234\n") * 2000 + ARCHIVE, "damaged"),
-        ("size -9", header(tarfile.XHDTYPE, b"11 size=-9\n") + header(b"0", b"") + ARCHIVE, "no plain file"),
+        (
+            "size -9",
+            header(tarfile.XHDTYPE, b"11 size=-9\n") + header(b"0", b"") + ARCHIVE,
+            "no plain file",
+        ),
         ("a name of 1 TB", header(tarfile.GNUTYPE_LONGNAME, b"x", size=2**40) + ARCHIVE, "damaged"),
         ("a name with NUL", tar_of([member("x", pax_headers={"path": f"{TASK}/x\0y"})]), "damaged"),
     ),
@@ -444,13 +578,21 @@ def test_archive_that_is_not_whole(tmp_path, content, message, digest):
 @pytest.mark.parametrize(
     ("training", "tests", "described", "fault"),
     [
-        (2, 1, {}, r"it holds \(2, 1\) .* says that it holds \(2, 1\), and \(20, 10\) were published"),
+        (
+            2,
+            1,
+            {},
+            r"it holds \(2, 1\) .* says that it holds \(2, 1\), and \(20, 10\) were "
+            r"published",
+        ),
         (20, 9, {"numTest": 10}, r"it holds \(20, 9\) .* says that it holds \(20, 10\)"),
         (20, 10, {"numTest": "11"}, r"it holds \(20, 10\) .* says that it holds \(20, '11'\)"),
     ],
 )
 def test_counts_without_and_with_a_digest(tmp_path, caplog, training, tests, described, fault):
-    """Without a digest only the published numbers vouch for an archive; with one they are a remark."""
+    """Without a digest only the published numbers vouch for an archive; with one they are a
+    remark.
+    """
     members = heart_members(training, tests, b"image", **described)
     with pytest.raises(UserError, match=f"{fault}.*give the archive's digest with --md5"):
         download(tmp_path, "--md5", "none", archive=tar_of(members))
@@ -464,12 +606,26 @@ def test_counts_without_and_with_a_digest(tmp_path, caplog, training, tests, des
 def test_published_digests_are_the_default(mirror, tmp_path):
     """Of an archive that is downloaded, and of one that is here already."""
     (tmp_path / f"{TASK}.tar").write_bytes(ARCHIVE)
-    flags = ["--msd_task", "all", "--root", str(tmp_path), "--url", mirror.url.replace(TASK, "{task}")]
-    with pytest.raises(UserError, match=f"{TASK}.tar has the md5 {md5(ARCHIVE)}, not .*: delete it") as raised:
+    flags = [
+        "--msd_task",
+        "all",
+        "--root",
+        str(tmp_path),
+        "--url",
+        mirror.url.replace(TASK, "{task}"),
+    ]
+    with pytest.raises(
+        UserError, match=f"{TASK}.tar has the md5 {md5(ARCHIVE)}, not .*: delete it"
+    ) as raised:
         downloader.main(downloader.parse_args(flags))
     assert str(raised.value).startswith("10 of 10 tasks failed: Task01_BrainTumour: ")
-    assert re.findall(r"not (\w{32})[;:]", str(raised.value)) == [archive.md5 for archive in ARCHIVES.values()]
-    assert os.listdir(tmp_path) == [f"{TASK}.tar"] and (tmp_path / f"{TASK}.tar").read_bytes() == ARCHIVE
+    assert re.findall(r"not (\w{32})[;:]", str(raised.value)) == [
+        archive.md5 for archive in ARCHIVES.values()
+    ]
+    assert (
+        os.listdir(tmp_path) == [f"{TASK}.tar"]
+        and (tmp_path / f"{TASK}.tar").read_bytes() == ARCHIVE
+    )
     assert downloader.parse_args([]).url == ARCHIVE_URL and ARCHIVE_URL.startswith("https://")
 
 
@@ -487,13 +643,22 @@ def test_complete_folder_is_left_alone(mirror, tmp_path, caplog):
     (tmp_path / TASK).symlink_to(tmp_path / "shared" / TASK)
     download(tmp_path, "--url", mirror.url)
     assert caplog.text.count("nothing to do (2 training, 1 test cases)") == 2
-    assert mirror.ranges == [None] and (tmp_path / TASK).is_symlink() and label.read_text() == "corrected by hand"
+    assert (
+        mirror.ranges == [None]
+        and (tmp_path / TASK).is_symlink()
+        and label.read_text() == "corrected by hand"
+    )
 
 
 @pytest.mark.fault("root exists")
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("imagesTr/la_001.nii.gz", None), ("labelsTr/la_001.nii.gz", ""), ("dataset.json", None), ("dataset.json", "[")],
+    [
+        ("imagesTr/la_001.nii.gz", None),
+        ("labelsTr/la_001.nii.gz", ""),
+        ("dataset.json", None),
+        ("dataset.json", "["),
+    ],
 )
 def test_incomplete_folder_is_repaired_and_own_files_are_kept(mirror, tmp_path, name, content):
     download(tmp_path, "--url", mirror.url)
@@ -501,7 +666,10 @@ def test_incomplete_folder_is_repaired_and_own_files_are_kept(mirror, tmp_path, 
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)
-    own = {folder / path: path for path in ("notes.txt", "imagesTr/own.nii.gz", "predictions/deep/x.txt")}
+    own = {
+        folder / path: path
+        for path in ("notes.txt", "imagesTr/own.nii.gz", "predictions/deep/x.txt")
+    }
     for path, text in own.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -521,7 +689,9 @@ def test_incomplete_folder_is_repaired_and_own_files_are_kept(mirror, tmp_path, 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), PermissionError(13, "Permission denied")])
 @pytest.mark.parametrize("function", ["tarfile.copyfileobj", "os.replace"])
 def test_what_stops_the_extraction_loses_nothing(tmp_path, monkeypatch, function, error, calls):
-    """Files are unpacked, and then moved to a folder that a user has written to, and that lacks no more than a file."""
+    """Files are unpacked, and then moved to a folder that a user has written to, and that lacks no
+    more than a file.
+    """
     folder, notes = tmp_path / TASK, tmp_path / TASK / "notes.txt"
     with tarfile.open(fileobj=io.BytesIO(ARCHIVE)) as tar:
         tar.extractall(tmp_path, filter="data")
@@ -558,7 +728,9 @@ def test_failure_of_the_final_move_is_an_error(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(target))
 
     monkeypatch.setattr(os, "replace", deny)
-    with pytest.raises(UserError, match=f"Permission denied: '{tmp_path / TASK}': check .* of --root {tmp_path}"):
+    with pytest.raises(
+        UserError, match=f"Permission denied: '{tmp_path / TASK}': check .* of --root {tmp_path}"
+    ):
         download(tmp_path, archive=ARCHIVE)
     assert os.listdir(tmp_path) == [f"{TASK}.tar"]
 
@@ -581,7 +753,10 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
         ("--url https:///x.tar", "--url https:///x.tar is not an http or https address"),
         ("--msd_task all --url http://host/x.tar", "--url http://host/x.tar needs {task} in it"),
         ("--md5 123", "--md5 123 is neither 32 hexadecimal digits nor 'none'"),
-        (f"--msd_task {TASK} Task03_Liver --md5 {'A' * 32}", f"--md5 {'a' * 32} is of one archive, but"),
+        (
+            f"--msd_task {TASK} Task03_Liver --md5 {'A' * 32}",
+            f"--md5 {'a' * 32} is of one archive, but",
+        ),
         ("--retries -1 --timeout 0", "--retries -1 must be 0 or more; --timeout 0.0 must be"),
         ("--timeout nan", "--timeout nan must be"),
     ],
@@ -602,10 +777,20 @@ def test_an_old_python_is_told(mirror, tmp_path, monkeypatch):
 def test_several_tasks_go_on_after_a_failure(mirror, tmp_path):
     mirror.script = [plain(404), serve(tar_of(ALL_MEMBERS)), plain(404)]
     tasks = ("Task04_Hippocampus", TASK, "Task05_Prostate")
-    flags = ("--root", tmp_path / "new" / "root", "--url", mirror.url.replace(TASK, "{task}"), "--md5", "none")
+    flags = (
+        "--root",
+        tmp_path / "new" / "root",
+        "--url",
+        mirror.url.replace(TASK, "{task}"),
+        "--md5",
+        "none",
+    )
     result = run("--msd_task", *tasks, *flags)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    told = "error: 2 of 3 tasks failed: Task04_Hippocampus: http.*; Task05_Prostate: http.*/Task05_Prostate.tar answers"
+    told = (
+        "error: 2 of 3 tasks failed: Task04_Hippocampus: http.*; Task05_Prostate: "
+        "http.*/Task05_Prostate.tar answers"
+    )
     assert re.match(told, result.stderr.splitlines()[-1])
     assert len(mirror.ranges) == 3
     assert_whole(tmp_path / "new" / "root", ALL_MEMBERS)
@@ -617,14 +802,21 @@ def test_ctrl_c_is_continued_by_the_same_command(mirror, tmp_path):
     command = [sys.executable, SCRIPT, *map(str, flags)]
     # A shell in the background ignores SIGINT and hands that on.
     heed_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_sigint) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_sigint
+    ) as process:
         deadline = time.monotonic() + 20
-        while not downloader.size_of(tmp_path / f"{TASK}.tar.partial") and time.monotonic() < deadline:
+        while (
+            not downloader.size_of(tmp_path / f"{TASK}.tar.partial") and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         stderr = process.communicate(timeout=20)[1]
     assert process.returncode == 130, stderr
-    assert stderr.splitlines()[-1].startswith("interrupted: what has arrived is kept in") and "Traceback" not in stderr
+    assert (
+        stderr.splitlines()[-1].startswith("interrupted: what has arrived is kept in")
+        and "Traceback" not in stderr
+    )
     result = run(*flags)
     assert result.returncode == 0, result.stderr
     assert mirror.ranges[0] is None and mirror.ranges[1] > 0

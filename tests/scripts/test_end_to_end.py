@@ -60,7 +60,9 @@ def check_files(said: str, results: Path) -> None:
 
 
 def printed_dice(said: str, results: Path) -> dict[str, float]:
-    """Return each class's Dice, which must be the mean of those in scores.csv, of cases that are segmented."""
+    """Return each class's Dice, which must be the mean of those in scores.csv, of cases that are
+    segmented.
+    """
     scores = rows(results / "segmentations" / "scores.csv")
     assert scores and all((results / "segmentations" / row["case"]).exists() for row in scores)
     (line,) = re.findall(r"^Dice \S+ \((.*)\)$", said, re.MULTILINE)
@@ -78,7 +80,9 @@ def test_phantom(tmp_path):
 
 
 def test_real_mri(tmp_path, task04):
-    """The stages of quickstart.sh, in this process: 24 of the 208 cases are enough to learn something."""
+    """The stages of quickstart.sh, in this process: 24 of the 208 cases are enough to learn
+    something.
+    """
     root = tmp_path / "Task04_Hippocampus"
     description = json.loads((task04 / "dataset.json").read_text())
     description["training"] = description["training"][:24]
@@ -87,7 +91,10 @@ def test_real_mri(tmp_path, task04):
         shutil.copy(task04 / path, root / path)
     (root / "dataset.json").write_text(json.dumps(description))
 
-    few = "--recipe recommended --patch_size 32 32 32 --num_folds 4 --num_epochs 30 --num_epochs_per_validation 30"
+    few = (
+        "--recipe recommended --patch_size 32 32 32 --num_folds 4 --num_epochs 30 "
+        "--num_epochs_per_validation 30"
+    )
     short = "--num_blocks 4 --use_downsample yes --num_iterations 6 --num_epochs_warmup 10"
     (code,) = search(root, tmp_path / "search", few, short).glob("search_code_*.pth")
     longer = (

@@ -1,4 +1,6 @@
-"""evaluate.py scores two folders, names what is wrong with a file in one line, and never imports PyTorch."""
+"""evaluate.py scores two folders, names what is wrong with a file in one line, and never imports
+PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def mask(*starts: int, label: int = 1, size: int = 4) -> np.ndarray:
 
 @pytest.fixture
 def folders(tmp_path) -> Path:
-    """Write three cases: equal, one voxel apart, and one whose second class is not in the reference."""
+    """Write three cases: equal, one voxel apart, and one whose second class is not in the
+    reference.
+    """
     for name, reference, prediction in (
         ("a", mask(2), mask(2)),
         ("b", np.maximum(mask(2), mask(9, label=2)), np.maximum(mask(3), mask(9, label=2))),
@@ -59,23 +63,45 @@ def main(folder: Path, *flags: object) -> tuple[list[dict], dict]:
 
 def test_it_scores_cases_and_classes(folders, capsys):
     rows, found = main(folders)
-    assert [(row["case"], row["label"]) for row in rows] == [(case, label) for case in "abc" for label in "12"]
+    assert [(row["case"], row["label"]) for row in rows] == [
+        (case, label) for case in "abc" for label in "12"
+    ]
     assert [row["dice"] for row in rows] == ["1.000000", "", "0.750000", "1.000000", "1.000000", ""]
-    assert [row["dice_nnunet"] for row in rows] == ["1.000000", "", "0.750000", "1.000000", "1.000000", "0.000000"]
+    assert [row["dice_nnunet"] for row in rows] == [
+        "1.000000",
+        "",
+        "0.750000",
+        "1.000000",
+        "1.000000",
+        "0.000000",
+    ]
     assert rows[2]["hausdorff95_mm"] == "1.000000" and rows[2]["surface_dice"] == "1.000000"
     assert rows[2]["reference_ml"] == "0.192000" and rows[5]["false_positive"] == "1"
-    assert (found["num_cases"], found["num_missing"], found["tolerance_mm"], found["seed"]) == (3, 0, 1.0, 0)
+    assert (found["num_cases"], found["num_missing"], found["tolerance_mm"], found["seed"]) == (
+        3,
+        0,
+        1.0,
+        0,
+    )
     assert found["classes"]["1"]["dice"]["mean"] == pytest.approx(2.75 / 3)
-    assert found["classes"]["2"]["dice"]["mean"] == 1 and found["classes"]["2"]["dice_nnunet"]["mean"] == 0.5
+    assert (
+        found["classes"]["2"]["dice"]["mean"] == 1
+        and found["classes"]["2"]["dice_nnunet"]["mean"] == 0.5
+    )
     assert found["all"]["false_positive_cases"] == 1
     printed = capsys.readouterr().out
     assert "| 1 | dice | 3 | 0.9167 |" in printed and "| all | dice | 3 | 0.9583 |" in printed
-    assert {path.name for path in (folders / "evaluation").iterdir()} == {"scores.csv", "summary.json"}
+    assert {path.name for path in (folders / "evaluation").iterdir()} == {
+        "scores.csv",
+        "summary.json",
+    }
 
 
 def test_labels_name_classes_that_need_not_occur(folders):
     description = folders / "dataset.json"
-    description.write_text(json.dumps({"labels": {"0": "background", "1": "liver", "2": "lesion", "3": "vessel"}}))
+    description.write_text(
+        json.dumps({"labels": {"0": "background", "1": "liver", "2": "lesion", "3": "vessel"}})
+    )
     rows, found = main(folders, "--labels", description)
     assert [row["label"] for row in rows[:3]] == ["liver", "lesion", "vessel"]
     assert found["classes"]["vessel"]["dice"]["n"] == 0 and found["all"]["dice"]["n"] == 3
@@ -93,7 +119,10 @@ def test_missing_predictions_are_refused_or_empty_or_left_out(folders, capsys, c
     assert "1 of 3 cases have no prediction" in capsys.readouterr().out
     rows, found = main(folders, "--predicted_only")
     assert {row["case"] for row in rows} == {"b", "c"} and found["num_missing"] == 0
-    assert found["predicted_only"] and "1 of 3 references have no prediction and are left out" in caplog.text
+    assert (
+        found["predicted_only"]
+        and "1 of 3 references have no prediction and are left out" in caplog.text
+    )
 
 
 def spoil(folder: Path, name: str) -> None:
@@ -119,7 +148,8 @@ BAD = {
     "half": r"prediction/b\.nii has the value 0\.5, which is no integer label",
     "image": r"prediction/b\.nii has values from 0 to 1000",
     "shape": r"prediction/b\.nii has 15 x 12 x 10 voxels and .*reference/b\.nii\.gz 16 x 12 x 10",
-    "affine": r"prediction/b\.nii has another affine than .*reference/b\.nii\.gz \(an entry differs by 0\.1\)",
+    "affine": r"prediction/b\.nii has another affine than .*reference/b\.nii\.gz \(an entry "
+    r"differs by 0\.1\)",
     "4D": r"prediction/b\.nii has 2 volumes",
     "no file": r"prediction/b\.nii cannot be read: it is no NIfTI file",
     "unknown label": r"prediction/b\.nii has the label 7, and references have 1, 2",
@@ -131,7 +161,9 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_masks_are_refused_before_a_case_is_scored(name, folders, monkeypatch):
-    monkeypatch.setattr("dints.evaluation.scores.score_case", lambda *_, **__: pytest.fail("a case was scored"))
+    monkeypatch.setattr(
+        "dints.evaluation.scores.score_case", lambda *_, **__: pytest.fail("a case was scored")
+    )
     spoil(folders, name)
     with pytest.raises(UserError, match=BAD[name]) as refusal:
         main(folders)

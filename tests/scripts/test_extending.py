@@ -1,4 +1,6 @@
-"""docs/extending.md is true: each of its diffs applies to the checkout, and the command after it works there."""
+"""docs/extending.md is true: each of its diffs applies to the checkout, and the command after it
+works there.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,16 @@ class Example:
 
 
 def examples(page: str) -> list[Example]:
-    """Read each ```diff block with the first ```bash block after it, and the ```text block that may follow that."""
+    """Read each ```diff block with the first ```bash block after it, and the ```text block that may
+    follow that.
+    """
     found = []
     for part in re.split(r"^```diff\n", page, flags=re.MULTILINE)[1:]:
         diff, _, rest = part.partition("\n```")
         command = re.search(
-            r"^```bash\n(.*?)^```(?:$(?:(?!^```).)*?^```text\n(.*?)^```)?", rest, re.MULTILINE | re.DOTALL
+            r"^```bash\n(.*?)^```(?:$(?:(?!^```).)*?^```text\n(.*?)^```)?",
+            rest,
+            re.MULTILINE | re.DOTALL,
         )
         assert command is not None, f"no bash block follows the diff\n{diff}"
         found.append(Example(f"{diff}\n", command[1], command[2] or ""))
@@ -49,13 +55,23 @@ def examples(page: str) -> list[Example]:
 
 
 def carry_out(example: Example, folder: Path) -> None:
-    """Apply the diff to a copy of the checkout, and run the command there with the Python that runs this test."""
+    """Apply the diff to a copy of the checkout, and run the command there with the Python that runs
+    this test.
+    """
     copy_checkout(folder)
     done = subprocess.run(
-        ["git", "apply", "--recount", "-"], cwd=folder, input=example.diff, capture_output=True, text=True
+        ["git", "apply", "--recount", "-"],
+        cwd=folder,
+        input=example.diff,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", example.command],
         cwd=folder,
@@ -69,7 +85,9 @@ def carry_out(example: Example, folder: Path) -> None:
     rest = done.stdout
     for line in filter(None, map(str.strip, example.output.splitlines())):
         _, found, rest = rest.partition(line)
-        assert found, f"{line!r} is not in what the command printed, or not in its turn:\n{done.stdout}"
+        assert found, (
+            f"{line!r} is not in what the command printed, or not in its turn:\n{done.stdout}"
+        )
 
 
 def test_the_page_has_five_short_examples():

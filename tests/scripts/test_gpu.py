@@ -41,7 +41,12 @@ def test_parts_pass_in_a_rehearsal(tmp_path):
 def test_a_part_that_fails_takes_no_other_with_it(tmp_path):
     """On a machine without a GPU both parts fail, each for itself."""
     command = ["bash", CHECKOUT / "benchmarks" / "gpu.sh", "--parts", "machine", "ddp"]
-    environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "OUT": str(tmp_path),
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+    }
     command += ["--patience", "9"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     results = json.loads((tmp_path / "results.json").read_text())
@@ -67,5 +72,6 @@ def test_a_part_that_hangs_is_ended_and_keeps_what_it_found(tmp_path, monkeypatc
     os.close(writer)
     assert results["machine"]["before"] == 1 and results["machine"]["why"] == "no end after 3 s"
     assert not results["machine"]["ok"] and '"before": 1' in written[-1]
-    assert select.select([reader], [], [], 60)[0] and os.read(reader, 1) == b""  # nobody holds the other end
+    # nobody holds the other end
+    assert select.select([reader], [], [], 60)[0] and os.read(reader, 1) == b""
     os.close(reader)

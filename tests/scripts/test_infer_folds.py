@@ -1,4 +1,6 @@
-"""infer_dints.py with what a cross-validation made: its post-processing, and the models of all folds together."""
+"""infer_dints.py with what a cross-validation made: its post-processing, and the models of all
+folds together.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ from dints.errors import UserError
 from dints.evaluation.postprocessing import Postprocessing, Rule
 from dints.network.model_file import Model
 
-TASK = Task("Toy", "CT", 1, ("background", "organ"), spacing=None, intensity=(0.0, 100.0), patch_size=(16, 16, 16))
+TASK = Task(
+    "Toy",
+    "CT",
+    1,
+    ("background", "organ"),
+    spacing=None,
+    intensity=(0.0, 100.0),
+    patch_size=(16, 16, 16),
+)
 AFFINE = np.diag([-2.0, 1.0, 1.0, 1.0])
 
 
@@ -53,11 +63,15 @@ class TestPostprocessing:
     def segmented(self, monkeypatch) -> list[str]:
         names, real = [], infer_dints.Batch.decide
         monkeypatch.setattr(
-            infer_dints.Batch, "decide", lambda batch, case: names.append(case.name) or real(batch, case)
+            infer_dints.Batch,
+            "decide",
+            lambda batch, case: names.append(case.name) or real(batch, case),
         )
         return names
 
-    def chosen(self, folder: Path, *rules: Rule, class_names: tuple[str, ...] = TASK.class_names) -> Path:
+    def chosen(
+        self, folder: Path, *rules: Rule, class_names: tuple[str, ...] = TASK.class_names
+    ) -> Path:
         path = folder / "postprocessing.json"
         content = Postprocessing(class_names, False, rules).to_dict()
         path.write_text(json.dumps({**content, "chosen_on": {"num_cases": 9}}))
@@ -76,7 +90,9 @@ class TestPostprocessing:
         out = infer(tmp_path / "out", *flags)
         assert np.array_equal(voxels(out / "a.nii.gz"), image(*ends) > 0)
 
-    def test_a_mask_is_done_again_where_something_else_is_removed(self, tmp_path, source, segmented):
+    def test_a_mask_is_done_again_where_something_else_is_removed(
+        self, tmp_path, source, segmented
+    ):
         out = infer(tmp_path / "out", "--input", source)
         flags = ["--input", source, "--postprocessing"]
         infer(out, *flags, self.chosen(tmp_path, Rule()))
@@ -87,7 +103,10 @@ class TestPostprocessing:
         noted = json.loads((out / "run.json").read_text())
         settings = noted["settings"]
         assert noted["searched_on"] == [{}]  # the network is of no search
-        assert settings["postprocessing"]["classes"]["organ"] == {"largest": True, "min_volume_mm3": 0}
+        assert settings["postprocessing"]["classes"]["organ"] == {
+            "largest": True,
+            "min_volume_mm3": 0,
+        }
 
     def test_scores_are_those_of_what_is_left(self, tmp_path, source):
         label = write(tmp_path / "in/label.nii.gz", (image((2, 12)) > 0).astype(np.uint8))
@@ -101,11 +120,18 @@ class TestPostprocessing:
 
     @pytest.mark.parametrize("class_names", OTHERS, ids=str)
     def test_a_file_that_does_not_fit_is_told_first(self, tmp_path, source, segmented, class_names):
-        """One of another task, by its classes, their number, their order or the background's name; or none."""
+        """One of another task, by its classes, their number, their order or the background's name;
+        or none.
+        """
         path, says = tmp_path / "none.json", "cannot be read"
         if class_names is not None:
-            path = self.chosen(tmp_path, *[Rule()] * (len(class_names) - 1), class_names=class_names)
-            says = f"is of the classes {', '.join(class_names)}, and the model segments background, organ: give"
+            path = self.chosen(
+                tmp_path, *[Rule()] * (len(class_names) - 1), class_names=class_names
+            )
+            says = (
+                f"is of the classes {', '.join(class_names)}, and the model segments "
+                "background, organ: give"
+            )
         with pytest.raises(UserError, match=f"--postprocessing {path} {says}"):
             infer(tmp_path / "out", "--input", source, "--postprocessing", path)
         assert not segmented and not list((tmp_path / "out").glob("*.nii.gz"))
@@ -122,18 +148,30 @@ class TestModelsOfAllFolds:
         for fold, validated in enumerate(cases):
             info = {"training_cases": cases[1 - fold], "validation_cases": validated}
             paths.append(tmp_path / f"fold_{fold}/best_metric_model.pth")
-            known[paths[-1]] = Model(Threshold(0.5), chain(0, 0, num_depths=2), TASK, info, str(fold))
+            known[paths[-1]] = Model(
+                Threshold(0.5), chain(0, 0, num_depths=2), TASK, info, str(fold)
+            )
         monkeypatch.setattr("infer_dints.load_model", known.get)
         return paths
 
     @pytest.fixture
     def root(self, tmp_path) -> Path:
-        """Write six cases: the four that are known, two that are new; a list of each, and one of all."""
+        """Write six cases: the four that are known, two that are new; a list of each, and one of
+        all.
+        """
         entries = []
         for number in range(6):
             write(tmp_path / f"data/imagesTr/case_{number}.nii.gz", image((2, 12)))
-            write(tmp_path / f"data/labelsTr/case_{number}.nii.gz", (image((2, 12)) > 0).astype(np.uint8))
-            entries.append({"image": f"imagesTr/case_{number}.nii.gz", "label": f"labelsTr/case_{number}.nii.gz"})
+            write(
+                tmp_path / f"data/labelsTr/case_{number}.nii.gz",
+                (image((2, 12)) > 0).astype(np.uint8),
+            )
+            entries.append(
+                {
+                    "image": f"imagesTr/case_{number}.nii.gz",
+                    "label": f"labelsTr/case_{number}.nii.gz",
+                }
+            )
         for name, listed in (("dataset", entries), ("unseen", entries[4:])):
             (tmp_path / f"data/{name}.json").write_text(json.dumps({"training": listed}))
         return tmp_path / "data"
@@ -146,7 +184,11 @@ class TestModelsOfAllFolds:
         flags = ["--checkpoint", *models, "--root", root, "--json", root / "unseen.json"]
         assert self.names(infer(tmp_path / "out", *flags)) == ["case_4.nii.gz", "case_5.nii.gz"]
 
-    def test_cases_that_one_was_trained_on_are_refused_though_another_was_not(self, tmp_path, models, root):
+    def test_cases_that_one_was_trained_on_are_refused_though_another_was_not(
+        self, tmp_path, models, root
+    ):
         flags = ["--checkpoint", *models, "--root", root]
-        with pytest.raises(UserError, match="was trained on 4 of these 6 cases.*case_0, case_1, case_2"):
+        with pytest.raises(
+            UserError, match="was trained on 4 of these 6 cases.*case_0, case_1, case_2"
+        ):
             infer(tmp_path / "out", *flags)

@@ -1,4 +1,6 @@
-"""install.sh runs with a stand-in for pip, so that nothing is downloaded; and requirements.txt is complete."""
+"""install.sh runs with a stand-in for pip, so that nothing is downloaded; and requirements.txt is
+complete.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[2]
-TORCH = re.search(r"^torch==(\S+)", (PROJECT / "requirements.txt").read_text(), re.MULTILINE).group(1)
+TORCH = re.search(r"^torch==(\S+)", (PROJECT / "requirements.txt").read_text(), re.MULTILINE).group(
+    1
+)
 SYSTEM_TOOLS = ("bash", "cat", "dirname", "ls", "sed", "uname")
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the choice of torch's build is Linux's")
@@ -33,7 +37,11 @@ class Machine:
             (self.bin / name).symlink_to(shutil.which(name))
         self.log = folder / "log"
         # Nothing listens there: whoever asks the network is refused at once.
-        self.environment = {"PATH": str(self.bin), "LOG": str(self.log), "https_proxy": "http://127.0.0.1:9"}
+        self.environment = {
+            "PATH": str(self.bin),
+            "LOG": str(self.log),
+            "https_proxy": "http://127.0.0.1:9",
+        }
 
     def program(self, name: str, script: str = 'echo "${0##*/} $*" >>"$LOG"') -> None:
         path = self.bin / name
@@ -88,7 +96,9 @@ def with_torch(packages: Path, version: str) -> None:
 def with_package(packages: Path, name: str, version: str) -> None:
     information = packages / f"{name}-0.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (information / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
 
 
 def reach_all_indexes(packages: Path) -> None:
@@ -173,9 +183,14 @@ def test_with_a_driver_that_is_too_old_for_cuda_13_the_build_is_an_older_cuda_s(
         with_torch(packages, there)
     result = machine.install(DRIVER=driver, **({"TORCH_SEES_GPU": "1"} if sees_gpu else {}))
     assert result.returncode == 0, result.stderr
-    assert ("driver is 535.161.08, and torch's default build needs 580" in result.stdout) == ("535" in driver)
+    assert ("driver is 535.161.08, and torch's default build needs 580" in result.stdout) == (
+        "535" in driver
+    )
     *torch, rest = machine.calls()
-    wanted = f"pip install --no-deps --index-url https://download.pytorch.org/whl/cu126 torch=={TORCH}+cu126"
+    wanted = (
+        "pip install --no-deps --index-url https://download.pytorch.org/whl/cu126 "
+        f"torch=={TORCH}+cu126"
+    )
     assert torch == [wanted] * installs and " -r " in rest
 
 
@@ -197,8 +212,12 @@ def test_an_older_torch_that_is_supported_is_used(machine, tmp_path, how):
 
 
 @pytest.mark.parametrize("lacks", [None, "nibabel"])
-def test_an_active_environment_without_a_network_will_do_if_it_can_run_everything(machine, tmp_path, lacks):
-    """In whatever versions, and without the tests' tools; nothing else is tried then, as to install dot."""
+def test_an_active_environment_without_a_network_will_do_if_it_can_run_everything(
+    machine, tmp_path, lacks
+):
+    """In whatever versions, and without the tests' tools; nothing else is tried then, as to install
+    dot.
+    """
     (machine.bin / "dot").unlink()
     machine.program("conda")
     packages = machine.venv(tmp_path / "mine")
@@ -206,7 +225,11 @@ def test_an_active_environment_without_a_network_will_do_if_it_can_run_everythin
         name = line.split("==")[0]
         if name and not name.startswith("#") and name != lacks:
             with_package(packages, name, "2.11.0")
-    environment = {"PATH": f"{tmp_path}/mine/bin:{machine.bin}", "PIP_FAILS": "1", "CONDA_PREFIX": "/somewhere"}
+    environment = {
+        "PATH": f"{tmp_path}/mine/bin:{machine.bin}",
+        "PIP_FAILS": "1",
+        "CONDA_PREFIX": "/somewhere",
+    }
     result = machine.install("--active", **environment)
     assert result.returncode == (1 if lacks else 0), result.stderr
     assert ("what is there is used" in result.stderr) == (lacks is None)
@@ -217,7 +240,11 @@ def test_an_active_environment_without_a_network_will_do_if_it_can_run_everythin
 @pytest.mark.parametrize(
     "user, calls, warning",
     [
-        ("0", ["apt-get install --yes graphviz", "apt-get update", "apt-get install --yes graphviz"], "run: apt-get"),
+        (
+            "0",
+            ["apt-get install --yes graphviz", "apt-get update", "apt-get install --yes graphviz"],
+            "run: apt-get",
+        ),
         ("1000", [], "run: sudo apt-get install --yes graphviz"),
     ],
 )
@@ -257,7 +284,13 @@ def files_in_the_way(machine):
 @pytest.mark.parametrize(
     "prepare, arguments, environment, message",
     [
-        (old_python, [], {}, "Python 3.11 or newer is needed, but python3 is 3.8; .*PYTHON=python3.11 bash install.sh"),
+        (
+            old_python,
+            [],
+            {},
+            "Python 3.11 or newer is needed, but python3 is 3.8; "
+            ".*PYTHON=python3.11 bash install.sh",
+        ),
         (old_python, [], {"PYTHON": "nowhere/python"}, "none of nowhere/python runs"),
         (files_in_the_way, [], {}, r"\.venv exists and is not a Python environment: .*VENV=DIR"),
         (old_python, ["--actve"], {}, "unknown argument --actve: .*--help"),
@@ -273,9 +306,14 @@ def test_what_is_wrong_is_said_in_one_line(machine, prepare, arguments, environm
 
 
 def third_party_imports() -> dict[str, str]:
-    """Find the top-level modules that the project's Python files import, each with a file that does."""
+    """Find the top-level modules that the project's Python files import, each with a file that
+    does.
+    """
     folders = ("dints", "experiments", "benchmarks", "tests")
-    files = [*PROJECT.glob("*.py"), *(path for folder in folders for path in (PROJECT / folder).rglob("*.py"))]
+    files = [
+        *PROJECT.glob("*.py"),
+        *(path for folder in folders for path in (PROJECT / folder).rglob("*.py")),
+    ]
     own = {"dints", *(path.stem for path in files)}
     found = {}
     for path in files:
@@ -283,13 +321,18 @@ def third_party_imports() -> dict[str, str]:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             else:
-                names = [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+                names = (
+                    [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+                )
             found |= {name.split(".")[0]: path.name for name in names}
     return {name: path for name, path in found.items() if name not in own | sys.stdlib_module_names}
 
 
 def test_requirements_cover_every_import_and_are_pinned():
-    lines = [line.split("#")[0].strip() for line in (PROJECT / "requirements.txt").read_text().splitlines()]
+    lines = [
+        line.split("#")[0].strip()
+        for line in (PROJECT / "requirements.txt").read_text().splitlines()
+    ]
     pins = dict(line.split("==") for line in lines if line)  # an unpinned line cannot be split
     required = {name.lower() for name in pins}
     distributions = packages_distributions()  # yaml -> PyYAML, and the like

@@ -1,4 +1,6 @@
-"""Nothing in the project runs what a file says: the linter sees to the source, and hostile files are tried."""
+"""Nothing in the project runs what a file says: the linter sees to the source, and hostile files
+are tried.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ urllib.request.urlopen(url)
 
 def test_the_linter_finds_what_runs_unpickles_unpacks_or_waits():
     """The rules are pyproject.toml's, which tests/run.sh holds against all of the source."""
-    modules = "dill, marshal, numpy, os, pickle, requests, shelve, subprocess, tarfile, tempfile, torch, urllib.request"
+    modules = (
+        "dill, marshal, numpy, os, pickle, requests, shelve, subprocess, tarfile, tempfile, "
+        "torch, urllib.request"
+    )
     source = f"import {modules}, yaml{HAZARDS}"
     command = [
         sys.executable,
@@ -70,16 +75,26 @@ def test_the_linter_finds_what_runs_unpickles_unpacks_or_waits():
         "dints/new.py",
         "-",
     ]
-    found = subprocess.run(command, cwd=CHECKOUT, input=source, capture_output=True, text=True).stdout
-    lines = {int(number) for number in re.findall(r"^\S+?:(\d+):\d+: (?:S\d|TID251)", found, re.MULTILINE)}
-    assert [line for number, line in enumerate(source.splitlines(), 1) if number > 1 and number not in lines] == []
+    found = subprocess.run(
+        command, cwd=CHECKOUT, input=source, capture_output=True, text=True
+    ).stdout
+    lines = {
+        int(number)
+        for number in re.findall(r"^\S+?:(\d+):\d+: (?:S\d|TID251)", found, re.MULTILINE)
+    }
+    assert [
+        line
+        for number, line in enumerate(source.splitlines(), 1)
+        if number > 1 and number not in lines
+    ] == []
 
 
-# At or above the first versions without an advisory that we know of: torch 2.6 for CVE-2025-32434 (weights_only ran
-# code) and 2.10 for CVE-2026-24747 (it wrote out of bounds); MONAI 1.5.1 for CVE-2025-58755 to -58757 (unpickling, zip
-# members out of the folder) and 1.5.2 for CVE-2026-21851; requests 2.32.4 for CVE-2024-47081 (credentials to another
-# host) and 2.33 for CVE-2026-25645; tqdm 4.66.3 for CVE-2024-34062; PyYAML 5.4 for CVE-2020-14343; NumPy 1.22 for
-# CVE-2021-41496; SciPy 1.10 for CVE-2023-25399.
+# At or above the first versions without an advisory that we know of: torch 2.6 for CVE-2025-32434
+# (weights_only ran code) and 2.10 for CVE-2026-24747 (it wrote out of bounds); MONAI 1.5.1 for
+# CVE-2025-58755 to -58757 (unpickling, zip members out of the folder) and 1.5.2 for CVE-2026-21851;
+# requests 2.32.4 for CVE-2024-47081 (credentials to another host) and 2.33 for CVE-2026-25645; tqdm
+# 4.66.3 for CVE-2024-34062; PyYAML 5.4 for CVE-2020-14343; NumPy 1.22 for CVE-2021-41496; SciPy
+# 1.10 for CVE-2023-25399.
 FLOORS = {
     "torch": "2.10",
     "monai": "1.6.1",
@@ -98,7 +113,9 @@ def numbers(text: str) -> tuple[int, ...]:
 @pytest.mark.parametrize("package", FLOORS)
 def test_packages_are_past_known_advisories(package):
     """They are pinned in requirements.txt, and installed, at such versions."""
-    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (CHECKOUT / "requirements.txt").read_text(), re.MULTILINE))
+    pins = dict(
+        re.findall(r"^([\w-]+)==(\S+)$", (CHECKOUT / "requirements.txt").read_text(), re.MULTILINE)
+    )
     for found in (pins[package], version(package)):
         assert numbers(found) >= numbers(FLOORS[package]), f"{package} {found}"
 
@@ -128,7 +145,12 @@ class Called:
 
 def malicious(folder: Path, zipped: bool) -> Callable[[Path], None]:
     """Write a file that has all the keys which any of the scripts asks for."""
-    content = {**chain(0, 1, 0, num_depths=3).to_dict(), "state_dict": {}, "architecture": {}, "channel_mul": 1}
+    content = {
+        **chain(0, 1, 0, num_depths=3).to_dict(),
+        "state_dict": {},
+        "architecture": {},
+        "channel_mul": 1,
+    }
     content |= {"task": {}, "configuration": {}, "trap": Trap(folder)}
     return lambda path: torch.save(content, path, _use_new_zipfile_serialization=zipped)
 
@@ -148,11 +170,17 @@ DAMAGED = "is damaged or not a PyTorch file"
 FILES = {
     "missing": (lambda path: None, "does not exist"),
     "truncated": (truncated, DAMAGED),
-    "another dictionary": (lambda path: torch.save({"epoch": 5}, path), "weights|node_a|model file"),
+    "another dictionary": (
+        lambda path: torch.save({"epoch": 5}, path),
+        "weights|node_a|model file",
+    ),
     "without end": (too_large, DAMAGED),
     "malicious": (malicious(Path("it ran"), True), "asks for .*mkdir"),
     "malicious, legacy": (malicious(Path("it ran"), False), "asks for .*mkdir"),
-    "malicious, plain pickle": (lambda path: path.write_bytes(pickle.dumps(Trap(Path("it ran")))), DAMAGED),
+    "malicious, plain pickle": (
+        lambda path: path.write_bytes(pickle.dumps(Trap(Path("it ran")))),
+        DAMAGED,
+    ),
 }
 TRAPS = [name for name in FILES if name.startswith("malicious")]
 
@@ -168,18 +196,29 @@ def arch_file(tmp_path_factory) -> Path:
 RUN = f"--root {{data}} --output_root out {TINY}"
 READERS = {
     "architecture that is drawn": (decode_plot, "--checkpoint {file} --directory out"),
-    "architecture that is counted": (decode_plot, "--checkpoint {file} --directory out --cost --device cpu"),
+    "architecture that is counted": (
+        decode_plot,
+        "--checkpoint {file} --directory out --cost --device cpu",
+    ),
     "architecture that is trained": (train_dints, f"--arch_ckpt {{file}} {RUN}"),
-    "weights to search from": (search_dints, f"--checkpoint {{file}} {RUN} --num_blocks 2 --num_depths 3"),
+    "weights to search from": (
+        search_dints,
+        f"--checkpoint {{file}} {RUN} --num_blocks 2 --num_depths 3",
+    ),
     "weights to start from": (train_dints, f"--arch_ckpt {{arch}} --checkpoint {{file}} {RUN}"),
-    "model": (infer_dints, "--checkpoint {file} --input {data}/imagesTs --output_root out --device cpu"),
+    "model": (
+        infer_dints,
+        "--checkpoint {file} --input {data}/imagesTs --output_root out --device cpu",
+    ),
 }
 ARCHITECTURE_READERS = [name for name in READERS if name.startswith("architecture")]
 
 
 @pytest.fixture
 def refused(phantom, arch_file, tmp_path, monkeypatch, capsys):
-    """Return a function that runs a script in this process, in an empty folder, and returns the line that it says."""
+    """Return a function that runs a script in this process, in an empty folder, and returns the
+    line that it says.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("dints.data.cache.Cache.hold", lambda *_: pytest.fail("it went on"))
 
@@ -233,7 +272,10 @@ def endless() -> list:
 
 
 ARCHITECTURES = {
-    "missing key": ({key: value for key, value in GOOD.items() if key != "arch_code_c"}, "has no 'arch_code_c'"),
+    "missing key": (
+        {key: value for key, value in GOOD.items() if key != "arch_code_c"},
+        "has no 'arch_code_c'",
+    ),
     "endless lists": ({**GOOD, "best_path": endless()}, "'best_path' is [["),
     "a tensor to be shown": ({**GOOD, "task": torch.zeros(1).expand(10**9)}, "'task' is tensor("),
     "a long name": ({**GOOD, "x" * 10**6: endless()}, "'xxx"),
@@ -249,7 +291,12 @@ def test_every_script_says_the_same_of_an_architecture(refused, name):
     (message,) = {refused(reader) for reader in ARCHITECTURE_READERS}
     assert fault in message
 
-    model = {"state_dict": {"x": torch.ones(1)}, "architecture": content, "channel_mul": 1.0, "task": {}}
+    model = {
+        "state_dict": {"x": torch.ones(1)},
+        "architecture": content,
+        "channel_mul": 1.0,
+        "task": {},
+    }
     torch.save(model, "file.pth")
     in_model = refused("model")
     assert in_model == message.replace("file.pth", "the architecture in file.pth")

@@ -29,7 +29,10 @@ from dints.training import cuda_graphs
 from dints.training.steps import WeightsTrainer
 
 TASK = Task("Toy", "CT", 1, ("background", "a", "b"), patch_size=(16, 16, 16))
-SPACE = "--root . --output_root . --channel_mul 0.125 --num_blocks 2 --num_depths 3 --patch_size 16 16 16"
+SPACE = (
+    "--root . --output_root . --channel_mul 0.125 --num_blocks 2 --num_depths 3 --patch_size "
+    "16 16 16"
+)
 SPACE += " --num_images_per_batch 2"
 STEPS = 3
 
@@ -121,7 +124,9 @@ class Distributed(Processes):
 
 @pytest.mark.parametrize(("name", "checkpoint_activations"), [("fp32", False), ("bf16", True)])
 def test_a_retraining_is_the_same(name, checkpoint_activations, processes, graphs, monkeypatch):
-    """So are the average of its weights and, afterwards, both networks as a validation uses them."""
+    """So are the average of its weights and, afterwards, both networks as a validation uses
+    them.
+    """
     image, states = batches()[0]["image"], []
     settings = RetrainingSettings(
         learning_rate=0.1,

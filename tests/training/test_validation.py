@@ -59,7 +59,8 @@ def test_absent_classes_are_not_counted_but_false_positives_are():
     text = scores.describe(("background", "x", "y", "z"))
     assert (
         text
-        == "Dice 0.3333 (x 0.3333 (false positive cases: 1), y absent (false positive cases: 1), z absent)"
+        == "Dice 0.3333 (x 0.3333 (false positive cases: 1), y absent (false positive cases: 1), z "
+        "absent)"
     )
 
 

@@ -1,1 +1,3 @@
-"""Faster forms of plain networks, with the same parameters and results, behind `acceleration.accelerate`."""
+"""Faster forms of plain networks, with the same parameters and results, behind
+`acceleration.accelerate`.
+"""

@@ -12,7 +12,8 @@ from dints.network.fast.mixing import JointMixing, mixing_jointly
 def accelerate(network: nn.Module) -> nn.Module:
     """Return ``network`` itself, its layers and its `SearchSpace` computing in faster ways.
 
-    Only their classes change. Parameters and state dict stay, and so do the results but for rounding.
+    Only their classes change. Parameters and state dict stay, and so do the results but for
+    rounding.
     """
     for module in network.modules():
         if not isinstance(module, TopologySearch):

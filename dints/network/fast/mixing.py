@@ -1,4 +1,6 @@
-"""The search space's forward pass at speed: few calls for all operations of all paths into a node."""
+"""The search space's forward pass at speed: few calls for all operations of all paths into a
+node.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,25 @@ class JointMixing:
 
     def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:
         """Mix all paths and operations by their probabilities, as `SearchSpace.forward` does."""
-        # A path's probability scales the sum of its operations, so it may scale each of their weights instead.
+        # A path's probability scales the sum of its operations, so it may scale each of their
+        # weights instead.
         weights = self.get_prob_a()[1].unsqueeze(-1) * F.softmax(self.log_alpha_c, -1)
         targets = [target for _, target in self.paths]  # the paths into a node stand side by side
         paths_into = [
-            slice(targets.index(depth), targets.index(depth) + targets.count(depth)) for depth in range(self.num_depths)
+            slice(targets.index(depth), targets.index(depth) + targets.count(depth))
+            for depth in range(self.num_depths)
         ]
-        of_depths = [_composed(self, into, image, weights) for into, image in zip(paths_into, x, strict=True)]
+        of_depths = [
+            _composed(self, into, image, weights) for into, image in zip(paths_into, x, strict=True)
+        ]
         for block in range(self.num_blocks):
-            nodes = [(into, of_blocks[block]) for into, of_blocks in zip(paths_into, of_depths, strict=True)]
-            x = kept_or_recomputed(self.checkpoint_activations, _mixed, self, block, x, weights[block], nodes)
+            nodes = [
+                (into, of_blocks[block])
+                for into, of_blocks in zip(paths_into, of_depths, strict=True)
+            ]
+            x = kept_or_recomputed(
+                self.checkpoint_activations, _mixed, self, block, x, weights[block], nodes
+            )
         return x
 
 
@@ -65,12 +76,18 @@ def _mixed(
 def _composed(
     space: JointMixing, into: slice, image: torch.Tensor, weights: torch.Tensor
 ) -> Sequence[Sequence[Composed] | None]:
-    """Compose what the paths ``into`` a depth hold, where that pays for maps like ``image``; return it by block."""
+    """Compose what the paths ``into`` a depth hold, where that pays for maps like ``image``; return
+    it by block.
+    """
     if not pays(image):
         return [None] * space.num_blocks
     paths = range(into.start, into.stop)
-    cells = [space.cell_tree[str((block, path))] for block in range(space.num_blocks) for path in paths]
-    parts = composed(cells, weights[:, into].flatten(0, 1), cells_together(len(paths), image.device))
+    cells = [
+        space.cell_tree[str((block, path))] for block in range(space.num_blocks) for path in paths
+    ]
+    parts = composed(
+        cells, weights[:, into].flatten(0, 1), cells_together(len(paths), image.device)
+    )
     if parts is None:
         return [None] * space.num_blocks
     in_a_block = len(parts) // space.num_blocks
@@ -83,7 +100,8 @@ def mix(
     weights: torch.Tensor,
     parts: Sequence[Composed] | None = None,
 ) -> torch.Tensor:
-    """Return what the sum of ``cell(image, weight)`` computes, operations of one kind in few calls for all cells.
+    """Return what the sum of ``cell(image, weight)`` computes, operations of one kind in few calls
+    for all cells.
 
     Args:
         images: each cell's input; the outputs have the same shape.
@@ -106,18 +124,23 @@ def mix(
 def cells_together(count: int, device: torch.device) -> int:
     """Return how many of the cells into a node are computed in one call.
 
-    All of them on a CPU, where a call costs more than what the deeper levels compute in it. On a GPU each by itself:
-    grouped 3D convolutions are known to be slow in cuDNN; we had no GPU to measure them on.
+    All of them on a CPU, where a call costs more than what the deeper levels compute in it. On a
+    GPU each by itself: grouped 3D convolutions are known to be slow in cuDNN; we had no GPU to
+        measure them on.
     """
     return count if device.type == "cpu" else 1
 
 
 def _mix_side_by_side(
-    cells: Sequence[Cell], images: Sequence[torch.Tensor], weights: torch.Tensor, composed: Composed | None
+    cells: Sequence[Cell],
+    images: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    composed: Composed | None,
 ) -> torch.Tensor:
     images = [cell.preprocess(image) for cell, image in zip(cells, images, strict=True)]
     joined = torch.cat(images, 1) if len(images) > 1 else images[0]
-    operations = list(zip(*(cell.op.ops for cell in cells), strict=True))  # of each operation, the cells' blocks
+    # of each operation, the cells' blocks
+    operations = list(zip(*(cell.op.ops for cell in cells), strict=True))
     left = dict(enumerate(weights.unbind(1))) if composed is None else composed.others
     plain = [number for number in left if _is_plain(operations[number][0])]
     skips = [number for number in left if type(operations[number][0]) is nn.Identity]
@@ -125,7 +148,11 @@ def _mix_side_by_side(
     if composed is not None:
         terms.append(_convolved_at_once(operations[composed.operations[0]], composed, joined))
     if plain:
-        terms.append(_convolved([operations[number] for number in plain], [left[number] for number in plain], joined))
+        terms.append(
+            _convolved(
+                [operations[number] for number in plain], [left[number] for number in plain], joined
+            )
+        )
     for number in skips:
         terms.append(_scaled(joined, left[number]))
     for number in left.keys() - {*plain, *skips}:
@@ -145,25 +172,37 @@ def _scaled(image: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 def _convolved_at_once(
     blocks: Sequence[ActivatedConvolutions], composed: Composed, image: torch.Tensor
 ) -> torch.Tensor:
-    """Sum the composed operations of cells whose images are side by side in ``image``; ``blocks`` are any of theirs."""
+    """Sum the composed operations of cells whose images are side by side in ``image``; ``blocks``
+    are any of theirs.
+    """
     features = convolve(composed.kernels, blocks[0].acti(image), len(blocks))
     normalised = instance_norm(features, composed.scale, composed.shift, blocks[0].norm.eps)
     channels = composed.kernels.shape[1]
-    return normalised.unflatten(1, (-1, channels)).sum(1, dtype=image.dtype)  # else autocast would make it fp32
+    # else autocast would make it fp32
+    return normalised.unflatten(1, (-1, channels)).sum(1, dtype=image.dtype)
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Tell whether an operation can be computed side by side: ReLU, plain convolutions, InstanceNorm."""
-    return type(block) is ActivatedConvolutions and block.conv.groups == 1 and set(block.conv.dilation) == {1}
+    """Tell whether an operation can be computed side by side: ReLU, plain convolutions,
+    InstanceNorm.
+    """
+    return (
+        type(block) is ActivatedConvolutions
+        and block.conv.groups == 1
+        and set(block.conv.dilation) == {1}
+    )
 
 
 def _convolved(
-    operations: Sequence[Sequence[ActivatedConvolutions]], weights: Sequence[torch.Tensor], image: torch.Tensor
+    operations: Sequence[Sequence[ActivatedConvolutions]],
+    weights: Sequence[torch.Tensor],
+    image: torch.Tensor,
 ) -> torch.Tensor:
     """Sum plain operations of cells whose images are side by side in ``image``.
 
-    The activation, with which every operation begins, is computed once; the weights scale the affine parameters of the
-    InstanceNorm with which every operation ends, in one call for all of them.
+    The activation, with which every operation begins, is computed once; the weights scale the
+    affine parameters of the InstanceNorm with which every operation ends, in one call for all of
+    them.
 
     Args:
         operations: of each operation, the cells' blocks.
@@ -184,7 +223,8 @@ def _convolved(
         (of_norms * torch.stack([norm.bias for norm in norms])).flatten(),
         norms[0].eps,
     )
-    return normalised.unflatten(1, (len(norms), -1)).sum(1, dtype=image.dtype)  # else autocast would make it fp32
+    # else autocast would make it fp32
+    return normalised.unflatten(1, (len(norms), -1)).sum(1, dtype=image.dtype)
 
 
 def _sum(terms: Sequence[torch.Tensor]) -> torch.Tensor:

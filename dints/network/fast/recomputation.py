@@ -1,4 +1,6 @@
-"""Activation checkpointing: what a part of a network computes is computed twice, so that autograd need not keep it."""
+"""Activation checkpointing: what a part of a network computes is computed twice, so that autograd
+need not keep it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ def kept_or_recomputed(recompute: bool, part: Callable[..., T], *inputs: object)
     """Return ``part(*inputs)``.
 
     Args:
-        recompute: autograd keeps the inputs only; the backward pass computes the part once more, to the same bits
-            where the device's kernels give the same bits twice. The part must draw no random numbers.
+        recompute: autograd keeps the inputs only; the backward pass computes the part once more, to
+            the same bits where the device's kernels give the same bits twice. The part must draw no
+            random numbers.
     """
     if not (recompute and torch.is_grad_enabled()):
         return part(*inputs)
