@@ -131,7 +131,9 @@ def cross_validate(
     content = json.dumps({**facts, **summaries}, indent=2, allow_nan=False)
     files.write_atomically(output_root / "summary.json", content + "\n")
     lines = [*table(summaries), "", *about_architectures(seen, unseen, num_folds)]
-    return "\n".join([*lines, *told(choice, described["chosen_on"]["dice"], output_root)])
+    return "\n".join(
+        [*lines, *lines_of_choice(choice, described["chosen_on"]["dice"], output_root)]
+    )
 
 
 def score(
@@ -330,8 +332,8 @@ def table(summaries: dict[str, dict]) -> list[str]:
     return lines
 
 
-def told(choice: Choice, dice: dict[str, dict], output_root: Path) -> list[str]:
-    """Tell people what was chosen, and where it is."""
+def lines_of_choice(choice: Choice, dice: dict[str, dict], output_root: Path) -> list[str]:
+    """Describe for people the choice and the place of its file."""
     kept = [step for step in choice.steps if step.kept]
     lines = [
         f"removed: {step.what} (Dice {step.before:.4f}, then {step.after:.4f})" for step in kept

@@ -139,7 +139,7 @@ def read(path: str | Path, class_names: Sequence[str]) -> Postprocessing:
         ) from error
     except (ValueError, RecursionError) as error:  # also what is no JSON, or not UTF-8
         raise UserError(
-            f"--postprocessing {path} is malformed ({error}): mend it, or make it again"
+            f"--postprocessing {path} is malformed ({error}): fix it, or make it again"
         ) from error
     if found.class_names != tuple(class_names):
         raise UserError(

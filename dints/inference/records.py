@@ -54,9 +54,9 @@ class Records:
     facts: Mapping[str, object] = field(default_factory=dict)
 
     def start(self, outputs: Sequence[Path]) -> None:
-        """Remove what earlier runs told of all their cases, and write down this run's settings.
+        """Remove earlier runs' notes of their cases, and write this run's settings.
 
-        A run that is killed so leaves none of it beside its own segmentations, and goes on with
+        A run that is killed so leaves none of it beside its own segmentations, and resumes with
         these settings.
         """
         # else they are another program's

@@ -22,7 +22,7 @@ from dints.inference.records import map_path
 
 log = logging.getLogger(__name__)
 
-CONVERTED = ".dicom"  # folder of the NIfTI files of DICOM series, while a batch goes on
+CONVERTED = ".dicom"  # folder of the NIfTI files of DICOM series, while a batch runs
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Selection:
     """The volumes of a batch.
 
     Attributes:
-        cases: as listed; of a DICOM series, the NIfTI file that it becomes while the batch goes on.
+        cases: as listed; of a DICOM series, the NIfTI file that it becomes while the batch runs.
         series: the folder of the series for each such file, by its path.
     """
 

@@ -61,8 +61,8 @@ class About:
 
 
 def about(models: Sequence[Model], paths: Sequence[Path]) -> list[About]:
-    """Gather what is told of each model; what two of them share is shown with the first."""
-    told, drawn, folders = [], [], []
+    """Gather the facts of each model; a drawing that two of them share is shown with the first."""
+    described, drawn, folders = [], [], []
     for model, path in zip(models, paths, strict=True):
         settings = (
             model.task.num_channels,
@@ -89,8 +89,10 @@ def about(models: Sequence[Model], paths: Sequence[Path]) -> list[About]:
             if model.info.get(key)
         }
         notes = tuple(text for text in (note, absence) if text)
-        told.append(About(str(path), tuple(_facts(model, costs)), cases, drawing, curves, notes))
-    return told
+        described.append(
+            About(str(path), tuple(_facts(model, costs)), cases, drawing, curves, notes)
+        )
+    return described
 
 
 def _facts(model: Model, costs: Cost) -> list[tuple[str, str]]:

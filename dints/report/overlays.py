@@ -28,7 +28,7 @@ MARGIN_MM, MARGIN_SHARE = 8.0, 0.2
 # of the non-zero voxels, shown from black to white where intensities are not absolute
 PERCENTILES = 1, 99.5
 SAMPLES = 500_000  # voxels that percentiles are taken of
-# along a side of a picture; of those that are leafed through
+# along a side of a picture; of those that a slider goes through
 MOST_PIXELS, MOST_PIXELS_OF_MANY = 400, 220
 # up to so many a picture is kept as it is: enlarged, its blocks would be seen
 LOSSLESS_PIXELS = 1 << 14

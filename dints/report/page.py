@@ -82,11 +82,13 @@ def write(
             ],
             settings=run["settings"],
         )
-        leaf = partial(_pictured, done, models[0].task)
-        files.write_atomically(path, render(batch, model_facts.about(models, model_paths), leaf))
+        many_planes = partial(_pictured, done, models[0].task)
+        files.write_atomically(
+            path, render(batch, model_facts.about(models, model_paths), many_planes)
+        )
     except (MemoryError, OSError, RuntimeError, ValueError, UserError) as error:
         raise UserError(
-            f"{path} could not be made ({error}); segmentations and scores are written: mend this "
+            f"{path} could not be made ({error}); segmentations and scores are written: fix this "
             "and give the same command again, which keeps them, or leave --report out"
         ) from error
     return path
@@ -94,7 +96,7 @@ def write(
 
 @dataclass(frozen=True)
 class Batch:
-    """What is told of a batch.
+    """The facts of a batch that the page shows.
 
     Attributes:
         results: of the cases that were segmented.
@@ -136,17 +138,19 @@ def _pictured(done: Sequence[tuple[Case, Path]], task: Task, number: int) -> Ove
     return results.picture_of(*done[number], task, MOST_PLANES)
 
 
-def render(batch: Batch, about: Sequence[model_facts.About], leaf: Callable[[int], Overlay]) -> str:
+def render(
+    batch: Batch, about: Sequence[model_facts.About], many_planes: Callable[[int], Overlay]
+) -> str:
     """Return the page.
 
     Args:
-        leaf: returns the picture of many planes of a case, by its number.
+        many_planes: returns the picture of many planes of a case, by its number.
     """
     remarks, drawn = remarks_on(batch), _plots(batch)
     others = [text for _, text in drawn] + [
         text for one in about for text in (one.drawing, *one.curves.values())
     ]
-    groups, num_left_out = pictures(batch, remarks, leaf, BYTES - sum(map(len, others)))
+    groups, num_left_out = pictures(batch, remarks, many_planes, BYTES - sum(map(len, others)))
     rows = [row for result in batch.results for row in result.rows]
     folder = Path(__file__).parent
     script = (folder / "page.js").read_text(encoding="utf-8")
@@ -229,12 +233,15 @@ Groups = list[tuple[str, dict[int, Overlay]]]
 
 
 def pictures(
-    batch: Batch, remarks: Sequence[Sequence[str]], leaf: Callable[[int], Overlay], most_bytes: int
+    batch: Batch,
+    remarks: Sequence[Sequence[str]],
+    many_planes: Callable[[int], Overlay],
+    most_bytes: int,
 ) -> tuple[Groups, int]:
     """Choose the pictures: those that are shown at once have many planes, the others one a view.
 
     Args:
-        leaf: as of `render`.
+        many_planes: as of `render`.
         most_bytes: of all of them.
 
     Returns:
@@ -254,7 +261,7 @@ def pictures(
         for number in numbers:
             still = batch.results[number].overlay
             if title != OTHERS:
-                many = leaf(number)
+                many = many_planes(number)
                 fits = many.size - still.size <= left
                 kept[number] = many if fits else still
                 left -= fits * (many.size - still.size)

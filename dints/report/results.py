@@ -27,7 +27,7 @@ LEAST_CASES = 8  # that a volume is compared with
 
 @dataclass(frozen=True)
 class Result:
-    """What is told of a case.
+    """The facts of a case that the page shows.
 
     Attributes:
         rows: its scores, a row a class; empty where there is no reference.

@@ -111,4 +111,4 @@ def test_a_bad_file_is_told_in_one_line(name, tmp_path):
     assert str(refusal.value).startswith(f"--postprocessing {path} ") and "\n" not in str(
         refusal.value
     )
-    assert re.search(r"\b(give|mend)\b", str(refusal.value))
+    assert re.search(r"\b(give|fix)\b", str(refusal.value))

@@ -115,7 +115,7 @@ def test_what_a_search_finds_is_trained_after_it_and_other_rows_beside_it(monkey
 def test_rows_are_run_once_and_their_lines_tell_what_was_measured(monkeypatch, tmp_path, capsys):
     """A search, the training of what it finds, and a training of an opponent."""
     write_phantom(tmp_path / "Task00_Phantom", 8, 1, shape=(24, 24, 24))
-    monkeypatch.setitem(rows.SEARCHES, "search", 4)
+    monkeypatch.setitem(rows.SEARCHES, "search", 2)
     monkeypatch.setattr(rows, "COMPETITION", "--num_iterations 8")
     monkeypatch.setattr(rows, "COMMON", f"{rows.COMMON} --patch_size 16 16 16 --spacing 6 6 6")
     monkeypatch.setattr(
@@ -132,7 +132,7 @@ def test_rows_are_run_once_and_their_lines_tell_what_was_measured(monkeypatch, t
 
     found, trained = run(monkeypatch, tmp_path, "--rows", "search*", table=table)
     assert [found["name"], trained["name"]] == [search.name, of_found.name]
-    assert len(found["candidates"]) == 4 and found["seconds"] > found["gradient_seconds"] > 0
+    assert len(found["candidates"]) == 2 and found["seconds"] > found["gradient_seconds"] > 0
     assert (tmp_path / "gradient_fold1_seed0.pth").exists()
     assert trained["iterations_done"] == 3 and trained["seconds"] > 0  # an epoch
     assert len(trained["cases"]) == 2 and trained["classes"].keys() == {"liver", "lesion"}

@@ -19,7 +19,7 @@ import evaluate
 from dints.errors import UserError
 
 AFFINE = np.diag([1.0, 1.5, 2.0, 1.0])
-REMEDY = r"\b(add|remove|give|resample|replace|mend|name|correct|convert)\b"
+REMEDY = r"\b(add|remove|give|resample|replace|fix|name|correct|convert)\b"
 
 
 def write(path: Path, voxels: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
