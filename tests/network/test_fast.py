@@ -15,7 +15,7 @@ from commands import search, train
 from torch import nn
 from tracing import assert_one_graph
 
-from dints.network import found
+from dints.network import discrete
 from dints.network import space as space_module
 from dints.network.architecture import save_architecture
 from dints.network.cells import cell_of
@@ -26,14 +26,14 @@ from dints.network.fast.acceleration import accelerate
 from dints.network.fast.composition import composed
 from dints.network.fast.mixing import cells_together, mix
 from dints.network.operations import OPERATIONS, PUBLISHED, ActivatedConvolutions, Operation
-from dints.network.space import SearchSpace, supernet
+from dints.network.space import SearchSpace, supernet_of
 
 RANDOM = random_architecture(0, 4, 3)
 CHANNELS = 3
 
 
 def search_network() -> nn.Module:
-    network = supernet(SearchSpace(1 / 8, 3, 3), 1, 3)
+    network = supernet_of(SearchSpace(1 / 8, 3, 3), 1, 3)
     for alpha in (network.dints_space.log_alpha_a, network.dints_space.log_alpha_c):
         nn.init.normal_(alpha)
     return network
@@ -61,7 +61,7 @@ def make(request):
 @pytest.fixture
 def plain(make, monkeypatch) -> nn.Module:
     with monkeypatch.context() as patch:
-        for module in (found, space_module):
+        for module in (discrete, space_module):
             patch.setattr(module, "accelerate", lambda network: network)
         return make()
 

@@ -27,7 +27,7 @@ from dints.network.fast.layers import (
     convolve,
     convolve_side_by_side,
 )
-from dints.network.space import SearchSpace, supernet
+from dints.network.space import SearchSpace, supernet_of
 
 # Batch, input and output channels, kernel, stride, spatial size, and how that is computed in fp32.
 SHAPES = {
@@ -379,7 +379,7 @@ def test_networks_meet_no_faulty_kernel(use_downsample):
     image = torch.randn(1, 1, *((8, 16, 4) if use_downsample else (4, 8, 2)))
     architecture = replace(everything(2, 2), use_downsample=use_downsample)
     space = SearchSpace(1 / 16, 2, 2, use_downsample=use_downsample)
-    for network in (DiscreteNetwork(architecture, 1, 2, 1 / 16), supernet(space, 1, 2)):
+    for network in (DiscreteNetwork(architecture, 1, 2, 1 / 16), supernet_of(space, 1, 2)):
         expected = network(image)
         with Faulty() as faulty:
             with torch.autocast("cpu", dtype=torch.bfloat16):

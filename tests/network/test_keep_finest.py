@@ -13,7 +13,7 @@ from published import quiet
 import search_dints
 from dints.network.architecture import load_architecture, save_architecture
 from dints.network.decoding import subsets
-from dints.network.space import CERTAIN, SearchSpace, supernet
+from dints.network.space import CERTAIN, SearchSpace, supernet_of
 
 INPUT = (2, 1, 64, 96, 32)
 SMALL = 1 / 16  # channel_mul
@@ -90,7 +90,7 @@ def test_the_supernet_and_its_gradients_are_monais_where_the_path_is_sure():
     theirs, ours = twins(2, 2, 3)
     torch.manual_seed(0)
     monais = DiNTS(theirs, 2, 3).double()
-    own = supernet(ours, 2, 3).double()
+    own = supernet_of(ours, 2, 3).double()
     own.load_state_dict(monais.state_dict())
     with torch.no_grad():
         theirs.log_alpha_a[:, 0] = CERTAIN
@@ -111,7 +111,7 @@ def test_the_parameters_are_those_of_a_plain_space_and_files_say_it(tmp_path):
     networks = []
     for keep_finest in (False, True):
         torch.manual_seed(0)
-        networks.append(supernet(SearchSpace(SMALL, 2, 3, keep_finest=keep_finest), 1, 2))
+        networks.append(supernet_of(SearchSpace(SMALL, 2, 3, keep_finest=keep_finest), 1, 2))
     plain, ours = networks
     assert plain.state_dict().keys() == ours.state_dict().keys()
     assert all(

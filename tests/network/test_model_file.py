@@ -144,9 +144,7 @@ def test_a_truncated_file_is_no_model(tmp_path, keep):
 def test_files_of_before_operations_had_names_give_the_scores_that_they_gave():
     """An earlier version wrote files and scores; `tests/fixtures/README.md` says how."""
     model = load_model(FIXTURES / "model_before_operations.pth")
-    alone = load_architecture(
-        FIXTURES / "search_code_before_operations.pth", num_blocks=1, num_depths=2
-    )
+    alone = load_architecture(FIXTURES / "search_code_before_operations.pth")
     assert alone.operations == model.architecture.operations == PUBLISHED
     assert alone.codes() == model.architecture.codes() == ([[1, 1, 1, 1]], [[1, 2, 3, 4]])
     assert model.task == TASK and model.info == {

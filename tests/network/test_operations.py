@@ -29,7 +29,7 @@ from dints.network.operations import (
     Operation,
     check_names,
 )
-from dints.network.space import SearchSpace, supernet
+from dints.network.space import SearchSpace
 
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
 NEW = {
@@ -110,7 +110,7 @@ def test_a_supernet_mixes_any_operations_as_monai_does(seven, names):
     the published.
     """
     theirs, ours = (
-        build(space, 1, 2) for build, space in zip((DiNTS, supernet), spaces(names), strict=True)
+        build(space, 1, 2) for build, space in zip((DiNTS, supernet_of), spaces(names), strict=True)
     )
     ours.load_state_dict(theirs.state_dict(), strict=True)
     called = set()

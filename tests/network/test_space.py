@@ -15,7 +15,7 @@ from monai.networks.nets.dints import DiNTS, TopologySearch
 from published import quiet
 from tracing import assert_one_graph
 
-from dints.network.space import SearchSpace, supernet
+from dints.network.space import SearchSpace, supernet_of
 
 INPUT = (2, 1, 64, 96, 32)
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
@@ -161,7 +161,7 @@ def test_the_supernet_and_its_gradients_are_monais(size, dtype, tolerance):
     theirs, ours = twins(0, 1.0, *size)
     torch.manual_seed(0)
     monais = DiNTS(theirs, 2, 3, use_downsample=theirs.use_downsample)
-    networks = [network.to(dtype) for network in (monais, supernet(ours, 2, 3))]
+    networks = [network.to(dtype) for network in (monais, supernet_of(ours, 2, 3))]
     networks[1].load_state_dict(networks[0].state_dict())
     torch.manual_seed(1)
     voxels = (max(16, 2 ** (size[1] + 1)),) * 3
@@ -211,7 +211,10 @@ def test_extreme_alphas(row):
 
 def test_state_dict_moves_both_ways_and_nothing_is_printed(capsys):
     size = {"num_blocks": 2, "num_depths": 3, "channel_mul": SMALL}
-    theirs, ours = DiNTS(quiet(TopologySearch, **size), 1, 2), supernet(SearchSpace(**size), 1, 2)
+    theirs, ours = (
+        DiNTS(quiet(TopologySearch, **size), 1, 2),
+        supernet_of(SearchSpace(**size), 1, 2),
+    )
     for source, destination in ((theirs, ours), (ours, theirs)):
         for parameter in source.parameters():
             torch.nn.init.normal_(parameter)
@@ -222,7 +225,9 @@ def test_state_dict_moves_both_ways_and_nothing_is_printed(capsys):
 
 
 def test_everything_follows_to_another_device():
-    network = supernet(SearchSpace(num_blocks=2, num_depths=3, channel_mul=SMALL), 1, 2).to("meta")
+    network = supernet_of(SearchSpace(num_blocks=2, num_depths=3, channel_mul=SMALL), 1, 2).to(
+        "meta"
+    )
     assert network(torch.zeros(1, 1, 32, 32, 32, device="meta")).shape == (1, 2, 32, 32, 32)
     for name, value in searched_values(network.dints_space).items():
         assert value.device.type == "meta", name
@@ -230,7 +235,7 @@ def test_everything_follows_to_another_device():
 
 @pytest.mark.slow
 def test_the_supernet_compiles_as_one_graph():
-    assert_one_graph(supernet(SearchSpace(SMALL, 1, 2), 1, 2), torch.randn(1, 1, 16, 16, 16))
+    assert_one_graph(supernet_of(SearchSpace(SMALL, 1, 2), 1, 2), torch.randn(1, 1, 16, 16, 16))
 
 
 @pytest.mark.parametrize("budget", ["published", "fixed"])

@@ -4,23 +4,31 @@ are.
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from architectures import chain, random_architecture
-from commands import SPACE, search, train
+from commands import SPACE, evolve, search, train
+from small_run import begun
 
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.network import space
-from dints.network.architecture import save_architecture
+from dints.network.architecture import Architecture, save_architecture
 from dints.network.cost import activation_bytes, cost
 from dints.network.discrete import DiscreteNetwork
-from dints.network.step_memory import check, within_supernet
+from dints.network.step_memory import check_memory, within_supernet
 from dints.running import machine
-from dints.running.precision import choose_precision
-from dints.running.processes import Processes
-from dints.training.steps import averaged, weights_step, weights_training
+from dints.settings import (
+    PatchSettings,
+    RetrainingSettings,
+    RunSettings,
+    TrainingMachineSettings,
+)
+from dints.training.steps import WeightsTrainer
 
 MEMORY = pytest.mark.fault("GPU or host memory exhausted")
 TASK = Task("Toy", "MRI", 2, ("background", "a", "b"), patch_size=(32, 32, 16))
@@ -28,6 +36,27 @@ VOXELS = 32 * 32 * 16
 PATCH = VOXELS * (2 * 4 + 1)  # two channels in float32, a label in uint8
 ARCHITECTURE = chain(0, 1, 0, num_depths=3)
 OF_PATCHES = {"batch_size": 2, "num_workers": 3, "device": "cpu"}
+
+
+def check(
+    task: Task,
+    architecture: Architecture | None,
+    channel_mul: float,
+    *,
+    batch_size: int,
+    num_workers: int,
+    num_loaders: int = 1,
+    memory_mib: float | None = None,
+    **machine_settings: object,
+) -> None:
+    """Check as a script does whose settings have these values."""
+    settings = SimpleNamespace(
+        patches=PatchSettings(num_images_per_batch=batch_size),
+        run=RunSettings(output_root=Path("nowhere"), num_workers=num_workers),
+        machine=TrainingMachineSettings(**machine_settings),
+    )
+    more = {"num_loaders": num_loaders, "memory_mib": memory_mib}
+    check_memory(task, architecture, channel_mul, settings, **more)
 
 
 @pytest.fixture
@@ -132,11 +161,10 @@ def test_a_real_training_step_keeps_what_is_counted(architecture):
     """
     shape, num_classes, kept = (2, 2, 32, 32, 16), 3, {}
     network = DiscreteNetwork(architecture, 2, num_classes, 0.25)
-    alone, average = Processes(0, 1, torch.device("cpu")), averaged(network, 0.99)
-    settings = {"learning_rate": 0.01, "average": average}
-    weights = weights_training(
-        network, network.parameters(), choose_precision("fp32", alone), alone, **settings
+    settings = RetrainingSettings(
+        learning_rate=0.01, learning_rate_schedule="polynomial", average_decay=0.99
     )
+    weights = WeightsTrainer(network, network.parameters(), settings, begun(), shape)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
@@ -144,7 +172,7 @@ def test_a_real_training_step_keeps_what_is_counted(architecture):
 
     batch = {"image": torch.rand(shape), "label": torch.zeros(2, 1, *shape[2:], dtype=torch.uint8)}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        weights_step(weights, batch)
+        weights.step(batch)
     parameters = [*network.parameters()]
     saved = sum(
         s.nbytes()
@@ -157,7 +185,7 @@ def test_a_real_training_step_keeps_what_is_counted(architecture):
     held = [
         *parameters,
         *(parameter.grad for parameter in parameters),
-        *average.module.parameters(),
+        *weights.averaged.parameters(),
     ]
     held += [weights.optimizer.state[parameter]["momentum_buffer"] for parameter in parameters]
     assert sum(tensor.nbytes for tensor in held) == counted.step_mib * 2**20 - activations
@@ -165,7 +193,7 @@ def test_a_real_training_step_keeps_what_is_counted(architecture):
 
 def test_what_a_supernet_keeps_is_counted_low():
     sizes = 2, 3, ("skip_connect", "conv_3x3x3")
-    whole = space.supernet(space.SearchSpace(0.25, *sizes), 1, 2).to("meta")
+    whole = space.supernet_of(space.SearchSpace(0.25, *sizes), 1, 2).to("meta")
     with torch.device("meta"):
         part = DiscreteNetwork(within_supernet(*sizes, True), 1, 2, 0.25)
     shape = (1, 1, 16, 16, 16)
@@ -189,13 +217,13 @@ def test_the_scripts_refuse_a_patch_before_a_case_is_read(phantom, tmp_path, mon
         UserError, match="--num_images_per_batch 1: .* at least 687,194,767,360 bytes"
     ):
         search(phantom, tmp_path / "search", huge)
-    only = "--proposals random --candidates 2"
     with pytest.raises(
-        UserError, match="--candidate_images_per_batch 3: .* at least 1,030,792,151,040 bytes"
+        UserError, match="--num_images_per_batch 3: .* at least 1,030,792,151,040 bytes"
     ):
-        search(phantom, tmp_path / "search", SPACE, huge, only, "--candidate_images_per_batch 3")
+        batch = "--num_images_per_batch 3 --memory_mib 4"
+        evolve(phantom, tmp_path / "evolve", SPACE, huge, batch)
     for check_only in ("", "--check"):
         told = "candidates fill --memory_mib 1e.07: a training step on the CPU takes at least"
         with pytest.raises(UserError, match=told):
-            search(phantom, tmp_path / "search", SPACE, only, "--memory_mib 1e7", check_only)
+            evolve(phantom, tmp_path / "evolve", SPACE, "--memory_mib 1e7", check_only)
     assert np.prod((4096, 4096, 4096)) * 2 * 5 == 687194767360

@@ -17,7 +17,7 @@ from torch import nn
 from dints.errors import UserError
 from dints.network.architecture import Architecture
 from dints.network.discrete import DiscreteNetwork
-from dints.network.space import SearchSpace, supernet
+from dints.network.space import SearchSpace, supernet_of
 from dints.network.weights import fitting_state, load_weights
 
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
@@ -32,7 +32,7 @@ def state_of(
 
 
 def our_supernet() -> DiNTS:
-    return supernet(SearchSpace(SMALL, num_blocks=1, num_depths=2), 1, 2)
+    return supernet_of(SearchSpace(SMALL, num_blocks=1, num_depths=2), 1, 2)
 
 
 def assert_loads(network: nn.Module, content: object, expected: dict, path, unused=()) -> None:
