@@ -29,7 +29,7 @@ from dints.network.operations import (
     Operation,
     check_names,
 )
-from dints.network.space import SearchSpace
+from dints.network.space import SearchSpace, supernet_of
 
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
 NEW = {
