@@ -1,9 +1,10 @@
-"""Draw a DiNTS architecture, or the whole search space, as a graph.
+r"""Draw a DiNTS architecture, or the whole search space, as a graph.
 
-    python decode_plot.py --checkpoint runs/search/search_code_600.pth --directory Figures
-    --filename graph python decode_plot.py --checkpoint search_code_600.pth --cost --patch_size 96
-    96 96 python decode_plot.py --search_space --num_blocks 12 --num_depths 4 --directory Figures
-    --filename search_space
+    python decode_plot.py --checkpoint runs/search/search_code_600.pth --directory Figures \
+        --filename graph
+    python decode_plot.py --checkpoint search_code_600.pth --cost --patch_size 96 96 96
+    python decode_plot.py --search_space --num_blocks 12 --num_depths 4 --directory Figures \
+        --filename search_space
 
 Blocks run from left to right, numbered from 0; resolutions from top to bottom. The image enters
 through one stem per active node of the first column; what leaves the last column is upsampled and

@@ -1,15 +1,14 @@
-"""Score a folder of segmentations against a folder of references; any system's, so that two can be
+r"""Score a folder of segmentations against a folder of references; any system's, so that two can be
 compared.
 
-    python evaluate.py --prediction segmentations --reference data_msd/Task09_Spleen/labelsTr
-    --output_root evaluation
+    python evaluate.py --prediction segmentations --reference data_msd/Task09_Spleen/labelsTr \
+        --output_root evaluation
 
 Files of one name are a case, and lie on one grid. OUTPUT_ROOT/scores.csv has a row for each case
 and class: Dice, ours and nnU-Net's for a class that the reference does not have; normalised surface
-    Dice and 95% Hausdorff distance as
-DeepMind's surface-distance defines them; volumes; lesions found and missed.
-OUTPUT_ROOT/summary.json, and a table that is printed, have the means over the cases with bootstrap
-intervals. PyTorch is not needed.
+Dice and 95% Hausdorff distance as DeepMind's surface-distance defines them; volumes; lesions found
+and missed. OUTPUT_ROOT/summary.json, and a table that is printed, have the means over the cases
+with bootstrap intervals. PyTorch is not needed.
 """
 
 from collections.abc import Iterable

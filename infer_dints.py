@@ -1,9 +1,10 @@
-"""Segment volumes with a retrained network, and score the segmentations where labels are known:
+r"""Segment volumes with a retrained network, and score the segmentations where labels are known:
 stage 3 of DiNTS.
 
-    python infer_dints.py --checkpoint runs/train/best_metric_model.pth --input
-    data_msd/Task09_Spleen/imagesTs python infer_dints.py --checkpoint
-    runs/train/best_metric_model.pth --root data_msd/Task09_Spleen
+    python infer_dints.py --checkpoint runs/train/best_metric_model.pth \
+        --input data_msd/Task09_Spleen/imagesTs
+    python infer_dints.py --checkpoint runs/train/best_metric_model.pth \
+        --root data_msd/Task09_Spleen
 
 The model file holds the network and its preprocessing. With --input, every given NIfTI file (or
 every one in a given folder) is segmented. With --root, the model's validation cases are, or those

@@ -1,17 +1,15 @@
 """Settles in one go what only a machine with a GPU can: whether all is right there, and how fast.
 
-    bash benchmarks/gpu.sh                                               at most 9 minutes on one
-    GPU; see there python benchmarks/gpu.py --output results.json --parts agrees steps  some of it
-    python benchmarks/gpu.py --output results.json --rehearse            all of it small, on the
-    CPU, to try this script
+    bash benchmarks/gpu.sh        all, in at most 9 minutes on one GPU; see there
+    python benchmarks/gpu.py --output results.json --parts agrees steps    some of it
+    python benchmarks/gpu.py --output results.json --rehearse    all of it small, on the CPU
 
 Needed are torch, monai, nibabel and what else requirements.txt names for running; no internet.
 Correctness comes first (gpu_checks.py), then speed (gpu_speed.py), then what takes whole runs. Each
 part is a process of its own, so that one that fails or hangs takes no other with it; they are
 forked from one that has imported what takes seconds. A part has the seconds of `SECONDS`, and what
-those before it have left; then it is killed. The file has what was found so far,
-also by the part that is running: `ok` is false where something was wrong, with the end of what it
-    said.
+those before it have left; then it is killed. The file has what was found so far, also by the part
+that is running: `ok` is false where something was wrong, with the end of what it said.
 """
 
 from __future__ import annotations

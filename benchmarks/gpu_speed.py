@@ -211,8 +211,8 @@ def candidates(setting: Setting) -> None:
         else "--patch_size 32 32 32"
     )
     folder, start = setting.folder / "candidates", time.monotonic()
-    command = [sys.executable, "search_dints.py", "--root", root, "--num_folds", 4, *size.split()]
-    command += ["--proposals", "by_hand", "random", "--candidates", 4, "--candidate_iterations"]
+    command = [sys.executable, "evolve_dints.py", "--root", root, "--num_folds", 4, *size.split()]
+    command += ["--candidates", 4, "--num_iterations"]
     command += [8 if setting.small else 160, "--device", setting.device, "--precision", "bf16"]
     command += ["--overlap_ratio", 0.25, *["--memory_mib", 0.5] * setting.small]
     ran([*command, "--output_root", folder], setting)

@@ -1,12 +1,10 @@
 """Computes what bounds a step on a GPU, without one: its kernels, the bytes that they move, and
 their FLOP.
 
-    python benchmarks/fake_gpu.py benchmarks/roofline.py   with the CUDA build of PyTorch, see
-    fake_cuda.py
+    python benchmarks/fake_gpu.py benchmarks/roofline.py    needs the CUDA build, see fake_cuda.py
 
 Published size: 12 blocks and 4 resolutions, patches of 96x96x96, bf16. Of each call of an operation
-    the longest counts
-of what a launch takes, of its bytes at the GPU's bandwidth and of its FLOP at its peak: no
+the longest counts of what a launch takes, of its bytes at the GPU's bandwidth and of its FLOP at its peak: no
 measurement, and a bound from below, for kernels reach neither, and an operation may be several
 kernels.
 """

@@ -6,7 +6,7 @@ tell each other.
 
 Of the supernet at its published size (12 blocks, 4 depths, channel multiplier 0.5: 150 million
 weights): the time of a save and its share of a run that saves every ten minutes; the time that
-`Stops.steps` adds to a step; and with two gloo processes on this machine, the bytes that each hands
+`Run.steps` adds to a step; and with two gloo processes on this machine, the bytes that each hands
 to the collectives in a weights step and in an architecture step, and what one and two processes
 compute in a second, in a search and in a retraining. Of a retraining step of a small
 network, the shortest that there is: all that guards it, against the bare step in turn.

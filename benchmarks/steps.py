@@ -7,9 +7,8 @@ same input.
 
 "speedup" is the median over the pairs of published/ours, with the smallest and the largest.
 "operations" are tensor operations per call on a CPU, kernels on a GPU; "syncs" are the places where
-a call waits for the GPU; "memory" is what
-a first call takes beyond what was held before it: resident memory, each in a process of its own, or
-    GPU memory.
+a call waits for the GPU; "memory" is what a first call takes beyond what was held
+before it: resident memory, each in a process of its own, or GPU memory.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Draw the README's pictures.
+r"""Draw the README's pictures.
 
-    python experiments/figures.py opening --root data_msd/Task04_Hippocampus --segmentations
-    segmentations python experiments/figures.py time
+    python experiments/figures.py opening --root data_msd/Task04_Hippocampus \
+        --segmentations segmentations
+    python experiments/figures.py time
     python experiments/figures.py memory
     python experiments/figures.py rungs --search search_30mib_fold2_seed0
 
 opening: what a search chooses from, and a case as a discrete network segments it. SEGMENTATIONS is
-    what infer_dints.py
-wrote with --root: the case is the one whose mean Dice is the median of scores.csv, so that the
-picture flatters nobody. time, memory, rungs, from results.jsonl: Dice against the minutes of
-training; Dice of what was trained at equal memory, a panel a budget; how the candidates of a search
-competed.
+what infer_dints.py wrote with --root: the case is the one whose mean Dice is the median of
+scores.csv, so that the picture flatters nobody. time, memory, rungs, from results.jsonl: Dice
+against the minutes of training; Dice of what was trained at equal memory, a panel a budget; how the
+candidates of a search competed.
 """
 
 from __future__ import annotations

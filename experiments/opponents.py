@@ -1,13 +1,14 @@
-"""Run a stage with one of MONAI's networks in the discrete network's place: the opponents of the
+r"""Run a stage with one of MONAI's networks in the discrete network's place: the opponents of the
 experiments.
 
-    python experiments/opponents.py dynunet train_dints.py --arch_ckpt ANY --root ... --output_root
-    ... python experiments/opponents.py dynunet infer_dints.py --checkpoint ... --root ...
+    python experiments/opponents.py dynunet train_dints.py --arch_ckpt ANY --root ... \
+        --output_root ...
+    python experiments/opponents.py dynunet infer_dints.py --checkpoint ... --root ...
 
 Data, loss, schedule, validation and files are the stage's own. ARCH_CKPT is read and not built;
 --channel_mul scales the opponent's channels. Its layers stay MONAI's: on a CPU in bf16 a patch
 should have 12 voxels an axis or more, lest PyTorch's gradients be what lay in memory before
-(dints/network/fast/layers.py).
+(dints/network/cpu_layers.py).
 """
 
 from __future__ import annotations

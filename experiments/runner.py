@@ -1,14 +1,13 @@
 """Run the searches and trainings behind the README's tables; each adds a line of JSON to
 experiments/results.jsonl.
 
-    python experiments/runner.py --list                        what there is, and what is done
-    python experiments/runner.py                               run all that is not done, two at a
-    time python experiments/runner.py --rows '*fold0*' --root data_msd/Task04_Hippocampus
+    python experiments/runner.py --list     what there is, and what is done
+    python experiments/runner.py            run all that is not done, two at a time
+    python experiments/runner.py --rows '*fold0*' --root data_msd/Task04_Hippocampus
     python experiments/runner.py --rows dynunet/recommended-6min-fold0-seed0 --again
 
 What there is: rows.py. Rows run in the order of the patterns; one that trains what a search finds
-    waits for it.
-Trainings of several processes, which have as many cores, come last, one after another. A row
+waits for it. Trainings of several processes, which have as many cores, come last, one after another. A row
 resumes where it was stopped, so that the runner may be stopped at any time, and started again.
 --again runs rows that are done once more, and adds their lines.
 """
