@@ -1,7 +1,7 @@
 """Segment CT or MRI with the network in model.onnx, beside this file.
 
     python predict_onnx.py scan.nii.gz segmentation.nii.gz
-    python predict_onnx.py case_0000.nii.gz case_0001.nii.gz segmentation.nii.gz    # a file a channel
+    python predict_onnx.py case_0000.nii.gz case_0001.nii.gz segmentation.nii.gz  # per channel
 
 It needs numpy, nibabel and onnxruntime, and nothing of the scripts that the network was trained
 with. What is done to an image before the network sees it stands in model.onnx, as JSON. Volumes are
