@@ -5,8 +5,8 @@ their FLOP.
 
 Published size: 12 blocks and 4 resolutions, patches of 96x96x96, bf16. Of each call of an operation
 the longest counts of what a launch takes, of its bytes at the GPU's bandwidth and of its FLOP at
-its peak: no measurement, and a bound from below, for kernels reach neither, and an operation may be several
-kernels.
+its peak: no measurement, and a bound from below, for kernels reach neither, and an operation may be
+several kernels.
 """
 
 from __future__ import annotations

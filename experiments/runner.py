@@ -8,8 +8,8 @@ experiments/results.jsonl.
 
 What there is: rows.py. Rows run in the order of the patterns; one that trains what a search finds
 waits for it. Trainings of several processes, which have as many cores, come last, one
-after another. A row resumes where it was stopped, so that the runner may be stopped at any time, and started again.
---again runs rows that are done once more, and adds their lines.
+after another. A row resumes where it was stopped, so that the runner may be stopped at
+any time, and started again. --again runs rows that are done once more, and adds their lines.
 """
 
 from __future__ import annotations
