@@ -77,10 +77,7 @@ class CostSettings(Settings):
         metavar=XYZ,
     )
     in_channels: int | None = option(
-        "image channels (default: the known task's, else 1)",
-        default=None,
-        type=count,
-        metavar="N",
+        "image channels (default: the known task's, else 1)", default=None, type=count, metavar="N"
     )
     num_classes: int | None = option(
         "background included (default: the known task's, else 2)",

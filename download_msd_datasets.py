@@ -155,7 +155,7 @@ def fetch_task(task: str, args: argparse.Namespace) -> None:
     if not was_there:
         download_archive(args.url.replace("{task}", task), archive, md5, args.retries, args.timeout)
     elif md5 and (digest := md5_of(archive)) != md5:
-        remedy = f"delete it to download it anew, or give --md5 {digest} if it is meant"
+        remedy = f"delete it to download it again, or give --md5 {digest} if it is meant"
         raise UserError(f"{archive} has the md5 {digest}, not {md5}: {remedy}")
     if md5 is None:
         logging.warning("--md5 none: nothing vouches for %s but its number of cases", archive)
@@ -384,7 +384,7 @@ def unpack_archive(archive: Path, folder: Path, verified: bool) -> None:
         check_counts(unpacked / folder.name, ARCHIVES[folder.name], verified)
         put_in_place(unpacked / folder.name, folder)
     except UserError as error:
-        raise UserError(f"{archive}: {error}; delete it to download it anew") from error
+        raise UserError(f"{archive}: {error}; delete it to download it again") from error
     except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise UserError(
             f"{archive} is damaged or no uncompressed tar ({error!a}): delete it and run again"

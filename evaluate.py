@@ -27,10 +27,7 @@ class ScoringSettings(Settings):
     )
     reference: Path = option("folder of the references, of the same names", common=True, type=Path)
     output_root: Path = option(
-        "folder for scores.csv and summary.json",
-        common=True,
-        default=Path("evaluation"),
-        type=Path,
+        "folder for scores.csv and summary.json", common=True, default=Path("evaluation"), type=Path
     )
     labels: Path | None = option(
         "dataset.json whose labels name the classes (default: those in the references)",
@@ -135,7 +132,7 @@ def main(settings: EvaluateSettings) -> None:
 
 
 def check(pairs: list[Pair], names: tuple[str, ...] | None) -> dict[int, str]:
-    """Read every mask, so that a bad one is told before the first is scored; return the classes by
+    """Read every mask, so that a bad one is reported before the first is scored; return the classes by
     label.
     """
     found = []

@@ -124,7 +124,7 @@ class Gpu(TorchDispatchMode):
         super().__init__()
 
     def forget(self) -> None:
-        """Begin to count anew."""
+        """Count from 0 again."""
         self.calls.clear()
         self.waits.clear()
 

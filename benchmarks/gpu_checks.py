@@ -217,7 +217,7 @@ def a_network(channel_mul: float = 0.125) -> DiscreteNetwork:
 def a_batch(
     device: torch.device, num_images: int = 2, patch: tuple[int, ...] = PATCH
 ) -> dict[str, torch.Tensor]:
-    """Make images, and labels that can be told from them."""
+    """Make images, and labels that follow from them."""
     coarse = torch.rand(
         num_images, TASK.num_channels, 4, 4, 4, generator=torch.Generator().manual_seed(0)
     )
@@ -304,9 +304,8 @@ def skips_infinite(setting: Setting) -> None:
         assert all(map(torch.equal, before, weights_of(training.network))), (
             f"{precision.name}: weights changed"
         )
-        for _ in range(
-            12 if precision.name == "fp16" else 1
-        ):  # its scaler skips some itself, until it has found a scale
+        # Its scaler skips some itself, until it has found a scale
+        for _ in range(12 if precision.name == "fp16" else 1):
             training.step(batch)
         after = weights_of(training.network)
         assert all(weight.isfinite().all() for weight in after), f"{precision.name}: not finite"
@@ -456,7 +455,7 @@ def losses_of_search(setting: Setting, precision: str, graphs: bool) -> list[flo
 
 
 def resumes(setting: Setting) -> None:
-    """Kill a retraining in its middle and continue it: it must go on as one that was left alone."""
+    """Kill a retraining in its middle and continue it: it must end as one that was left alone."""
     root, arch, epochs = phantom(setting), setting.folder / "arch.pth", 6 if setting.small else 60
     save_architecture(arch, random_architecture(0, 2, 3))
     train = [sys.executable, "train_dints.py", "--arch_ckpt", arch, "--root", root, *STAGE.split()]

@@ -17,12 +17,7 @@ from dints.data.tasks import Task
 from dints.running.precision import Precision
 from dints.running.processes import Processes
 from dints.running.run import Run
-from dints.settings import (
-    MachineSettings,
-    RetrainingSettings,
-    RunSettings,
-    TrainingMachineSettings,
-)
+from dints.settings import MachineSettings, RetrainingSettings, RunSettings, TrainingMachineSettings
 from dints.training.steps import WeightsTrainer
 
 NOWHERE = Path("nowhere")  # such runs write nothing

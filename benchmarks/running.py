@@ -1,4 +1,4 @@
-"""Time what it costs to be able to go on: saving, agreeing between steps, and what two processes
+"""Time the cost of being able to resume: saving, agreeing between steps, and what two processes
 tell each other.
 
     python benchmarks/running.py

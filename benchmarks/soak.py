@@ -100,8 +100,8 @@ def kill_saves(folder: Path, kills: int, rng: random.Random, tell: Callable[[str
         time.sleep(rng.uniform(0, 1.5))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        with os.fdopen(reading) as told:
-            lines = told.read().split("\n")[:-1]
+        with os.fdopen(reading) as output:
+            lines = output.read().split("\n")[:-1]
         partial = len(list(folder.glob(".*.partial")))
         in_save += partial
         known = int(lines[-1]) if lines else known
@@ -425,7 +425,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--node_kills", type=int, default=3, help="of one of two nodes' processes")
     parser.add_argument("--batch_kills", type=int, default=20, help="of the segmenting of a batch")
     parser.add_argument("--seed", type=int, default=0, help="of the times")
-    parser.add_argument("--output", type=Path, help="write what is told into this file too")
+    parser.add_argument("--output", type=Path, help="write the output into this file too")
     return parser.parse_args()
 
 

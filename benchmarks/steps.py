@@ -375,7 +375,7 @@ def memory_of_first_call(call: Call, device: torch.device) -> float:
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # the peak starts anew; that of getrusage would be the parent's
+    # the peak starts again; that of getrusage would be the parent's
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_kib("VmRSS")
     call()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import math
 import re
 import shlex
@@ -102,7 +103,7 @@ def parse(kind: type[S], description: str, argv: Sequence[str] | None = None) ->
     """Read a script's settings from its command line.
 
     Args:
-        kind: dataclass of the script's groups; the first line of a group's docstring is its title.
+        kind: dataclass of the script's groups, whose docstrings are their titles and texts.
         description: the script's docstring.
     """
     groups = typing.get_type_hints(kind)
@@ -145,7 +146,8 @@ def _plain(value: object) -> object:
 
 
 def _add_group(parser: Parser, group: type) -> None:
-    title = group.__doc__.splitlines()[0].rstrip(".").lower()
+    title, _, text = inspect.cleandoc(group.__doc__).partition("\n\n")
+    title = title.rstrip(".").lower()
     for field in dataclasses.fields(group):
         own = field.metadata
         settings = {"help": own["help"], **own["settings"]}
@@ -157,8 +159,8 @@ def _add_group(parser: Parser, group: type) -> None:
             settings["default"] = field.default
         if field.type in ("bool", bool):
             settings["action"] = "store_true"
-        add = parser.group(COMMON if own["common"] else title).add_argument
-        add(f"--{field.name}", *own["names"], **settings)
+        place = parser.group(COMMON) if own["common"] else parser.group(title, text)
+        place.add_argument(f"--{field.name}", *own["names"], **settings)
 
 
 def _of_recipes(name: str) -> str:
@@ -184,12 +186,14 @@ class Parser(argparse.ArgumentParser):
         self._titles = {}
         self.group(COMMON)  # before all others
 
-    def group(self, title: str) -> argparse._ArgumentGroup:
-        """Return the group of options of this title; help shows groups in the order of this
-        call.
+    def group(self, title: str, text: str = "") -> argparse._ArgumentGroup:
+        """Return the group of options of this title; help has groups in the order of first calls.
+
+        Args:
+            text: shown below the title.
         """
         if title not in self._titles:
-            self._titles[title] = self.add_argument_group(title)
+            self._titles[title] = self.add_argument_group(title, text or None)
         return self._titles[title]
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):

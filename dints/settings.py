@@ -1,7 +1,6 @@
-"""The groups of settings that more than one script has: each flag, its default and its help, once.
+"""The settings of search, evolution and training: each flag, its default and its help, once.
 
-A script's own groups stand in the script. See `dints.options` for how a command line is made of
-them.
+`dints.options` makes command lines of them. The tools' own settings stand in their scripts.
 """
 
 from __future__ import annotations
@@ -24,11 +23,8 @@ from dints.options import (
 from dints.recipes import RECIPES
 
 XYZ = ("X", "Y", "Z")
-AUGMENTATIONS = (
-    "published",
-    "nnunet",
-    "auto",
-)  # `dints.data.augmentation`, which -h does not import
+# `dints.data.augmentation`, which -h does not import
+AUGMENTATIONS = ("published", "nnunet", "auto")
 AUGMENTATION_HELP = (
     "random changes of patches beside flips: the published chain, or nnU-Net's; auto: that in "
     "trainings of 5000 iterations or more that see each case 60 times or more"
@@ -543,6 +539,7 @@ class CompetitionSettings(Settings):
     arch_ckpt: tuple[Path, ...] = option(
         "architectures that compete too: search_code_*.pth of search_dints.py, or published",
         common=True,
+        decides=False,  # their content does, wherever the files lie
         default=(),
         nargs="+",
         type=Path,

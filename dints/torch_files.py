@@ -137,12 +137,7 @@ def _numpy_globals() -> list:
         for name in ("_reconstruct", "scalar")
     ]
     kinds = "?bhilBHILefd"  # NumPy's characters for booleans, integers and floats
-    return [
-        *rebuild,
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(kind)) for kind in kinds},
-    ]
+    return [*rebuild, np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in kinds}]
 
 
 def _refused_global(message: str) -> str | None:

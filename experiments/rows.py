@@ -94,7 +94,7 @@ COMPETITION = "--num_iterations 800"
 # Candidates of each kind of search. The control has as many more as the gradient search before the
 # other takes time.
 SEARCHES = {"search": 16, "control": 24}
-# MiB, and the kinds of searches: the first told enough
+# MiB, and the kinds of searches: the first showed enough
 BUDGETS = {30.0: ("search", "control"), 60.0: ("control",)}
 SEARCH_SEEDS, TRAINING_SEEDS = (0, 1, 2), (0, 1)
 

@@ -27,9 +27,8 @@ from dints.running.seeds import seed_from
 log = logging.getLogger(__name__)
 
 SPATIAL, TINY = (1, 2, 3), 1e-7
-Sample = tuple[
-    torch.Tensor, torch.Tensor
-]  # image (channels, *spatial), float32, and label (1, *spatial), uint8
+# Image (channels, *spatial), float32, and label (1, *spatial), uint8
+Sample = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -174,11 +173,8 @@ def _fit(volume: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     for axis, extent in enumerate(shape, 2):
         size = volume.shape[axis]
         missing = max(extent - size, 0)
-        padding = [
-            missing // 2,
-            missing - missing // 2,
-            *padding,
-        ]  # F.pad names the last axis first
+        # F.pad names the last axis first
+        padding = [missing // 2, missing - missing // 2, *padding]
         if size > extent:
             volume = volume.narrow(axis, size // 2 - extent // 2, extent)
     return F.pad(volume, padding, mode="replicate") if any(padding) else volume

@@ -40,9 +40,8 @@ log = logging.getLogger(__name__)
 SHARE_OF_MEMORY = (
     0.5  # what ``auto`` gives to the cache of the memory that is free; the rest is for training
 )
-WORKING_MEMORY = (
-    1 << 30
-)  # bytes that cases take which are prepared at the same time, but for a single larger one
+# Bytes that cases take which are prepared at the same time, but for a single larger one
+WORKING_MEMORY = 1 << 30
 # A voxel and channel, while a case is prepared: the file's, interpolated along two axes, float16.
 WORKING_BYTES = 16
 

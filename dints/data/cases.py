@@ -20,9 +20,8 @@ from dints.running.machine import threads
 log = logging.getLogger(__name__)
 
 AFFINE_TOLERANCE = 1e-3  # by which a label's affine may differ from its image's, an entry
-MAX_GRID = (
-    1 << 31
-)  # voxels of a case on the task's grid; a whole body at 1 mm has a quarter of them
+# Voxels of a case on the task's grid; a whole body at 1 mm has a quarter of them
+MAX_GRID = 1 << 31
 
 
 @dataclass(frozen=True)

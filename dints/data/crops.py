@@ -123,9 +123,8 @@ def _distance(present: np.ndarray, limit: int) -> np.ndarray:
     distance = np.where(present, np.uint8(0), np.uint8(limit))
     for axes in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
         view = distance.transpose(axes)
-        planes = (
-            np.ascontiguousarray(view) if axes[0] == 2 else view
-        )  # single bytes apart would be slow
+        # Single bytes apart would be slow
+        planes = np.ascontiguousarray(view) if axes[0] == 2 else view
         for order in (range(1, len(planes)), range(len(planes) - 2, -1, -1)):
             for plane in order:
                 np.minimum(
@@ -168,8 +167,7 @@ def _padded(
     for sizes, mode in (([size // 3 + 1 for size in patch_size], "edge"), (patch_size, "reflect")):
         lacking = [max(size - count, 0) for size, count in zip(sizes, label.shape, strict=True)]
         if any(lacking):
-            padding = [
-                (gap // 2, gap - gap // 2) for gap in lacking
-            ]  # the same for both, or they would drift apart
+            # The same for both, or they would drift apart
+            padding = [(gap // 2, gap - gap // 2) for gap in lacking]
             image, label = np.pad(image, [(0, 0), *padding], mode), np.pad(label, padding)
     return image, label

@@ -138,9 +138,8 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
     They are int16 where they are whole numbers of that range, as HU are, else float32.
     """
-    with (
-        warnings.catch_warnings()
-    ):  # pydicom's, of what it repairs: all that counts is checked here
+    # Pydicom's, of what it repairs: all that counts is checked here
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         slices = _slices(folder)
         affine, order = _geometry(slices, folder)
@@ -327,9 +326,9 @@ def _slice(path: Path, frame: int, header: Dataset, place: Dataset) -> Slice:
             "unit vectors at a "
             "right angle: replace the file"
         )
-    has_thickness = (
-        "SliceThickness" in place and place.get_item("SliceThickness").value
-    )  # it may be there and empty
+    # It may be there and empty
+    has_thickness = "SliceThickness" in place and place.get_item("SliceThickness").value
+    # The header has that of rows first
     return Slice(
         path=path,
         frame=frame,
@@ -337,9 +336,7 @@ def _slice(path: Path, frame: int, header: Dataset, place: Dataset) -> Slice:
         shape=(_whole(path, header, "Columns"), _whole(path, header, "Rows")),
         position=np.array(_numbers(path, place, "ImagePositionPatient", 3)),
         axes=axes / lengths[:, None],
-        spacing=np.array(
-            _numbers(path, place, "PixelSpacing", 2, SIZES)[::-1]
-        ),  # the header has that of rows first
+        spacing=np.array(_numbers(path, place, "PixelSpacing", 2, SIZES)[::-1]),
         thickness=_numbers(path, place, "SliceThickness")[0] if has_thickness else None,
         scale=scale,
     )
@@ -494,23 +491,20 @@ def _pixels(path: Path, num_frames: int) -> np.ndarray:
     with _named(path, "decoded", "replace the file, or convert the series with dcm2niix"):
         whole = pydicom.dcmread(path, force=True)
         meta = whole.file_meta
-        if (
-            "TransferSyntaxUID" not in meta
-        ):  # nor in what lacks a preamble: as pydicom read the rest
+        # Nor in what lacks a preamble: as pydicom read the rest
+        if "TransferSyntaxUID" not in meta:
             implicit, little = whole.original_encoding
             uids = pydicom.uid
             explicit = uids.ExplicitVRLittleEndian if little else uids.ExplicitVRBigEndian
             meta.TransferSyntaxUID = uids.ImplicitVRLittleEndian if implicit else explicit
-        whole.pixel_array_options(
-            correct_unused_bits=False
-        )  # it would cut values that are too large
+        # It would cut values that are too large
+        whole.pixel_array_options(correct_unused_bits=False)
         pixels = whole.pixel_array
         pixels = pixels.reshape(-1, *pixels.shape[-2:])
         size = len(whole.PixelData) if "PixelData" in whole else pixels.nbytes
         is_native = not meta.TransferSyntaxUID.is_compressed
-        if (
-            len(pixels) != num_frames or is_native and size - pixels.nbytes not in (0, 1)
-        ):  # padded to be even
+        # Padded to be even
+        if len(pixels) != num_frames or is_native and size - pixels.nbytes not in (0, 1):
             raise ValueError(
                 f"its {size} bytes of pixels are more than Rows, Columns, BitsAllocated and frames "
                 "make"

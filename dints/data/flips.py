@@ -70,9 +70,8 @@ def sides_of(cases: Sequence[Prepared], task: Task, processes: Processes) -> tor
     pairs = np.array(class_pairs(task), np.int64).reshape(-1, 2)
     counts = torch.zeros(len(pairs), 3, 2, dtype=torch.float64)
     for case in cases:
-        ahead = (
-            case.centres[pairs[:, 0]] - case.centres[pairs[:, 1]]
-        )  # NaN where one is absent: on neither side
+        # NaN where one is absent: on neither side
+        ahead = case.centres[pairs[:, 0]] - case.centres[pairs[:, 1]]
         counts += torch.from_numpy(np.stack([ahead > 0, ahead <= 0], -1))
     return counts.to(processes.device)
 
@@ -92,7 +91,7 @@ def allowed(sides: np.ndarray, task: Task) -> Flips:
         return Flips(
             ALL, (f"flips along {', '.join(AXES)}: one class, which no other can be taken for",)
         )
-    # One case more on each side, or a single case would already tell; nothing is told of classes
+    # One case more on each side, or a single case would already tell; nothing is known of classes
     # that never meet.
     shares = (sides.min(-1) + 1) / (sides.sum(-1) + 2)
     axes, reasons = [], []

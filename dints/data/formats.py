@@ -45,9 +45,7 @@ class Description:
 
 
 def read_dataset(
-    root: str | Path,
-    description: str | Path | None = None,
-    key: str = "training",
+    root: str | Path, description: str | Path | None = None, key: str = "training"
 ) -> tuple[Task, list[Case]]:
     """Read what a dataset is and which labelled cases it has; all their files are checked to exist.
 
@@ -88,9 +86,7 @@ def provenance(
 
 
 def list_cases(
-    root: str | Path,
-    description: str | Path | None = None,
-    key: str = "training",
+    root: str | Path, description: str | Path | None = None, key: str = "training"
 ) -> list[Case]:
     """Read a dataset's cases alone: the description need not say channels and classes.
 
@@ -326,9 +322,8 @@ def read_json(path: str | Path) -> dict:
     Errors name the file, and the line and column where it is malformed.
     """
     try:
-        content = json.loads(
-            Path(path).read_text(encoding="utf-8-sig")
-        )  # Windows' editors put a mark first
+        # Windows' editors put a mark first
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(
             f"{path} does not exist: give the dataset's description with --json, or its folder "
@@ -407,9 +402,8 @@ def _by_number(labels: dict, source: str | Path) -> tuple[str, ...]:
             "needs a class, so "
             "label those voxels, or remove it and the cases that have them"
         )
-    names = {
-        number: name for name, number in labels.items() if type(number) is int
-    }  # true and 1.0 equal 1
+    # True and 1.0 equal 1
+    names = {number: name for name, number in labels.items() if type(number) is int}
     if sorted(names) != list(range(len(labels))):
         raise UserError(
             f"{source}: the numbers of 'labels' must be 0 to {len(labels) - 1}, each once, not "

@@ -33,23 +33,20 @@ class Resampling:
 
     def __init__(self, shape: Sequence[int], affine: np.ndarray, spacing: Sequence[float] | None):
         self.file_shape = tuple(shape)
-        self.turn = nib.orientations.io_orientation(
-            affine
-        )  # to RAS: which axis each becomes, and whether it flips
+        # To RAS: which axis each becomes, and whether it flips
+        self.turn = nib.orientations.io_orientation(affine)
         self.turned_shape = tuple(self.file_shape[axis] for axis in self._axes_of_file)
         turned = affine @ nib.orientations.inv_ornt_aff(self.turn, self.file_shape)
         self.shape, self.affine = self.turned_shape, turned
         if spacing is not None:
             own, spacing = affine_to_spacing(turned), np.asarray(spacing, np.float64)
-            near = (spacing - AFFINE_TOL <= own) & (
-                own <= spacing + AFFINE_TOL
-            )  # such an axis keeps its own
+            # Such an axis keeps its own
+            near = (spacing - AFFINE_TOL <= own) & (own <= spacing + AFFINE_TOL)
             self.affine = zoom_affine(turned, np.where(near, own, spacing), diagonal=False)
             shape, offset = compute_shape_offset(self.turned_shape, turned, self.affine)
             self.shape, self.affine[:3, 3] = tuple(int(count) for count in shape), offset
-        self.matrix = np.linalg.solve(
-            turned, self.affine
-        )  # the grid's indices to those of the turned file
+        # The grid's indices to those of the turned file
+        self.matrix = np.linalg.solve(turned, self.affine)
         same = self.shape == self.turned_shape and (
             np.allclose(self.affine, turned, atol=AFFINE_TOL)
             or np.allclose(self.matrix, np.eye(4), atol=AFFINE_TOL)
@@ -142,9 +139,8 @@ def _resample(
 ) -> np.ndarray:
     """Sample voxels (channels, *spatial) on a grid of ``shape``, placed by ``matrix``."""
     if matrix is None:
-        return voxels.astype(
-            voxels.dtype if nearest else np.float32
-        )  # a copy, so that no stride is negative
+        # A copy, so that no stride is negative
+        return voxels.astype(voxels.dtype if nearest else np.float32)
     if _is_sheared(matrix, shape):
         return _resample_sheared(voxels, matrix, shape, nearest)
     places = _places(matrix, voxels.shape[1:], shape)

@@ -111,7 +111,7 @@ class EpochSampler(Sampler):
 class TrainingLoader:
     """Batches of one rank; ``epoch(n)`` gives those of epoch ``n``, as many as on every rank.
 
-    Workers go on into the next epoch while the network validates. Patches are augmented by them, or
+    Workers prepare the next epoch while the network validates. Patches are augmented by them, or
     on a GPU where the network is on one.
 
     Attributes:
@@ -139,10 +139,8 @@ class TrainingLoader:
             pin_memory=device.type == "cuda",
         )
         self.seconds_waited = 0.0
-        self._batches, self._place = (
-            None,
-            None,
-        )  # iterator, and the epoch and step that it gives next
+        # Iterator, and the epoch and step that it gives next
+        self._batches, self._place = (None, None)
 
     def __len__(self) -> int:
         return self.steps

@@ -24,9 +24,8 @@ GZIP_RATIO = 1032  # deflate cannot pack more bytes than that into one
 GZIP = b"\x1f\x8b"  # what a file begins with
 HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
 CHUNK = 1 << 20  # bytes
-SLACK = (
-    64 << 20
-)  # bytes after the voxels that a compressed file may have: a checksum lies at their end
+# Bytes after the voxels that a compressed file may have: a checksum lies at their end
+SLACK = 64 << 20
 # mm from the scanner's origin. Headers keep places as float32, which at 1e6 mm are steps of 0.06
 # mm, and affines of an image and its label may differ by 0.001 mm. Resampling is in float64, which
 # would do up to 1e15.

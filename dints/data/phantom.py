@@ -34,16 +34,8 @@ log = logging.getLogger(__name__)
 VERSION = 2  # of the recipe: a phantom of another one is replaced
 OWN_FILES = r"dataset\.json|(imagesTr|labelsTr|imagesTs)(/phantom_\w+\.nii\.gz)?"
 MIN_SIZE, MAX_VOXELS = 16, 2**27  # voxels of an axis; of a volume
-ORIENTATIONS = (
-    "RAS",
-    "RAS",
-    "LPS",
-    "RAS",
-    "RAS",
-    "LAS",
-    "RAS",
-    "RAS",
-)  # one is mirrored, as in scanner data
+# One is mirrored, as in scanner data
+ORIENTATIONS = ("RAS", "RAS", "LPS", "RAS", "RAS", "LAS", "RAS", "RAS")
 LESION_FREE_EVERY = 8
 LIVER, LESION = 1, 2
 
@@ -52,17 +44,10 @@ LIVER, LESION = 1, 2
 FIELD_OF_VIEW = (120, 104, 112)
 AIR, FAT, LIVER_HU, LESION_HU = -1000, -100, (54, 66), (22, 38)
 CAVITY = (0, 0), (41, 30)
-TRUNK = (
-    ((0, 0), (52, 41), 10),
-    ((0, 0), (50, 39), FAT),
-    ((0, 0), (47, 36), 52),
-    (*CAVITY, FAT),
-)  # skin, fat, muscle
-SPINE = (
-    ((0, -25), (10, 8), 380),
-    ((0, -25), (8, 6), 170),
-    ((0, -32), (4, 3), 30),
-)  # shell, marrow, canal
+# Skin, fat, muscle
+TRUNK = (((0, 0), (52, 41), 10), ((0, 0), (50, 39), FAT), ((0, 0), (47, 36), 52), (*CAVITY, FAT))
+# Shell, marrow, canal
+SPINE = (((0, -25), (10, 8), 380), ((0, -25), (8, 6), 170), ((0, -32), (4, 3), 30))
 ORGANS = (
     ((23, -14, -17), (8, 7, 15), LESION_HU),  # kidneys
     ((-23, -14, -12), (8, 7, 15), LESION_HU),
@@ -189,9 +174,8 @@ def _write(folder: Path, description: dict) -> None:
     cases += [("Ts", case, [path]) for case, path in enumerate(description["test"])]
     seed, shape, spacing = (description["phantom"][key] for key in ("seed", "shape", "spacing"))
     for split, case, paths in tqdm(cases, desc="phantom", unit="case", disable=None):
-        for volume, path in zip(
-            make_case(seed, case, split, shape, spacing), paths, strict=False
-        ):  # or image alone
+        # Or image alone
+        for volume, path in zip(make_case(seed, case, split, shape, spacing), paths, strict=False):
             nib.save(volume, folder / path)
     (folder / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 

@@ -28,9 +28,8 @@ Ranges = Mapping[str, Sequence]
 
 def sizes(header: Header) -> tuple[np.ndarray, np.ndarray]:
     """Return mm between voxels, and mm of the volume, along the axes of the body (`AXES`)."""
-    axes = np.abs(header.affine[:3, :3] / header.spacing).argmax(
-        0
-    )  # of space, for each axis of the file
+    # Of space, for each axis of the file
+    axes = np.abs(header.affine[:3, :3] / header.spacing).argmax(0)
     if len({*axes.tolist()}) < 3:  # oblique by more than 45 degrees, so that two point the same way
         axes = np.arange(3)
     order = axes.argsort()

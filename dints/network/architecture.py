@@ -268,9 +268,8 @@ def _plain(value: object) -> object:
 
 
 def _whole_numbers(value: object, key: str, source: str) -> np.ndarray:
-    if (
-        isinstance(value, torch.Tensor) and value.numel() > _MAX_BLOCKS * 3 * _MAX_DEPTHS
-    ):  # in the file, perhaps 1 number
+    # In the file, perhaps 1 number
+    if isinstance(value, torch.Tensor) and value.numel() > _MAX_BLOCKS * 3 * _MAX_DEPTHS:
         raise _unusable(
             source, f"'{key}' has shape {tuple(value.shape)}, too large for an architecture"
         )

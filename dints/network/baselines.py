@@ -59,7 +59,7 @@ def u_shaped(
     skip_connections: bool = False,
 ) -> Architecture:
     """Make a U: down a depth a block, along the bottom while blocks are left, and up; every depth
-    on the way goes on.
+    on the way continues.
 
     It starts and ends at depth 0. Where the blocks are too few for the deepest level, it reaches
     ``num_blocks // 2``. Every path holds conv_3x3x3.

@@ -116,7 +116,7 @@ def draw_architecture(
 
     Raises:
         UserError: the files cannot be written, or graphviz's ``dot`` is missing or fails. The
-            source is on disk by then, so that a search may catch it, warn and go on.
+            source is on disk by then, so that a search may catch it, warn and continue.
     """
     return _write(_graph_of(architecture, caption), filename, directory, format)
 

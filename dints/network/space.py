@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.networks.nets.dints import DiNTS, TopologySearch
-from torch import nn
 
 from dints.errors import UserError
 from dints.network import decoding
@@ -259,13 +258,6 @@ class SearchSpace(TopologySearch):
         if self.keep_finest:
             info["keep_finest"] = True
         return Architecture(*codes, self.operations, self.use_downsample, info)
-
-    def without_weights(self) -> SearchSpace:
-        """Remove the cells and their weights, in place: what is left, on the CPU, decodes as
-        before.
-        """
-        self.cell_tree = nn.ModuleDict()
-        return self.cpu()
 
     def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:
         """Mix all paths and operations by their probabilities.

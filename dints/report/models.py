@@ -20,7 +20,7 @@ from dints.report import plots
 log = logging.getLogger(__name__)
 
 LONGEST = 200  # characters of a value that an unknown file may hold
-# Keys of a model file, as people are told them; what is absent is left out.
+# Keys of a model file, in words; what is absent is left out.
 OF_TRAINING = {
     "recipe": "recipe",
     "augmentation": "augmentation",

@@ -212,7 +212,7 @@ def percent(value: float | None) -> str:
 
 
 def remarks_on(batch: Batch) -> list[list[str]]:
-    """Return what is to be told of each case."""
+    """Return the remarks on each case."""
     volumes = np.array([result.volumes for result in batch.results])
     unusual = results.unusual_volumes(volumes, batch.task.class_names[1:])
     remarks = []

@@ -20,7 +20,7 @@ from dints.evaluation.scores import NAN, Row, score_case
 from dints.report.overlays import Overlay, overlay
 
 TOLERANCE_MM = 1.0  # of the surface Dice, as of evaluate.py
-# times the quartiles' distance beyond them, a volume is told: where a box plot's whiskers end
+# times the quartiles' distance beyond them, a volume is reported: where a box plot's whiskers end
 WHISKERS = 1.5
 LEAST_CASES = 8  # that a volume is compared with
 

@@ -143,10 +143,7 @@ class Run:
         self.precision = choose_precision(name, self.processes)
 
     def restore(
-        self,
-        losses: Sequence[str] = (),
-        class_names: Sequence[str] | None = None,
-        **parts: object,
+        self, losses: Sequence[str] = (), class_names: Sequence[str] | None = None, **parts: object
     ) -> None:
         """Load the stored state into the parts, or save that of a new run.
 

@@ -55,7 +55,7 @@ def _pool() -> tuple[int, int]:
 
 class _Replaying(nn.Module):
     """Has its ``forward`` replaced by PyTorch in place of the network's, which copies and
-    validations go on using.
+    validations keep using.
     """
 
     def __init__(self, network: nn.Module, precision: Precision):

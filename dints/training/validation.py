@@ -21,9 +21,8 @@ from dints.training.steps import to_device
 from dints.training.windows import SlidingWindow, slab_axis
 
 SLAB = 16  # planes of a volume whose predictions are counted at once
-MANY_SCORES = (
-    2**29
-)  # numbers, 2 GiB: a volume's class scores, when they are no longer all kept at once
+# Numbers, 2 GiB: a volume's class scores, when they are no longer all kept at once
+MANY_SCORES = 2**29
 
 
 @dataclass(frozen=True)

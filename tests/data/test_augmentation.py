@@ -58,14 +58,8 @@ PUBLISHED: dict[str, tuple[Callable[[], MapTransform], Callable[[MapTransform], 
         lambda: RandGaussianSmoothd(["image"], **SIGMAS, prob=1.0),
         lambda t: (t.rand_smooth.x, t.rand_smooth.y, t.rand_smooth.z),
     ),
-    "scale": (
-        lambda: RandScaleIntensityd(["image"], 0.3, prob=1.0),
-        lambda t: 1 + t.scaler.factor,
-    ),
-    "shift": (
-        lambda: RandShiftIntensityd(["image"], 0.1, prob=1.0),
-        lambda t: t.shifter._offset,
-    ),
+    "scale": (lambda: RandScaleIntensityd(["image"], 0.3, prob=1.0), lambda t: 1 + t.scaler.factor),
+    "shift": (lambda: RandShiftIntensityd(["image"], 0.1, prob=1.0), lambda t: t.shifter._offset),
     "flip": (
         lambda: Compose([RandFlipd(KEYS, spatial_axis=axis, prob=1.0) for axis in range(3)]),
         lambda t: (0, 1, 2),

@@ -270,7 +270,7 @@ BAD = {
     "RescaleSlope": [*NUMBERS, b"1\\1 ", b"0 "],
     "RescaleIntercept": [*NUMBERS, b"1\\1 "],
     "ImagePositionPatient": [
-        *(*NUMBERS, b"1\\2 ", b"1\\2\\nan", b"1\\2\\3\\4 ", b"0\\0\\0 ", b"0\\0\\1e30"),
+        *(*NUMBERS, b"1\\2 ", b"1\\2\\nan", b"1\\2\\3\\4 ", b"0\\0\\0 ", b"0\\0\\1e30")
     ],
     "ImageOrientationPatient": [
         *(*NUMBERS, b"1\\0\\0\\0\\1 ", b"0\\0\\0\\0\\0\\0 ", b"2\\0\\0\\0\\2\\0 "),

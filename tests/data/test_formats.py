@@ -86,10 +86,7 @@ READ_TASKS = [
         msd({"1": "CT", "0": "CT"}, {"0": "background", "1": "pancreas"}),
         replace(TASKS["Task07_Pancreas"], num_channels=2, class_names=("background", "pancreas")),
     ),
-    (
-        msd({"0": "ct"}, {"1": "bone", "0": "background"}),
-        unknown("Lowercase", "CT", 1, BONE),
-    ),
+    (msd({"0": "ct"}, {"1": "bone", "0": "background"}), unknown("Lowercase", "CT", 1, BONE)),
     (msd({"0": "CT", "1": "PET"}, B_X), unknown("PET-CT", "MRI", 2, ("b", "x"))),
     # nnU-Net v2: numbers of names, in any order; the one with 0 is the background.
     (

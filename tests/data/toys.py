@@ -43,10 +43,7 @@ def voxels_of(path: str | Path) -> np.ndarray:
 
 
 def make_case(
-    folder: Path,
-    shape: tuple[int, ...] = (20, 20, 20),
-    num_channels: int = 1,
-    seed: int = 0,
+    folder: Path, shape: tuple[int, ...] = (20, 20, 20), num_channels: int = 1, seed: int = 0
 ) -> Case:
     """Write noise, with a block of either foreground class."""
     label = np.zeros(shape, np.uint8)

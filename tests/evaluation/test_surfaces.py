@@ -100,10 +100,7 @@ def test_empty_masks():
         assert (
             surface_distances(*masks, UNIT).surface_dice(1),
             surface_distances(*masks, UNIT).hausdorff(),
-        ) == (
-            0,
-            np.inf,
-        )
+        ) == (0, np.inf)
     nothing = surface_distances(empty, empty, UNIT)
     assert np.isnan(nothing.surface_dice(1)) and np.isnan(nothing.hausdorff())
     same = surface_distances(full, full, UNIT)

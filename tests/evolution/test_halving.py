@@ -55,10 +55,7 @@ def ledger(
 
 @pytest.mark.parametrize(
     ("count", "expected"),
-    [
-        (20, [Rung(20, 250), Rung(5, 500), Rung(3, 1000)]),
-        (8, [Rung(8, 250), Rung(2, 500)]),
-    ],
+    [(20, [Rung(20, 250), Rung(5, 500), Rung(3, 1000)]), (8, [Rung(8, 250), Rung(2, 500)])],
 )
 def test_rungs(count, expected):
     assert rungs(count, 1000) == expected

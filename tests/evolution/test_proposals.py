@@ -103,11 +103,8 @@ def test_without_the_operations_of_hand_made_ones_there_are_others():
         return [member.kind for member in proposed(3, ["by_hand", "random"], limits, [], seed=0)]
 
     assert made("skip_connect", "conv_3x3x1") == ["random"] * 3
-    assert made("conv_3x3x3") == [
-        "by_hand",
-        "random",
-        "random",
-    ]  # the second U would be the first one
+    # The second U would be the first one
+    assert made("conv_3x3x3") == ["by_hand", "random", "random"]
 
 
 def test_a_share_of_every_path_is_that_of_the_dearest_network():

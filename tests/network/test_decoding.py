@@ -130,14 +130,3 @@ def test_the_smallest_feasible_ratio_holds_for_any_operations(keep_finest):
         assert space.architecture(least).info["ram_ratio"] <= least * (1 + 1e-8)
     # the last operation is one of the dearest
     assert least == pytest.approx(all_architectures(space)[1].min())
-
-
-def test_without_weights_it_decodes_as_before():
-    space = SearchSpace(0.25, 3, 3)
-    space.log_alpha_a.data.normal_(0, 3)
-    space.log_alpha_c.data.normal_(0, 3)
-    budget = 1.2 * space.feasible_ram_ratio()
-    before = [space.architecture(share).codes() for share in (None, budget)]
-    kept = space.without_weights()
-    assert {name for name, _ in kept.named_parameters()} == {"log_alpha_a", "log_alpha_c"}
-    assert [kept.architecture(share).codes() for share in (None, budget)] == before

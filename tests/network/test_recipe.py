@@ -56,11 +56,8 @@ def test_the_published_search_and_ours_take_the_same_course(
     dtype, iterations, tolerance, monkeypatch
 ):
     """Two thirds of the iterations also train the architecture."""
-    for threshold in (
-        "MIN_MULTIPLY_ADDS",
-        "MIN_WEIGHTS",
-        "MIN_WEIGHTS_OF_PRODUCT",
-    ):  # all ways, however small the size
+    # All ways, however small the size
+    for threshold in ("MIN_MULTIPLY_ADDS", "MIN_WEIGHTS", "MIN_WEIGHTS_OF_PRODUCT"):
         monkeypatch.setattr(layers, threshold, 0)
     precision = Precision("fp32", torch.device("cpu"))
     theirs = published.Search(3, 3, 0.125, 1, TASK.num_classes, precision, learning_rate_arch=0.01)
@@ -86,9 +83,8 @@ def test_the_published_search_and_ours_take_the_same_course(
             losses[iteration, 2] = theirs.architecture_step(*other.values(), progress)
             losses[iteration, 3] = arch.step(other, progress)
     assert np.abs(losses[:, ::2] - losses[:, 1::2]).max() < tolerance
-    assert (
-        losses[-10:, 0].mean() < 0.9 * losses[:10, 0].mean()
-    )  # both learn, or the comparison shows nothing
+    # Both learn, or the comparison shows nothing
+    assert losses[-10:, 0].mean() < 0.9 * losses[:10, 0].mean()
     assert all(
         (alpha - start).abs().max() > 0.05 for alpha, start in zip(alphas, starts, strict=True)
     )

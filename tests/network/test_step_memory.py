@@ -22,12 +22,7 @@ from dints.network.cost import activation_bytes, cost
 from dints.network.discrete import DiscreteNetwork
 from dints.network.step_memory import check_memory, within_supernet
 from dints.running import machine
-from dints.settings import (
-    PatchSettings,
-    RetrainingSettings,
-    RunSettings,
-    TrainingMachineSettings,
-)
+from dints.settings import PatchSettings, RetrainingSettings, RunSettings, TrainingMachineSettings
 from dints.training.steps import WeightsTrainer
 
 MEMORY = pytest.mark.fault("GPU or host memory exhausted")

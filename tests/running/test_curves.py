@@ -103,9 +103,8 @@ def test_pictures_leave_out_what_has_no_values(tmp_path, pictures):
         assert legend(pictures[name][0]) == expected
     time = {"iteration": [10], "seconds": [60]}
     draw(tmp_path, {**time, "loss": [3]}, {**time, "dice": [0.5], "dice_spleen": [0.5]})
-    assert legend(pictures["validation_metric.png"][0]) == [
-        "spleen"
-    ]  # of one class, the mean says nothing
+    # Of one class, the mean says nothing
+    assert legend(pictures["validation_metric.png"][0]) == ["spleen"]
     draw(tmp_path, {**time, "loss": [3]}, {**time, "dice": [0.5], "dice_a": [""], "dice_b": [0.5]})
     assert legend(pictures["validation_metric.png"][0]) == ["mean", "b"]
 

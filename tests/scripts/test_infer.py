@@ -578,12 +578,7 @@ class TestBatches:
 
     @pytest.mark.parametrize(
         ("change", "again"),
-        [
-            ("image", ["b"]),
-            ("mask", ["b"]),
-            ("note", ["b"]),
-            ("model", ["a", "b", "c"]),
-        ],
+        [("image", ["b"]), ("mask", ["b"]), ("note", ["b"]), ("model", ["a", "b", "c"])],
     )
     def test_what_has_changed_is_done_again(self, tmp_path, images, segmented, change, again):
         out = infer(tmp_path / "out", "--input", images)

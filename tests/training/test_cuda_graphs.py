@@ -85,9 +85,8 @@ def graphs(monkeypatch):
         ("synchronize", lambda: None),
     ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    with torch.backends.mkldnn.flags(
-        enabled=False
-    ):  # whose tensors of its own cannot be written into
+    # Whose tensors of its own cannot be written into
+    with torch.backends.mkldnn.flags(enabled=False):
         yield made
     cuda_graphs._pool.cache_clear()
 
