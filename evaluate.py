@@ -132,7 +132,7 @@ def main(settings: EvaluateSettings) -> None:
 
 
 def check(pairs: list[Pair], names: tuple[str, ...] | None) -> dict[int, str]:
-    """Read every mask, so that a bad one is reported before the first is scored; return the classes by
+    """Read every mask, so that a bad one is named before any is scored; return the classes by
     label.
     """
     found = []

@@ -147,7 +147,7 @@ def _plain(value: object) -> object:
 
 def _add_group(parser: Parser, group: type) -> None:
     title, _, text = inspect.cleandoc(group.__doc__).partition("\n\n")
-    title = title.rstrip(".").lower()
+    title = title[:1].lower() + title[1:].rstrip(".")
     for field in dataclasses.fields(group):
         own = field.metadata
         settings = {"help": own["help"], **own["settings"]}
