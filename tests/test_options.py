@@ -100,7 +100,7 @@ def test_help_lists_groups_defaults_and_those_of_recipes(capsys):
         parse(ToySettings, "It does.", ["-h"])
     said = " ".join(capsys.readouterr().out.split())
     assert said.startswith("usage: ") and "--root ROOT [options] It does." in said
-    assert "toy group: " in said and "second line" not in said
+    assert "toy group: " in said and "With a second line." in said
     assert "numbers (default: 3 4)" in said and "a flag" in said
     assert "of a recipe (default: 0.0; 0.99 in the recommended recipe)" in said
 

@@ -135,7 +135,10 @@ def test_given_architectures_compete_and_others_in_their_place_are_refused(phant
     evolve(phantom, tmp_path / "run", FLAGS, *more)
     kinds = [row["kind"] for row in table(tmp_path / "run")]
     assert sorted(kinds) == ["given", "given", "mutant", "mutant"]
+    moved = [path.rename(path.with_stem(f"moved_{path.stem}")) for path in given]
+    evolve(phantom, tmp_path / "run", FLAGS, "--candidates 4 --arch_ckpt", *moved)  # is resumed
     save_architecture(given[0], chain(0, 1, 1, num_depths=2))
+    save_architecture(given[1], chain(0, 0, 0, num_depths=2))
     with pytest.raises(UserError, match="belongs to a run with other settings .given changed"):
         evolve(phantom, tmp_path / "run", FLAGS, *more)
 
