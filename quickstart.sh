@@ -42,13 +42,12 @@ space=(--num_blocks 4 --num_depths 3 --channel_mul 0.25 --use_downsample yes --o
 OUTPUT_ROOT="$results/search" FACTOR_RAM_COST="$memory" bash search_dints.sh \
   --recipe recommended "${space[@]}" --num_images_per_batch 2 --learning_rate_arch 0.02 \
   --num_iterations "${SEARCH_ITERATIONS:-100}" --num_epochs 100 --num_epochs_warmup 33 --num_epochs_per_validation 100
-searched="$(ls -t "$results"/search/search_code_*.pth | head -n 1)"
 
 step "4 of 7: search by evolution"
 # What was found competes at equal memory with a U shape and with mutants of the better one, in trainings of a quarter
 # of the iterations.
 (launch evolve_dints.py --root "$DATA_ROOT" --fold "$FOLD" --num_folds "$NUM_FOLDS" --output_root "$results/evolve" \
-  --recipe recommended "${space[@]}" --factor_ram_cost "$memory" --arch_ckpt "$searched" \
+  --recipe recommended "${space[@]}" --factor_ram_cost "$memory" --arch_ckpt "$results"/search/search_code_*.pth \
   --candidates 4 --num_iterations "${CANDIDATE_ITERATIONS:-600}")
 export ARCH_CKPT="$results/evolve/search_code_winner.pth"
 
