@@ -119,8 +119,7 @@ class Cache:
         except OSError as error:
             raise UserError(
                 f"--cache_dir {self.folder} cannot be used: {error.strerror or error}; free some "
-                "space, or give "
-                "another folder"
+                "space, or give another folder"
             ) from error
 
     def _key(self, case: Case) -> str:
@@ -203,8 +202,7 @@ def _choose_mode(mode: str, num_cases: int, needed: int, folder: Path, num_nodes
     if mode == "ram" and needed > memory:
         raise UserError(
             f"--cache ram: {num_cases} cases take {machine.gib(needed)} of memory, and "
-            f"{machine.gib(memory)} are free: "
-            "use --cache disk, a larger machine, or more nodes"
+            f"{machine.gib(memory)} are free: use --cache disk, a larger machine, or more nodes"
         )
     return mode
 

@@ -57,8 +57,7 @@ def check_cases(cases: Sequence[Case], task: Task) -> None:
     if len(faults) > 1:
         raise UserError(
             f"{len(faults)} of {len(cases)} cases cannot be used (search_dints.py --check lists "
-            "them), for example "
-            f"{faults[0]}"
+            f"them), for example {faults[0]}"
         )
     for fault in faults:
         raise fault
@@ -104,10 +103,8 @@ def case_faults(case: Case, task: Task, trust_shapes: bool | None = None) -> Ite
     if case.num_channels != task.num_channels:
         yield (
             f"{first.path} has {case.num_channels} channel{'' if case.num_channels == 1 else 's'} "
-            "of shape "
-            f"{first.shape}; {task.name} has {task.num_channels}: fix or remove the case, or the "
-            "channels in "
-            "dataset.json"
+            f"of shape {first.shape}; {task.name} has {task.num_channels}: fix or remove the case, "
+            "or the channels in dataset.json"
         )
     grid = resampling_of(case, task).shape
     if np.prod(grid, dtype=object) > MAX_GRID or max(grid) == 1 < max(first.shape):
@@ -115,23 +112,19 @@ def case_faults(case: Case, task: Task, trust_shapes: bool | None = None) -> Ite
             f"{first.path} would become {' x '.join(map(str, grid))} voxels at a spacing of "
             f"{' x '.join(f'{size:.4g}' for size in task.spacing)} mm; its own is "
             f"{' x '.join(f'{size:.4g}' for size in first.spacing)} mm: fix its header, give "
-            "another --spacing, or "
-            "remove the case"
+            "another --spacing, or remove the case"
         )
     for other in [*case.headers[1:], *([] if label is None else [label])]:
         if other.shape != first.shape:
             yield (
                 f"{other.path} has shape {other.shape}, but its image {first.path} has "
-                f"{first.shape}: "
-                "fix or remove the case"
+                f"{first.shape}: fix or remove the case"
             )
         elif not trust_shapes and np.abs(other.affine - first.affine).max() > AFFINE_TOLERANCE:
             yield (
                 f"{other.path} lies elsewhere than its image {first.path} (their affines differ by "
-                "up to "
-                f"{np.abs(other.affine - first.affine).max():.3g}): fix or remove the case, or "
-                "give --trust_shapes to "
-                "take the image's place for both"
+                f"up to {np.abs(other.affine - first.affine).max():.3g}): fix or remove the case, "
+                "or give --trust_shapes to take the image's place for both"
             )
     if label is not None and label.num_channels != 1:
         yield (
@@ -188,16 +181,13 @@ def read_label(header: Header, task: Task) -> np.ndarray:
         if len(values) > MAX_CLASSES:
             raise UserError(
                 f"{header.path} holds {values[0]:g}{others} in {int(wrong.sum())} voxels, where "
-                f"{task.name} has the "
-                f"labels 0 to {task.num_classes - 1}: it looks like an image: give the label's "
-                "path in "
-                "dataset.json"
+                f"{task.name} has the labels 0 to {task.num_classes - 1}: it looks like an image: "
+                "give the label's path in dataset.json"
             )
         raise UserError(
             f"{header.path} holds the label {first}{others} in {int(wrong.sum())} voxels; "
-            f"{task.name} has the "
-            f"labels 0 to {task.num_classes - 1}: fix or remove the case, or the labels in "
-            "dataset.json"
+            f"{task.name} has the labels 0 to {task.num_classes - 1}: fix or remove the case, or "
+            "the labels in dataset.json"
         )
     return label
 

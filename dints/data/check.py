@@ -167,8 +167,7 @@ def _compare_voxels(cases: Sequence[Case], folds: Sequence[int], reports: Sequen
         else:
             report.errors.append(
                 f"{finding}, but they are in the folds {folds[number]} and {folds[other]}, so that "
-                "one is trained on "
-                "where the other is validated: remove one of the cases"
+                "one is trained on where the other is validated: remove one of the cases"
             )
 
 
@@ -197,8 +196,7 @@ def _compare_grids(
             if (np.maximum(value / median, median / value) > FAR).any():
                 report.warnings.append(
                     f"{path} is far from the others in {what}: {_times(value, form)}, where the "
-                    "median is "
-                    f"{_times(median, form)}: look at its header"
+                    f"median is {_times(median, form)}: look at its header"
                 )
     for _, report in read:
         faults = case_faults(report.case, task)
@@ -211,9 +209,8 @@ def _compare_grids(
     if len(thin) > max(1, len(read) // 2):  # as thick slices make it, and no header is wrong
         whole.warnings.append(
             f"{len(thin)} of {len(reports)} cases have fewer than {THIN} voxels along an axis of "
-            "the task's grid, for "
-            f"example {thin[0][0]} with {_times(thin[0][2])}: there is little to learn in 3D along "
-            "it"
+            f"the task's grid, for example {thin[0][0]} with {_times(thin[0][2])}: there is little "
+            "to learn in 3D along it"
         )
         return
     for path, report, grid in thin:

@@ -301,8 +301,7 @@ def _slice(path: Path, frame: int, header: Dataset, place: Dataset) -> Slice:
     ):
         raise UserError(
             f"{path} holds colours (SamplesPerPixel {header.SamplesPerPixel}, "
-            "PhotometricInterpretation "
-            f"{_shown(colours)}), not one value a voxel: replace the file"
+            f"PhotometricInterpretation {_shown(colours)}), not one value a voxel: replace the file"
         )
     if "ModalityLUTSequence" in header:
         raise UserError(
@@ -323,8 +322,7 @@ def _slice(path: Path, frame: int, header: Dataset, place: Dataset) -> Slice:
     if np.abs(axes @ axes.T - np.eye(2)).max() > 2 * PERPENDICULAR:
         raise UserError(
             f"{path} has ImageOrientationPatient {_shown(place.ImageOrientationPatient)}, not two "
-            "unit vectors at a "
-            "right angle: replace the file"
+            "unit vectors at a right angle: replace the file"
         )
     # It may be there and empty
     has_thickness = "SliceThickness" in place and place.get_item("SliceThickness").value
@@ -430,8 +428,7 @@ def _geometry(slices: Sequence[Slice], folder: Path) -> tuple[np.ndarray, list[i
         if not SIZES[0] <= (slices[0].thickness or 0) <= SIZES[1]:
             raise UserError(
                 f"{slices[0].path} is a series of one slice, and its SliceThickness is "
-                f"{slices[0].thickness}, not a "
-                "number of mm: replace the file"
+                f"{slices[0].thickness}, not a number of mm: replace the file"
             )
         affine[:3, 2] = normal * slices[0].thickness
     else:

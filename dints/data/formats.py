@@ -269,8 +269,7 @@ def _cases_of_nnunet_folders(description: Description) -> list[Case]:
     if not labels:
         raise UserError(
             f"{source} lists no cases, and {root / 'labelsTr'} has no {ending} file: complete the "
-            "dataset, correct "
-            "'file_ending', or give its folder with --root"
+            "dataset, correct 'file_ending', or give its folder with --root"
         )
     num_channels = len(channel_names(description))
     listed = []
@@ -368,8 +367,7 @@ def _class_names(description: Description) -> tuple[str, ...]:
         regions = [name for name, value in labels.items() if isinstance(value, list)]
         raise UserError(
             f"{source}: 'labels' has regions, lists of numbers ({', '.join(regions)}), which are "
-            "not supported: "
-            f"give each class one number of its own, {EXAMPLES['labels']}"
+            f"not supported: give each class one number of its own, {EXAMPLES['labels']}"
         )
     classes = (
         _by_number(labels, source)
@@ -388,8 +386,7 @@ def _class_names(description: Description) -> tuple[str, ...]:
     if len(classes) > MAX_CLASSES:
         raise UserError(
             f"{source}: 'labels' has {len(classes)} values; at most {MAX_CLASSES}, background "
-            "included, are supported: "
-            "merge classes"
+            "included, are supported: merge classes"
         )
     return classes
 
@@ -399,8 +396,7 @@ def _by_number(labels: dict, source: str | Path) -> tuple[str, ...]:
     if "ignore" in labels:
         raise UserError(
             f"{source}: 'labels' has nnU-Net's 'ignore' label, which is not supported: every voxel "
-            "needs a class, so "
-            "label those voxels, or remove it and the cases that have them"
+            "needs a class, so label those voxels, or remove it and the cases that have them"
         )
     # True and 1.0 equal 1
     names = {number: name for name, number in labels.items() if type(number) is int}
@@ -455,8 +451,7 @@ def _file_names(folder: Path, ending: str, source: str | Path) -> list[str]:
     except OSError as error:
         raise UserError(
             f"{source} lists no cases, and {folder} cannot be read ({error.strerror}): complete "
-            "the dataset, or give "
-            "its folder with --root"
+            "the dataset, or give its folder with --root"
         ) from error
     return sorted(name for name in found if name.endswith(ending) and not name.startswith("."))
 
@@ -485,6 +480,5 @@ def _check_count(images: Sequence[str], description: Description, place: str) ->
     if len(images) != len(channels):
         raise UserError(
             f"{description.source}: {place} has {len(images)} image files for {len(channels)} "
-            "channels "
-            f"({', '.join(channels)}): list one a channel"
+            f"channels ({', '.join(channels)}): list one a channel"
         )

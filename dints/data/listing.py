@@ -146,8 +146,7 @@ def check_files(cases: Sequence[Case], source: str | Path, root: str | Path) -> 
     if wrong:
         raise UserError(
             f"{len(wrong)} of the {len(files)} files that {source} lists do not end in .nii or "
-            ".nii.gz, for example "
-            f"{wrong[0]}: convert them to NIfTI"
+            f".nii.gz, for example {wrong[0]}: convert them to NIfTI"
         )
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
@@ -161,8 +160,7 @@ def check_files(cases: Sequence[Case], source: str | Path, root: str | Path) -> 
             )
         raise UserError(
             f"{len(missing)} of the {len(files)} files that {source} lists are not under --root "
-            f"{root}, "
-            f"for example {', '.join(missing[:3])}: {remedy}"
+            f"{root}, for example {', '.join(missing[:3])}: {remedy}"
         )
     _check_unique(cases, source, _real_paths(files))
 

@@ -187,8 +187,7 @@ def _parse_header(path: str, start: bytes) -> Header:
         dimensions = " x ".join(map(str, shape))
         raise UserError(
             f"{path} is a {len(shape)}D image ({dimensions}) where a volume of 3 dimensions is "
-            "expected: fix or "
-            "remove the case"
+            "expected: fix or remove the case"
         )
     if nifti.get_data_dtype().fields or nifti.get_data_dtype().kind not in "iufb":
         raise UserError(
@@ -198,16 +197,14 @@ def _parse_header(path: str, start: bytes) -> Header:
     if not _spans_space(affine):
         raise UserError(
             f"{path} has an affine whose axes span no volume ({affine[:3].tolist()}): fix its "
-            "header, or remove the "
-            "case"
+            "header, or remove the case"
         )
     origin = affine[:3, 3]
     if np.abs(origin).max() > FARTHEST:
         place = ", ".join(f"{along:g}" for along in origin)
         raise UserError(
             f"{path} has its first voxel at {place} mm, and places beyond {FARTHEST:g} mm are too "
-            "coarse in a header: "
-            "correct its affine, or remove the case"
+            "coarse in a header: correct its affine, or remove the case"
         )
     return Header(path, shape[:3], shape[3] if len(shape) == 4 else 1, affine, nifti)
 

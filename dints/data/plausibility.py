@@ -101,8 +101,7 @@ def unusual_intensities(image: np.ndarray, ranges: Ranges) -> list[str]:
         if not low - margin <= value <= high + margin:
             found.append(
                 f"the {what} of its intensities in the window is {value:.2f}, where training cases "
-                f"have {low:.2f} to "
-                f"{high:.2f}: are they in Hounsfield units?"
+                f"have {low:.2f} to {high:.2f}: are they in Hounsfield units?"
             )
     return found
 

@@ -55,12 +55,10 @@ class Machine:
         packages = next((folder / "lib").glob("python3*")) / "site-packages"
         (packages / "pip").mkdir()
         (packages / "pip" / "__main__.py").write_text(
-            "import os, shutil, sys\n"
-            "if sys.argv[1] == 'install':\n"
-            "    open(os.environ['LOG'], 'a').write('pip ' + ' '.join(sys.argv[1:]) + '\\n')\n"
-            "    if '-r' in sys.argv:\n"
-            "        shutil.copy(sys.argv[-1], os.environ['LOG'] + '.requirements')\n"
-            "    sys.exit(int(os.environ.get('PIP_FAILS', 0)))\n"
+            "import os, shutil, sys\nif sys.argv[1] == 'install':\n    open(os.environ['LOG'], "
+            "'a').write('pip ' + ' '.join(sys.argv[1:]) + '\\n')\n    if '-r' in "
+            "sys.argv:\n        shutil.copy(sys.argv[-1], os.environ['LOG'] + "
+            "'.requirements')\n    sys.exit(int(os.environ.get('PIP_FAILS', 0)))\n"
         )
         (packages / "torch.py").write_text(
             f"import os\n__version__ = '{TORCH}'\nclass cuda:\n"
