@@ -34,7 +34,8 @@ SPACE = (
 )
 SHORT = "--num_epochs 4 --num_epochs_per_validation 2"
 COMPETITION = (  # since issue 29, and before
-    "evolve_dints.py --num_blocks 2 --num_depths 3 --candidates 4 --memory_mib 4 --num_iterations 8",
+    "evolve_dints.py --num_blocks 2 --num_depths 3 --candidates 4 --memory_mib 4 "
+    "--num_iterations 8",
     "search_dints.py --num_blocks 2 --num_depths 3 --candidates 4 --proposals by_hand random "
     "--memory_mib 4 --candidate_iterations 8",
 )

@@ -108,7 +108,8 @@ def _facts(model: Model, costs: Cost) -> list[tuple[str, str]]:
         ("parameters", f"{costs.parameters:,}"),
         (
             "multiply-adds",
-            f"{costs.gmac:.4g} GMAC a patch of {' x '.join(map(str, model.task.patch_size))} voxels",
+            f"{costs.gmac:.4g} GMAC a patch of "
+            f"{' x '.join(map(str, model.task.patch_size))} voxels",
         ),
         (
             "memory",
