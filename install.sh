@@ -34,6 +34,7 @@ requirements=$here/requirements.txt
 venv=${VENV:-$here/.venv}
 active=${ACTIVE:-0}
 supported_torch='2\.1[123]\.'  # 2.11 to 2.13: benchmarks/older_torch.sh tries the oldest
+scripts="decode_plot, evaluate, evolve_dints, infer_dints, search_dints, train_dints"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # Prints "3.11" for Python 3.11, nothing for a program that does not run: pyenv leaves such on the PATH.
@@ -115,7 +116,7 @@ choose_torch() {
     if ! has_nvidia_gpu; then
         build=cpu why="No NVIDIA GPU"
     else
-        driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed 1q) || driver=""
+        driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n 1p) || driver=""
         if [[ ! $driver =~ ^([0-9]+)\. ]] || ((BASH_REMATCH[1] >= 580)); then return; fi
         build=cu126 exact+=+cu126 why="The NVIDIA driver is $driver, and torch's default build needs 580"
     fi
@@ -136,8 +137,13 @@ install_requirements() {
         die "$python has no pip: install it there first (conda: conda install pip)"
     if [[ $(uname -s) == Linux ]]; then choose_torch; fi
     sed "s/^torch==.*/torch==$torch/" "$requirements" >"$stamp.txt"
-    "$python" -m pip install -r "$stamp.txt" ||
+    if "$python" -m pip install -r "$stamp.txt"; then
+        install_dot
+    elif [[ $active == 1 ]] && (cd "$here" && "$python" -c "import $scripts") 2>/dev/null; then
+        warn "pip could not install all of $requirements: the scripts run with what is there, in versions not tested"
+    else
         die "pip could not install $requirements: see above; a second run continues where this one stopped"
+    fi
     "$python" -c 'import torch
 print(f"torch {torch.__version__}:", "CUDA is available" if torch.cuda.is_available() else "no CUDA, runs on the CPU")'
     if has_nvidia_gpu && ! sees_gpu; then
@@ -196,7 +202,6 @@ main() {
         say "The environment is up to date: ${stamp%/*}"
     else
         install_requirements
-        install_dot
         fingerprint >"$stamp"
     fi
     show_next

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[2]
+INSTALL = PROJECT / "install.sh"
 TORCH = re.search(r"^torch==(\S+)", (PROJECT / "requirements.txt").read_text(), re.MULTILINE).group(
     1
 )
@@ -30,7 +31,7 @@ if sys.argv[1] == "install":
         print("pip", *sys.argv[1:], file=log)
     if "-r" in sys.argv:
         open(os.environ["LOG"] + ".requirements", "w").write(open(sys.argv[-1]).read())
-    sys.exit("--index-url" in sys.argv and "NO_INDEX" in os.environ)
+    sys.exit("NO_INDEX" in os.environ and os.environ["NO_INDEX"] in sys.argv)
 """
 STUB = f"""import os
 __version__ = "{TORCH}"
@@ -118,9 +119,9 @@ OLD_DRIVER = {"DRIVER": "535.161.08"}
     ("there", "environment", "build", "code"),
     [
         ("1.13.0", {}, "cpu", 0),
-        ("", {"NO_INDEX": "1"}, "cpu", 0),  # the default index serves
+        ("", {"NO_INDEX": "--index-url"}, "cpu", 0),  # the default index serves
         ("", OLD_DRIVER, "cu126", 0),
-        ("", OLD_DRIVER | {"NO_INDEX": "1"}, "cu126", 1),
+        ("", OLD_DRIVER | {"NO_INDEX": "--index-url"}, "cu126", 1),
         (f"{TORCH}+cu126", OLD_DRIVER | {"TORCH_SEES_GPU": "1"}, None, 0),
         ("", {"DRIVER": "580.65.06"}, None, 0),
     ],
@@ -156,6 +157,24 @@ def test_an_older_torch_that_is_supported_is_used(machine, tmp_path, how):
     assert installed == ours.replace(f"torch=={TORCH}", "torch==2.11.0") != ours
     assert (machine.checkout / ".venv").exists() == (how == "TORCH")
     assert "up to date" in machine.install(**environment).stdout
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_an_active_environment_without_a_network_serves_if_the_scripts_run(
+    machine, tmp_path, complete
+):
+    """Nothing else is tried then, as to install dot."""
+    (machine.bin / "dot").unlink()
+    machine.program("conda")
+    machine.venv("mine", TORCH)
+    for name in re.search('^scripts="(.*)"$', INSTALL.read_text(), re.M)[1].split(", "):
+        (machine.checkout / f"{name}.py").touch()
+    (machine.checkout / "train_dints.py").write_text("" if complete else "import not_there")
+    environment = {"PATH": f"{tmp_path}/mine/bin:{machine.bin}", "CONDA_PREFIX": "/somewhere"}
+    result = machine.install("--active", NO_INDEX="-r", **environment)
+    assert result.returncode == (0 if complete else 1), result.stderr
+    assert ("the scripts run with what is there" in result.stderr) == complete
+    assert not any(call.startswith("conda") for call in machine.calls())
 
 
 @linux
