@@ -87,37 +87,23 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = ["128x128x128", "256x256x128", "320x320x321"]
-    parser.add_argument(
-        "--shapes", type=shape_of, nargs="+", default=list(map(shape_of, default)), metavar="XxYxZ"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=7, help="pairs per row, after one that is not counted"
-    )
-    parser.add_argument(
-        "--samples", type=int, default=20, help="in each pair of the rows of samples"
-    )
-    parser.add_argument(
-        "--masks_type", choices=("float", "uint8"), default="float", help="of the published masks"
-    )
-    parser.add_argument(
-        "--no_memory", action="store_true", help="leave the rows of peak memory out"
-    )
-    parser.add_argument(
-        "--memory_of", nargs=3, metavar=("SIDE", "IMAGE", "LABEL"), help=argparse.SUPPRESS
-    )
-    loader = parser.add_argument_group("with --loader")
-    loader.add_argument(
-        "--loader", action="store_true", help="train, and tell the share of waiting for batches"
-    )
-    loader.add_argument("--iterations", type=int, default=12)
-    loader.add_argument("--num_cases", type=int, default=4, help="of 256x256x128")
-    loader.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    loader.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-    loader.add_argument("--compile", choices=("on", "off"), default="off")
-    loader.add_argument("--patch_size", type=int, default=96)
-    loader.add_argument("--channel_mul", type=float, default=1.0)
-    loader.add_argument("--num_workers", type=int, help="default: as the scripts choose it")
+    shapes, add = ["128x128x128", "256x256x128", "320x320x321"], parser.add_argument
+    add("--shapes", type=shape_of, nargs="+", default=[*map(shape_of, shapes)], metavar="XxYxZ")
+    add("--repeats", type=int, default=7, help="pairs per row, after one that is not counted")
+    add("--samples", type=int, default=20, help="in each pair of the rows of samples")
+    masks_help = "of the published masks"
+    add("--masks_type", choices=("float", "uint8"), default="float", help=masks_help)
+    add("--no_memory", action="store_true", help="leave the rows of peak memory out")
+    add("--memory_of", nargs=3, metavar=("SIDE", "IMAGE", "LABEL"), help=argparse.SUPPRESS)
+    add = parser.add_argument_group("with --loader").add_argument
+    add("--loader", action="store_true", help="train, and tell the share of waiting for batches")
+    add("--iterations", type=int, default=12)
+    add("--num_cases", type=int, default=4, help="of 256x256x128")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    add("--patch_size", type=int, default=96)
+    add("--channel_mul", type=float, default=1.0)
+    add("--num_workers", type=int, help="default: as the scripts choose it")
     return parser.parse_args()
 
 
@@ -279,7 +265,7 @@ def memory_of_caching(args: argparse.Namespace) -> float:
 def share_of_waiting(args: argparse.Namespace, folder: Path, processes: Processes) -> str:
     """Train a network on batches of our loader, and tell how long it waited for them."""
     task = replace(TASK, patch_size=(args.patch_size,) * 3)
-    machine = TrainingMachineSettings(precision=args.precision, compile=args.compile)
+    machine = TrainingMachineSettings(precision=args.precision)
     run = begun(folder, processes=processes, machine=machine, num_workers=args.num_workers)
     cases = [write_case((256, 256, 128), number, folder) for number in range(1, args.num_cases + 1)]
     cache = Cache("disk", folder / "cache", task, cores_per_process())
@@ -298,7 +284,7 @@ def share_of_waiting(args: argparse.Namespace, folder: Path, processes: Processe
     steady, waited = ends[-1] - ends[0], waits[-1] - waits[0]
     return (
         f"{args.iterations} iterations of batches of 2, patch {args.patch_size}, channel_mul "
-        f"{args.channel_mul:g}, {run.precision.name}, compile {args.compile}, "
+        f"{args.channel_mul:g}, {run.precision.name}, "
         f"{loader.loader.num_workers} workers, {len(cases)} cases of 256x256x128 on disk: "
         f"{steps.duration(steady / (len(ends) - 1))} an iteration after the first\nwaiting: "
         f"{waited / steady:.2%} without the first batch, {waits[-1] / ends[-1]:.2%} with it "

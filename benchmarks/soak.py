@@ -309,14 +309,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=50, help="of saves")
-    parser.add_argument(
-        "--search_kills", type=int, default=10, help="of the search, all its processes"
-    )
-    parser.add_argument("--rank_kills", type=int, default=20, help="of one of two ranks")
-    parser.add_argument("--node_kills", type=int, default=3, help="of one of two nodes' processes")
-    parser.add_argument("--seed", type=int, default=0, help="of the times")
-    parser.add_argument("--output", type=Path, help="write the output into this file too")
+    add = parser.add_argument
+    add("--kills", type=int, default=50, help="of saves")
+    add("--search_kills", type=int, default=10, help="of the search, all its processes")
+    add("--rank_kills", type=int, default=20, help="of one of two ranks")
+    add("--node_kills", type=int, default=3, help="of one of two nodes' processes")
+    add("--seed", type=int, default=0, help="of the times")
+    add("--output", type=Path, help="write the output into this file too")
     return parser.parse_args()
 
 

@@ -384,8 +384,9 @@ def describe_machine(device: torch.device, precision: Precision, args: argparse.
 
 
 def processor(device: torch.device) -> str:
-    gpu = f", {torch.cuda.get_device_name()}" if device.type == "cuda" else ""
-    return f"{device_name(torch.device('cpu'), torch.get_num_threads())}{gpu}, torch {torch.__version__}"
+    names = [device_name(torch.device("cpu"), torch.get_num_threads())]
+    names += [torch.cuda.get_device_name()] if device.type == "cuda" else []
+    return ", ".join([*names, f"torch {torch.__version__}"])
 
 
 def ceilings(device: torch.device, precision: Precision) -> tuple[float, float]:
