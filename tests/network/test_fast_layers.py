@@ -6,11 +6,9 @@ import copy
 import math
 from dataclasses import replace
 from fractions import Fraction
-from functools import cache
 
 import pytest
 import torch
-import torch.nn.functional as F
 from architectures import chain, everything
 from monai.networks.blocks.dints_block import FactorizedIncreaseBlock
 from torch import nn
@@ -24,7 +22,6 @@ from dints.network.fast.layers import (
     Convolution,
     InstanceNorm,
     Upsample,
-    convolve,
     convolve_side_by_side,
 )
 from dints.network.space import SearchSpace, supernet_of
@@ -34,20 +31,9 @@ SHAPES = {
     "many voxels": (1, 16, 16, (3, 3, 3), 1, (16, 16, 16), "oneDNN"),
     "batch of two": (2, 16, 16, (3, 3, 3), 1, (16, 16, 16), "oneDNN without AVX-512"),
     "pads the first axis": (1, 32, 32, (3, 3, 1), 1, (16, 8, 16), "oneDNN"),
-    "stem": (1, 16, 32, (3, 3, 3), 2, (32, 32, 32), "oneDNN"),
     "few voxels, many weights": (1, 80, 160, (3, 3, 3), 1, (2, 4, 2), "product"),
     "few voxels, stride": (3, 40, 80, (3, 3, 3), 2, (5, 4, 3), "product"),
-    "few voxels in each of many images": (
-        6,
-        64,
-        64,
-        (3, 3, 3),
-        1,
-        (4, 4, 2),
-        "oneDNN without AVX-512",
-    ),
     "few voxels, few weights": (1, 8, 8, (3, 3, 3), 1, (4, 4, 4), "PyTorch"),
-    "one voxel in the kernel": (1, 32, 64, (1, 1, 1), 1, (16, 16, 16), "PyTorch"),
     "one voxel in the kernel, stride": (2, 16, 8, (1, 1, 1), 2, (9, 8, 7), "PyTorch"),
     "odd sizes": (1, 17, 23, (3, 3, 3), 1, (13, 15, 17), "oneDNN"),
 }
@@ -92,10 +78,6 @@ def assert_same(
 
 
 class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(function.__name__)
         return function(*args, **(kwargs or {}))
@@ -104,6 +86,7 @@ class Operations(TorchDispatchMode):
 def way(convolution: nn.Module, image: torch.Tensor) -> str:
     """Tell how a convolution is computed."""
     with Operations() as operations:
+        operations.names = []
         convolution(image)
     ways = {"mkldnn_convolution.default": "oneDNN", "_linear_pointwise.default": "product"}
     return next((ways[name] for name in operations.names if name in ways), "PyTorch")
@@ -114,30 +97,23 @@ def test_a_convolution_is_pytorchs_and_each_shape_goes_its_way(shape, has_avx512
     batch, channels, outputs, kernel, stride, size, expected = shape
     torch.manual_seed(0)
     image = torch.randn(batch, channels, *size)
-    for trained in (("image", "weight"), ("image",), ("weight",)):
-        plain, ours = (
-            each.requires_grad_("weight" in trained)
-            for each in pair(channels, outputs, kernel, stride)
-        )
-        parameters = [
-            list(each.parameters()) if "weight" in trained else [] for each in (plain, ours)
-        ]
-        assert_same(plain, ours, image, parameters, image_trained="image" in trained)
+    plain, ours = pair(channels, outputs, kernel, stride)
+    both = [list(plain.parameters()), list(ours.parameters())]
+    for parameters, image_trained in ((both, True), (([], []), True), (both, False)):
+        assert_same(plain, ours, image, parameters, image_trained)
     if expected == "oneDNN without AVX-512":
         expected = "PyTorch" if has_avx512 else "oneDNN"
     # Without oneDNN, on a processor that is not x86 or has no AVX2, everything stays PyTorch's.
-    assert (way(plain, image), way(ours, image)) == (
-        "PyTorch",
-        expected if layers._HAS_ONEDNN else "PyTorch",
-    )
+    expected = expected if layers._HAS_ONEDNN else "PyTorch"
+    assert (way(plain, image), way(ours, image)) == ("PyTorch", expected)
 
 
 def test_other_convolutions_types_and_places_stay_pytorchs():
-    image = torch.randn(1, 64, 16, 16, 16)
+    image = torch.randn(1, 64, 8, 8, 8)
     for options in ({"bias": True}, {"groups": 2}, {"dilation": 2}, {"padding_mode": "circular"}):
         plain, ours = pair(64, 64, (3, 3, 3), **options)
         assert way(ours, image) == "PyTorch" and torch.equal(ours(image), plain(image))
-    for size in ((16, 16, 16), (2, 2, 2)):
+    for size in ((8, 8, 8), (2, 2, 2)):
         _, ours = pair(64, 64, (3, 3, 3))
         image = torch.randn(1, 64, *size)
         with torch.backends.mkldnn.flags(enabled=False):
@@ -154,7 +130,7 @@ def assert_nearer(result: torch.Tensor, theirs: torch.Tensor, truth: torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [((16, 16, 16), "PyTorch"), ((2, 2, 2), "product")], ids=str
+    ("size", "expected"), [((8, 8, 8), "PyTorch"), ((2, 2, 2), "product")], ids=str
 )
 def test_under_autocast_products_stay_in_fp32(size, expected):
     """Their results are nearer to the truth than PyTorch's in bf16."""
@@ -171,27 +147,22 @@ def test_under_autocast_products_stay_in_fp32(size, expected):
 UNIT = 2**-9  # of bfloat16: the largest relative error of rounding a number to it
 # Tests of bf16 against fp32: of the output, the last axis; and batch and the other axes, which take
 # turns.
-WIDTHS = (*range(1, 9), 12, 24)
+WIDTHS = (1, 2, 3, 4, 7, 16)
 OTHERS = ((1, 2, 4), (2, 1, 2), (1, 4, 3))
-CHANNELS = (1, 3, 8, 16, 32, 128)
+CHANNELS = (1, 3, 16, 64)
 
 
-@cache
 def kinds() -> list[tuple]:
-    """List what a network is made of: kernel, stride, padding, whether with a bias, and output for
-    input channels.
-    """
+    """List a network's convolutions: kernel, stride, padding, bias, and outputs for each input."""
     found = set()
     for use_downsample in (True, False):
-        architecture = replace(everything(2, 3), use_downsample=use_downsample)
         with torch.device("meta"):
+            architecture = replace(everything(2, 3), use_downsample=use_downsample)
             network = DiscreteNetwork(architecture, 1, 2, 1 / 16)
         for layer in network.modules():
             if isinstance(layer, nn.Conv3d):
-                ratio = Fraction(layer.out_channels, layer.in_channels)
-                found.add(
-                    (layer.kernel_size, layer.stride, layer.padding, layer.bias is not None, ratio)
-                )
+                shape = layer.kernel_size, layer.stride, layer.padding, layer.bias is not None
+                found.add((*shape, Fraction(layer.out_channels, layer.in_channels)))
     return sorted(found)
 
 
@@ -203,9 +174,7 @@ def in_numbers_of_bfloat16(*shape: int) -> torch.Tensor:
 def results_in(
     kind: torch.dtype, call, image: torch.Tensor, mix: torch.Tensor, parameters
 ) -> list[torch.Tensor]:
-    """Return the result of ``call`` in this type, and the gradients by the image and the
-    parameters.
-    """
+    """Return the result in this type, and the gradients by the image and the parameters."""
     image = image.to(kind).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == torch.bfloat16):
         result = call(image)
@@ -249,7 +218,7 @@ def test_bfloat16_is_fp32_in_every_shape_of_a_network_on_this_machine():
     for kernel, stride, padding, bias, ratio in kinds():
         tolerance = UNIT * (2 + math.sqrt(math.prod(kernel)))
         for channels in {
-            max(count, ratio.denominator) for count in CHANNELS if count * max(ratio, 1) <= 128
+            max(count, ratio.denominator) for count in CHANNELS if count * max(ratio, 1) <= 64
         }:
             plain = nn.Conv3d(channels, int(channels * ratio), kernel, stride, padding, bias=bias)
             for parameter in plain.parameters():
@@ -269,39 +238,31 @@ def test_bfloat16_is_fp32_in_every_shape_of_a_network_on_this_machine():
                 )
                 if not max(found) <= tolerance:
                     wrong.append((kernel, stride, tuple(image.shape), plain.out_channels, found))
-    assert number > 500
+    assert number > 150
     assert not wrong, f"{len(wrong)} of {number} shapes, the first: {wrong[0]}"
 
 
 class Faulty(TorchDispatchMode):
-    """Has the faults of oneDNN 3.12 in bfloat16: NaN where results, or memory that nobody wrote,
-    would be wrong.
-    """
+    """Has oneDNN 3.12's faults in bfloat16: NaN where results, or unwritten memory, are wrong."""
 
-    def __init__(self):
-        super().__init__()
-        self.seen = 0
+    seen = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function is torch.ops.aten.convolution.default and args[0].dtype == torch.bfloat16:
-            return (
-                self._broken(result)
-                if self._strides_wrongly(args[0], args[1], args[3], args[4])
-                else result
-            )
-        if (
-            function is torch.ops.aten.convolution_backward.default
-            and args[1].dtype == torch.bfloat16
-        ):
-            of_image, of_weight, of_bias = result
-            _, image, weight, _, stride, padding = args[:6]
-            if self._strides_wrongly(image, weight, stride, padding):
-                of_image = of_image if of_image is None else self._broken(of_image)
-            if padding[0] and image.shape[2] < weight.shape[2] and of_weight is not None:
-                of_weight = self._broken(of_weight)
-            return of_image, of_weight, of_bias
-        return result
+            image, weight, _, stride, padding = args[:5]
+            wrong = self._strides_wrongly(image, weight, stride, padding)
+            return self._broken(result) if wrong else result
+        backward = torch.ops.aten.convolution_backward.default
+        if function is not backward or args[1].dtype != torch.bfloat16:
+            return result
+        of_image, of_weight, of_bias = result
+        _, image, weight, _, stride, padding = args[:6]
+        if of_image is not None and self._strides_wrongly(image, weight, stride, padding):
+            of_image = self._broken(of_image)
+        if of_weight is not None and padding[0] and image.shape[2] < weight.shape[2]:
+            of_weight = self._broken(of_weight)
+        return of_image, of_weight, of_bias
 
     def _broken(self, result: torch.Tensor) -> torch.Tensor:
         self.seen += 1
@@ -315,16 +276,15 @@ class Faulty(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "stride", "size"),
+    ("kernel", "stride", "size", "bias"),
     [
-        ((3, 3, 3), 2, (4, 6, 2)),
-        ((1, 1, 1), 2, (4, 6, 8)),
-        ((1, 1, 1), 2, (3, 5, 1)),
-        ((3, 1, 1), 1, (2, 4, 4)),
+        ((3, 3, 3), 2, (4, 6, 2), False),
+        ((1, 1, 1), 2, (4, 6, 8), True),
+        ((1, 1, 1), 2, (3, 5, 1), False),
+        ((3, 1, 1), 1, (2, 4, 4), True),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("bias", [False, True])
 def test_no_faulty_kernel_is_called(kernel, stride, size, bias):
     torch.manual_seed(0)
     plain, ours = pair(3, 8, kernel, stride, bias=bias)
@@ -344,30 +304,14 @@ def test_no_faulty_kernel_is_called(kernel, stride, size, bias):
     assert not faulty.seen
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_no_faulty_kernel_is_called_for_several_at_once(groups):
-    """Of two planes, with as many voxels as it takes to join convolutions to one call."""
-    torch.manual_seed(0)
-    plain = [nn.Conv3d(2, 2, 3, padding=1, bias=False) for _ in range(groups)]
-    weights = [convolution.weight for convolution in plain]
-    ours = accelerate(nn.ModuleList(copy.deepcopy(plain)))
-    image, mix = (
-        in_numbers_of_bfloat16(1, 2 * groups, 2, 8, 8),
-        in_numbers_of_bfloat16(1, 2 * groups, 2, 8, 8),
-    )
+def one_by_one(convolutions):
+    """Return a function that computes each of the convolutions on its share of the channels."""
 
-    def one_by_one(whole):
-        return torch.cat(
-            [each(part) for each, part in zip(plain, whole.chunk(groups, 1), strict=True)], 1
-        )
+    def call(whole: torch.Tensor) -> torch.Tensor:
+        shares = zip(convolutions, whole.chunk(len(convolutions), 1), strict=True)
+        return torch.cat([convolution(share) for convolution, share in shares], 1)
 
-    with Faulty() as faulty:
-        for call, own in (
-            (lambda whole: convolve_side_by_side(ours, whole), [*ours.parameters()]),
-            (lambda whole: convolve(torch.cat(weights), whole, groups), weights),
-        ):
-            assert max(errors_in_bfloat16(call, one_by_one, image, mix, own, weights)) < 0.02
-    assert not faulty.seen
+    return call
 
 
 @pytest.mark.parametrize("use_downsample", [True, False])
@@ -416,31 +360,32 @@ def test_a_compiler_is_given_no_faulty_kernel():
     assert (scores - network(image)).norm() < 0.1 * network(image).norm()
 
 
-@pytest.mark.parametrize("size", [(16, 8, 8), (4, 4, 4), (2, 1, 2)], ids=str)
 @pytest.mark.parametrize(
-    ("batch", "kernel"), [(1, (3, 3, 3)), (2, (3, 3, 1)), (2, (1, 1, 1))], ids=str
+    ("size", "batch", "kernel"),
+    [((16, 8, 8), 2, (3, 3, 1)), ((4, 4, 4), 2, (1, 1, 1)), ((2, 1, 2), 1, (3, 3, 3))],
+    ids=str,
 )
 def test_convolutions_side_by_side_are_those_one_by_one(size, batch, kernel, has_avx512):
     channels, groups = 40, 3
     torch.manual_seed(0)
-    plain = [
-        nn.Conv3d(channels, channels, kernel, 1, [k // 2 for k in kernel], bias=False)
-        for _ in range(groups)
-    ]
-    ours = accelerate(nn.ModuleList(copy.deepcopy(plain)))
+    padding = [width // 2 for width in kernel]
+    plain = nn.ModuleList(
+        [nn.Conv3d(channels, channels, kernel, 1, padding, bias=False) for _ in range(groups)]
+    )
+    ours = accelerate(copy.deepcopy(plain))
     assert_same(
-        lambda whole: torch.cat(
-            [each(part) for each, part in zip(plain, whole.chunk(groups, 1), strict=True)], 1
-        ),
+        one_by_one(plain),
         lambda whole: convolve_side_by_side(ours, whole),
         torch.randn(batch, groups * channels, *size),
-        [[convolution.weight for convolution in convolutions] for convolutions in (plain, ours)],
+        [[*plain.parameters()], [*ours.parameters()]],
     )
 
 
-@pytest.mark.parametrize("size", [(16, 8, 8), (2, 2, 2), (3, 1, 1)], ids=str)
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    ("size", "batch", "affine"),
+    [((16, 8, 8), 1, True), ((2, 2, 2), 2, False), ((3, 1, 1), 2, True)],
+    ids=str,
+)
 def test_instance_norm(size, batch, affine):
     torch.manual_seed(0)
     plain = nn.InstanceNorm3d(6, affine=affine)
@@ -452,20 +397,15 @@ def test_instance_norm(size, batch, affine):
     assert_same(plain, ours, image, parameters, tolerance=1e-4 if size == (3, 1, 1) else 1e-5)
     # without a batch axis
     torch.testing.assert_close(ours(image[0]), plain(image[0]), rtol=1e-4, atol=1e-5)
-
-
-def test_instance_norm_refuses_what_pytorch_refuses():
-    norm = accelerate(nn.InstanceNorm3d(6))
     for shape, message in (
         ((2, 6, 1, 1, 1), "more than 1 spatial element"),
         ((2, 6, 1), "expected 4D or 5D input"),
     ):
         with pytest.raises(ValueError, match=message):
-            norm(torch.randn(shape))
+            ours(torch.randn(shape))
 
 
-@pytest.mark.parametrize("size", [(2, 2, 2), (4, 4, 4), (8, 8, 8), (1, 2, 3), (5, 7, 11)], ids=str)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("size", "batch"), [((2, 2, 2), 2), ((5, 7, 11), 1)], ids=str)
 def test_upsample(size, batch):
     torch.manual_seed(0)
     plain = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True)
@@ -479,24 +419,11 @@ def test_upsample(size, batch):
     assert_nearer(result, theirs, plain(half.double()))
 
 
-def test_single_voxels_with_a_stride_and_padding():
-    plain = nn.Conv3d(4, 6, 1, (2, 1, 3), padding=(1, 0, 1))
-    image = torch.randn(2, 4, 5, 6, 7)
-    assert_same(plain, accelerate(copy.deepcopy(plain)), image)
-    plain.padding = (0, 0, 0)
-    ours = accelerate(copy.deepcopy(plain))
-    assert_same(plain, ours, image, (tuple(plain.parameters()), tuple(ours.parameters())))
-    with Operations() as operations:
-        ours(image)
-    assert "clone.default" in operations.names or not layers._HAS_ONEDNN
-
-
-@pytest.mark.parametrize("size", [(2, 2, 2), (5, 7, 11)], ids=str)
-def test_doubling_before_a_convolution(size):
+def test_doubling_before_a_convolution():
     torch.manual_seed(0)
     plain = FactorizedIncreaseBlock(6, 3)
     ours = accelerate(copy.deepcopy(plain))
-    image = torch.randn(2, 6, *size)
+    image = torch.randn(2, 6, 5, 7, 11)
     assert_same(
         plain, ours, image, (tuple(plain.parameters()), tuple(ours.parameters())), tolerance=1e-4
     )
@@ -511,40 +438,31 @@ def test_doubling_before_a_convolution(size):
         assert errors[0] < max(1.5 * errors[1], 0.01)  # bfloat16 keeps 0.004
 
 
-def doubled_by_pytorch(image: torch.Tensor) -> torch.Tensor:
-    return F.interpolate(image, scale_factor=2, mode="trilinear", align_corners=True)
-
-
 def doubling() -> nn.Module:
     return accelerate(nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True))
 
 
 @pytest.mark.parametrize(
-    "size", [(2, 2, 2), (1, 1, 1), (1, 2, 3), (5, 1, 11), (24, 3, 1), (16, 12, 20)], ids=str
-)
-@pytest.mark.parametrize(
-    ("kind", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str
+    ("size", "kind", "tolerance"),
+    [
+        ((1, 1, 1), torch.float64, 1e-12),
+        ((5, 1, 11), torch.float64, 1e-12),
+        ((16, 12, 20), torch.float32, 1e-6),
+    ],
+    ids=str,
 )
 def test_doubling_as_on_a_gpu_is_pytorchs(size, kind, tolerance, as_on_gpu):
     torch.manual_seed(0)
-    image, mix = (
-        torch.randn(2, 3, *size, dtype=kind),
-        torch.randn(2, 3, *(2 * count for count in size), dtype=kind),
-    )
+    image = torch.randn(2, 3, *size, dtype=kind)
+    mix = torch.randn(2, 3, *(2 * count for count in size), dtype=kind)
     results = []
-    for call in (doubled_by_pytorch, doubling()):
+    for call in (nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True), doubling()):
         given = image.clone().requires_grad_()
         result = call(given)
         results.append((result.detach(), *torch.autograd.grad(result, given, mix)))
     for expected, found in zip(*results, strict=True):
         assert found.dtype == kind and found.shape == expected.shape and found.is_contiguous()
         assert (found - expected).norm() < tolerance * expected.norm()
-
-
-def test_gradients_of_doubling_as_on_a_gpu(as_on_gpu):
-    image = torch.randn(1, 2, 2, 1, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(doubling(), image)
-    assert torch.autograd.gradgradcheck(doubling(), image)
 
 
 def test_the_matrices_are_kept_but_not_of_what_is_traced(as_on_gpu):
@@ -569,18 +487,12 @@ def test_which_layers_change_and_only_by_their_class():
     doubling = {"mode": "trilinear", "align_corners": True}
     expected = [
         (nn.Conv3d(2, 2, 3), Convolution),
-        (nn.Sequential(nn.Conv2d(2, 2, 3)), nn.Sequential),
-        (nn.ConvTranspose3d(2, 2, 3), nn.ConvTranspose3d),
         (nn.InstanceNorm3d(2, affine=True), InstanceNorm),
         (nn.InstanceNorm3d(2, track_running_stats=True), nn.InstanceNorm3d),
-        (nn.InstanceNorm2d(2), nn.InstanceNorm2d),
         (nn.Upsample(scale_factor=2, **doubling), Upsample),
         (nn.Upsample(scale_factor=1 / 2**0, **doubling), nn.Identity),
-        (nn.Upsample(scale_factor=1, mode="nearest"), nn.Identity),
         (nn.Upsample(scale_factor=2, mode="trilinear"), nn.Upsample),
-        (nn.Upsample(scale_factor=2), nn.Upsample),
         (nn.Upsample(scale_factor=0.5, **doubling), nn.Upsample),
-        (nn.Upsample(size=8, **doubling), nn.Upsample),
     ]
     network = nn.Sequential(*(layer for layer, _ in expected))
     state, parameters = network.state_dict(), list(network.parameters())
