@@ -65,19 +65,6 @@ def test_its_long_paths_may_be_skip_connections():
     assert ends(architecture, "skip_connect") == skipping
 
 
-@pytest.mark.parametrize("size", [(1, 2), (4, 4), (12, 6)], ids=str)
-def test_u_shapes_are_symmetric_and_as_deep_as_they_can_be(size):
-    architecture = u_shaped(*size)
-    deepest = architecture.node_a.nonzero()[1].max()
-    assert deepest == min(size[1] - 1, size[0] // 2)
-    assert [np.flatnonzero(architecture.node_a[row]).tolist() for row in (0, -1)] == [[0], [0]]
-    blocks = ends(architecture)
-    mirrored = [sorted((target, source) for source, target in block) for block in blocks[::-1]]
-    assert mirrored == blocks
-    changes = [sum(source != target for source, target in block) for block in blocks]
-    assert max(changes) <= 1 and sum(changes) == 2 * deepest
-
-
 def test_all_paths_hold_the_convolution_which_is_found_by_its_name():
     names = ("conv_3x3x1", "skip_connect", "conv_3x3x3")
     architecture = all_paths(4, 3, names)

@@ -114,42 +114,6 @@ def test_measured_on_the_cpu():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "passes", "expected_ms"),
-    [
-        ((0.2, 0.02, 0.02, 0.2, *[0.02] * 20), 11, 20),  # neither the warm-up nor an outlier counts
-        ((0.6, 0.1), 1, 600),  # no time for a second pass
-    ],
-)
-def test_time_of_a_pass(monkeypatch, seconds, passes, expected_ms):
-    now, gradients = [0.0], []
-
-    def network(_: torch.Tensor) -> None:
-        now[0] += seconds[len(gradients)]
-        gradients.append(torch.is_grad_enabled())
-
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    assert module._forward_ms(network, torch.zeros(1), limit=1.0) == pytest.approx(expected_ms)
-    assert gradients == [False] * passes
-
-
-def test_peak_is_that_of_the_second_step(monkeypatch):
-    """Gradients count, over what was there before; checked where there is no GPU."""
-    network, calls = nn.Linear(2, 2), []
-
-    def read(name: str, mib: int) -> int:
-        calls.append((name, network.weight.grad is not None))
-        return mib * 2**20
-
-    cuda = torch.cuda
-    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda device: read("reset", 0))
-    monkeypatch.setattr(cuda, "memory_allocated", lambda device: read("before", 100))
-    monkeypatch.setattr(cuda, "max_memory_allocated", lambda device: read("peak", 350))
-    assert module._peak_mib(network, torch.ones(1, 2)) == 250
-    a_step = [("reset", False), ("before", False)]
-    assert calls == [*a_step, *a_step, ("peak", True)]
-
-
-@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"patch_size": (8, 8, 6)}, "--patch_size 8 8 6 does not fit 2 depths, .* example 8 8 8"),

@@ -129,18 +129,12 @@ def test_copies_are_fast_too_and_a_second_call_changes_nothing(make):
     assert torch.equal(copied(image), before)
 
 
-def test_on_another_device_cells_are_taken_one_at_a_time():
-    cells = nn.ModuleList([cell_of(PUBLISHED)(4, 4, 0) for _ in range(3)]).to("meta")
-    images = [torch.empty(2, 4, 8, 8, 8, device="meta")] * 3
-    sizes = []
-    for cell in cells:
-        cell.op.ops[1].acti.register_forward_hook(
-            lambda module, given, _: sizes.append(tuple(given[0].shape))
-        )
-    assert mix(cells, images, torch.empty(3, 5, device="meta")).shape == (2, 4, 8, 8, 8)
-    assert sizes == [(2, 4, 8, 8, 8)] * 3  # side by side, it would be one of 12 channels
+def test_a_gpu_takes_cells_one_at_a_time_and_always_composes():
     together = [cells_together(3, torch.device(device)) for device in ("cpu", "cuda")]
+    wide = torch.empty(1, 64, 4, 4, 4)
     assert together == [3, 1]
+    assert composition.pays(wide.to("meta")) and not composition.pays(wide)
+    assert composition.pays(torch.empty(1, 8, 4, 4, 4))
 
 
 class TestComposition:
@@ -206,11 +200,6 @@ class TestComposition:
             assert other.kernels.dtype == torch.bfloat16 and other.scale.dtype == torch.float32
             # composed in fp32 all the same
             assert torch.equal(other.kernels, one.kernels.bfloat16())
-
-    def test_a_gpu_always_composes(self):
-        wide = torch.empty(1, 64, 4, 4, 4)
-        assert composition.pays(wide.to("meta")) and not composition.pays(wide)
-        assert composition.pays(torch.empty(1, 8, 4, 4, 4))
 
 
 def recomputing(network: nn.Module, wanted: bool = True) -> nn.Module:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import html
-import re
-import shutil
-
 import numpy as np
 import published
 import pytest
 import torch
-import torch.nn.functional as F
-from architectures import chain, connected, everything
+from architectures import chain, everything
 from monai.networks.nets.dints import Cell, DiNTS, TopologySearch
 
 from dints.data.tasks import TASKS
 from dints.errors import UserError
 from dints.network.architecture import load_architecture, save_architecture
 from dints.network.cells import cell_of
-from dints.network.cost import cost
 from dints.network.discrete import DiscreteNetwork
-from dints.network.drawing import draw_architecture, draw_search_space
 from dints.network.model_file import load_model, save_model
 from dints.network.operations import OPERATIONS, PUBLISHED, ActivatedConvolutions, Operation
 from dints.network.space import SearchSpace, supernet_of
@@ -58,15 +51,6 @@ def test_our_operations_are_monais_to_the_last_bit(name):
     assert OPERATIONS[name].maps == theirs.ram_cost
     image = torch.randn(2, 6, 8, 4, 6)
     assert torch.equal(ours(image), theirs(image))
-
-
-def test_dilation_and_groups_are_the_convolutions():
-    torch.manual_seed(0)
-    image = torch.randn(1, 4, 6, 8, 6)
-    for new, settings in ((DILATED, {"dilation": 2}), (DEPTHWISE, {"groups": 4})):
-        operation = new.build(4)
-        convolved = F.conv3d(image.relu(), operation.conv.weight, padding=2, **settings)
-        torch.testing.assert_close(operation(image), F.instance_norm(convolved))
 
 
 def test_a_supernet_mixes_any_operations_as_monai_does(new, tmp_path):
@@ -121,30 +105,6 @@ def test_a_found_network_is_monais_and_its_model_file_holds_the_operations(new, 
     save_model(tmp_path / "model.pth", ours, architecture, SMALL, TASKS["Task05_Prostate"])
     model = load_model(tmp_path / "model.pth")
     assert model.architecture.operations == NAMES and torch.equal(model.network(image), scores)
-
-
-def test_the_cost_of_a_new_operation_is_counted(new):
-    """Of c channels, a 3x3x3 convolution has 27 c^2 weights, a depthwise 5x5x5 one 125 c, each used
-    at every voxel.
-    """
-    plain = chain(0, 0, num_depths=2, operation=1)
-    depthwise = connected(plain.arch_code_a, np.zeros((1, 4), dtype=int), operations=NAMES)
-    before, after = (cost(each, 1, 2, (8, 8, 8), SMALL) for each in (plain, depthwise))
-    voxels, more = 4**3, 125 * 4 - 27 * 4**2
-    assert after.parameters - before.parameters == more
-    assert 1e9 * (after.gmac - before.gmac) == pytest.approx(voxels * more)
-
-
-@pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz's program 'dot' is not installed")
-def test_labels_and_legend_of_a_drawing_are_those_of_its_operations(new, tmp_path):
-    labels = [html.escape(OPERATIONS[name].label) for name in NAMES]
-    architecture = everything(3, 2, NAMES)
-    found = draw_architecture(architecture, "found", tmp_path).source
-    space = draw_search_space(3, 2, "space", tmp_path, operations=NAMES).source
-    on_paths = [labels[code] for code in architecture.arch_code_c.flat]
-    for source, expected in ((found, on_paths + labels), (space, labels)):
-        assert re.findall("<TD>(.*?)</TD>", source) == expected
-        assert {name for name in OPERATIONS if OPERATIONS[name].meaning in source} == set(NAMES)
 
 
 def test_a_file_without_names_means_the_published_five(new, tmp_path):
