@@ -27,15 +27,7 @@ from dints.network.architecture import (
 from dints.network.operations import PUBLISHED
 
 ARRAYS = ("node_a", "arch_code_a", "arch_code_c", "arch_code_a_max")
-ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-INFO = {
-    "iter_num": 600,
-    "epochs": 30,
-    "best_dsc": 0.81,
-    "best_path": None,
-    "factor_ram_cost": 0.8,
-    "seed": 7,
-}
+INFO = {"iter_num": 600, "best_dsc": 0.81, "best_path": None, "factor_ram_cost": 0.8}
 
 
 def assert_same(one: Architecture, other: Architecture) -> None:
@@ -99,58 +91,43 @@ def published(architecture: Architecture, dtype: type = np.float64) -> dict:
     }
 
 
-def save(content: object, path: Path, zipped: bool, numpy_1: bool) -> None:
-    """Save, perhaps under the module names of NumPy 1: in pickle protocol 2 a name ends at its
-    newline, and can be replaced.
-    """
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+def save_as_numpy_1(content: object, path: Path) -> None:
+    """Save under the old module names: in pickle protocol 2 one ends at its newline."""
+    torch.save(content, path)
     names = b"numpy._core.multiarray\n", b"numpy.core.multiarray\n"
-    if numpy_1 and not zipped:
-        path.write_bytes(path.read_bytes().replace(*names))
-    elif numpy_1:
-        with zipfile.ZipFile(path) as old:
-            members = {name: old.read(name) for name in old.namelist()}
-        with zipfile.ZipFile(path, "w") as new:
-            for name, data in members.items():
-                new.writestr(name, data.replace(*names) if name.endswith("/data.pkl") else data)
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in members.items():
+            new.writestr(name, data.replace(*names) if name.endswith("/data.pkl") else data)
+
+
+def save_as_legacy(content: object, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
 def test_monais_own_instance_reads_a_file_of_ours_as_the_page_says(tmp_path):
     saved = random_architecture(3, 3, 3)
     save_architecture(tmp_path / "search_code_600.pth", saved)
     text = (Path(__file__).parents[2] / "docs/published.md").read_text()
-    (line,) = (
-        block
-        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        if "arch_code = " in block
-    )
+    (line,) = re.findall(r"```python\n([^`]*arch_code = [^`]*)```", text)
     names = {}
     exec(line.replace('"search_code_600.pth"', f'r"{tmp_path}/search_code_600.pth"'), names)  # noqa: S102
     size = {"channel_mul": 0.125, "num_blocks": 3, "num_depths": 3}
     with pytest.raises(TypeError, match="expected np.ndarray"):
         TopologyInstance([names["code"]["arch_code_a"], names["code"]["arch_code_c"]], **size)
-    theirs = DiNTS(
-        TopologyInstance(names["arch_code"], **size), 1, 3, node_a=names["code"]["node_a"]
-    )
-    expected = network(saved, 1, 3, 0.125).state_dict()
-    assert (
-        theirs.state_dict().keys() == expected.keys()
-        and theirs(torch.zeros(1, 1, 32, 32, 32)).shape[1] == 3
-    )
+    instance = TopologyInstance(names["arch_code"], **size)
+    theirs = DiNTS(instance, 1, 3, node_a=names["code"]["node_a"])
+    assert theirs.state_dict().keys() == network(saved, 1, 3, 0.125).state_dict().keys()
+    assert theirs(torch.zeros(1, 1, 32, 32, 32)).shape[1] == 3
 
 
 @pytest.mark.fault("legacy NumPy files")
-@pytest.mark.skipif(
-    int(np.__version__[0]) < 2, reason="the files are made from what NumPy 2 writes"
-)
 @pytest.mark.parametrize("dtype", [np.float64, np.uint8, ">i8"], ids=str)
-@ZIPPED
-@pytest.mark.parametrize("numpy_1", [True, False])
-def test_published_files_load_and_what_we_make_of_them_needs_no_allow_list(
-    tmp_path, numpy_1, zipped, dtype
-):
+@pytest.mark.parametrize("save", [save_as_numpy_1, save_as_legacy])
+def test_published_files_load_and_what_we_make_of_them_needs_no_allow_list(tmp_path, save, dtype):
     architecture = with_max(random_architecture(2, 12, 4))
-    save(published(architecture, dtype), tmp_path / "published.pth", zipped, numpy_1)
+    save(published(architecture, dtype), tmp_path / "published.pth")
     loaded = load_architecture(tmp_path / "published.pth")
     assert_same(loaded, architecture)
     kept = {"iter_num": 1430, "best_dsc": 0.625, "losses": [0.5, 0.25], "best_path": 1400}
@@ -192,17 +169,18 @@ def test_a_malicious_file_runs_nothing(tmp_path, form):
     assert not marker.exists()
 
     # The trap does work: loaded without care, the file runs its payload.
-    pickle.loads(file.read_bytes()) if form == "plain pickle" else torch.load(
-        file, weights_only=False
-    )
+    if form == "plain pickle":
+        pickle.loads(file.read_bytes())
+    else:
+        torch.load(file, weights_only=False)
     assert marker.exists()
 
 
 @pytest.mark.fault("truncated, empty or foreign file")
-@ZIPPED
-def test_a_truncated_file_is_refused(tmp_path, zipped):
+@pytest.mark.parametrize("save", [torch.save, save_as_legacy])
+def test_a_truncated_file_is_refused(tmp_path, save):
     file = tmp_path / "code.pth"
-    torch.save(random_architecture(0, 12, 4).to_dict(), file, _use_new_zipfile_serialization=zipped)
+    save(random_architecture(0, 12, 4).to_dict(), file)
     whole = file.read_bytes()
     for keep in (0, 10, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:keep])
@@ -274,14 +252,12 @@ def test_what_is_no_network_is_refused(tmp_path, content, fault):
 
 # What NumPy says when it frees an array of a damaged dtype
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@ZIPPED
-@pytest.mark.parametrize("numpy", [False, True], ids=["tensors", "NumPy"])
-def test_a_file_with_any_bytes_changed_loads_or_is_refused(tmp_path, numpy, zipped):
+@pytest.mark.parametrize("save", [torch.save, save_as_legacy])
+@pytest.mark.parametrize("content_of", [Architecture.to_dict, published])
+def test_a_file_with_any_bytes_changed_loads_or_is_refused(tmp_path, content_of, save):
     """Whatever the damage, there is at most a `UserError` of one line."""
     file, rng = tmp_path / "code.pth", np.random.default_rng(0)
-    architecture = with_max(random_architecture(0, 3, 3))
-    content = published(architecture) if numpy else architecture.to_dict()
-    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    save(content_of(with_max(random_architecture(0, 3, 3))), file)
     whole, refused = file.read_bytes(), 0
     for _ in range(40):
         damaged = bytearray(whole)

@@ -21,16 +21,15 @@ TINY = chain(0, 0, num_depths=2)
 
 def test_counts_by_hand():
     """The layers of ``TINY`` are listed here: 8x8x8 voxels are 512, at half the resolution 64."""
-    weights = {  # input channels * output channels * kernel
-        "stem, full": (512, 1 * 2 * 27),
-        "stem, half": (64, 2 * 4 * 27),
-        "cell": (64, 4 * 4 * 27),
-        "back": (64, 4 * 2 * 27),
-        "full again": (512, 2 * 2 * 27),
-        "classes": (512, 2 * 2 * 1),
-    }
-    norms = (2, 4, 4, 2, 2)  # channels
-    bias = 2
+    weights = (  # voxels, input channels * output channels * kernel
+        (512, 1 * 2 * 27),  # stem, full resolution
+        (64, 2 * 4 * 27),  # half
+        (64, 4 * 4 * 27),  # cell
+        (64, 4 * 2 * 27),  # back
+        (512, 2 * 2 * 27),
+        (512, 2 * 2 * 1),  # classes
+    )
+    norms, bias = (2, 4, 4, 2, 2), 2  # channels
     kept = (
         # image as resampled, convolved, activated (the last is also the next one's input)
         512 * (1 + 2 + 2)
@@ -40,8 +39,8 @@ def test_counts_by_hand():
         + 3 * sum(norms)
     )
     assert cost(TINY, 1, 2, (8, 8, 8), SMALL) == Cost(
-        parameters=sum(size for _, size in weights.values()) + 2 * sum(norms) + bias,
-        gmac=sum(voxels * size for voxels, size in weights.values()) / 1e9,
+        parameters=sum(size for _, size in weights) + 2 * sum(norms) + bias,
+        gmac=sum(voxels * size for voxels, size in weights) / 1e9,
         activation_mib=4 * kept / 2**20,
         input_shape=(1, 1, 8, 8, 8),
         channel_mul=SMALL,

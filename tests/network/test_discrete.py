@@ -8,13 +8,13 @@ import numpy as np
 import published
 import pytest
 import torch
-from architectures import chain, connected, everything, random_architecture, stand_in
+from architectures import chain, connected, everything, random_architecture
 from monai.networks.nets.dints import DiNTS
 from tracing import assert_one_graph
 
 from dints.errors import UserError
 from dints.network.architecture import Architecture
-from dints.network.discrete import DiscreteNetwork, check_patch_size, count_parameters
+from dints.network.discrete import DiscreteNetwork, check_patch_size
 from dints.network.weights import fitting_state
 
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
@@ -100,14 +100,6 @@ def test_it_compiles_as_one_graph_and_exports():
     # runs on any machine
     assert not any("mkldnn" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(image), network(image), rtol=1e-4, atol=1e-5)
-
-
-def test_parameters_of_a_stand_in_for_the_published_architecture():
-    """They are 152.36 M, as published; as it uses every stem, MONAI's network of it has as many."""
-    with torch.device("meta"):
-        ours, theirs = DiscreteNetwork(stand_in(), 1, 2), published.network(stand_in(), 1, 2, 1.0)
-    assert f"{count_parameters(ours) / 1e6:.2f}" == "152.36"
-    assert count_parameters(ours) == count_parameters(theirs)
 
 
 @pytest.mark.parametrize(

@@ -93,16 +93,13 @@ def test_labels_do_not_overlap(tmp_path):
 
 
 @needs_dot
-@pytest.mark.parametrize(
-    ("ending", "magic"), [("png", b"\x89PNG\r\n\x1a\n"), ("svg", b"<?xml"), ("pdf", b"%PDF-")]
-)
+@pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF-")])
 def test_each_format_is_written_beside_its_source(tmp_path, ending, magic):
-    folder = tmp_path / "made" / "here"
     # A dot in the name is not an ending: Figures/arch_ram-cost-0.8.png has one.
-    draw_architecture(random_architecture(0, 2, 2), "ram-cost-0.8", folder, ending)
-    assert (folder / f"ram-cost-0.8.{ending}").read_bytes().startswith(magic)
-    names = {file.name for file in folder.iterdir()}
-    assert names == {f"ram-cost-0.8.{ending}", "ram-cost-0.8.gv"}
+    draw_architecture(random_architecture(0, 2, 2), "ram-cost-0.8", tmp_path / "made", ending)
+    picture, source = sorted((tmp_path / "made").iterdir(), key=lambda path: path.suffix == ".gv")
+    assert (picture.name, source.name) == (f"ram-cost-0.8.{ending}", "ram-cost-0.8.gv")
+    assert picture.read_bytes().startswith(magic)
 
 
 @needs_dot

@@ -119,14 +119,12 @@ def test_copies_are_fast_too_and_a_second_call_changes_nothing(make):
     network, image = make(), torch.randn(1, 1, 16, 16, 16)
     kinds = [type(module) for module in network.modules()]
     copied = copy.deepcopy(accelerate(network))
-    assert [type(module) for module in copied.modules()] == kinds
-    assert [type(module) for module in network.modules()] == kinds
+    for each in (network, copied):
+        assert [type(module) for module in each.modules()] == kinds
+    before = network(image)
     for weight in copied.parameters():
         weight.data.add_(1e-3)
-    before = network(image)
-    assert not torch.equal(copied(image), before)
-    copied.load_state_dict(network.state_dict())
-    assert torch.equal(copied(image), before)
+    assert torch.equal(network(image), before) and not torch.equal(copied(image), before)
 
 
 def test_a_gpu_takes_cells_one_at_a_time_and_always_composes():
@@ -189,17 +187,6 @@ class TestComposition:
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
         cells, _, weights = self.cells(2, ("skip_connect",))
         assert composed(cells, weights, 2) is None
-
-    def test_kernels_are_cast_once_to_what_autocast_computes_in(self):
-        cells, _, weights = self.cells(2)
-        cells, weights = cells.float(), weights.detach().float()
-        exact = composed(cells, weights, 1)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            cast = composed(cells, weights, 1)
-        for one, other in zip(exact, cast, strict=True):
-            assert other.kernels.dtype == torch.bfloat16 and other.scale.dtype == torch.float32
-            # composed in fp32 all the same
-            assert torch.equal(other.kernels, one.kernels.bfloat16())
 
 
 def recomputing(network: nn.Module, wanted: bool = True) -> nn.Module:
