@@ -8,14 +8,11 @@ from functools import partial
 import pytest
 import torch
 from architectures import chain, everything, random_architecture
-from commands import train
-from states import rows
 from torch import nn
 from tracing import assert_one_graph
 
 from dints.network import discrete
 from dints.network import space as space_module
-from dints.network.architecture import save_architecture
 from dints.network.cells import cell_of
 from dints.network.cost import activation_bytes
 from dints.network.discrete import DiscreteNetwork
@@ -227,12 +224,3 @@ class TestRecomputation:
     def test_it_compiles_as_one_graph(self):
         network = DiscreteNetwork(CHAIN, 1, 3, 1 / 8)
         assert_one_graph(recomputing(network), torch.randn(1, 1, 16, 16, 16))
-
-    def test_a_retrainings_numbers_are_the_same_with_it(self, phantom, tmp_path):
-        save_architecture(tmp_path / "arch.pth", CHAIN)
-        short = "--num_epochs 1 --num_epochs_per_validation 1"
-        losses = []
-        for name, flags in (("kept", ""), ("recomputed", "--checkpoint_activations")):
-            folder = train(phantom, tmp_path / name, tmp_path / "arch.pth", short, flags)
-            losses.append([row["loss"] for row in rows(folder / "loss_history.csv")])
-        assert len(losses[0]) == 1 and losses[0] == losses[1]

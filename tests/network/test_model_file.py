@@ -12,12 +12,10 @@ from architectures import chain, random_architecture
 
 from dints.data.tasks import TASKS
 from dints.errors import UserError
-from dints.network.architecture import architecture_from_dict, load_architecture
+from dints.network.architecture import architecture_from_dict
 from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import load_model, save_model
-from dints.network.operations import PUBLISHED
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 TASK = TASKS["Task05_Prostate"]  # 2 channels, 3 classes
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
 
@@ -108,19 +106,3 @@ def test_a_truncated_file_is_no_model(tmp_path):
     (tmp_path / "model.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="model.pth is damaged or not a PyTorch file"):
         load_model(tmp_path / "model.pth")
-
-
-def test_files_of_before_operations_had_names_give_the_scores_that_they_gave():
-    """An earlier version wrote files and scores; `tests/fixtures/README.md` says how."""
-    model = load_model(FIXTURES / "model_before_operations.pth")
-    alone = load_architecture(FIXTURES / "search_code_before_operations.pth")
-    assert alone.operations == model.architecture.operations == PUBLISHED
-    assert alone.codes() == model.architecture.codes() == ([[1, 1, 1, 1]], [[1, 2, 3, 4]])
-    assert model.task == TASK and model.info["dice"] == 0.8
-    image = torch.linspace(-20, 20, 2 * 8**3, dtype=torch.float64).sin().reshape(1, 2, 8, 8, 8)
-    with torch.no_grad():
-        scores = model.network.double()(image)
-    recorded = torch.from_numpy(np.load(FIXTURES / "scores_before_operations.npy"))
-    # Equal here to the last bit; another processor may add up in another order.
-    torch.testing.assert_close(scores, recorded, rtol=0, atol=1e-12)
-    assert recorded.std() > 0.1
