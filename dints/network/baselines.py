@@ -237,9 +237,7 @@ class _Tilted:
         self.expected_ratio = self.first_patterns @ mean_on
 
     def draw(self, generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return ``arch_code_a`` and ``arch_code_c`` of ``count`` independent draws, (count,
-        blocks, paths) each.
-        """
+        """Return both codes of ``count`` independent draws, (count, blocks, paths) each."""
         drawn = np.zeros((count, len(self.blocks)), dtype=np.int64)
         reached = generator.choice(len(self.first_patterns), count, p=self.first_patterns)
         for block, probs in enumerate(self.blocks):
@@ -280,9 +278,7 @@ def _tilt_to(choice: _Choice, low: float, high: float) -> tuple[float, float]:
 
 
 def _path_costs(num_depths: int, operations: Sequence[str]) -> np.ndarray:
-    """Return (paths, operations): memory of a path with an operation, as a search space at
-    channel_mul 1 has it.
-    """
+    """Return (paths, operations): memory of each, as a space at channel_mul 1 has it."""
     sizes = depth_sizes([32 * 2**depth for depth in range(num_depths)])
     maps = np.array([OPERATIONS[name].maps for name in operations])
     return np.stack(

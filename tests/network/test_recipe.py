@@ -1,6 +1,4 @@
-"""The published recipe in MONAI's calls is the oracle of the whole search: same seeds, same data,
-no autocast.
-"""
+"""The published recipe in MONAI's calls is the oracle of the whole search."""
 
 from __future__ import annotations
 
