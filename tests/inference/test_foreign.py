@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, flags, expected):
 
 
 def test_it_is_described(folder, tmp_path, capsys, architecture):
-    """What its file does not know is null; nothing is segmented."""
+    """Nothing is segmented."""
     files = ["--checkpoint", folder / "model.pt", "--arch_ckpt", folder / "search_code_3.pth"]
     infer(tmp_path / "out", *files, FLAGS, "--msd_task Task07_Pancreas --describe")
     card = json.loads(capsys.readouterr().out)
@@ -148,5 +148,4 @@ def test_it_is_described(folder, tmp_path, capsys, architecture):
         card["architecture"]["active_paths"] == architecture.arch_code_a.sum()
         and card["cost"]["gmac"] > 0
     )
-    assert card["validation"]["dice"] is None and card["data"]["training_cases"] is None
     assert not (tmp_path / "out").exists()

@@ -124,7 +124,8 @@ def labelled(tmp_path_factory, dataset, run) -> Path:
             infer(out, *flags)
         assert not (out / "report.html").exists()
         patch.setattr(
-            "infer_dints.Batch.decide", lambda *a: pytest.fail("what is done is done again")
+            "dints.inference.batch.Batch.decide",
+            lambda *a: pytest.fail("what is done is done again"),
         )
         with pytest.raises(PartlyDone):
             infer(out, *flags, "--report")

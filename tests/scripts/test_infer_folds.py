@@ -15,10 +15,10 @@ from architectures import chain
 from commands import infer
 from threshold import Threshold, knows
 
-import infer_dints
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.evaluation.postprocessing import Postprocessing, Rule
+from dints.inference.batch import Batch
 from dints.network.model_file import Model
 
 TASK = Task(
@@ -61,12 +61,8 @@ class TestPostprocessing:
 
     @pytest.fixture
     def segmented(self, monkeypatch) -> list[str]:
-        names, real = [], infer_dints.Batch.decide
-        monkeypatch.setattr(
-            infer_dints.Batch,
-            "decide",
-            lambda batch, case: names.append(case.name) or real(batch, case),
-        )
+        names, real = [], Batch.decide
+        monkeypatch.setattr(Batch, "decide", lambda *a: names.append(a[1].name) or real(*a))
         return names
 
     def chosen(
