@@ -154,14 +154,6 @@ def test_other_shapes_are_refused(model, shape, affine, message):
         Predictor(model, device="cpu", precision="fp32")(np.zeros(shape), affine)
 
 
-def test_unusual_intensities_are_named(model, image, caplog):
-    predictor = Predictor(model, device="cpu", precision="fp32")
-    predictor(image, AFFINE)
-    assert "unusual" not in caplog.text
-    predictor(image * 0, AFFINE)
-    assert "the image is unusual: the mean of its intensities in the window is 0.00" in caplog.text
-
-
 def test_windows_that_no_memory_holds_are_refused_before_a_volume(model, monkeypatch):
     """One window is counted: its image, and its scores in 2 bytes and in 4."""
     loaded = model_file.load_model(model)
