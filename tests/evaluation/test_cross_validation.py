@@ -6,14 +6,13 @@ import csv
 import json
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
+from volumes import save, voxels_of
 
 from dints.errors import UserError
 from dints.evaluation import cross_validation
 
-AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 FOLDS = [["case_0", "case_1"], ["case_2"]]
 
 
@@ -22,11 +21,6 @@ def mask(*bars: tuple[int, int, int]) -> np.ndarray:
     for label, start, end in bars:
         voxels[start:end, 1:4, 1:4] = label
     return voxels
-
-
-def write(path: Path, voxels: np.ndarray, affine: np.ndarray = AFFINE) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(voxels, affine), path)
 
 
 @pytest.fixture
@@ -38,11 +32,11 @@ def folder(tmp_path) -> Path:
         for name in names:
             reference = mask((1, 2, 12), (2, 12, 15))
             for place in ("imagesTr", "labelsTr"):
-                write(tmp_path / f"data/{place}/{name}.nii.gz", reference)
+                save(tmp_path / f"data/{place}/{name}.nii.gz", reference)
             entries.append({"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"})
-            write(masks / f"{name}.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 32 + fold)))
+            save(masks / f"{name}.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 32 + fold)))
             notes[f"{name}.nii.gz"] = {"state": "done"}
-        write(masks / "old.nii.gz", mask())  # not of the last run
+        save(masks / "old.nii.gz", mask())  # not of the last run
         (masks / "run.json").write_text(json.dumps({"settings": {}, "cases": notes}))
     description = {"modality": {"0": "CT"}, "labels": labels, "training": entries}
     (tmp_path / "data/dataset.json").write_text(json.dumps(description))
@@ -85,7 +79,7 @@ def test_nothing_is_removed_where_nothing_helps(folder):
     for fold, names in enumerate(FOLDS):
         for name in names:
             path = folder / f"runs/out_of_fold/fold_{fold}/{name}.nii.gz"
-            write(path, mask((1, 2, 11), (2, 12, 15)))
+            save(path, mask((1, 2, 11), (2, 12, 15)))
     said = validate(folder)
     assert "nothing is removed" in said
     assert {line.count("|") for line in said.splitlines()[:5]} == {6}
@@ -97,10 +91,10 @@ def test_nothing_is_removed_where_the_check_finds_harm(folder):
     """The first fold's blobs are wrong and the second one's, which is smaller, is right."""
     right, masks = mask((1, 2, 12), (2, 12, 15), (1, 30, 36)), folder / "runs/out_of_fold"
     for place in ("imagesTr", "labelsTr"):
-        write(folder / f"data/{place}/case_2.nii.gz", right)
+        save(folder / f"data/{place}/case_2.nii.gz", right)
     for name in FOLDS[0]:
-        write(masks / f"fold_0/{name}.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 38)))
-    write(masks / "fold_1/case_2.nii.gz", right)
+        save(masks / f"fold_0/{name}.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 38)))
+    save(masks / "fold_1/case_2.nii.gz", right)
     said = validate(folder)
     found = json.loads((folder / "runs/postprocessing.json").read_text())
     dice = {name: of_all["mean"] for name, of_all in found["chosen_on"]["dice"].items()}
@@ -114,12 +108,12 @@ def test_nothing_is_removed_where_the_check_finds_harm(folder):
 
 def test_labels_that_lie_elsewhere_may_be_trusted(folder):
     for path in (folder / "data/labelsTr").iterdir():
-        write(path, np.asarray(nib.load(path).dataobj), np.eye(4))
+        save(path, voxels_of(path), np.eye(4))
     with pytest.raises(UserError, match="has another affine"):
         validate(folder)
     validate(folder, trust_shapes=True)
-    # 108 voxels of the image's 2 mm3
-    assert rows(folder / "runs/scores.csv")[0]["prediction_ml"] == "0.216000"
+    # 108 voxels of the image's 3 mm3
+    assert rows(folder / "runs/scores.csv")[0]["prediction_ml"] == "0.324000"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +150,7 @@ def spoil(folder: Path, name: str) -> None:
             json.dumps({"cases": {f"case_{n}.nii.gz": {"state": "done"} for n in (1, 2)}})
         )
     else:
-        write(masks / "fold_1/case_2.nii.gz", mask((3, 0, 3)))
+        save(masks / "fold_1/case_2.nii.gz", mask((3, 0, 3)))
 
 
 BAD = {

@@ -13,12 +13,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
-import nibabel as nib
 import numpy as np
 import pytest
 from architectures import chain
 from commands import infer
 from threshold import Threshold, knows
+from volumes import save
 
 from dints.data.tasks import Task
 from dints.errors import PartlyDone, UserError
@@ -33,6 +33,7 @@ CALLED = """Toy & <co></title></style><script>alert("task")</script>{{ 7 * 7 }}-
 ORGAN = """<1>'"></text><script>x()</script>"""
 HOSTILE = """b"><script>alert('case')<!--<img src=x onerror=alert(1)>&lt;"""
 TASK = Task(CALLED, "CT", 1, ("background", ORGAN, "other"), None, (0.0, 200.0), (16,) * 3)
+AFFINE = np.diag([1.0, 1, 3, 1])
 FACTS = {
     "architecture": replace(chain(0, 1, 0, num_depths=2), info={"task": HOSTILE}),
     "channel_mul": 0.125,
@@ -62,11 +63,6 @@ class Page(HTMLParser):
         return [attributes for found, attributes in self.elements if found == tag]
 
 
-def save(path: Path, voxels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1, 3, 1])), path)
-
-
 def ball(radius: float) -> np.ndarray:
     """Make an image in which class 1 is a ball of this radius, in voxels."""
     x, y, z = np.indices((18, 20, 16))
@@ -81,8 +77,8 @@ def dataset(tmp_path_factory) -> Path:
     for number, name in enumerate(["a", HOSTILE, *"cdefghi"]):
         paths = {"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"}
         image = ball(5 if number < 8 else 7.5)
-        save(root / paths["image"], image)
-        save(root / paths["label"], (image > 100 + 4 * number).astype(np.uint8))
+        save(root / paths["image"], image, AFFINE)
+        save(root / paths["label"], (image > 100 + 4 * number).astype(np.uint8), AFFINE)
         entries.append(paths)
     (root / "dataset.json").write_text(json.dumps({"training": entries}))
     (root / entries[3]["image"]).write_bytes(b"no <b>image</b>")
@@ -177,7 +173,7 @@ class TestUnlabelled:
     def segmented(self, tmp_path, monkeypatch) -> Callable[..., Page]:
         """Return a function that segments three images, and reads their report."""
         for number in range(3):
-            save(tmp_path / f"images/trained_{number}.nii.gz", ball(3 + number))
+            save(tmp_path / f"images/trained_{number}.nii.gz", ball(3 + number), AFFINE)
 
         def segmented(*flags: object, **facts: object) -> Page:
             knows(monkeypatch, TASK)(Threshold(num_classes=3), **{**FACTS, **facts})

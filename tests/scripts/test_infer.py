@@ -17,14 +17,14 @@ import torch
 from architectures import chain, connected
 from commands import infer
 from scipy.spatial.transform import Rotation
-from threshold import Threshold, knows
+from threshold import Threshold, knows, note_cases
 from torch import nn
+from volumes import save, voxels_of
 
 import infer_dints
 from dints.data import nifti
 from dints.data.tasks import Task
 from dints.errors import PartlyDone, UserError
-from dints.inference.batch import Batch
 from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import save_model
 
@@ -62,19 +62,9 @@ def body(grid: str = "RAS") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return image, (depth > 0).astype(np.uint8), affine
 
 
-def save(path: Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(voxels, affine), path)
-    return path
-
-
 def save_body(path: Path) -> Path:
     image, _, affine = body()
     return save(path, image, affine)
-
-
-def voxels(path: Path) -> np.ndarray:
-    return np.asarray(nib.load(path).dataobj)
 
 
 def dice(first: np.ndarray, second: np.ndarray) -> float:
@@ -115,10 +105,7 @@ def knowing(monkeypatch):
 
 @pytest.fixture
 def segmented(monkeypatch) -> list[str]:
-    """Note the cases that are segmented."""
-    names, real = [], Batch.decide
-    monkeypatch.setattr(Batch, "decide", lambda *a: names.append(a[1].name) or real(*a))
-    return names
+    return note_cases(monkeypatch)
 
 
 class TestSegmentations:
@@ -165,7 +152,7 @@ class TestSegmentations:
         image = np.random.default_rng(0).normal(100, 50, (*shape, 2)).astype(np.float32)
         source = save(tmp_path / "a.nii.gz", image, centred(axes, shape))
         out = infer(tmp_path / "out", "--checkpoint", tmp_path / "m.pth", "--input", source)
-        assert voxels(out / "a.nii.gz").shape == shape
+        assert voxels_of(out / "a.nii.gz").shape == shape
         assert names_in(out) == {"a.nii.gz", *BESIDE}  # no labels, no scores
 
     def test_folders_and_files_are_segmented_together(self, tmp_path, knowing):
@@ -205,34 +192,25 @@ def bands(path: Path, width: int) -> Path:
     return save(path, image * np.ones((1, 10, 12), np.float32), np.diag([-1, 2, 2, 1]))
 
 
-class TestDecisions:
-    def test_the_most_probable_of_many_classes_is_taken(self, tmp_path, knowing):
-        """Though probabilities are resampled one class after another, in whatever order."""
-        source = bands(tmp_path / "a.nii.gz", 8)
-        knowing(Bands([[2, 1, 0], [1, 3, 2], [2, 1, 3]]), replace(TASK, **THREE))
-        result = voxels(infer(tmp_path / "out", "--input", source) / "a.nii.gz")
-        for label, part in enumerate((result[:7], result[9:15], result[17:])):
-            assert np.unique(part).tolist() == [label]
-
-    def test_maps_lie_beside_the_segmentation(self, tmp_path, knowing):
-        """As NIfTI on the image's grid, scaled; a lost one is made again."""
-        source, flags = (
-            bands(tmp_path / "a.nii.gz", 16),
-            ["--save_probabilities --save_uncertainty"],
-        )
-        task = replace(TASK, **THREE, spacing=None, patch_size=(8, 8, 8))
-        knowing(Bands([[0, 0, -99], [0, 0, 0], [9, 0, -99]]), task)
-        out = infer(tmp_path / "out", "--input", source, *flags)
-        maps = [nib.load(out / name / "a.nii.gz") for name in ("probabilities", "uncertainty")]
-        assert [one.shape for one in maps] == [(48, 10, 12, 3), (48, 10, 12)]
-        assert np.allclose(maps[0].affine, nib.load(source).affine)
-        # in the middle of a band
-        probabilities, uncertainty = (one.get_fdata()[[2, 24, 45], 5, 5] for one in maps)
-        assert np.allclose(probabilities, [[0.5, 0.5, 0], [1 / 3] * 3, [1, 0, 0]], atol=0.003)
-        assert np.allclose(uncertainty, [np.log(2) / np.log(3), 1, 0], atol=0.003)
-        (out / "uncertainty/a.nii.gz").unlink()
-        infer(out, "--input", source, *flags)
-        assert (out / "uncertainty/a.nii.gz").is_file()
+def test_maps_lie_beside_the_segmentation(tmp_path, knowing):
+    """As NIfTI on the image's grid, scaled; a lost one is made again."""
+    source, flags = (
+        bands(tmp_path / "a.nii.gz", 16),
+        ["--save_probabilities --save_uncertainty"],
+    )
+    task = replace(TASK, **THREE, spacing=None, patch_size=(8, 8, 8))
+    knowing(Bands([[0, 0, -99], [0, 0, 0], [9, 0, -99]]), task)
+    out = infer(tmp_path / "out", "--input", source, *flags)
+    maps = [nib.load(out / name / "a.nii.gz") for name in ("probabilities", "uncertainty")]
+    assert [one.shape for one in maps] == [(48, 10, 12, 3), (48, 10, 12)]
+    assert np.allclose(maps[0].affine, nib.load(source).affine)
+    # in the middle of a band
+    probabilities, uncertainty = (one.get_fdata()[[2, 24, 45], 5, 5] for one in maps)
+    assert np.allclose(probabilities, [[0.5, 0.5, 0], [1 / 3] * 3, [1, 0, 0]], atol=0.003)
+    assert np.allclose(uncertainty, [np.log(2) / np.log(3), 1, 0], atol=0.003)
+    (out / "uncertainty/a.nii.gz").unlink()
+    infer(out, "--input", source, *flags)
+    assert (out / "uncertainty/a.nii.gz").is_file()
 
 
 class TestDicom:
@@ -298,7 +276,9 @@ def test_scores_are_the_dice_of_the_written_files(tmp_path, knowing, dataset, ca
     assert header == ["case", "organ", "never found"]
     cases = [f"case_{number}.nii.gz" for number in range(3)]
     assert [row[0] for row in rows] == cases
-    expected = [dice(voxels(out / name), voxels(dataset / "labelsTr" / name)) for name in cases[:2]]
+    expected = [
+        dice(voxels_of(out / name), voxels_of(dataset / "labelsTr" / name)) for name in cases[:2]
+    ]
     assert [float(row[1]) for row in rows[:2]] == pytest.approx(expected, abs=1e-6)
     assert all(0.8 < value < 0.97 for value in expected)
     assert rows[2][1] == "" and [row[2] for row in rows] == ["", "", ""]  # nobody has the class
@@ -445,7 +425,7 @@ class TestBatches:
     @pytest.mark.parametrize("change", ["image", "mask", "note", "model"])
     def test_what_has_changed_is_done_again(self, tmp_path, images, segmented, change, knowing):
         out = infer(tmp_path / "out", "--input", images)
-        first = voxels(out / "b.nii.gz")
+        first = voxels_of(out / "b.nii.gz")
         if change == "image":
             image, _, affine = body()
             save(images / "b.nii.gz", image[::-1].copy(), affine)
@@ -458,14 +438,16 @@ class TestBatches:
         segmented.clear()
         infer(out, "--input", images)
         assert segmented == (["a", "b", "c"] if change == "model" else ["b"])
-        assert np.array_equal(voxels(out / "b.nii.gz"), first[::-1] if change == "image" else first)
+        assert np.array_equal(
+            voxels_of(out / "b.nii.gz"), first[::-1] if change == "image" else first
+        )
 
     def test_a_bad_label_is_named_before_its_image_is_segmented(
         self, tmp_path, knowing, dataset, segmented
     ):
         root = shutil.copytree(dataset, tmp_path / "data")
         label = root / "labelsTr/case_0.nii.gz"
-        save(label, voxels(label) * 9, nib.load(label).affine)
+        save(label, voxels_of(label) * 9, nib.load(label).affine)
         with pytest.raises(PartlyDone, match=f"{label} holds the label 9"):
             infer(tmp_path / "out", "--root", root, FOLD)
         assert segmented == ["case_1", "case_2"]
@@ -490,19 +472,11 @@ class TestAnotherRunInTheFolder:
         knowing(Threshold(), digest="first")
         return lambda: knowing(Threshold(0.6), digest="second")
 
-    def test_its_maps_scores_and_report_are_gone(self, tmp_path, both, dataset):
-        out = infer(tmp_path / "out", "--root", dataset, FOLD, self.MAPS)
-        (out / "report.html").write_text("of the first model")
-        both()
-        images = [dataset / f"imagesTr/case_{number}.nii.gz" for number in range(3)]
-        for folder in (out, tmp_path / "fresh"):
-            infer(folder, "--input", *images)
-        assert self.files(out) == self.files(tmp_path / "fresh")
-
     @pytest.mark.fault("kill -9 in a batch, then other flags")
     def test_a_kill_leaves_nothing_to_other_flags(self, tmp_path, both, dataset, monkeypatch):
         """A batch is whole; another model's is killed at a file; a third has its own flags."""
         out = infer(tmp_path / "out", "--root", dataset, FOLD, "--save_uncertainty")
+        (out / "report.html").write_text("of the first model")
         both()
         real, count = nifti.save_map, []
 

@@ -6,17 +6,16 @@ import csv
 import json
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 from architectures import chain
 from commands import infer
-from threshold import Threshold, knows
+from threshold import Threshold, knows, note_cases
+from volumes import save, voxels_of
 
 from dints.data.tasks import Task
 from dints.errors import UserError
 from dints.evaluation.postprocessing import Postprocessing, Rule
-from dints.inference.batch import Batch
 from dints.network.model_file import Model
 
 TASK = Task("Toy", "CT", 1, ("background", "organ"), None, (0.0, 100.0), (16, 16, 16))
@@ -35,15 +34,9 @@ def image(*ends: tuple[int, int]) -> np.ndarray:
 def write_case(folder: Path, name: str, *ends: tuple[int, int]) -> dict[str, str]:
     """Write a case whose label is the first bright part; return its entry in a description."""
     entry = {"image": f"{name}.nii.gz", "label": f"label_{name}.nii.gz"}
-    folder.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(image(*ends), AFFINE), folder / entry["image"])
-    label = (image(ends[0]) > 0).astype(np.uint8)
-    nib.save(nib.Nifti1Image(label, AFFINE), folder / entry["label"])
+    save(folder / entry["image"], image(*ends), AFFINE)
+    save(folder / entry["label"], (image(ends[0]) > 0).astype(np.uint8), AFFINE)
     return entry
-
-
-def voxels(path: Path) -> np.ndarray:
-    return np.asarray(nib.load(path).dataobj)
 
 
 class TestPostprocessing:
@@ -58,9 +51,7 @@ class TestPostprocessing:
 
     @pytest.fixture
     def segmented(self, monkeypatch) -> list[str]:
-        names, real = [], Batch.decide
-        monkeypatch.setattr(Batch, "decide", lambda *a: names.append(a[1].name) or real(*a))
-        return names
+        return note_cases(monkeypatch)
 
     def chosen(self, folder: Path, rule: Rule, names: tuple[str, ...] = TASK.class_names) -> Path:
         path = folder / "postprocessing.json"
@@ -78,7 +69,7 @@ class TestPostprocessing:
     def test_a_mask_lacks_removed_parts(self, tmp_path, source, rule, ends):
         flags = ["--input", source, "--postprocessing", self.chosen(tmp_path, rule)]
         out = infer(tmp_path / "out", *flags)
-        assert np.array_equal(voxels(out / "a.nii.gz"), image(*ends) > 0)
+        assert np.array_equal(voxels_of(out / "a.nii.gz"), image(*ends) > 0)
 
     def test_another_removal_is_another_mask(self, tmp_path, source, segmented):
         out = infer(tmp_path / "out", "--input", source)
@@ -87,7 +78,7 @@ class TestPostprocessing:
         assert segmented == ["a"]  # a file that removes nothing changes nothing
         for _ in range(2):
             infer(out, *flags, self.chosen(tmp_path, LARGEST))
-        assert segmented == ["a", "a"] and voxels(out / "a.nii.gz").sum() == 90
+        assert segmented == ["a", "a"] and voxels_of(out / "a.nii.gz").sum() == 90
         noted = json.loads((out / "run.json").read_text())
         assert noted["searched_on"] == [{}]  # the network is of no search
         assert noted["settings"]["postprocessing"]["classes"]["organ"]["largest"]
