@@ -28,7 +28,7 @@ import logging
 from dints.data.cache import open_cache
 from dints.data.check import check
 from dints.data.dataset import Fold, open_fold
-from dints.data.fingerprint import use_downsample
+from dints.data.fingerprint import network_strides
 from dints.data.loaders import choose_augmentation, training_loader
 from dints.errors import exit_on_user_error
 from dints.evolution.halving import Ledger, best, open_folder, rungs
@@ -36,7 +36,7 @@ from dints.evolution.proposals import CHANNEL_STEP, Limits, memory_of_share, mut
 from dints.evolution.trainings import ShortTrainings, divided
 from dints.network.arch_file import write_architecture
 from dints.network.architecture import Architecture, load_architecture
-from dints.network.operations import PUBLISHED, check_names
+from dints.network.operations import operations_of
 from dints.network.step_memory import check_memory
 from dints.running.curves import draw_candidates
 from dints.running.precision import choose_precision
@@ -135,13 +135,14 @@ def prepare(settings: EvolveSettings) -> tuple[Fold, list[Architecture], Limits]
         cases; the architectures of ``--arch_ckpt``; the limits of every candidate.
     """
     space, competition = settings.space, settings.competition
-    operations = check_names(space.operations or PUBLISHED)
     check_loss(competition.loss)
     given = [load_architecture(path) for path in competition.arch_ckpt]
-    fold = open_fold(settings.data, [settings.run.output_root], least_training=2)
+    planned = space.num_depths if space.strides == "auto" else None
+    fold = open_fold(settings.data, [settings.run.output_root], 2, planned)
     task, batch_size = fold.task, settings.patches.num_images_per_batch
-    is_halved = use_downsample(space.use_downsample, fold.cases, task)
-    size = space.num_blocks, space.num_depths, operations, is_halved
+    choices = space.strides, space.use_downsample, space.num_depths
+    strides = network_strides(*choices, fold.cases, task)
+    size = space.num_blocks, operations_of(space.operations, strides), strides
     shapes = (batch_size, task.num_channels, *task.patch_size), task.num_classes
     memory_mib = competition.memory_mib or memory_of_share(
         competition.factor_ram_cost, *size, space.channel_mul, *shapes

@@ -206,6 +206,7 @@ from dints.inference.records import Records, precision_of_earlier
 from dints.inference.selection import Selection
 from dints.network.architecture import load_architecture
 from dints.network.model_file import Model, load_model, model_of_weights
+from dints.network.strides import halved_first
 from dints.running.precision import choose_precision
 from dints.running.processes import Processes, started
 from dints.running.run_folder import opened
@@ -293,8 +294,8 @@ def load_models(settings: InferSettings) -> list[Model]:
         return [load_model(path) for path in paths]
     architecture = load_architecture(foreign.arch_ckpt)
     if foreign.use_downsample is not None:
-        is_halved = foreign.use_downsample == "yes"
-        architecture = replace(architecture, use_downsample=is_halved)
+        strides = halved_first(architecture.strides, foreign.use_downsample == "yes")
+        architecture = replace(architecture, strides=strides)
     width = foreign.channel_mul or architecture.channel_mul
     task = foreign_task(settings)
     return [model_of_weights(path, architecture, width, task) for path in paths]

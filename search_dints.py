@@ -36,16 +36,17 @@ from torch import nn
 from dints.data.cache import open_cache
 from dints.data.check import check
 from dints.data.dataset import Fold, open_fold
-from dints.data.fingerprint import use_downsample
+from dints.data.fingerprint import network_strides
 from dints.data.loaders import choose_augmentation, training_loader
 from dints.data.tasks import Task
 from dints.errors import exit_on_user_error
 from dints.network.arch_file import write_architecture
 from dints.network.architecture import DecodedCodes
 from dints.network.discrete import check_patch_size
-from dints.network.operations import PUBLISHED, check_names
+from dints.network.operations import operations_of
 from dints.network.space import SearchSpace, check_ram_ratio, supernet_of
 from dints.network.step_memory import check_memory, within_supernet
+from dints.network.strides import Strides
 from dints.network.weights import load_weights
 from dints.running.progress import remark_on_dice
 from dints.running.run import Run, open_run
@@ -61,10 +62,10 @@ LOSSES = "loss", "architecture_loss"  # columns of the history
 
 def search(settings: SearchSettings, run: Run) -> None:
     """Train the supernet's weights and, after a warm-up, its architecture, in turn."""
-    fold, is_halved = run.on_main(prepare, settings)
+    fold, strides = run.on_main(prepare, settings)
     task, patches = fold.task, settings.patches
     run.begin(course(settings) | fold.to_dict(), inputs=[settings.space.checkpoint])
-    supernet = build_supernet(settings, task, is_halved, run)
+    supernet = build_supernet(settings, task, strides, run)
     weights, arch = trainers(supernet, settings, task, run)
 
     cache = open_cache(fold, run)
@@ -185,7 +186,7 @@ def regularisers(
     }
 
 
-def build_supernet(settings: SearchSettings, task: Task, is_halved: bool, run: Run) -> DiNTS:
+def build_supernet(settings: SearchSettings, task: Task, strides: Strides, run: Run) -> DiNTS:
     """Build MONAI's `DiNTS` around the search space, on the run's device."""
     given = settings.space
     seed_everything(run.seed, "initialisation")
@@ -193,8 +194,8 @@ def build_supernet(settings: SearchSettings, task: Task, is_halved: bool, run: R
         given.channel_mul,
         given.num_blocks,
         given.num_depths,
-        given.operations or PUBLISHED,
-        is_halved,
+        operations_of(given.operations, strides),
+        strides,
         given.keep_finest,
     )
     space.checkpoint_activations = settings.machine.checkpoint_activations
@@ -266,22 +267,24 @@ def end(settings: SearchSettings, space: SearchSpace, fold: Fold, run: Run) -> N
     remark_on_dice(run.progress.best_dice, run.progress.iteration, len(fold.validation))
 
 
-def prepare(settings: SearchSettings) -> tuple[Fold, bool]:
+def prepare(settings: SearchSettings) -> tuple[Fold, Strides]:
     """Open the fold, and refuse whatever can be refused before a voxel is read.
 
     Returns:
-        the fold; whether the supernet halves the image before its first node.
+        the fold; the strides of the supernet's depths.
     """
     space = settings.space
-    operations = check_names(space.operations or PUBLISHED)
     check_loss(settings.weights.loss)
-    fold = open_fold(settings.data, [settings.run.output_root], least_training=2)
-    is_halved = use_downsample(space.use_downsample, fold.cases, fold.task)
-    check_patch_size(fold.task.patch_size, space.num_depths, is_halved)
+    planned = space.num_depths if space.strides == "auto" else None
+    fold = open_fold(settings.data, [settings.run.output_root], 2, planned)
+    choices = space.strides, space.use_downsample, space.num_depths
+    strides = network_strides(*choices, fold.cases, fold.task)
+    check_patch_size(fold.task.patch_size, strides)
+    operations = operations_of(space.operations, strides)
     check_cuda_graphs(settings)
-    every_path = within_supernet(space.num_blocks, space.num_depths, operations, is_halved)
+    every_path = within_supernet(space.num_blocks, operations, strides)
     check_memory(fold.task, every_path, space.channel_mul, settings, num_loaders=2)
-    return fold, is_halved
+    return fold, strides
 
 
 def main(settings: SearchSettings) -> None:

@@ -28,7 +28,7 @@ from dints import __version__
 from dints.data.cache import open_cache
 from dints.data.check import check
 from dints.data.dataset import Fold, open_fold
-from dints.data.fingerprint import use_downsample
+from dints.data.fingerprint import halves_first, network_strides
 from dints.data.formats import provenance
 from dints.data.loaders import TrainingLoader, choose_augmentation, training_loader
 from dints.data.plausibility import joined, ranges_of
@@ -38,6 +38,7 @@ from dints.network.architecture import Architecture, load_architecture
 from dints.network.discrete import DiscreteNetwork, check_patch_size, count_parameters
 from dints.network.model_file import save_model, validation_of
 from dints.network.step_memory import check_memory
+from dints.network.strides import Strides, halved_first
 from dints.network.weights import load_weights
 from dints.running.progress import remark_on_dice
 from dints.running.run import Run, open_run
@@ -196,17 +197,29 @@ def prepare(settings: TrainSettings) -> tuple[Architecture, float, Fold]:
     path = settings.network.arch_ckpt
     architecture = load_architecture(path)
     check_loss(settings.weights.loss)
-    fold = open_fold(settings.data, [settings.run.output_root, path.parent])
-    if settings.network.use_downsample is not None:
-        choice = use_downsample(settings.network.use_downsample, fold.cases, fold.task)
-        architecture = dataclasses.replace(architecture, use_downsample=choice)
-    patch_size, depths = fold.task.patch_size, architecture.num_depths
-    check_patch_size(patch_size, depths, architecture.use_downsample)
+    choice = settings.network.strides or ("isotropic" if architecture.is_isotropic else "auto")
+    planned = architecture.num_depths if choice == "auto" else None
+    folders = [settings.run.output_root, path.parent]
+    fold = open_fold(settings.data, folders, num_halvings=planned)
+    architecture = dataclasses.replace(
+        architecture, strides=strides_of(architecture, settings, fold)
+    )
+    check_patch_size(fold.task.patch_size, architecture.strides)
     check_cuda_graphs(settings)
     # Without --channel_mul, the width that the architecture was judged at.
     width = settings.network.channel_mul or architecture.channel_mul
     check_memory(fold.task, architecture, width, settings)
     return architecture, width, fold
+
+
+def strides_of(architecture: Architecture, settings: TrainSettings, fold: Fold) -> Strides:
+    """Return the architecture's strides, or others where settings ask for them."""
+    network = settings.network
+    stem = network.use_downsample or ("yes" if architecture.use_downsample else "no")
+    if network.strides is not None:
+        choices = network.strides, stem, architecture.num_depths
+        return network_strides(*choices, fold.cases, fold.task)
+    return halved_first(architecture.strides, halves_first(stem, fold.cases, fold.task))
 
 
 def main(settings: TrainSettings) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 RECIPES = {
     "published": {
         "use_downsample": "yes",
+        "strides": "isotropic",
         "flip_axes": ("all",),
         "learning_rate_schedule": "halvings",
         "average_decay": 0.0,
@@ -15,6 +16,7 @@ RECIPES = {
     },
     "recommended": {
         "use_downsample": "auto",
+        "strides": "auto",
         "flip_axes": ("auto",),
         "learning_rate_schedule": "polynomial",
         "average_decay": 0.99,

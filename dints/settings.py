@@ -377,6 +377,12 @@ class SpaceSettings(Settings):
         from_recipe=True,
         choices=("yes", "no", "auto"),
     )
+    strides: str = option(
+        "axes that a depth halves: auto: all but those with a coarser spacing, as nnU-Net does; "
+        "isotropic: all, as published",
+        from_recipe=True,
+        choices=("auto", "isotropic"),
+    )
     keep_finest: bool = option(
         "keep the path along the finest resolution active in every block (default: a path like any "
         "other)",
@@ -502,6 +508,12 @@ class NetworkSettings(Settings):
         "(default: as ARCH_CKPT was searched)",
         default=None,
         choices=("yes", "no", "auto"),
+    )
+    strides: str | None = option(
+        "axes that a depth halves: auto: all but those with a coarser spacing; isotropic: all "
+        "(default: as ARCH_CKPT was searched)",
+        default=None,
+        choices=("auto", "isotropic"),
     )
     channel_mul: float | None = option(
         "times 32, 64, ... channels (default: the width that ARCH_CKPT was judged at, else 1)",

@@ -63,7 +63,10 @@ class Fold:
 
 
 def open_fold(
-    settings: DataSettings, measured_in: Sequence[Path] = (), least_training: int = 1
+    settings: DataSettings,
+    measured_in: Sequence[Path] = (),
+    least_training: int = 1,
+    num_halvings: int | None = None,
 ) -> Fold:
     """Read a dataset's description and the headers of its cases, and divide them; read no voxel.
 
@@ -72,6 +75,7 @@ def open_fold(
     Args:
         measured_in: run folders whose measurements of the same dataset are used again.
         least_training: cases that must train: a search needs two.
+        num_halvings: of the network's strides where they are planned; see `Fingerprint.patch_size`.
 
     Raises:
         UserError: as `read_dataset` and `check_cases`, or too few cases are left to train on.
@@ -82,7 +86,7 @@ def open_fold(
     if task.name not in TASKS:
         check_cases(cases, task)
         measured = fingerprint(cases, task, measured_in, cores_per_process())
-        task = measured.applied_to(task)
+        task = measured.applied_to(task, num_halvings)
     task = overridden(task, settings)
     check_cases(cases, task)
     log.info("%s: %s", task.name, describe(task))

@@ -29,7 +29,9 @@ FILE = "task.json"
 SAMPLES = 10_000  # foreground voxels of a case that the window is measured on, evenly spread
 PERCENTILES = (0.5, 99.5)
 SMALL_VOLUME = 64**3  # voxels up to which the first halving loses more than it saves
-PATCH_STEP, LARGEST_PATCH = 32, 96  # the network halves a patch up to five times
+PATCH_STEP, LARGEST_PATCH = 32, 96  # the published network halves a patch up to five times
+COARSE = 2.0  # an axis waits while its spacing is this many times the finest axis's
+FEWEST = 8  # voxels of an axis that is halved while another one has more
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,53 @@ class Fingerprint:
     shape: tuple[int, int, int]
     intensity: tuple[float, float] | None
 
-    @property
-    def patch_size(self) -> tuple[int, int, int]:
-        """As large as the cases, in steps that five depths can halve, and 96 at most."""
-        return tuple(
-            int(np.clip(size // PATCH_STEP * PATCH_STEP, PATCH_STEP, LARGEST_PATCH))
-            for size in self.shape
-        )
+    def patch_size(self, num_halvings: int | None = None) -> tuple[int, int, int]:
+        """Return a patch of at most 96^3 voxels, no larger than the cases if they can be halved.
 
-    def applied_to(self, task: Task) -> Task:
-        return replace(
-            task, spacing=self.spacing, intensity=self.intensity, patch_size=self.patch_size
-        )
+        Args:
+            num_halvings: that `halvings` plans for the network; the patch has the proportions of
+                the cases. None: all axes are halved alike, up to five times; each has 96 at most.
+        """
+        if num_halvings is None:
+            return tuple(
+                int(np.clip(size // PATCH_STEP * PATCH_STEP, PATCH_STEP, LARGEST_PATCH))
+                for size in self.shape
+            )
+        steps = np.prod(halvings(self.spacing, self.shape, num_halvings), 0)
+        shape, size = np.array(self.shape), steps.copy()
+        while True:
+            larger = size + np.diag(steps)  # a row an axis that grows
+            fits = (larger <= np.maximum(shape, size)).all(1) & (larger.prod(1) <= LARGEST_PATCH**3)
+            if not fits.any():
+                return tuple(size.tolist())
+            size = larger[np.where(fits, size / shape, np.inf).argmin()]
+
+    def applied_to(self, task: Task, num_halvings: int | None = None) -> Task:
+        patch_size = self.patch_size(num_halvings)
+        return replace(task, spacing=self.spacing, intensity=self.intensity, patch_size=patch_size)
+
+
+def halvings(
+    spacing: Sequence[float], shape: Sequence[int], count: int
+) -> list[tuple[int, int, int]]:
+    """Return ``count`` strides of 1 and 2, by nnU-Net's rule (Isensee et al., Nat. Methods 2021).
+
+    An axis is halved where its spacing is less than twice the finest one and it has 8 voxels; or
+    where no axis has 8.
+
+    Args:
+        spacing: in mm.
+        shape: in voxels.
+    """
+    spacing, shape, strides = np.array(spacing, float), np.array(shape, float), []
+    for _ in range(count):
+        large = shape >= FEWEST
+        halved = (spacing < COARSE * spacing.min()) & (large | ~large.any())
+        if not halved.any():  # the fine axes have too few voxels
+            halved = large
+        strides.append(tuple(int(step) for step in 1 + halved))
+        spacing, shape = spacing * strides[-1], shape / strides[-1]
+    return strides
 
 
 def fingerprint(
@@ -100,7 +137,7 @@ def write_task(folder: Path, task: Task, measured: Fingerprint | None) -> None:
     files.write_atomically(folder / FILE, json.dumps(content, indent=2) + "\n")
 
 
-def use_downsample(choice: str, cases: Sequence[Case], task: Task) -> bool:
+def halves_first(choice: str, cases: Sequence[Case], task: Task) -> bool:
     """Tell whether a network is to halve the image first; ``auto``: unless volumes are small.
 
     Args:
@@ -117,6 +154,33 @@ def use_downsample(choice: str, cases: Sequence[Case], task: Task) -> bool:
         SMALL_VOLUME,
     )
     return voxels > SMALL_VOLUME
+
+
+def network_strides(
+    strides: str, use_downsample: str, num_depths: int, cases: Sequence[Case], task: Task
+) -> tuple[tuple[int, int, int], ...]:
+    """Return the strides of a network's depths, as `dints.network.strides` defines them.
+
+    Args:
+        strides: ``isotropic``: of all axes; ``auto``: as `halvings` plans for the median volume.
+        use_downsample: whether the network halves the image first; see `halves_first`.
+        cases: that are planned for, on the task's grid.
+    """
+    is_halved = halves_first(use_downsample, cases, task)
+    count = num_depths if is_halved else num_depths - 1
+    planned = [(2, 2, 2)] * count
+    if strides == "auto":
+        grids = [resampling_of(case, task) for case in cases]
+        spacing = np.median([_spacing(grid.affine) for grid in grids], axis=0)
+        shape = np.median([grid.shape for grid in grids], axis=0)
+        planned = halvings(spacing, shape, count)
+        log.info(
+            "spacing %s mm, %s voxels in the median: depths are reduced by %s (--strides)",
+            " x ".join(f"{size:.3g}" for size in spacing),
+            " x ".join(f"{size:g}" for size in shape),
+            ", ".join("x".join(map(str, stride)) for stride in planned),
+        )
+    return tuple(planned) if is_halved else ((1, 1, 1), *planned)
 
 
 def _stored(path: Path) -> Fingerprint | None:

@@ -20,6 +20,7 @@ from dints.network.architecture import Architecture, from_codes, paths
 from dints.network.cost import cost, fitting_channel_mul
 from dints.network.operations import OPERATIONS
 from dints.network.step_memory import within_supernet
+from dints.network.strides import WHOLE, Strides, halved_first
 from dints.running.seeds import seed_from
 
 KINDS = ("by_hand", "random")  # that are made; others are given
@@ -65,8 +66,7 @@ class Limits:
 
     Attributes:
         memory_mib: that a training step may take; see `dints.network.cost.step_mib`.
-        num_blocks, num_depths, use_downsample: of the space; mutants may leave the first and the
-            last.
+        num_blocks, strides: of the space; mutants may leave the first and halve first or not.
         keep_finest: the path along depth 0 stays active in every block.
         input_shape: (batch, channels, *patch_size) of a training step.
         channel_step: channels at the first level are a multiple of this, where so many fit; see
@@ -75,9 +75,8 @@ class Limits:
 
     memory_mib: float
     num_blocks: int
-    num_depths: int
     operations: tuple[str, ...]
-    use_downsample: bool
+    strides: Strides
     keep_finest: bool
     input_shape: tuple[int, ...]
     num_classes: int
@@ -87,11 +86,9 @@ class Limits:
         """Raise `UserError` where no network would fit: not even one path of the space, at its
         narrowest.
         """
-        arch_code_a = np.zeros((self.num_blocks, 3 * self.num_depths - 2), dtype=np.int64)
+        arch_code_a = np.zeros((self.num_blocks, 3 * len(self.strides) - 2), dtype=np.int64)
         arch_code_a[:, 0] = 1
-        self.channel_mul(
-            from_codes(arch_code_a, 0 * arch_code_a, self.operations, self.use_downsample)
-        )
+        self.channel_mul(from_codes(arch_code_a, 0 * arch_code_a, self.operations, self.strides))
 
     def channel_mul(self, architecture: Architecture) -> float:
         """Return the width at which the architecture fills the memory, but for what a multiple
@@ -117,9 +114,8 @@ class Limits:
 def memory_of_share(
     share: float,
     num_blocks: int,
-    num_depths: int,
     operations: tuple[str, ...],
-    use_downsample: bool,
+    strides: Strides,
     channel_mul: float,
     input_shape: tuple[int, ...],
     num_classes: int,
@@ -131,7 +127,7 @@ def memory_of_share(
         input_shape: (batch, channels, *patch_size) of a training step.
     """
     dearest_last = sorted(operations, key=lambda name: OPERATIONS[name].maps)
-    largest = within_supernet(num_blocks, num_depths, dearest_last, use_downsample)
+    largest = within_supernet(num_blocks, dearest_last, strides)
     batch_size, in_channels, *patch_size = input_shape
     return (
         share
@@ -230,7 +226,7 @@ class _Distinct:
 
 
 def _by_hand(limits: Limits) -> Iterator[Architecture]:
-    blocks, depths = limits.num_blocks, limits.num_depths
+    blocks, depths = limits.num_blocks, len(limits.strides)
     lacking = {baselines.CONVOLUTION, baselines.SKIP} - {*limits.operations}
     if baselines.CONVOLUTION in lacking:
         return
@@ -242,8 +238,8 @@ def _by_hand(limits: Limits) -> Iterator[Architecture]:
         (skipping, blocks, depths - 1),
     ):
         if num_depths >= 2:
-            made = make(num_blocks, num_depths, limits.operations)
-            yield replace(made, use_downsample=limits.use_downsample)
+            strides = limits.strides[:num_depths]
+            yield make(num_blocks, num_depths, limits.operations, strides=strides)
 
 
 def _random(limits: Limits, generator: np.random.Generator) -> Iterator[Architecture]:
@@ -253,20 +249,19 @@ def _random(limits: Limits, generator: np.random.Generator) -> Iterator[Architec
     At equal memory the width goes down as the ratio goes up, so that this tries narrow ones and
     wide ones alike.
     """
-    size = limits.num_blocks, limits.num_depths
-    least = baselines.least_ram_ratio(*size, limits.operations, keep_finest=True)
-    settings = {"operations": limits.operations, "keep_finest": True}
+    size = limits.num_blocks, len(limits.strides)
+    settings = {"operations": limits.operations, "keep_finest": True, "strides": limits.strides}
+    least = baselines.least_ram_ratio(limits.num_blocks, **settings)
     while True:
         high = np.exp(
             generator.uniform(*np.log((min(1.1 * least, 1.0), max(1.1 * least, DENSEST))))
         )
         try:
-            drawn = baselines.random_architecture(
+            yield baselines.random_architecture(
                 *size, max(least, 0.95 * high), high, generator, **settings
             )
         except UserError:  # a space so small that it has none of this density
-            drawn = baselines.random_architecture(*size, least, 1.0, generator, **settings)
-        yield replace(drawn, use_downsample=limits.use_downsample)
+            yield baselines.random_architecture(*size, least, 1.0, generator, **settings)
 
 
 def mutated(
@@ -279,11 +274,11 @@ def mutated(
     what is left stays connected. Several paths change at a time where a node comes or goes.
     """
     arch_code_a, arch_code_c = architecture.arch_code_a.copy(), architecture.arch_code_c.copy()
-    use_downsample = architecture.use_downsample
+    strides = architecture.strides
     for _ in range(generator.geometric(2 / 3)):
         change = generator.choice(CHANGES, p=SHARES)
         if change == "stem":
-            use_downsample = not use_downsample
+            strides = halved_first(strides, use_downsample=strides[0] == WHOLE)
         elif change == "block":
             arch_code_a, arch_code_c = _other_blocks(arch_code_a, arch_code_c, generator)
         elif change == "operation" and arch_code_a.any():
@@ -296,18 +291,15 @@ def mutated(
     keeps = not keep_finest or arch_code_a[:, 0].all()  # path 0 leads from depth 0 to depth 0
     if not keeps or not _is_connected(arch_code_a):
         return None
-    made = from_codes(arch_code_a, arch_code_c, architecture.operations, use_downsample)
+    made = from_codes(arch_code_a, arch_code_c, architecture.operations, strides)
     return None if _network(made) == _network(architecture) else made
 
 
 def _network(architecture: Architecture) -> tuple:
     """Return what is equal for equal networks: operations count on active paths only."""
     active = architecture.arch_code_a
-    return (
-        active.tolist(),
-        (architecture.arch_code_c * active).tolist(),
-        architecture.use_downsample,
-    )
+    codes = active.tolist(), (architecture.arch_code_c * active).tolist()
+    return *codes, architecture.strides
 
 
 def _other_paths(

@@ -28,7 +28,7 @@ FOR_THE_COMMAND = {"fire": "0.7.1"}  # a version that the command was tried with
 
 
 def check_operations(model: Model) -> None:
-    """Raise `UserError` unless MONAI's network has all operations that the architecture uses."""
+    """Raise `UserError` unless MONAI's network has the operations and the strides."""
     architecture = model.architecture
     used = architecture.arch_code_c[architecture.arch_code_a == 1]
     lacking = {architecture.operations[code] for code in used} - {*OPERATIONS}
@@ -36,6 +36,8 @@ def check_operations(model: Model) -> None:
         raise UserError(
             f"--export bundle: MONAI lacks the operation {min(lacking)}: use exported_program"
         )
+    if not architecture.is_isotropic:
+        raise UserError("--export bundle: MONAI lacks --strides auto: use exported_program")
 
 
 def write(folder: Path, model: Model, overlap: float) -> None:

@@ -15,8 +15,8 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from dints.data.tasks import Task
-from dints.network.discrete import patch_step
 from dints.network.model_file import Model
+from dints.network.strides import patch_step
 
 FACTS = "dints"  # what the facts below are called in a file
 
@@ -38,11 +38,11 @@ def exported(model: Model) -> ExportedProgram:
     Where the model's own patch is a single step long, its deepest level is one voxel, which PyTorch
     treats apart: that axis keeps its size.
     """
-    patch_size, step = model.task.patch_size, patch_step(model.architecture)
+    patch_size, steps = model.task.patch_size, patch_step(model.architecture.strides)
     image = torch.zeros(2, model.task.num_channels, *patch_size)
     sizes = {
         axis: step * Dim(name, min=2)
-        for axis, name, size in zip((2, 3, 4), "xyz", patch_size, strict=True)
+        for axis, name, size, step in zip((2, 3, 4), "xyz", patch_size, steps, strict=True)
         if size > step
     }
     with quietly():

@@ -17,7 +17,7 @@ def card(model: Model) -> dict[str, object]:
             "depths": architecture.num_depths,
             "active_paths": int(architecture.arch_code_a.sum()),
             "operations": list(architecture.operations),
-            "use_downsample": architecture.use_downsample,
+            "strides": architecture.strides,
         },
         "cost": {
             "parameters": counted.parameters,

@@ -15,7 +15,7 @@ MONAI's import.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from dints import torch_files
 from dints.errors import UserError, shown
 from dints.network.operations import PUBLISHED, check_names
+from dints.network.strides import WHOLE, Strides, halved_first, isotropic, reductions
 
 _ARRAYS = ("node_a", "arch_code_a", "arch_code_c")
 # Far above any network that fits a machine, and low enough that checking a file costs nothing.
@@ -43,9 +44,10 @@ def paths(num_depths: int) -> list[tuple[int, int]]:
     ]
 
 
-def depth_sizes(channels: Sequence[int]) -> list[float]:
-    """Return the relative sizes of the depths' feature maps: each depth halves three axes."""
-    return [count / 8**depth for depth, count in enumerate(channels)]
+def depth_sizes(channels: Sequence[int], strides: Strides) -> list[float]:
+    """Return the relative sizes of the depths' feature maps."""
+    voxels = reductions(strides).prod(-1)
+    return [count / int(less) for count, less in zip(channels, voxels, strict=True)]
 
 
 def nodes_of(arch_code_a: np.ndarray) -> np.ndarray:
@@ -66,8 +68,7 @@ class Architecture:
     Attributes:
         node_a, arch_code_a, arch_code_c: integer arrays, see the module's text.
         operations: their names, which ``arch_code_c`` indexes.
-        use_downsample: the network halves the image before its first node, as published; else depth
-            0 has the image's own resolution.
+        strides: of the depths, see `dints.network.strides`; None: MONAI's, all 2.
         arch_code_a_max: (B, 3D - 2), each block's most probable paths regardless of its neighbours;
             None if unknown.
         info: plain values that help to judge the file later: ``iter_num``, ``epochs``,
@@ -81,7 +82,7 @@ class Architecture:
     arch_code_c: np.ndarray
     arch_code_a_max: np.ndarray | None = None
     operations: tuple[str, ...] = PUBLISHED
-    use_downsample: bool = True
+    strides: Strides | None = None
     info: dict = field(default_factory=dict)
     source: str = "architecture"
 
@@ -92,6 +93,7 @@ class Architecture:
                 object.__setattr__(self, key, _whole_numbers(value, key, self.source))
         object.__setattr__(self, "operations", check_names(self.operations, self.source))
         _check_shapes(self)
+        object.__setattr__(self, "strides", _checked_strides(self))
         _check_values(self)
         _check_connections(self)
 
@@ -102,6 +104,16 @@ class Architecture:
     @property
     def num_depths(self) -> int:
         return self.node_a.shape[1]
+
+    @property
+    def use_downsample(self) -> bool:
+        """Whether the image is halved before its first node, as published."""
+        return self.strides[0] != WHOLE
+
+    @property
+    def is_isotropic(self) -> bool:
+        """Whether MONAI has the network: each stride halves every axis or none."""
+        return self.strides == isotropic(self.num_depths, self.use_downsample)
 
     @property
     def channel_mul(self) -> float:
@@ -122,7 +134,7 @@ class Architecture:
     def codes(self) -> tuple:
         """Return nested lists that are equal for equal networks of one list of operations."""
         codes = self.arch_code_a.tolist(), self.arch_code_c.tolist()
-        return codes if self.use_downsample else (*codes, "full resolution")
+        return codes if self.strides == isotropic(self.num_depths) else (*codes, self.strides)
 
     def to_dict(self) -> dict:
         """Return tensors and plain values: what an arch file and a model file hold."""
@@ -131,6 +143,8 @@ class Architecture:
             key: torch.from_numpy(array) for key, array in arrays.items() if array is not None
         }
         settings = {"operations": list(self.operations), "use_downsample": self.use_downsample}
+        if not self.is_isotropic:
+            settings["strides"] = [list(stride) for stride in self.strides]
         return {**tensors, **self.info, **settings}
 
 
@@ -138,14 +152,12 @@ def from_codes(
     arch_code_a: np.ndarray,
     arch_code_c: np.ndarray,
     operations: Sequence[str] = PUBLISHED,
-    use_downsample: bool = True,
+    strides: Strides | None = None,
     info: dict | None = None,
 ) -> Architecture:
     """Make the architecture of these paths and operations, with the nodes that the paths use."""
     node_a, info = nodes_of(arch_code_a), {} if info is None else info
-    return Architecture(
-        node_a, arch_code_a, arch_code_c, None, tuple(operations), use_downsample, info
-    )
+    return Architecture(node_a, arch_code_a, arch_code_c, None, tuple(operations), strides, info)
 
 
 class DecodedCodes:
@@ -210,18 +222,17 @@ def architecture_from_dict(content: object, source: str) -> Architecture:
     use_downsample = content.get("use_downsample", True)
     if not isinstance(use_downsample, bool):
         raise _unusable(source, "'use_downsample' is not True or False")
-    known = (*arrays, *_LEGACY_KEYS.values(), "operations", "use_downsample")
+    known = (*arrays, *_LEGACY_KEYS.values(), "operations", "use_downsample", "strides")
     info = {key: _plain(value) for key, value in content.items() if key not in known}
     for key, value in info.items():  # which is written into model files, and shown
         if not isinstance(key, str) or not torch_files.is_plain(value):
             raise _unusable(source, f"{shown(key)} is {shown(value)}, not a plain value")
-    return Architecture(
-        **arrays,
-        operations=tuple(operations),
-        use_downsample=use_downsample,
-        info=info,
-        source=source,
-    )
+    strides = content.get("strides")  # files of MONAI's networks have none
+    facts = {"operations": tuple(operations), "info": info, "source": source}
+    architecture = Architecture(**arrays, strides=strides, **facts)
+    if strides is not None:
+        return architecture
+    return replace(architecture, strides=halved_first(architecture.strides, use_downsample))
 
 
 def save_architecture(path: str | Path, architecture: Architecture) -> None:
@@ -285,6 +296,19 @@ def _check_shapes(architecture: Architecture) -> None:
         if array is not None and array.shape != expected:
             fault = f"'{key}' has shape {array.shape}, but {size} ask for {expected}"
             raise _unusable(source, fault)
+
+
+def _checked_strides(architecture: Architecture) -> Strides:
+    """Return the strides as tuples of plain numbers; those of MONAI's network where none are."""
+    strides, num_depths = architecture.strides, architecture.num_depths
+    if strides is None:
+        return isotropic(num_depths)
+    factors = _whole_numbers(strides, "strides", architecture.source)
+    is_whole = factors.shape == (num_depths, 3) and np.isin(factors, (1, 2)).all()
+    if not is_whole or (factors[1:] == 1).all(-1).any():
+        fault = f"'strides' is {shown(strides)}, not 1 or 2 along 3 axes of {num_depths} depths"
+        raise _unusable(architecture.source, fault)
+    return tuple(tuple(stride) for stride in factors.tolist())
 
 
 def _check_values(architecture: Architecture) -> None:

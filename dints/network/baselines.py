@@ -34,7 +34,8 @@ from dints.network.architecture import (
     paths,
     save_architecture,
 )
-from dints.network.operations import OPERATIONS, PUBLISHED, check_names
+from dints.network.operations import OPERATIONS, PLANAR, PUBLISHED, check_names
+from dints.network.strides import Strides, coarse_axes, isotropic
 from dints.options import Settings, number, option, parse, same_option
 from dints.settings import SpaceSettings
 
@@ -55,11 +56,13 @@ def u_shaped(
     num_depths: int,
     operations: Sequence[str] = PUBLISHED,
     skip_connections: bool = False,
+    strides: Strides | None = None,
 ) -> Architecture:
     """Make a U: down a depth a block, along the bottom while blocks are left, and up.
 
     Every depth on the way continues. The U starts and ends at depth 0. Where the blocks are too few
-    for the deepest level, it reaches ``num_blocks // 2``. Every path holds conv_3x3x3.
+    for the deepest level, it reaches ``num_blocks // 2``. Every path holds conv_3x3x3, or the
+    convolution in the plane, where the operations have it, while the third axis is coarser.
 
     Args:
         skip_connections: above the bottom, let a depth's first and last path hold conv_3x3x3 and
@@ -69,6 +72,7 @@ def u_shaped(
     Raises:
         UserError: the operations lack conv_3x3x3, or skip_connect where that is asked for.
     """
+    strides = strides or isotropic(num_depths)
     bottom = [min(row, num_blocks - row, num_depths - 1) for row in range(num_blocks + 1)]
     arch_code_a = np.zeros((num_blocks, 3 * num_depths - 2), dtype=np.int64)
     arch_code_c = np.zeros_like(arch_code_a)
@@ -77,9 +81,16 @@ def u_shaped(
             continues = source == target <= min(before, after)
             if continues or (source, target) == (before, after):
                 passes_by = skip_connections and source == target < min(before, after)
+                name = SKIP if passes_by else convolution_at(target, strides, operations)
                 arch_code_a[block, path] = 1
-                arch_code_c[block, path] = _index(SKIP if passes_by else CONVOLUTION, operations)
-    return from_codes(arch_code_a, arch_code_c, operations)
+                arch_code_c[block, path] = _index(name, operations)
+    return from_codes(arch_code_a, arch_code_c, operations, strides)
+
+
+def convolution_at(depth: int, strides: Strides, operations: Sequence[str]) -> str:
+    """Return the name of the convolution that suits the spacing at a depth."""
+    planar = PLANAR.get(coarse_axes(strides, depth))
+    return planar if planar in operations else CONVOLUTION
 
 
 def all_paths(
@@ -113,6 +124,7 @@ def random_architectures(
     generator: np.random.Generator,
     operations: Sequence[str] = PUBLISHED,
     keep_finest: bool = False,
+    strides: Strides | None = None,
 ) -> Iterator[Architecture]:
     """Draw uniformly, without end, from the connected architectures of `ram_ratio` low to high.
 
@@ -124,7 +136,8 @@ def random_architectures(
     Raises:
         UserError: there are too many depths, or no architecture is found in the band.
     """
-    choice = _Choice(num_blocks, num_depths, operations, keep_finest)
+    strides = strides or isotropic(num_depths)
+    choice = _Choice(num_blocks, operations, keep_finest, strides)
     none = UserError(
         f"--ram_ratio {low:g} {high:g}: no architecture of {num_blocks} blocks and {num_depths} "
         f"depths was found there; give a wider band of ratios from {choice.least_ratio:.3g} to 1"
@@ -141,7 +154,8 @@ def random_architectures(
         draws_in_vain = 0 if kept.any() else draws_in_vain + BATCH
         for index in np.flatnonzero(kept):
             info = {"ram_ratio": float(ratios[index])}
-            yield from_codes(arch_code_a[index], arch_code_c[index], operations, info=info)
+            codes = arch_code_a[index], arch_code_c[index]
+            yield from_codes(*codes, operations, strides, info)
     raise none
 
 
@@ -151,15 +165,15 @@ def ram_ratio(architecture: Architecture) -> float:
 
     It is that of `SearchSpace.ram_ratio_of`, where channel_mul makes whole numbers of channels.
     """
-    costs = _path_costs(architecture.num_depths, architecture.operations)
+    costs = _path_costs(architecture.strides, architecture.operations)
     return float(_ratios(costs, architecture.arch_code_a, architecture.arch_code_c))
 
 
 def least_ram_ratio(
-    num_blocks: int, num_depths: int, operations: Sequence[str], keep_finest: bool
+    num_blocks: int, operations: Sequence[str], keep_finest: bool, strides: Strides
 ) -> float:
     """Return the `ram_ratio` of the smallest architecture that `random_architecture` may draw."""
-    return _Choice(num_blocks, num_depths, operations, keep_finest).least_ratio
+    return _Choice(num_blocks, operations, keep_finest, strides).least_ratio
 
 
 class _Choice:
@@ -178,8 +192,9 @@ class _Choice:
     """
 
     def __init__(
-        self, num_blocks: int, num_depths: int, operations: Sequence[str], keep_finest: bool
+        self, num_blocks: int, operations: Sequence[str], keep_finest: bool, strides: Strides
     ):
+        num_depths = len(strides)
         if num_depths > MAX_DEPTHS:
             raise UserError(
                 f"--num_depths {num_depths} is too many for random ones: at most {MAX_DEPTHS}"
@@ -195,7 +210,7 @@ class _Choice:
         used, self.starts = np.unique(starts[order], return_inverse=True)
         self.children, self.ends = children[order], np.searchsorted(used, ends[order])
         self.first = np.searchsorted(self.starts, np.arange(len(used) + 1))
-        self.costs = _path_costs(num_depths, operations)
+        self.costs = _path_costs(strides, operations)
         self.dearest = num_blocks * self.costs.max(-1).sum()
         cheapest = np.tile(self.children @ self.costs.min(-1), (num_blocks, 1))
         self.least_ratio = decoding.least_memory(cheapest, self.starts, self.ends) / self.dearest
@@ -277,9 +292,10 @@ def _tilt_to(choice: _Choice, low: float, high: float) -> tuple[float, float]:
     return brentq(beyond, 0.0, tilt, rtol=1e-6), edge
 
 
-def _path_costs(num_depths: int, operations: Sequence[str]) -> np.ndarray:
+def _path_costs(strides: Strides, operations: Sequence[str]) -> np.ndarray:
     """Return (paths, operations): memory of each, as a space at channel_mul 1 has it."""
-    sizes = depth_sizes([32 * 2**depth for depth in range(num_depths)])
+    num_depths = len(strides)
+    sizes = depth_sizes([32 * 2**depth for depth in range(num_depths)], strides)
     maps = np.array([OPERATIONS[name].maps for name in operations])
     return np.stack(
         [
@@ -349,13 +365,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         made = all_paths(*size, operations)
     else:
         made = u_shaped(*size, operations, skip_connections=settings.kind == "u_shaped_skip")
+    made = replace(made, strides=isotropic(size[1], settings.use_downsample == "yes"))
     info["ram_ratio"] = ram_ratio(made)
     path = settings.output_root / f"{name}.pth"
     if path.exists():
         raise UserError(f"{path} exists: give another --output_root or --seed, or remove the file")
-    save_architecture(
-        path, replace(made, use_downsample=settings.use_downsample == "yes", info=info)
-    )
+    save_architecture(path, replace(made, info=info))
     print(f"{path}: ram ratio {info['ram_ratio']:.4f}")
 
 

@@ -92,7 +92,7 @@ def cost(
         UserError: the patch size does not fit the depths, a number is too large, or the device
             lacks the memory.
     """
-    check_patch_size(patch_size, architecture.num_depths, architecture.use_downsample)
+    check_patch_size(patch_size, architecture.strides)
     settings = (architecture, in_channels, num_classes, channel_mul)
     input_shape = (batch_size, in_channels, *patch_size)
     try:

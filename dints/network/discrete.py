@@ -14,6 +14,8 @@ from dints.network.architecture import Architecture, paths
 from dints.network.cells import cell_of
 from dints.network.fast.acceleration import accelerate
 from dints.network.fast.recomputation import kept_or_recomputed
+from dints.network.strided import stride_network
+from dints.network.strides import Strides, patch_step
 
 
 class DiscreteNetwork(DiNTS):
@@ -72,6 +74,7 @@ class DiscreteNetwork(DiNTS):
         unused += [("stem_up", depth) for depth in range(self.deepest_output + 1, self.num_depths)]
         for stems, depth in unused:
             del getattr(self, stems)[str(depth)]
+        stride_network(self, architecture.strides)
         accelerate(self)
         # openings of MONAI's keys
         self.unused_stems = tuple(f"{stems}.{depth}." for stems, depth in unused)
@@ -101,34 +104,24 @@ class DiscreteNetwork(DiNTS):
 
 
 def check_patch_size(
-    patch_size: tuple[int, int, int],
-    num_depths: int,
-    use_downsample: bool = True,
-    flag: str = "--patch_size",
+    patch_size: tuple[int, int, int], strides: Strides, flag: str = "--patch_size"
 ) -> None:
-    """Raise `UserError` unless ``num_depths`` can halve ``patch_size`` down to the deepest."""
-    step = _step(num_depths, use_downsample)
-    if any(size <= 0 or size % step for size in patch_size) or all(
-        size <= step for size in patch_size
-    ):
-        nearest = [max(step, round(size / step) * step) for size in patch_size]
-        # InstanceNorm needs more than one voxel at the deepest level
-        if all(size <= step for size in nearest):
-            nearest = [2 * step] * 3
-        raise UserError(
-            f"{flag} {' '.join(map(str, patch_size))} does not fit {num_depths} depths, which need "
-            f"multiples of {step} and more than {step} in one direction: for example "
-            f"{' '.join(map(str, nearest))}"
-        )
-
-
-def patch_step(architecture: Architecture) -> int:
-    """Return what the network's images must be a multiple of along each axis, in voxels."""
-    return _step(architecture.num_depths, architecture.use_downsample)
-
-
-def _step(num_depths: int, use_downsample: bool) -> int:
-    return 2 ** (num_depths if use_downsample else num_depths - 1)
+    """Raise `UserError` unless the strides can reduce ``patch_size`` down to the deepest level."""
+    steps = patch_step(strides)
+    # InstanceNorm needs more than one voxel at the deepest level
+    fits = all(size > 0 and size % step == 0 for size, step in zip(patch_size, steps, strict=True))
+    if fits and tuple(patch_size) != steps:
+        return
+    nearest = tuple(
+        max(step, round(size / step) * step) for size, step in zip(patch_size, steps, strict=True)
+    )
+    if nearest == steps:
+        nearest = tuple(2 * step for step in steps)
+    needed, example, size = (" ".join(map(str, sizes)) for sizes in (steps, nearest, patch_size))
+    raise UserError(
+        f"{flag} {size} does not fit {len(strides)} depths, which need multiples of {needed}, and "
+        f"more than that in one direction: for example {example}"
+    )
 
 
 def count_parameters(network: nn.Module) -> int:

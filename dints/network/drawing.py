@@ -16,6 +16,7 @@ from dints.errors import UserError
 from dints.files import replacing
 from dints.network.architecture import Architecture, paths
 from dints.network.operations import OPERATIONS, PUBLISHED, Operation
+from dints.network.strides import Strides, isotropic, reductions
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -55,7 +56,7 @@ class Grid:
 
     num_blocks: int
     num_depths: int
-    num_halvings: int  # of the image, before depth 0: 0 or 1
+    parts: Sequence[str]  # each depth's resolution, as a part of the image's
 
     row_gap = 88.0
     radius = 9.0
@@ -125,7 +126,7 @@ def _graph_of(architecture: Architecture, caption: Sequence[str]) -> graphviz.Di
     }
     title = " · ".join(["DiNTS architecture", *_facts(architecture.info)])
     size = architecture.num_blocks, architecture.num_depths
-    grid = Grid(*size, int(architecture.use_downsample))
+    grid = Grid(*size, _parts(architecture.strides))
     return _graph(grid, architecture.node_a == 1, active, operations, title, caption)
 
 
@@ -148,10 +149,16 @@ def draw_search_space(
         f"paths, each on or off, with one of {len(operations)} operations"
     )
     all_nodes = np.ones((num_blocks + 1, num_depths), dtype=bool)
-    grid = Grid(num_blocks, num_depths, int(use_downsample))
+    grid = Grid(num_blocks, num_depths, _parts(isotropic(num_depths, use_downsample)))
     operations = [OPERATIONS[name] for name in operations]
     graph = _graph(grid, all_nodes, everything, operations, title, caption)
     return _write(graph, filename, directory, format)
+
+
+def _parts(strides: Strides) -> list[str]:
+    """Write each depth's resolution as a part of the image's, along all axes where they differ."""
+    parts = (strides[0] * reductions(strides)).tolist()
+    return ["1/" + "x".join(map(str, part[:1] if len(set(part)) == 1 else part)) for part in parts]
 
 
 def _facts(info: dict) -> list[str]:
@@ -214,10 +221,9 @@ def _add_headings(graph: graphviz.Digraph, grid: Grid, title: str, caption: Sequ
         look = {"shape": "plain", "fixedsize": "false", "fontcolor": GREY}
         graph.node(f"block{block}", f"block {block}", pos=_pos(center, grid.header), **look)
     _add_text(graph, "resolutions", (grid.left, grid.header + 17), "resolution")
-    for depth in range(-1, grid.num_depths):
-        height = grid.header if depth < 0 else grid.node(0, depth)[1]
-        part = 1 if depth < 0 else 2 ** (depth + grid.num_halvings)
-        _add_text(graph, f"resolution{depth + 1}", (grid.left, height), f"1/{part}", fontsize=12)
+    heights = [grid.header, *(grid.node(0, depth)[1] for depth in range(grid.num_depths))]
+    for number, (height, part) in enumerate(zip(heights, ["1/1", *grid.parts], strict=True)):
+        _add_text(graph, f"resolution{number}", (grid.left, height), part, fontsize=12)
 
 
 def _add_node(graph: graphviz.Digraph, name: str, at: Point, active: bool) -> None:

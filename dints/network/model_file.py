@@ -158,7 +158,7 @@ def model_of_weights(
     Raises:
         UserError: they do not fit the architecture, or the architecture does not fit the task.
     """
-    check_patch_size(task.patch_size, architecture.num_depths, architecture.use_downsample)
+    check_patch_size(task.patch_size, architecture.strides)
     network = DiscreteNetwork(architecture, task.num_channels, task.num_classes, channel_mul)
     load_weights(network, path, network.unused_stems)
     return Model(network, architecture, task, {"channel_mul": channel_mul}, files.digest(path))
@@ -220,9 +220,7 @@ def _check_task(task: Task, architecture: Architecture) -> None:
     ):
         if not is_sound:
             raise ValueError(f"{key} {shown(getattr(task, key))}")
-    check_patch_size(
-        task.patch_size, architecture.num_depths, architecture.use_downsample, "patch_size"
-    )
+    check_patch_size(task.patch_size, architecture.strides, "patch_size")
 
 
 def _are(values: object, kinds: type | tuple[type, ...], count: int | None = None) -> bool:

@@ -13,6 +13,7 @@ from functools import partial
 from torch import nn
 
 from dints.errors import UserError, cut, shown
+from dints.network.strides import Strides, coarse_axes
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,26 @@ OPERATIONS = {
         _convolutions((1, 3, 3), (3, 1, 1)),
     ),
 }
+# Convolutions in the plane of two axes, for depths at which the third is coarse, by that axis.
+PLANAR = {(0,): "plane_1x3x3", (1,): "plane_3x1x3", (2,): "plane_3x3x1"}
+OPERATIONS |= {
+    name: Operation(
+        name.removeprefix("plane_"),
+        "#FFD3B6",
+        f"{name.removeprefix('plane_')} convolution, in the plane alone",
+        3,
+        _convolutions(tuple(1 if axis in axes else 3 for axis in range(3))),
+    )
+    for axes, name in PLANAR.items()
+}
 PUBLISHED = ("skip_connect", "conv_3x3x3", "conv_3x3x1", "conv_3x1x3", "conv_1x3x3")
+
+
+def operations_of(names: Sequence[str], strides: Strides) -> tuple[str, ...]:
+    """Return the names; of none the published five, and those in the plane of coarse axes."""
+    waiting = dict.fromkeys(coarse_axes(strides, depth) for depth in range(len(strides)))
+    planar = [PLANAR[axes] for axes in waiting if axes in PLANAR]
+    return check_names(names or (*PUBLISHED, *planar))
 
 
 def check_names(names: Sequence[str], source: str = "--operations") -> tuple[str, ...]:

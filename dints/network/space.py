@@ -27,6 +27,8 @@ from dints.network.cells import cell_of
 from dints.network.fast.acceleration import accelerate
 from dints.network.fast.recomputation import kept_or_recomputed
 from dints.network.operations import PUBLISHED, check_names
+from dints.network.strided import stride_network
+from dints.network.strides import WHOLE, Strides, isotropic, reductions
 
 # an alpha at which a path's probability is 1 to the last bit, and its complement 0
 CERTAIN = 1000.0
@@ -44,7 +46,7 @@ class SearchSpace(TopologySearch):
     Args:
         channel_mul: times 32, 64, ... channels from the full resolution down.
         operations: names in `OPERATIONS`, one of which each path will hold.
-        use_downsample: as in `Architecture`.
+        strides: as in `Architecture`.
         keep_finest: only children with the path along depth 0 active; all probabilities are
             conditional on that, and no gradient reaches its alphas. The parameters are the same.
 
@@ -60,17 +62,18 @@ class SearchSpace(TopologySearch):
         num_blocks: int = 6,
         num_depths: int = 3,
         operations: Sequence[str] = PUBLISHED,
-        use_downsample: bool = True,
+        strides: Strides | None = None,
         keep_finest: bool = False,
     ):
         self.operations, self.keep_finest = check_names(operations), keep_finest
+        self.strides = strides or isotropic(num_depths)
         with contextlib.redirect_stdout(io.StringIO()):  # MONAI prints its advice about patch sizes
             super().__init__(
                 channel_mul,
                 cell_of(self.operations),
                 num_blocks=num_blocks,
                 num_depths=num_depths,
-                use_downsample=use_downsample,
+                use_downsample=self.strides[0] != WHOLE,
             )
         self.paths = paths(self.num_depths)
         leaves, reaches = (np.array(ends) for ends in zip(*self.paths, strict=True))
@@ -96,7 +99,7 @@ class SearchSpace(TopologySearch):
             self.register_buffer(name, constant, persistent=False)
         # A depth's feature map relative to others', and with these every path active with its
         # dearest operation.
-        self.depth_sizes = depth_sizes(self.filter_nums[: self.num_depths])
+        self.depth_sizes = depth_sizes(self.filter_nums[: self.num_depths], self.strides)
         self.dearest_memory = (
             (1 + self.ram_cost.max(-1)) * np.array(self.depth_sizes)[reaches]
         ).sum()
@@ -164,12 +167,12 @@ class SearchSpace(TopologySearch):
     def _sizes(self, in_size: tuple[int, ...]) -> torch.Tensor:
         """Return (paths,): numbers in the feature map that each path leads to."""
         spatial = np.array(in_size[-self._spatial_dims :])
-        voxels = [(spatial // 2**depth).prod() for depth in range(self.num_depths)]
+        voxels = (spatial // reductions(self.strides)).prod(-1)
         # MONAI halves the size once for the stem's downsampling, not once per axis; so do we, to
         # get its values.
         sizes = (
             in_size[0]
-            * np.array(voxels)
+            * voxels
             * self.filter_nums[: self.num_depths]
             / 2 ** int(self.use_downsample)
         )
@@ -245,7 +248,7 @@ class SearchSpace(TopologySearch):
         info["ram_ratio"] = self.ram_ratio_of(arch_code_a, arch_code_c)
         if self.keep_finest:
             info["keep_finest"] = True
-        return Architecture(*codes, self.operations, self.use_downsample, info)
+        return Architecture(*codes, self.operations, self.strides, info)
 
     def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:
         """Mix all paths and operations by their probabilities.
@@ -281,6 +284,7 @@ def supernet_of(space: SearchSpace, in_channels: int, num_classes: int) -> DiNTS
     network = DiNTS(
         space, in_channels, num_classes, use_downsample=space.use_downsample, node_a=every_node
     )
+    stride_network(network, space.strides)
     return accelerate(network)
 
 

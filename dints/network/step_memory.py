@@ -15,6 +15,7 @@ from dints.data.tasks import Task
 from dints.network.architecture import Architecture, from_codes
 from dints.network.cost import activation_bytes
 from dints.network.discrete import DiscreteNetwork
+from dints.network.strides import Strides
 from dints.running import machine
 from dints.settings import MachineSettings, PatchSettings, RunSettings
 
@@ -99,9 +100,7 @@ def _at_the_peak(
     return stems + (whole - stems) / len(network.blocks)
 
 
-def within_supernet(
-    num_blocks: int, num_depths: int, operations: Sequence[str], use_downsample: bool
-) -> Architecture:
+def within_supernet(num_blocks: int, operations: Sequence[str], strides: Strides) -> Architecture:
     """Return an architecture that keeps less than such a supernet: all paths, one operation."""
-    codes = np.ones((num_blocks, 3 * num_depths - 2), dtype=np.int64)
-    return from_codes(codes, codes * (len(operations) - 1), operations, use_downsample)
+    codes = np.ones((num_blocks, 3 * len(strides) - 2), dtype=np.int64)
+    return from_codes(codes, codes * (len(operations) - 1), operations, strides)

@@ -90,9 +90,15 @@ def _is_plain(convolution: nn.Conv3d) -> bool:
 
 
 def _is_doubling(upsample: nn.Upsample) -> bool:
-    return (
-        upsample.mode == "trilinear" and bool(upsample.align_corners) and upsample.scale_factor == 2
-    )
+    """Tell whether the layer doubles some axes, and leaves the others."""
+    is_ours = upsample.mode == "trilinear" and bool(upsample.align_corners)
+    factors = _factors(upsample)
+    return is_ours and set(factors) <= {1, 2} and 2 in factors
+
+
+def _factors(upsample: nn.Upsample) -> tuple[float, ...]:
+    factors = upsample.scale_factor
+    return factors if isinstance(factors, tuple) else (factors,) * 3
 
 
 class Convolution(nn.Conv3d):
@@ -194,7 +200,8 @@ class Increase(FactorizedIncreaseBlock):
     """MONAI's block that doubles a volume, then ReLU, a 1x1x1 convolution and the norm."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not (_can_take(input) and input.dtype == torch.bfloat16):
+        in_bfloat16 = _can_take(input) and input.dtype == torch.bfloat16
+        if not in_bfloat16 or self.up.scale_factor != 2:
             return super().forward(input)
         doubled = F.interpolate(
             input.contiguous(memory_format=torch.channels_last_3d),
@@ -206,11 +213,12 @@ class Increase(FactorizedIncreaseBlock):
 
 
 class Upsample(nn.Upsample):
-    """`torch.nn.Upsample` that doubles a volume trilinearly, corners aligned."""
+    """`torch.nn.Upsample` that doubles a volume's axes linearly, corners aligned."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if _is_on_gpu(input):
-            return _doubled(input)
+        factors = _factors(self)
+        if _is_on_gpu(input) or (1 in factors and input.ndim == 5):
+            return _doubled(input, factors)
         if _can_take(input) and input.dtype in (torch.float32, torch.bfloat16):
             return _Doubling.apply(input.float()).to(input.dtype)
         return super().forward(input)
@@ -375,18 +383,22 @@ class _Doubling(torch.autograd.Function):
         )
 
 
-def _doubled(image: torch.Tensor) -> torch.Tensor:
-    """Compute what `_Doubling` does in products that compile, in the type of the image."""
+def _doubled(image: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
+    """Double the axes whose factor is 2, in products that compile, in the type of the image."""
     batch, channels, depth, height, width = image.shape
     # What a compiler traces is not there to be kept.
     matrix = _doubling.__wrapped__ if torch.compiler.is_compiling() else _doubling
-    of_depth, of_height, of_width = (
-        matrix(size, image.dtype, image.device) for size in (depth, height, width)
-    )
     with torch.autocast(image.device.type, enabled=False):
-        along_width = (image.reshape(-1, width) @ of_width.T).view(-1, height, 2 * width)
-        along_height = (of_height @ along_width).view(batch * channels, depth, -1)
-        return (of_depth @ along_height).view(batch, channels, 2 * depth, 2 * height, 2 * width)
+        if factors[2] == 2:
+            image = image.reshape(-1, width) @ matrix(width, image.dtype, image.device).T
+            width *= 2
+        if factors[1] == 2:
+            of_height = matrix(height, image.dtype, image.device)
+            image, height = of_height @ image.reshape(-1, height, width), 2 * height
+        if factors[0] == 2:
+            of_depth = matrix(depth, image.dtype, image.device)
+            image, depth = of_depth @ image.reshape(batch * channels, depth, -1), 2 * depth
+        return image.reshape(batch, channels, depth, height, width)
 
 
 @cache  # without a limit: a recorded CUDA graph reads it where it lies
