@@ -37,6 +37,7 @@ from dints.inference.predictor import Predictor  # noqa: E402
 from dints.network.baselines import u_shaped  # noqa: E402
 from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.network.model_file import Model  # noqa: E402
+from dints.network.strides import isotropic
 
 CT = Task("CT", "CT", 1, ("background", "a", "b"), None, (-100.0, 300.0), (96, 96, 96))
 
@@ -65,7 +66,7 @@ def measure_time(args: argparse.Namespace) -> None:
         header = read_header(str(args.image))
         image, affine = read_image_file(header, ReadOptions())[0], header.affine
         task = Task("MRI", "MRI", 1, CT.class_names, None, None, (32, 32, 32))
-    architecture = replace(u_shaped(9, 3, skip_connections=True), use_downsample=False)
+    architecture = u_shaped(9, 3, skip_connections=True, strides=isotropic(3, False))
     torch.manual_seed(0)
     network = Timed(DiscreteNetwork(architecture, 1, 3, args.channel_mul))
     model = Model(network, architecture, task, {"overlap_ratio": 0.5, "flips": {"axes": [0, 1, 2]}})

@@ -14,6 +14,7 @@ from torch import nn
 
 import search_dints
 from dints.data.tasks import Task
+from dints.network.strides import isotropic
 from dints.running.precision import Precision
 from dints.running.processes import Processes
 from dints.running.run import Run
@@ -53,8 +54,8 @@ def a_search(
     settings = search_dints.parse_args(["--root", ".", "--output_root", ".", *map(str, flags)])
     task = replace(task, patch_size=settings.data.patch_size or task.patch_size)
     run = a_run(precision, processes, settings.machine)
-    is_halved = settings.space.use_downsample == "yes"
-    supernet = search_dints.build_supernet(settings, task, is_halved, run)
+    strides = isotropic(settings.space.num_depths, settings.space.use_downsample == "yes")
+    supernet = search_dints.build_supernet(settings, task, strides, run)
     return Search(supernet, *search_dints.trainers(supernet, settings, task, run))
 
 

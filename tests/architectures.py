@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from dints.network.architecture import Architecture, from_codes, paths
 from dints.network.operations import PUBLISHED
+from dints.network.strides import halved_first
 
 # As large as the published network (96x96x96 voxels, 1 channel, 2 classes): 152.36 M parameters,
 # every stem used, and 334.4 GMAC. It is NOT the published architecture, which we do not have: a
@@ -33,6 +35,12 @@ def stand_in() -> Architecture:
     """Return an architecture that costs what the published one does."""
     codes = np.array([list(row) for row in STAND_IN.split()])
     return connected((codes != ".").astype(int), np.where(codes == ".", "0", codes).astype(int))
+
+
+def halving(architecture: Architecture, use_downsample: bool) -> Architecture:
+    """Return the architecture, halving the image first or not."""
+    strides = halved_first(architecture.strides, use_downsample)
+    return replace(architecture, strides=strides)
 
 
 def random_architecture(

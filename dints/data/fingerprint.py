@@ -31,7 +31,7 @@ PERCENTILES = (0.5, 99.5)
 SMALL_VOLUME = 64**3  # voxels up to which the first halving loses more than it saves
 PATCH_STEP, LARGEST_PATCH = 32, 96  # the published network halves a patch up to five times
 COARSE = 2.0  # an axis waits while its spacing is this many times the finest axis's
-FEWEST = 8  # voxels of an axis that is halved while another one has more
+FEWEST = 8  # voxels of an axis that is halved
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def halvings(
 ) -> list[tuple[int, int, int]]:
     """Return ``count`` strides of 1 and 2, by nnU-Net's rule (Isensee et al., Nat. Methods 2021).
 
-    An axis is halved where its spacing is less than twice the finest one and it has 8 voxels; or
-    where no axis has 8.
+    An axis is halved where its spacing is less than twice the finest one and it has 8 voxels. Where
+    no such axis has 8, all are halved: the depth is to be smaller than the one before.
 
     Args:
         spacing: in mm.
@@ -92,10 +92,9 @@ def halvings(
     """
     spacing, shape, strides = np.array(spacing, float), np.array(shape, float), []
     for _ in range(count):
-        large = shape >= FEWEST
-        halved = (spacing < COARSE * spacing.min()) & (large | ~large.any())
-        if not halved.any():  # the fine axes have too few voxels
-            halved = large
+        fine = spacing < COARSE * spacing.min()
+        large = fine & (shape >= FEWEST)
+        halved = large if large.any() else fine
         strides.append(tuple(int(step) for step in 1 + halved))
         spacing, shape = spacing * strides[-1], shape / strides[-1]
     return strides

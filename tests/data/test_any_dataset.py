@@ -13,9 +13,11 @@ import pytest
 from commands import ON_CPU, SPACE, TINY, words
 from toys import Volumes, voxels_of, write_dataset
 
+import evolve_dints
 import infer_dints
 import search_dints
 import train_dints
+from dints.network.architecture import load_architecture
 from dints.network.model_file import load_model
 
 CLASSES = ("background", "Anterior", "Posterior")
@@ -77,3 +79,36 @@ def test_search_retraining_and_segmentation(form, task04, tmp_path):
     label = nib.load(root / "labelsTr" / segmentation.name)  # a segmentation has its label's name
     assert nib.load(segmentation).shape == label.shape
     assert np.allclose(nib.load(segmentation).affine, label.affine)
+
+
+@pytest.mark.slow
+def test_anisotropic_volumes(tmp_path):
+    """Slices of four times the voxels' width keep their number at the first two depths."""
+    generator = np.random.default_rng(0)
+    volumes = []
+    for _ in range(6):
+        label = np.zeros((24, 20, 6), np.uint8)
+        label[4:12, 4:12, 1:4] = 1
+        image = label * 100 + generator.normal(0, 20, label.shape).astype(np.float32)
+        volumes.append((image[..., None], label, np.diag([1.5, 1.5, 6, 1])))
+    root = write_dataset(tmp_path / "Dataset702_Flat", volumes, ["MRI"], ("background", "organ"))
+    tiny = TINY.replace("--patch_size 16 16 16", "")
+    flags = ["--root", root, tiny, "--recipe recommended --num_iterations 4"]
+    folders = {name: tmp_path / name for name in ("search", "evolve", "train", "masks")}
+    length = "--num_epochs 2 --num_epochs_per_validation 2"
+    search = [*flags, length, SPACE, "--num_epochs_warmup 1 --output_root", folders["search"]]
+    run(search_dints, *search)
+    (code,) = folders["search"].glob("search_code_*.pth")
+    planned = load_architecture(code)
+    assert planned.strides == ((1, 1, 1), (2, 2, 1), (2, 2, 1))
+    assert planned.operations[-1] == "plane_3x3x1"
+    evolve = [*flags, SPACE, "--candidates 2 --arch_ckpt", code, "--output_root", folders["evolve"]]
+    run(evolve_dints, *evolve)
+    winner = folders["evolve"] / "search_code_winner.pth"
+    train = [*flags, length, "--output_root", folders["train"], "--arch_ckpt", winner]
+    run(train_dints, *train)
+    model = load_model(folders["train"] / "best_metric_model.pth")
+    assert model.architecture.strides == planned.strides and model.task.patch_size == (24, 16, 6)
+    places = ["--input", root / "imagesTr", "--output_root", folders["masks"], ON_CPU]
+    run(infer_dints, "--checkpoint", folders["train"] / "best_metric_model.pth", *places)
+    assert len(list(folders["masks"].glob("*.nii.gz"))) == 6

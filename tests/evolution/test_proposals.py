@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from architectures import chain, everything
+from architectures import chain, everything, halving
 from architectures import random_architecture as some_architecture
 
 from dints.errors import UserError
@@ -27,11 +27,12 @@ from dints.evolution.proposals import (
 from dints.network.architecture import Architecture, from_codes
 from dints.network.cost import cost
 from dints.network.operations import PUBLISHED
+from dints.network.strides import isotropic
 
-LIMITS = Limits(1.5, 3, 3, PUBLISHED, False, False, (2, 1, 16, 16, 16), 3)
+LIMITS = Limits(1.5, 3, PUBLISHED, isotropic(3, False), False, (2, 1, 16, 16, 16), 3)
 
 
-GIVEN = [replace(some_architecture(seed, 3, 3), use_downsample=False) for seed in (1, 2)]
+GIVEN = [halving(some_architecture(seed, 3, 3), False) for seed in (1, 2)]
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +93,8 @@ def test_random_ones_keep_the_finest_resolution_and_are_of_many_densities():
 
 
 def test_the_stem_is_that_of_the_space():
-    halving = replace(LIMITS, use_downsample=True)
-    members = proposed(4, ["by_hand", "random"], halving, [], seed=0)
+    halving_limits = replace(LIMITS, strides=isotropic(3))
+    members = proposed(4, ["by_hand", "random"], halving_limits, [], seed=0)
     assert all(member.architecture.use_downsample for member in members)
 
 
@@ -108,14 +109,14 @@ def test_without_the_operations_of_hand_made_ones_there_are_others():
 
 
 def test_a_share_of_every_path_is_that_of_the_dearest_network():
-    space = 4, 3, ("skip_connect", "conv_3x3x3", "conv_3x3x1"), False
+    space = 4, ("skip_connect", "conv_3x3x3", "conv_3x3x1"), isotropic(3, False)
     shapes = (2, 1, 16, 16, 16), 3
     half = memory_of_share(0.5, *space, 0.25, *shapes)
     assert memory_of_share(1.0, *space, 0.25, *shapes) == 2 * half
     every_path = np.ones((4, 7), dtype=int)
     of_all = [
         cost(
-            from_codes(every_path, kind * every_path, *space[2:]), 1, 3, (16, 16, 16), 0.25, 2
+            from_codes(every_path, kind * every_path, *space[1:]), 1, 3, (16, 16, 16), 0.25, 2
         ).step_mib
         for kind in range(3)
     ]

@@ -6,13 +6,12 @@ import os
 import pickle
 import re
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from architectures import chain, random_architecture
+from architectures import chain, halving, random_architecture
 from monai.networks.nets.dints import DiNTS, TopologyInstance
 from published import network
 
@@ -71,7 +70,7 @@ def test_what_is_saved_is_loaded(tmp_path, size):
     assert content.keys() == {*ARRAYS, *INFO, "operations", "use_downsample"}
     assert content["operations"] == list(PUBLISHED) and content["use_downsample"] is True
     assert all(isinstance(content[key], torch.Tensor) for key in ARRAYS)
-    full = replace(saved, use_downsample=False)
+    full = halving(saved, False)
     assert full.codes() != saved.codes()  # another network, whose runs are other runs
     save_architecture(tmp_path / "full.pth", full)
     assert load_architecture(tmp_path / "full.pth").use_downsample is False
@@ -228,6 +227,9 @@ LEVEL_1 = 3  # the path of depth 1 to itself
         (entry("arch_code_c", (1, 3), 1.7), "'arch_code_c' holds 1.7 where only whole numbers"),
         (entry("arch_code_a", (1, 3), 0.5), "'arch_code_a' holds 0.5 where only whole numbers"),
         ({**GOOD, "use_downsample": 2}, "'use_downsample' is not True or False"),
+        ({**GOOD, "strides": [[1, 1, 1]] * 3}, "'strides' is [[1, 1, 1], [1, 1, 1], [1, 1, 1]]"),
+        ({**GOOD, "strides": [[2, 2, 2]]}, "not 1 or 2 along 3 axes of 3 depths"),
+        ({**GOOD, "strides": "auto"}, "'strides' is not an array of numbers"),
         (entry("node_a", (0, 0), np.nan), "'node_a' holds nan where only whole numbers"),
         (entry("arch_code_a", (1, LEVEL_1), 0), "block 1 has no active path"),
         (entry("arch_code_a", (2, 0), 1), "ends at depths [1], but block 2 starts from [0, 1]"),

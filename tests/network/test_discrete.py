@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import published
 import pytest
 import torch
-from architectures import chain, connected, everything, random_architecture
+from architectures import chain, connected, everything, halving, random_architecture
 from monai.networks.nets.dints import DiNTS
 from tracing import assert_one_graph
 
@@ -26,8 +24,8 @@ ARCHITECTURES = {
     "deepest nodes only": chain(2, 2, num_depths=3, operation=2),
     "all inputs, finest output": connected(np.array([[1, 1, 0, 0]]), np.full((1, 4), 3)),
     "random, 4 depths": random_architecture(7, 4, 4),
-    "full resolution, all paths": replace(everything(2, 3), use_downsample=False),
-    "full resolution, up and down": replace(UP_AND_DOWN, use_downsample=False),
+    "full resolution, all paths": halving(everything(2, 3), False),
+    "full resolution, up and down": halving(UP_AND_DOWN, False),
 }
 
 
@@ -118,16 +116,16 @@ def test_patch_sizes_that_do_not_fit_are_refused_with_one_that_does(
     num_depths, use_downsample, patch_size, suggestion
 ):
     """No size is refused that the network can compute, and none passes that it cannot."""
-    architecture = replace(everything(1, num_depths), use_downsample=use_downsample)
+    architecture = halving(everything(1, num_depths), use_downsample)
     with torch.device("meta"):
         network = DiscreteNetwork(architecture, 1, 2, SMALL)
     if suggestion is not None:
         size, suggested = (" ".join(map(str, values)) for values in (patch_size, suggestion))
         message = f"--window {size} does not fit {num_depths} depths.* for example {suggested}$"
         with pytest.raises(UserError, match=message):
-            check_patch_size(patch_size, num_depths, use_downsample, flag="--window")
+            check_patch_size(patch_size, architecture.strides, flag="--window")
         with pytest.raises((RuntimeError, ValueError)):
             network(torch.zeros(1, 1, *patch_size, device="meta"))
     fitting = suggestion or patch_size
-    check_patch_size(fitting, num_depths, use_downsample)
+    check_patch_size(fitting, architecture.strides)
     assert network(torch.zeros(1, 1, *fitting, device="meta")).shape == (1, 2, *fitting)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
-from architectures import everything, random_architecture
+from architectures import everything, halving, random_architecture
 
 from dints.errors import UserError
 from dints.network.architecture import paths
@@ -39,7 +38,7 @@ def drawn_paths(source: str) -> dict[tuple[int, int, int], str]:
 def test_drawing_holds_the_architecture(tmp_path, num_blocks, num_depths):
     architecture = random_architecture(num_blocks, num_blocks, num_depths)
     if num_blocks == 4:
-        architecture = replace(architecture, use_downsample=False)
+        architecture = halving(architecture, False)
     source = draw_architecture(architecture, "found", tmp_path, "svg").source
 
     ends = paths(num_depths)

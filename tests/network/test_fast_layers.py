@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from architectures import chain, everything
+from architectures import chain, everything, halving
 from monai.networks.blocks.dints_block import FactorizedIncreaseBlock
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -165,7 +164,7 @@ def is_near_to_fp32(ours: nn.Module, plain: nn.Module, image: torch.Tensor) -> b
 def test_bfloat16_is_fp32_in_every_shape_of_a_network_on_this_machine(use_downsample):
     """A failure is a kernel of this machine that is wrong: `layers._by_pytorch` goes around it."""
     torch.manual_seed(0)
-    architecture = replace(everything(2, 3), use_downsample=use_downsample)
+    architecture = halving(everything(2, 3), use_downsample)
     network = DiscreteNetwork(architecture, 1, 2, 1 / 16)
     convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv3d)]
     wrong, number = [], 0
@@ -232,8 +231,8 @@ def test_networks_meet_no_faulty_kernel(use_downsample, monkeypatch):
     """Of patches whose deepest level is one voxel wide and two high, as the thinnest are."""
     torch.manual_seed(0)
     image = torch.randn(1, 1, *((8, 16, 4) if use_downsample else (4, 8, 2)))
-    architecture = replace(everything(2, 2), use_downsample=use_downsample)
-    space = SearchSpace(1 / 16, 2, 2, use_downsample=use_downsample)
+    architecture = halving(everything(2, 2), use_downsample)
+    space = SearchSpace(1 / 16, 2, 2, strides=architecture.strides)
     for network in (DiscreteNetwork(architecture, 1, 2, 1 / 16), supernet_of(space, 1, 2)):
         expected = network(image)
         with Faulty() as faulty:

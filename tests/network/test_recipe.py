@@ -13,6 +13,7 @@ from small_run import begun
 import search_dints
 from dints.data.tasks import TASKS
 from dints.network.fast import layers
+from dints.network.strides import isotropic
 from dints.running.precision import Precision
 
 SIZE = 16
@@ -48,7 +49,7 @@ def test_the_published_search_and_ours_take_the_same_course(monkeypatch):
     theirs = published.Search(2, 2, 0.125, 1, TASK.num_classes, precision, learning_rate_arch=0.01)
     settings = search_dints.parse_args(FLAGS.split())
     run = begun(machine=settings.machine)
-    ours = search_dints.build_supernet(settings, TASK, True, run)
+    ours = search_dints.build_supernet(settings, TASK, isotropic(settings.space.num_depths), run)
     weights, arch = search_dints.trainers(ours, settings, TASK, run)
     theirs.network.load_state_dict(ours.state_dict())
     alphas = [ours.dints_space.log_alpha_a, ours.dints_space.log_alpha_c]

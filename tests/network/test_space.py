@@ -20,6 +20,7 @@ import search_dints
 from dints.network.architecture import load_architecture, save_architecture
 from dints.network.decoding import subsets
 from dints.network.space import CERTAIN, SearchSpace, supernet_of
+from dints.network.strides import isotropic
 
 INPUT = (2, 1, 64, 96, 32)
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
@@ -48,8 +49,9 @@ def twins(
     """Make MONAI's space and ours with the same weights and the same random alphas, in float64."""
     torch.manual_seed(seed)
     size = {"num_blocks": num_blocks, "num_depths": num_depths, "channel_mul": SMALL}
-    size["use_downsample"] = use_downsample
-    theirs, ours = quiet(TopologySearch, **size).double(), SearchSpace(**size, **ours).double()
+    theirs = quiet(TopologySearch, **size, use_downsample=use_downsample).double()
+    strides = isotropic(num_depths, use_downsample)
+    ours = SearchSpace(**size, strides=strides, **ours).double()
     for alpha in (theirs.log_alpha_a, theirs.log_alpha_c):
         alpha.data.normal_(0, spread)
     ours.load_state_dict(theirs.state_dict())

@@ -18,6 +18,7 @@ from dints.network.architecture import save_architecture
 from dints.network.cost import activation_bytes, cost
 from dints.network.discrete import DiscreteNetwork
 from dints.network.step_memory import check_memory, within_supernet
+from dints.network.strides import isotropic
 from dints.running import machine
 from dints.settings import PatchSettings, RetrainingSettings, RunSettings, TrainingMachineSettings
 from dints.training.steps import WeightsTrainer
@@ -118,10 +119,10 @@ def test_a_real_training_step_holds_what_is_counted_of_each_parameter():
 
 
 def test_what_a_supernet_keeps_is_counted_low():
-    sizes = 2, 3, ("skip_connect", "conv_3x3x3")
-    whole = space.supernet_of(space.SearchSpace(0.25, *sizes), 1, 2).to("meta")
+    operations = "skip_connect", "conv_3x3x3"
+    whole = space.supernet_of(space.SearchSpace(0.25, 2, 3, operations), 1, 2).to("meta")
     with torch.device("meta"):
-        part = DiscreteNetwork(within_supernet(*sizes, True), 1, 2, 0.25)
+        part = DiscreteNetwork(within_supernet(2, operations, isotropic(3)), 1, 2, 0.25)
     shape = (1, 1, 16, 16, 16)
     assert 0.2 < activation_bytes(part, shape) / activation_bytes(whole, shape) < 1
 

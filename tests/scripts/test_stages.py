@@ -29,6 +29,7 @@ from dints.network.architecture import load_architecture, save_architecture
 from dints.network.cost import Cost, cost
 from dints.network.model_file import load_model
 from dints.network.operations import OPERATIONS
+from dints.network.strides import isotropic
 
 SEARCH = "--num_epochs 4 --num_epochs_warmup 2 --num_epochs_per_validation 2"
 SEARCH += " --learning_rate_arch 0.1"
@@ -60,7 +61,9 @@ def trained(phantom, code, tmp_path_factory) -> Path:
 def supernet_of(flags: list[str]) -> tuple:
     """Build the supernet and the trainers of a search with these flags."""
     settings, run = search_dints.parse_args(flags), begun()
-    supernet = search_dints.build_supernet(settings, TASK, True, run)
+    supernet = search_dints.build_supernet(
+        settings, TASK, isotropic(settings.space.num_depths), run
+    )
     return supernet, *search_dints.trainers(supernet, settings, TASK, run)
 
 

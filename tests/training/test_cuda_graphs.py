@@ -22,6 +22,7 @@ from dints.errors import UserError
 from dints.network.architecture import save_architecture
 from dints.network.discrete import DiscreteNetwork
 from dints.network.space import SearchSpace
+from dints.network.strides import isotropic
 from dints.running.precision import Precision
 from dints.running.processes import Processes
 from dints.settings import RetrainingSettings, TrainingMachineSettings
@@ -161,7 +162,9 @@ def test_both_steps_of_a_search_are_the_same(name, more, graphs, monkeypatch):
         given = words(SPACE, more, flags, "--precision", name)
         settings = search_dints.parse_args(given)
         run = begun(machine=settings.machine)
-        supernet = search_dints.build_supernet(settings, TASK, True, run)
+        supernet = search_dints.build_supernet(
+            settings, TASK, isotropic(settings.space.num_depths), run
+        )
         weights, arch = search_dints.trainers(supernet, settings, TASK, run)
         losses = []
         with monkeypatch.context() as patch:

@@ -217,7 +217,8 @@ class Upsample(nn.Upsample):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         factors = _factors(self)
-        if _is_on_gpu(input) or (1 in factors and input.ndim == 5):
+        on_cpu = input.device.type == "cpu" and input.ndim == 5
+        if _is_on_gpu(input) or (1 in factors and on_cpu):
             return _doubled(input, factors)
         if _can_take(input) and input.dtype in (torch.float32, torch.bfloat16):
             return _Doubling.apply(input.float()).to(input.dtype)
