@@ -154,12 +154,13 @@ def plot_graph(
             not the file's.
     """
     architecture = load_architecture(codepath)
-    sources, targets = zip(*paths(architecture.num_depths), strict=True)
-    for name, given, expected in (("code2in", code2in, sources), ("code2out", code2out, targets)):
-        if given is not None and [int(depth) for depth in given] != list(expected):
+    sources, targets = map(list, zip(*paths(architecture.num_depths), strict=True))
+    for name, codes, expected in (("code2in", code2in, sources), ("code2out", code2out, targets)):
+        given = expected if codes is None else [int(depth) for depth in codes]
+        if given != expected:
             raise UserError(
-                f"{name} is {[int(depth) for depth in given]}, but the {architecture.num_depths} "
-                f"depths of {codepath} make it {list(expected)}: leave {name} out"
+                f"{name} is {given}, but the {architecture.num_depths} depths of {codepath} make "
+                f"it {expected}: leave {name} out"
             )
     return draw_architecture(architecture, filename, directory, format, caption)
 

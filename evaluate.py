@@ -1,5 +1,4 @@
-r"""Score a folder of segmentations against a folder of references; any system's, so that two can be
-compared.
+r"""Score a folder of segmentations, of any system, against a folder of references.
 
     python evaluate.py --prediction segmentations --reference data_msd/Task09_Spleen/labelsTr \
         --output_root evaluation
@@ -42,7 +41,6 @@ class ScoringSettings(Settings):
         default=0.0,
         type=number(float, 0, 1),
     )
-    seed: int = option("of the bootstrap's resampling", default=0, type=number(int, 0))
     allow_missing: bool = option(
         "count references without a prediction as predicted empty (default: an error)",
         default=False,
@@ -110,7 +108,7 @@ def main(settings: EvaluateSettings) -> None:
     rows = []
     for pair in tqdm(pairs, desc="scoring", unit="case", disable=None):
         rows += score_case(pair.name, *pair.read(), classes, **limits)
-    summary = summarise(rows, given.seed)
+    summary = summarise(rows)
     missing = [pair.name for pair in pairs if pair.prediction is None]
     facts = {
         "prediction": str(given.prediction),
@@ -120,7 +118,6 @@ def main(settings: EvaluateSettings) -> None:
         "num_missing": len(missing),
         "missing": missing,
         **limits,
-        "seed": given.seed,
     }
     files.write_atomically(given.output_root / "scores.csv", scores_table(rows))
     content = json.dumps({**facts, **summary}, indent=2, allow_nan=False)
@@ -132,9 +129,7 @@ def main(settings: EvaluateSettings) -> None:
 
 
 def check(pairs: list[Pair], names: tuple[str, ...] | None) -> dict[int, str]:
-    """Read every mask, so that a bad one is named before any is scored; return the classes by
-    label.
-    """
+    """Read every mask, so that a bad one is named first; return the classes by label."""
     found = []
     for pair in tqdm(pairs, desc="checking", unit="case", disable=None, leave=False):
         reference, prediction, _ = pair.read()

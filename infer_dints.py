@@ -1,5 +1,4 @@
-r"""Segment volumes with a retrained network, and score the segmentations where labels are known:
-stage 3 of DiNTS.
+r"""Segment volumes with a retrained network, and score those with labels: stage 3 of DiNTS.
 
     python infer_dints.py --checkpoint runs/train/best_metric_model.pth \
         --input data_msd/Task09_Spleen/imagesTs
@@ -18,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dints.data.tasks import TASKS
-from dints.options import Settings, number, option, parse, with_defaults
+from dints.options import Settings, fold, number, option, parse, with_defaults
 from dints.settings import CompilingMachineSettings, DataSettings, WindowSettings
 
 
@@ -54,6 +53,28 @@ class InputSettings(Settings):
         "(default: none)",
         default=None,
         type=Path,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredSettings(DataSettings):
+    """Data.
+
+    Which cases of a dataset are segmented and scored.
+    """
+
+    root: Path | None = option(
+        "folder of the dataset, for example data_msd/Task09_Spleen",
+        default=None,
+        common=True,
+        type=Path,
+    )
+    fold: int | str | None = option(
+        "segment the validation cases of this fold; all: every case (default: those that the "
+        "model was validated on)",
+        default=None,
+        common=True,
+        type=fold,
     )
 
 
@@ -130,7 +151,7 @@ class InferSettings(Settings):
     """What infer_dints.py goes by."""
 
     input: InputSettings
-    data: with_defaults(DataSettings, root=None, fold=None)
+    data: ScoredSettings
     output: OutputSettings
     foreign: ForeignSettings
     window: with_defaults(WindowSettings, overlap_ratio=None)
@@ -165,40 +186,29 @@ def parse_args(argv: list[str] | None = None) -> InferSettings:
 if __name__ == "__main__":  # before the imports below take seconds
     SETTINGS = parse_args()
 
-import csv
-import io
 import json
 import logging
-import time
 
-import numpy as np
-from tqdm import tqdm
-
-from dints import __version__, files
-from dints.data.cases import read_image, read_label
+from dints import __version__
 from dints.data.dataset import overridden
 from dints.data.formats import read_task
-from dints.data.listing import ENDING, Case, ReadOptions
-from dints.data.nifti import Header, read_header, save_map, save_segmentation
-from dints.data.plausibility import unusual
+from dints.data.listing import ReadOptions
 from dints.data.tasks import Task
 from dints.errors import PartlyDone, UserError, exit_on_user_error
 from dints.evaluation import postprocessing
 from dints.evaluation.postprocessing import Postprocessing
-from dints.exports.checked import export
 from dints.inference import selection
+from dints.inference.batch import Batch, write_scores
 from dints.inference.card import card
-from dints.inference.decision import MAPS, UNITS, Decision
+from dints.inference.decision import MAPS
 from dints.inference.predictor import Predictor
-from dints.inference.records import Records, check_name, map_path, precision_of_earlier
+from dints.inference.records import Records, precision_of_earlier
 from dints.inference.selection import Selection
 from dints.network.architecture import load_architecture
 from dints.network.model_file import Model, load_model, model_of_weights
-from dints.report import page
 from dints.running.precision import choose_precision
 from dints.running.processes import Processes, started
 from dints.running.run_folder import opened
-from dints.training.validation import Overlaps, Scores
 
 log = logging.getLogger("infer")
 
@@ -214,22 +224,30 @@ def main(settings: InferSettings) -> None:
         started(machine.device, machine.timeout_minutes) as processes,
         opened(settings.output.output_root, processes) as folder,
     ):
-        infer(settings, processes, folder)
+        predictor = open_predictor(settings, processes, folder)
+        selected = processes.on_main(select, settings, predictor)
+        if settings.output.export:
+            from dints.exports.checked import export  # with it ONNX
+
+            case = selected.first_file()
+            processes.on_main(export, settings.output.export, predictor, case, folder)
+        else:
+            infer(settings, predictor, selected, processes, folder)
 
 
-def infer(settings: InferSettings, processes: Processes, folder: Path) -> None:
-    """Segment the cases that the settings select, and score those with a label."""
-    models = load_models(settings)
-    predictor = open_predictor(settings, models, processes, folder)
-    task, output = predictor.task, settings.output
-    selected = processes.on_main(select, settings, predictor)
-    if output.export:
-        processes.on_main(export, output.export, predictor, selected.first_file(), folder)
-        return
+def infer(
+    settings: InferSettings,
+    predictor: Predictor,
+    selected: Selection,
+    processes: Processes,
+    folder: Path,
+) -> None:
+    """Segment the selected cases, and score those with a label."""
+    task, models, output = predictor.task, predictor.models, settings.output
     paths = processes.on_main(selection.segmentation_paths, selected.cases, folder)
     removal = processes.on_main(read_postprocessing, settings.input.postprocessing, task)
     processes.on_main(selection.remove_converted, folder)
-    facts = {"searched_on": [model.architecture.searched_on for model in predictor.models]}
+    facts = {"searched_on": [model.architecture.searched_on for model in models]}
     records = Records(folder, facts_of_segmentation(settings, predictor, removal), facts)
     maps = [name for name in MAPS if getattr(output, f"save_{name}")]
     batch = Batch(predictor, removal, records, maps)
@@ -242,13 +260,17 @@ def infer(settings: InferSettings, processes: Processes, folder: Path) -> None:
         if processes.is_main:
             records.write_run(paths)
         if len(failed) == len(paths):
-            others = ""
-            if len(paths) > 1:
-                others = f"none of the {len(paths)} cases can be segmented, for example "
-            raise UserError(others + next(iter(failed.values())))
-        if processes.is_main:
-            report_scores(settings, selected.cases, scores, paths, predictor)
+            others = f"none of the {len(paths)} cases can be segmented, for example "
+            raise UserError(others * (len(paths) > 1) + next(iter(failed.values())))
+        if processes.is_main and any(case.label is not None for case in selected.cases):
+            trained_on = predictor.training_cases & {case.name for case in selected.cases}
+            marked = trained_on if settings.input.allow_training_cases else None
+            write_scores(folder / "scores.csv", scores, paths, task, marked)
+            remark = f", {len(trained_on)} training cases among them" * bool(marked)
+            print(scores.describe(task.class_names) + remark)
         if processes.is_main and output.report:
+            from dints.report import page  # with it matplotlib
+
             cases = [fault or case for case, fault in zip(selected.cases, faults, strict=True)]
             written = page.write(folder, cases, paths, models, settings.input.checkpoint)
             log.info("the report is %s", written)
@@ -262,107 +284,6 @@ def infer(settings: InferSettings, processes: Processes, folder: Path) -> None:
             f"{len(failed)} of {len(paths)} cases are not segmented ({folder / 'run.json'} lists "
             f"them), for example {name}: {fault}"
         )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Segments one case after another, and writes the masks and maps.
-
-    Attributes:
-        maps: that are written beside a segmentation, of `dints.inference.decision.MAPS`.
-    """
-
-    predictor: Predictor
-    postprocessing: Postprocessing
-    records: Records
-    maps: list[str]
-
-    def segment_all(
-        self,
-        cases: list[Case],
-        faults: list[UserError | None],
-        outputs: list[Path],
-        processes: Processes,
-    ) -> tuple[Scores, dict[str, str]]:
-        """Segment this rank's share of the cases.
-
-        Returns:
-            the scores of all ranks' cases; the reasons of those that failed.
-        """
-        task, failed = self.predictor.task, {}
-        overlaps = Overlaps(len(cases), task.num_classes, processes)
-        silent = None if processes.is_main else True
-        share = processes.share(len(cases))
-        for index in tqdm(share, desc="segmenting", unit="volume", disable=silent):
-            case, output = cases[index], outputs[index]
-            paths = [output, *(map_path(output, name) for name in self.maps)]
-            try:
-                labels, reference = self.segment_case(case, faults[index], paths)
-            except UserError as error:
-                failed[output.name] = str(error)
-                self.records.note_failed(case, paths, str(error))
-                log.warning("%s is left out: %s", output.name, error)
-                continue
-            if reference is not None:
-                overlaps.add(index, labels, reference)
-        processes.wait_for_all("segmented")  # shares take unequal times
-        of_ranks = processes.gather(failed)
-        failed = {name: fault for of_rank in of_ranks for name, fault in of_rank.items()}
-        return overlaps.scores(), failed
-
-    def segment_case(
-        self, case: Case, fault: UserError | None, paths: list[Path]
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Segment a case, unless that is done, and write its segmentation and maps.
-
-        Args:
-            paths: of its segmentation, and of the maps that are written beside it.
-
-        Returns:
-            Its labels and those of its reference, (x, y, z); neither where there is no reference.
-
-        Raises:
-            UserError: it cannot be segmented, or not scored.
-        """
-        check_name(paths[0])
-        if fault is not None:
-            raise fault
-        task, label = self.predictor.task, case.label_header
-        # First, so that a bad one costs no segmentation.
-        reference = None if label is None else read_label(label, task)
-        for remark in unusual(case, self.predictor.ranges):
-            log.warning("%s is unusual: %s", paths[0].name, remark)
-        start = time.monotonic()
-        if self.records.is_done(case, paths):
-            if reference is None:
-                return None, None
-            return read_label(read_header(str(paths[0])), task), reference
-        decision = self.decide(case)
-        labels = self.postprocessing.apply(decision.labels, case.headers[0].spacing)
-        decision = replace(decision, labels=labels)
-        self.records.forget(paths[0])  # not before there is something to take its place
-        self.save(decision, case.headers[0], paths)
-        self.records.note_done(case, paths, time.monotonic() - start)
-        return labels, reference
-
-    def decide(self, case: Case) -> Decision:
-        """Segment a case's image on its file's own grid."""
-
-        def read() -> np.ndarray:
-            voxels, replaced = read_image(case)
-            if replaced:
-                log.warning("%s: %d NaN or infinite voxels are replaced", case.images[0], replaced)
-            return voxels
-
-        return self.predictor.segment(read, case.affine, case.name, self.maps)
-
-    def save(self, decision: Decision, image: Header, paths: list[Path]) -> None:
-        """Write a segmentation, and after it the maps beside it."""
-        save_segmentation(decision.labels, image, paths[0])
-        for path, name in zip(paths[1:], self.maps, strict=True):
-            values = getattr(decision, name)
-            values = values if values.ndim == 3 else np.moveaxis(values, 0, -1)
-            save_map(values, image, path, UNITS)
 
 
 def load_models(settings: InferSettings) -> list[Model]:
@@ -397,14 +318,12 @@ def foreign_task(settings: InferSettings) -> Task:
     return task
 
 
-def open_predictor(
-    settings: InferSettings, models: list[Model], processes: Processes, folder: Path
-) -> Predictor:
+def open_predictor(settings: InferSettings, processes: Processes, folder: Path) -> Predictor:
     """Make the predictor, in a precision that all ranks choose alike.
 
     ``auto`` is that of the folder's earlier batch by the same models, if there was one.
     """
-    machine, window = settings.machine, settings.window
+    models, machine, window = load_models(settings), settings.machine, settings.window
     name = machine.precision
     if name == "auto" and processes.device.type == "cpu":
         digests = [model.digest for model in models]
@@ -463,44 +382,6 @@ def select(settings: InferSettings, predictor: Predictor) -> Selection:
         )
     options = ReadOptions(data.trust_shapes, data.replace_nonfinite)
     return replace(selected, cases=[replace(case, options=options) for case in selected.cases])
-
-
-def report_scores(
-    settings: InferSettings,
-    cases: list[Case],
-    scores: Scores,
-    outputs: list[Path],
-    predictor: Predictor,
-) -> None:
-    """Write scores.csv and print the mean, if any of the cases has a label."""
-    if all(case.label is None for case in cases):
-        return
-    trained_on = predictor.training_cases & {case.name for case in cases}
-    marked = trained_on if settings.input.allow_training_cases else None
-    path = settings.output.output_root / "scores.csv"
-    write_scores(path, scores, outputs, predictor.task, marked)
-    remark = f", {len(trained_on)} training cases among them" * bool(marked)
-    print(scores.describe(predictor.task.class_names) + remark)
-
-
-def write_scores(
-    path: Path, scores: Scores, outputs: list[Path], task: Task, trained_on: set[str] | None
-) -> None:
-    """Write a row per case: Dice of each class, empty where the case does not have the class.
-
-    Args:
-        trained_on: cases that the model was trained on; None where there is no need to mark them.
-    """
-    text = io.StringIO(newline="")
-    table = csv.writer(text)
-    marks = ["trained_on"] if trained_on is not None else []
-    table.writerow(["case", *task.class_names[1:], *marks])
-    for output, dice in zip(outputs, scores.dice.tolist(), strict=True):
-        name = ENDING.sub("", output.name)
-        marks = [] if trained_on is None else ["yes" if name in trained_on else "no"]
-        values = ("" if value != value else f"{value:.6f}" for value in dice)
-        table.writerow([output.name, *values, *marks])
-    files.write_atomically(path, text.getvalue())
 
 
 if __name__ == "__main__":

@@ -33,16 +33,12 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 requirements=$here/requirements.txt
 venv=${VENV:-$here/.venv}
 active=${ACTIVE:-0}
-torch_indexes=https://download.pytorch.org/whl
 supported_torch='2\.1[123]\.'  # 2.11 to 2.13: benchmarks/older_torch.sh tries the oldest
-offline=0
+scripts="decode_plot, evaluate, evolve_dints, infer_dints, search_dints, train_dints"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # Prints "3.11" for Python 3.11, nothing for a program that does not run: pyenv leaves such on the PATH.
 python_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
-
-# NumPy, SciPy and matplotlib, as pinned, need 3.11.
-new_enough() { [[ $1 =~ ^3\.([0-9]+)$ ]] && ((BASH_REMATCH[1] >= 11)); }
 
 # Prints the Python to use. An environment is only active through its own names, so there no other is tried.
 find_python() {
@@ -51,7 +47,7 @@ find_python() {
     if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
     for candidate in "${candidates[@]}"; do
         version=$(python_version "$candidate")
-        if new_enough "$version"; then
+        if [[ $version =~ ^3\.([0-9]+)$ ]] && ((BASH_REMATCH[1] >= 11)); then
             say "$candidate"
             return
         fi
@@ -63,27 +59,16 @@ find_python() {
 
 # Sets `python` to the environment's, which is made where there is none.
 use_venv() {
-    local wanted version remedy="remove it, or name another folder with VENV=DIR"
+    local base
     python=$venv/bin/python
-    version=$(python_version "$python")
-    if [[ -n $version ]]; then
-        new_enough "$version" || die "$venv holds Python $version, 3.11 or newer is needed: $remedy"
-        if [[ -n ${PYTHON:-} && $(python_version "$PYTHON") != "$version" ]]; then
-            die "$venv holds Python $version, but PYTHON=$PYTHON is another: $remedy"
-        fi
-        return
+    if [[ -n $(python_version "$python") ]]; then return; fi
+    if [[ -e $venv && -n $(ls -A "$venv") ]]; then
+        die "$venv exists and holds no Python that runs: remove it, or name another folder with VENV=DIR"
     fi
-    if [[ -e $venv/pyvenv.cfg ]]; then
-        die "$venv is an environment whose Python does not run: $remedy"
-    elif [[ -e $venv && -n $(ls -A "$venv") ]]; then
-        die "$venv exists and is not a Python environment: name another folder with VENV=DIR"
-    fi
-    wanted=$(find_python)
-    version=$(python_version "$wanted")
-    "$wanted" -c 'import venv, ensurepip' 2>/dev/null ||
-        die "$wanted has no venv module: install it first (Debian, Ubuntu: apt-get install python$version-venv)"
-    say "Making $venv with Python $version"
-    "$wanted" -m venv "$venv" || die "$wanted -m venv $venv failed: see above"
+    base=$(find_python)
+    say "Making $venv with Python $(python_version "$base")"
+    "$base" -m venv "$venv" ||
+        die "$base cannot make it: install its venv module (Debian, Ubuntu: apt-get install python3-venv)"
 }
 
 # Sets `python` to that of the active environment.
@@ -125,77 +110,40 @@ wanted_torch() {
     fi
 }
 
-# install_torch BUILD WHY: that build of `torch`'s version, unless there is one that serves.
-install_torch() {
-    local build=$1 why=$2 index=$torch_indexes/$1 there exact=$torch
-    there=$(torch_there)
-    if [[ $build != cpu ]]; then exact+=+$build; fi
-    if [[ ${there%%+*} == "$torch" ]] && { [[ $build == cpu ]] || sees_gpu; }; then
-        say "$why: keeping the torch $there that is already there"
-    elif "$python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
-        "$index/torch/" 2>/dev/null; then
-        say "$why: installing torch==$exact from $index"
-        "$python" -m pip install --no-deps --index-url "$index" "torch==$exact" && return
-        [[ $build == cpu ]] || die "pip could not install it: see above"
-        warn "that failed: the default package index's build of torch is installed instead"
-    elif [[ $build == cpu ]]; then
-        say "$why, but $index cannot be reached: installing the default package index's build of torch==$torch"
-    else
-        die "$why, but its build for older drivers cannot be had, for $index cannot be reached:" \
-            "update the driver, or install torch 2.11 to 2.13 for it yourself, and run install.sh --active there"
-    fi
-}
-
 # PyPI's torch for Linux is a CUDA 13 build of several GB: it would lie idle without a GPU or below driver 580.
 choose_torch() {
-    local version
+    local build exact=$torch driver there why
     if ! has_nvidia_gpu; then
-        install_torch cpu "No NVIDIA GPU"
-        return
+        build=cpu why="No NVIDIA GPU"
+    else
+        driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n 1p) || driver=""
+        if [[ ! $driver =~ ^([0-9]+)\. ]] || ((BASH_REMATCH[1] >= 580)); then return; fi
+        build=cu126 exact+=+cu126 why="The NVIDIA driver is $driver, and torch's default build needs 580"
     fi
-    version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || version=""
-    if [[ $version =~ ^([0-9]+)\.[0-9.]+ ]] && ((BASH_REMATCH[1] < 580)); then
-        install_torch cu126 "The NVIDIA driver is ${BASH_REMATCH[0]}, and torch's default build needs 580"
-    fi
+    there=$(torch_there)
+    if [[ ${there%%+*} == "$torch" ]] && { [[ $build == cpu ]] || sees_gpu; }; then return; fi
+    say "$why: installing torch==$exact from download.pytorch.org"
+    "$python" -m pip install --no-deps --retries 1 --index-url "https://download.pytorch.org/whl/$build" \
+        "torch==$exact" && return
+    [[ $build == cpu ]] || die "it cannot be had: update the driver, or install a torch for it and use --active"
+    warn "it cannot be had: the default package index's build of torch is installed instead"
 }
 
 sees_gpu() { "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
-
-# Prints what running needs of requirements.txt, all but its last parts, and the environment has in no version.
-lacking() {
-    "$python" -c 'import sys
-from importlib.metadata import PackageNotFoundError, version
-for line in open(sys.argv[1]).read().split("# For tests")[0].splitlines():
-    name = line.split("==")[0]
-    if name and not name.startswith("#"):
-        try:
-            version(name)
-        except PackageNotFoundError:
-            print(name)' "$requirements"
-}
-
-# What of it cannot be had is no matter in an active environment that can run everything.
-pip_install() {
-    local file=$requirements
-    if [[ $(<"$requirements") != *"torch==$torch"* ]]; then
-        file=${stamp%/*}/.dints-requirements.txt
-        sed "s/^torch==.*/torch==$torch/" "$requirements" >"$file"
-    fi
-    "$python" -m pip install -r "$file" && return
-    if [[ $active == 1 && -z $(lacking) && $(torch_there) =~ ^$supported_torch ]]; then
-        warn "pip could not install all of $requirements: what is there is used, in versions that may not be tested"
-        offline=1
-        return
-    fi
-    die "pip could not install $requirements: see above; a second run continues where this one stopped"
-}
 
 install_requirements() {
     # An environment made by uv, or whose making was interrupted, has none.
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 ||
         die "$python has no pip: install it there first (conda: conda install pip)"
     if [[ $(uname -s) == Linux ]]; then choose_torch; fi
-    pip_install
+    sed "s/^torch==.*/torch==$torch/" "$requirements" >"$stamp.txt"
+    if "$python" -m pip install -r "$stamp.txt"; then
+        install_dot
+    elif [[ $active == 1 ]] && (cd "$here" && "$python" -c "import $scripts") 2>/dev/null; then
+        warn "pip could not install all of $requirements: the scripts run with what is there, in versions not tested"
+    else
+        die "pip could not install $requirements: see above; a second run continues where this one stopped"
+    fi
     "$python" -c 'import torch
 print(f"torch {torch.__version__}:", "CUDA is available" if torch.cuda.is_available() else "no CUDA, runs on the CPU")'
     if has_nvidia_gpu && ! sees_gpu; then
@@ -203,41 +151,26 @@ print(f"torch {torch.__version__}:", "CUDA is available" if torch.cuda.is_availa
     fi
 }
 
-dot_command() {
-    if [[ -n ${CONDA_PREFIX:-} ]] && command -v conda >/dev/null; then
-        say "conda install --yes --quiet --channel conda-forge graphviz"
-    elif [[ $(uname -s) == Darwin ]]; then
-        say "brew install graphviz"
-    elif [[ $(id -u) == 0 ]]; then
-        say "apt-get install --yes graphviz"
-    else
-        say "sudo apt-get install --yes graphviz"
-    fi
-}
-
 # Drawing needs dot; without it the scripts still write the .gv source, so that failing here is no error.
 install_dot() {
-    local command
+    local command apt=(apt-get) text
     if command -v dot >/dev/null; then return; fi
-    command=$(dot_command)
-    # sudo must not stop to ask for a password.
-    if [[ $offline == 0 ]] && command -v "${command%% *}" >/dev/null && { [[ $command != sudo* ]] || sudo -n true 2>/dev/null; }; then
-        say "Installing graphviz's dot: $command"
-        if run_quietly "$command"; then return; fi
-        if [[ $command == *apt-get* ]]; then
-            # A fresh Docker image has no package lists.
-            if run_quietly "${command%%install*}update" && run_quietly "$command"; then return; fi
-        fi
+    if [[ -n ${CONDA_PREFIX:-} ]] && command -v conda >/dev/null; then
+        command=(conda install --yes --quiet --channel conda-forge graphviz)
+    elif [[ $(uname -s) == Darwin ]]; then
+        command=(brew install graphviz)
+    else
+        if [[ $(id -u) != 0 ]]; then apt=(sudo -n apt-get); fi  # it must not stop to ask for a password
+        command=("${apt[@]}" install --yes graphviz)
+        run_quietly "${apt[@]}" update || true  # a fresh Docker image has no package lists
     fi
-    warn "no graphviz program 'dot': architectures are written as .gv and not drawn until you run: $command"
+    text="${command[*]}"
+    say "Installing graphviz's dot: $text"
+    run_quietly "${command[@]}" ||
+        warn "no graphviz program 'dot': architectures are written as .gv and not drawn until you run: ${text/ -n / }"
 }
 
-# The command is one of dot_command's, whose words hold no blanks.
-run_quietly() {
-    local words
-    read -ra words <<<"$1"
-    DEBIAN_FRONTEND=noninteractive "${words[@]}" >/dev/null </dev/null
-}
+run_quietly() { DEBIAN_FRONTEND=noninteractive "$@" >/dev/null 2>&1 </dev/null; }
 
 # Paths under the current folder are shown as the user would type them.
 show_next() {
@@ -269,7 +202,6 @@ main() {
         say "The environment is up to date: ${stamp%/*}"
     else
         install_requirements
-        install_dot
         fingerprint >"$stamp"
     fi
     show_next

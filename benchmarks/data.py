@@ -2,7 +2,7 @@
 on the same files.
 
     python benchmarks/data.py
-    python benchmarks/data.py --shapes 256x256x128 --repeats 9 --output data.json
+    python benchmarks/data.py --shapes 256x256x128 --repeats 9
     python benchmarks/data.py --loader --device cuda
 
 Cases are CT volumes of the phantom, 0.8 x 0.8 x 2.5 mm, which get the given shapes when they are
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import statistics
 import subprocess
 import sys
@@ -45,9 +44,7 @@ from small_run import begun  # noqa: E402
 
 from dints.data.augmentation import augment  # noqa: E402
 from dints.data.cache import Cache  # noqa: E402
-from dints.data.cases import Prepared, prepare, read_image, read_label, resampling_of  # noqa: E402
-from dints.data.crops import crop_masks  # noqa: E402
-from dints.data.grid import in_c_order  # noqa: E402
+from dints.data.cases import Prepared, prepare  # noqa: E402
 from dints.data.listing import Case  # noqa: E402
 from dints.data.loaders import TrainingSamples, training_loader  # noqa: E402
 from dints.data.phantom import make_case  # noqa: E402
@@ -61,12 +58,6 @@ from dints.training.steps import WeightsTrainer  # noqa: E402
 TASK = TASKS["Task07_Pancreas"]
 # mm, nearly: such that the resampled shape is exactly the one asked for
 FILE_SPACING = (0.8, 0.8, 2.5)
-PARTS = {
-    "LoadImaged": "read",
-    "Orientationd": "resample",
-    "Spacingd": "resample",
-    "Lambdad": "masks",
-}
 CPU = torch.device("cpu")
 WEIGHTS = RetrainingSettings(learning_rate_schedule="halvings", average_decay=0.0)
 SIDES = ("published", "ours")
@@ -82,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
         if args.memory_of:
             print(json.dumps(memory_of_caching(args)))
             return
-        print(describe_machine(processes.device))
+        print(steps.processor(processes.device))
         if args.loader:
             print(share_of_waiting(args, Path(folder), processes))
             return
@@ -90,48 +81,29 @@ def main(args: argparse.Namespace) -> None:
         for shape in args.shapes:
             rows.update(measure(shape, args, Path(folder)))
     print(table(rows))
-    if args.output:
-        args.output.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = ["128x128x128", "256x256x128", "320x320x321"]
-    parser.add_argument(
-        "--shapes", type=shape_of, nargs="+", default=list(map(shape_of, default)), metavar="XxYxZ"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=7, help="pairs per row, after one that is not counted"
-    )
-    parser.add_argument(
-        "--samples", type=int, default=20, help="in each pair of the rows of samples"
-    )
-    parser.add_argument(
-        "--masks_type", choices=("float", "uint8"), default="float", help="of the published masks"
-    )
-    parser.add_argument(
-        "--no_memory", action="store_true", help="leave the rows of peak memory out"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="also write all numbers as JSON"
-    )
-    parser.add_argument(
-        "--memory_of", nargs=3, metavar=("SIDE", "IMAGE", "LABEL"), help=argparse.SUPPRESS
-    )
-    loader = parser.add_argument_group("with --loader")
-    loader.add_argument(
-        "--loader", action="store_true", help="train, and tell the share of waiting for batches"
-    )
-    loader.add_argument("--iterations", type=int, default=12)
-    loader.add_argument("--num_cases", type=int, default=4, help="of 256x256x128")
-    loader.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    loader.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-    loader.add_argument("--compile", choices=("on", "off"), default="off")
-    loader.add_argument("--patch_size", type=int, default=96)
-    loader.add_argument("--channel_mul", type=float, default=1.0)
-    loader.add_argument("--num_workers", type=int, help="default: as the scripts choose it")
+    shapes, add = ["128x128x128", "256x256x128", "320x320x321"], parser.add_argument
+    add("--shapes", type=shape_of, nargs="+", default=[*map(shape_of, shapes)], metavar="XxYxZ")
+    add("--repeats", type=int, default=7, help="pairs per row, after one that is not counted")
+    add("--samples", type=int, default=20, help="in each pair of the rows of samples")
+    masks_help = "of the published masks"
+    add("--masks_type", choices=("float", "uint8"), default="float", help=masks_help)
+    add("--no_memory", action="store_true", help="leave the rows of peak memory out")
+    add("--memory_of", nargs=3, metavar=("SIDE", "IMAGE", "LABEL"), help=argparse.SUPPRESS)
+    add = parser.add_argument_group("with --loader").add_argument
+    add("--loader", action="store_true", help="train, and tell the share of waiting for batches")
+    add("--iterations", type=int, default=12)
+    add("--num_cases", type=int, default=4, help="of 256x256x128")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    add("--patch_size", type=int, default=96)
+    add("--channel_mul", type=float, default=1.0)
+    add("--num_workers", type=int, help="default: as the scripts choose it")
     return parser.parse_args()
 
 
@@ -190,44 +162,15 @@ def row(unit: str, theirs: list[float], ours: list[float]) -> dict:
 def measure_caching(
     case: Case, name: str, args: argparse.Namespace
 ) -> tuple[dict[str, dict], dict, Prepared]:
-    """Measure the rows of the time to cache a case and of its parts; return too what is cached on
-    either side.
-    """
+    """Measure the time to cache a case; return too what is cached on either side."""
     transforms = published_data.caching(TASK, np.dtype(args.masks_type))
-    rows = {
-        label: row("s", [], [])
-        for label in ("cache a case", *(f"- {part}" for part in parts_of_ours(case)))
-    }
+    rows = {"cache a case": row("s", [], [])}
     for repeat in range(args.repeats + 1):
-        theirs, seconds = published_data.files(case), dict.fromkeys(rows, 0.0)
-        for transform in transforms.transforms:
-            took, theirs = timed(lambda transform=transform, theirs=theirs: transform(theirs))
-            for label in ("cache a case", f"- {PARTS.get(type(transform).__name__)}"):
-                seconds[label] = seconds.get(label, 0.0) + took
-        took, ours = timed(lambda: prepare(case, TASK))
-        parts = {f"- {part}": timed(call)[0] for part, call in parts_of_ours(case).items()}
-        note(rows, seconds, {"cache a case": took, **parts}, name, repeat, args.repeats)
+        given = published_data.files(case)
+        published, theirs = timed(lambda given=given: transforms(given))
+        own, ours = timed(lambda: prepare(case, TASK))
+        note(rows, {"cache a case": published}, {"cache a case": own}, name, repeat, args.repeats)
     return rows, theirs, ours
-
-
-def parts_of_ours(case: Case) -> dict[str, Callable]:
-    """Return the calls of `prepare` that take its time, each with what the one before it gave."""
-    given, resampling = {}, resampling_of(case, TASK)
-
-    def read() -> None:
-        given.update(image=read_image(case)[0], label=read_label(case.label_header, TASK))
-
-    def resample() -> None:
-        resampling.apply(given.pop("image"))
-        given["label"] = in_c_order(
-            resampling.apply(given["label"][None], nearest=True), torch.uint8
-        )[0]
-
-    return {
-        "read": read,
-        "resample": resample,
-        "masks": lambda: crop_masks(given["label"], TASK.num_classes),
-    }
 
 
 def timed(call: Callable) -> tuple[float, object]:
@@ -322,7 +265,7 @@ def memory_of_caching(args: argparse.Namespace) -> float:
 def share_of_waiting(args: argparse.Namespace, folder: Path, processes: Processes) -> str:
     """Train a network on batches of our loader, and tell how long it waited for them."""
     task = replace(TASK, patch_size=(args.patch_size,) * 3)
-    machine = TrainingMachineSettings(precision=args.precision, compile=args.compile)
+    machine = TrainingMachineSettings(precision=args.precision)
     run = begun(folder, processes=processes, machine=machine, num_workers=args.num_workers)
     cases = [write_case((256, 256, 128), number, folder) for number in range(1, args.num_cases + 1)]
     cache = Cache("disk", folder / "cache", task, cores_per_process())
@@ -341,22 +284,11 @@ def share_of_waiting(args: argparse.Namespace, folder: Path, processes: Processe
     steady, waited = ends[-1] - ends[0], waits[-1] - waits[0]
     return (
         f"{args.iterations} iterations of batches of 2, patch {args.patch_size}, channel_mul "
-        f"{args.channel_mul:g}, {run.precision.name}, compile {args.compile}, "
+        f"{args.channel_mul:g}, {run.precision.name}, "
         f"{loader.loader.num_workers} workers, {len(cases)} cases of 256x256x128 on disk: "
         f"{steps.duration(steady / (len(ends) - 1))} an iteration after the first\nwaiting: "
         f"{waited / steady:.2%} without the first batch, {waits[-1] / ends[-1]:.2%} with it "
         f"({steps.duration(waits[0])})"
-    )
-
-
-def describe_machine(device: torch.device) -> str:
-    """Name the CPU, which makes the data, and the GPU where there is one."""
-    text = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*:\s*(.+)", text)
-    gpu = f", {torch.cuda.get_device_name()}" if device.type == "cuda" else ""
-    return (
-        f"{model[1] if model else 'CPU'}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"{torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
     )
 
 

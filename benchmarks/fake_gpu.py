@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -32,7 +31,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 LIBRARY = "libcuda.so.1"  # by which name PyTorch looks for the driver
@@ -70,16 +68,9 @@ def main(arguments: list[str]) -> int:
     )
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / LIBRARY
-        command = [
-            "cc",
-            "-shared",
-            "-fPIC",
-            f"-Wl,-soname,{LIBRARY}",
-            f"-I{headers}",
-            "-o",
-            library,
-        ]
-        subprocess.run([*command, CHECKOUT / "benchmarks" / "fake_cuda.c"], check=True)
+        command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{LIBRARY}", f"-I{headers}"]
+        source = CHECKOUT / "benchmarks" / "fake_cuda.c"
+        subprocess.run([*command, "-o", library, source], check=True)
         environment = {**os.environ, "LD_PRELOAD": str(library)}
         return subprocess.run([sys.executable, *arguments], env=environment).returncode
 
@@ -94,30 +85,19 @@ class Wait:
     lines: tuple[str, ...]
 
 
-class OnGpu(NamedTuple):
-    """A call of an operation: how many kernels it is at the least, the bytes that it reads and
-    writes, and its FLOP.
-    """
-
-    name: str
-    kernels: int
-    bytes: int
-    flop: int
-
-
 @dataclass
 class Gpu(TorchDispatchMode):
     """Computes what is on the CPU, and of what is on the GPU only shapes.
 
     Attributes:
         answer: what every number is that comes to the host.
-        calls: of the operations there that are no views.
+        launches: how many kernels the operations there are at the least.
         waits: in their order.
     """
 
     fake: FakeTensorMode
     answer: float = 1.0
-    calls: list[OnGpu] = field(default_factory=list)
+    launches: int = 0
     waits: list[Wait] = field(default_factory=list)
 
     def __post_init__(self):
@@ -125,13 +105,8 @@ class Gpu(TorchDispatchMode):
 
     def forget(self) -> None:
         """Count from 0 again."""
-        self.calls.clear()
+        self.launches = 0
         self.waits.clear()
-
-    @property
-    def launches(self) -> int:
-        """How many kernels they are at the least."""
-        return sum(call.kernels for call in self.calls)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -163,23 +138,13 @@ class Gpu(TorchDispatchMode):
             results = args[0] if function is aten._amp_update_scale_.default else None
         else:
             results = function(*tree_map_only(torch.Tensor, self._faked, args), **kwargs)
-        self._count(function, args, kwargs, results)
+        if not (function.is_view or function.__name__.startswith(NO_KERNEL)):
+            # of image, weight and bias
+            self.launches += sum(args[-1]) if function is aten.convolution_backward.default else 1
         return results
 
     def _faked(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
-
-    def _count(self, function, args, kwargs, results) -> None:
-        if function.is_view or function.__name__.startswith(NO_KERNEL):
-            return  # no kernel
-        tensors = [
-            leaf for leaf in tree_leaves((args, kwargs, results)) if isinstance(leaf, torch.Tensor)
-        ]
-        flop_of, name = flop_registry.get(function.overloadpacket), str(function).split(".")[1]
-        flop = flop_of(*args, **kwargs, out_val=results) if flop_of else 0
-        # of image, weight and bias
-        kernels = sum(args[-1]) if function is aten.convolution_backward.default else 1
-        self.calls.append(OnGpu(name, kernels, sum(tensor.nbytes for tensor in tensors), flop))
 
     def _note_waiting(self, function, args, kwargs) -> None:
         if function is aten._local_scalar_dense.default:

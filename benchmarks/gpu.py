@@ -179,27 +179,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    data = os.environ.get(
-        "DINTS_TASK04", CHECKOUT.parent / "shared" / "data" / "Task04_Hippocampus"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="what was found, as JSON")
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        choices=SECONDS,
-        default=list(SECONDS),
-        help="(default: all, in order)",
-    )
-    parser.add_argument("--without", nargs="+", choices=SECONDS, default=[], help="leave these out")
-    parser.add_argument(
-        "--root", type=Path, default=data, help="Task04_Hippocampus, where it is there"
-    )
-    parser.add_argument(
-        "--patience", type=float, default=1, help="times the seconds that parts have (default: 1)"
-    )
-    parser.add_argument(
-        "--rehearse", action="store_true", help="small, on the CPU, all in one process"
-    )
+    add, shared = parser.add_argument, CHECKOUT.parent / "shared" / "data" / "Task04_Hippocampus"
+    data, every = os.environ.get("DINTS_TASK04", shared), list(SECONDS)
+    add("--output", type=Path, required=True, help="what was found, as JSON")
+    add("--parts", nargs="+", choices=SECONDS, default=every, help="(default: all, in order)")
+    add("--without", nargs="+", choices=SECONDS, default=[], help="leave these out")
+    add("--root", type=Path, default=data, help="Task04_Hippocampus, where it is there")
+    add("--patience", type=float, default=1, help="times the seconds that parts have (default: 1)")
+    add("--rehearse", action="store_true", help="small, on the CPU, all in one process")
     args = parser.parse_args(arguments)
     args.device = "cpu" if args.rehearse else "cuda"
     args.parts = [name for name in args.parts if name not in args.without]

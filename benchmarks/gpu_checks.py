@@ -103,20 +103,13 @@ class Setting:
 
 def describe_machine(setting: Setting) -> None:
     """Note what all the rest was found on."""
-    found = {
-        "device": str(setting.processes.device),
-        "torch": torch.__version__,
-        "cores": os.cpu_count(),
-    }
-    found |= {name: version(name) for name in ("monai", "numpy")} | {
-        "python": platform.python_version()
-    }
+    found = {name: version(name) for name in ("torch", "monai", "numpy")}
+    found |= {"device": str(setting.processes.device), "cores": os.cpu_count()}
+    found["python"] = platform.python_version()
     if setting.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found |= {
-            "gpus": [
-                torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())
-            ],
+            "gpus": [*map(torch.cuda.get_device_name, range(torch.cuda.device_count()))],
             "compute_capability": f"{properties.major}.{properties.minor}",
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "cuda": torch.version.cuda,
@@ -459,15 +452,8 @@ def resumes(setting: Setting) -> None:
     root, arch, epochs = phantom(setting), setting.folder / "arch.pth", 6 if setting.small else 60
     save_architecture(arch, random_architecture(0, 2, 3))
     train = [sys.executable, "train_dints.py", "--arch_ckpt", arch, "--root", root, *STAGE.split()]
-    train += [
-        "--num_epochs",
-        epochs,
-        "--num_epochs_per_validation",
-        epochs,
-        "--save_minutes",
-        0.001,
-    ]
-    train += ["--device", setting.device]
+    train += ["--num_epochs", epochs, "--num_epochs_per_validation", epochs]
+    train += ["--save_minutes", 0.001, "--device", setting.device]
     straight, killed = setting.folder / "straight", setting.folder / "killed"
     process = begun([*train, "--output_root", killed], start_new_session=True)
     beside = begun([*train, "--output_root", straight])
@@ -508,11 +494,7 @@ def history(folder: Path) -> list[dict[str, str]]:
 
 def phantom(setting: Setting, side: int = 24) -> Path:
     root = setting.folder / f"of_{side}" / "Task00_Phantom"
-    return (
-        root
-        if root.exists()
-        else write_phantom(root, num_training=8, num_test=2, shape=(side, side, side))
-    )
+    return root if root.exists() else write_phantom(root, 8, 2, shape=(side, side, side))
 
 
 def ran(command: list[object], setting: Setting, **environment: str) -> str:
@@ -534,20 +516,12 @@ def quickstart(setting: Setting) -> None:
     """Run quickstart.sh in this environment, and with it the launchers; and segment its cases on a
     CPU too.
     """
-    results, data, start = (
-        setting.folder / "quickstart",
-        setting.folder / "data" / "Task00_Phantom",
-        time.monotonic(),
-    )
+    results, data = setting.folder / "quickstart", setting.folder / "data" / "Task00_Phantom"
+    start = time.monotonic()
     few = {"SEARCH_ITERATIONS": "6", "CANDIDATE_ITERATIONS": "16", "TRAIN_ITERATIONS": "20"}
     # Without a network nothing can be fetched: pip is not to try.
-    given = {
-        "ACTIVE": "1",
-        "PYTHON": sys.executable,
-        "PIP_NO_INDEX": "1",
-        "OUTPUT_ROOT": str(results),
-        "DATA_ROOT": str(data),
-    }
+    given = {"ACTIVE": "1", "PYTHON": sys.executable, "PIP_NO_INDEX": "1"}
+    given |= {"OUTPUT_ROOT": str(results), "DATA_ROOT": str(data)}
     said = ran(["bash", "quickstart.sh"], setting, **given, **few)
     gpus = torch.cuda.device_count() if setting.device == "cuda" else 1
     found = {
@@ -562,18 +536,11 @@ def quickstart(setting: Setting) -> None:
 def segments(setting: Setting, model: Path) -> None:
     """Segment a case on the device and on a CPU, in fp32: the probabilities must agree."""
     image = next((phantom(setting) / "imagesTs").glob("*.nii.gz"))
-    infer = [
-        sys.executable,
-        "infer_dints.py",
-        "--checkpoint",
-        model,
-        "--input",
-        image,
-        "--save_probabilities",
-    ]
+    infer = [sys.executable, "infer_dints.py", "--checkpoint", model, "--input", image]
+    infer += ["--save_probabilities", "--precision", "fp32"]
     folders = {device: setting.folder / f"segmented_{device}" for device in (setting.device, "cpu")}
     for device, folder in folders.items():
-        ran([*infer, "--device", device, "--precision", "fp32", "--output_root", folder], setting)
+        ran([*infer, "--device", device, "--output_root", folder], setting)
     there, on_cpu = (voxels_of(folder) for folder in (folders[setting.device], folders["cpu"]))
     worst = max(
         float(np.abs(there[name] - on_cpu[name]).max())

@@ -58,40 +58,30 @@ def variants(setting: Setting) -> None:
 
 def compiled(setting: Setting) -> None:
     """Time it compiled; in a rehearsal, which has no compiler, as it is."""
-    setting.found["compiled"] = timed(plain(setting, how="off" if setting.small else "on"), setting)
+    setting.found["compiled"] = timed(
+        plain(setting, compile="off" if setting.small else "on"), setting
+    )
 
 
 def plain(
     setting: Setting,
     layout: torch.memory_format = torch.contiguous_format,
-    how: str = "off",
     checkpoint_activations: bool = False,
-    cuda_graphs: bool = False,
+    **machine: object,
 ) -> Callable:
     """Return a retraining step of batch 2 at the published size."""
     size = benchmark.SIZES["small" if setting.small else "published"]
     precision, processes = Precision("bf16", setting.processes.device), setting.processes
     torch.manual_seed(0)
-    width = 0.0625 if setting.small else size["train_channel_mul"]
-    network = DiscreteNetwork(
-        benchmark.typical_architecture(), 1, benchmark.TASK.num_classes, width
-    )
+    sizes = 1, benchmark.TASK.num_classes, 0.0625 if setting.small else size["train_channel_mul"]
+    network = DiscreteNetwork(benchmark.typical_architecture(), *sizes)
     network = network.to(precision.device).to(memory_format=layout)
     network.checkpoint_activations = checkpoint_activations
-    image = (
-        torch.rand(2, 1, *[size["patch_size"]] * 3).to(precision.device).to(memory_format=layout)
-    )
+    image = torch.rand(2, 1, *[size["patch_size"]] * 3)
+    image = image.to(precision.device).to(memory_format=layout)
     batch = {"image": image, "label": (image > 0.5).to(torch.uint8)}
-    training = a_training(
-        network,
-        precision,
-        processes,
-        image.shape,
-        compile=how,
-        cuda_graphs=cuda_graphs,
-        average_decay=0.99,
-    )
-    return partial(training.step, batch)
+    more = {"average_decay": 0.99, **machine}
+    return partial(a_training(network, precision, processes, image.shape, **more).step, batch)
 
 
 GRAPHS = "cuda graphs"
@@ -147,20 +137,17 @@ def kernels_of(step: Callable[[], object], setting: Setting) -> dict:
         step()
         benchmark.synchronise(device)
     taken = {
-        event.key: (
-            event.self_device_time_total if on_gpu else event.self_cpu_time_total,
-            event.count,
-        )
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event)
         for event in profiled.key_averages()
         if not on_gpu or event.device_type.name == "CUDA"
     }
     longest = sorted(taken.items(), key=lambda item: -item[1][0])[:LONGEST]
     return {
-        "kernels": sum(count for _, count in taken.values()),
+        "kernels": sum(event.count for _, event in taken.values()),
         "ms": round(sum(microseconds for microseconds, _ in taken.values()) / 1e3, 2),
         "longest": [
-            f"{microseconds / 1e3:9.3f} ms {count:5} x {name[:110]}"
-            for name, (microseconds, count) in longest
+            f"{microseconds / 1e3:9.3f} ms {event.count:5} x {name[:110]}"
+            for name, (microseconds, event) in longest
         ],
     }
 
@@ -205,11 +192,9 @@ def candidates(setting: Setting) -> None:
     """
     small = setting.small or not (setting.root / "dataset.json").is_file()
     root = phantom(setting) if small else setting.root
-    size = (
-        "--patch_size 16 16 16 --num_blocks 2 --num_depths 3"
-        if setting.small
-        else "--patch_size 32 32 32"
-    )
+    size = "--patch_size 32 32 32"
+    if setting.small:
+        size = "--patch_size 16 16 16 --num_blocks 2 --num_depths 3"
     folder, start = setting.folder / "candidates", time.monotonic()
     command = [sys.executable, "evolve_dints.py", "--root", root, "--num_folds", 4, *size.split()]
     command += ["--candidates", 4, "--num_iterations"]
@@ -243,48 +228,14 @@ def rates(setting: Setting, processes: int) -> dict:
     root = phantom(setting) if setting.small else phantom(setting, side=112)
     arch, folder = setting.folder / "typical.pth", setting.folder / f"on_{processes}"
     save_architecture(arch, benchmark.typical_architecture())
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        processes,
-    ]
-    command = [
-        *command,
-        "train_dints.py",
-        "--arch_ckpt",
-        arch,
-        "--root",
-        root,
-        "--num_folds",
-        4,
-        "--resume",
-        "never",
-    ]
-    size = (
-        "--patch_size 32 32 32 --channel_mul 0.0625"
-        if setting.small
-        else ("--patch_size 96 96 96 --channel_mul 1")
-    )
-    command += [
-        *size.split(),
-        "--num_epochs_per_validation",
-        1000,
-        "--overlap_ratio",
-        0,
-        "--device",
-        setting.device,
-    ]
-    command += [
-        "--num_epochs",
-        2 if setting.small else 20,
-        "--num_images_per_batch",
-        2,
-        "--precision",
-        "bf16",
-    ]
+    launched = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    data = ["--arch_ckpt", arch, "--root", root, *["--num_folds", "4", "--resume", "never"]]
+    size = "--patch_size 96 96 96 --channel_mul 1 --num_epochs 20"
+    if setting.small:
+        size = "--patch_size 32 32 32 --channel_mul 0.0625 --num_epochs 2"
+    size += " --num_epochs_per_validation 1000 --overlap_ratio 0 --num_images_per_batch 2"
+    command = [sys.executable, *launched, "train_dints.py", *data, *size.split()]
+    command += ["--precision", "bf16", "--device", setting.device]
     ran([*command, "--output_root", folder], setting)
     first, *others = history(folder)
     seconds, waits = (
@@ -308,16 +259,8 @@ def task04(setting: Setting) -> None:
         setting.found["left out"] = f"{setting.root} is not there"
         return
     else:
-        data = [
-            "--root",
-            setting.root,
-            "--num_folds",
-            4,
-            "--num_images_per_batch",
-            4,
-            "--overlap_ratio",
-            0.25,
-        ]
+        data = ["--root", setting.root]
+        data += ["--num_folds", "4", "--num_images_per_batch", "4", "--overlap_ratio", "0.25"]
         search, train = [], ["--use_downsample", "no"]
     every = ["--num_epochs", 12, "--num_epochs_per_validation", 12, "--device", setting.device]
     search += ["--num_epochs_warmup", 4, "--learning_rate_arch", 0.02]
@@ -331,15 +274,8 @@ def task04(setting: Setting) -> None:
 def stage(name: str, setting: Setting, iterations: int, *flags: object) -> dict:
     """Run a stage; return its iterations, its seconds in all, and its last Dice."""
     start, folder = time.monotonic(), setting.folder / f"task04_{name}"
-    command = [
-        sys.executable,
-        f"{name}_dints.py",
-        "--output_root",
-        folder,
-        "--recipe",
-        "recommended",
-        *flags,
-    ]
+    command = [sys.executable, f"{name}_dints.py", "--output_root", folder, *flags]
+    command += ["--recipe", "recommended"]
     said = ran([*command, "--num_iterations", 1 if setting.small else iterations], setting)
     return {
         "iterations": int(history(folder)[-1]["iteration"]),

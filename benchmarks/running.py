@@ -33,10 +33,10 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402  the checkout comes first on the path
 import torch.distributed as dist  # noqa: E402
 from parts import Search, a_search, a_training, half_way  # noqa: E402
+from steps import typical_architecture  # noqa: E402
 
 from dints.data.tasks import TASKS  # noqa: E402
 from dints.network.discrete import DiscreteNetwork  # noqa: E402
-from dints.network.space import SearchSpace  # noqa: E402
 from dints.running.checkpoint import Checkpoint, find_state  # noqa: E402
 from dints.running.epoch_loss import EpochLoss  # noqa: E402
 from dints.running.precision import Precision  # noqa: E402
@@ -202,14 +202,7 @@ def retraining_of(processes: Processes) -> WeightsTrainer:
     12 blocks.
     """
     torch.manual_seed(0)
-    space, generator = (
-        SearchSpace(channel_mul=0.0625, num_blocks=12, num_depths=4),
-        torch.Generator().manual_seed(0),
-    )
-    with torch.no_grad():
-        space.log_alpha_a.normal_(generator=generator)
-        space.log_alpha_c.normal_(generator=generator)
-    network = DiscreteNetwork(space.architecture(), TASK.num_channels, TASK.num_classes, 0.5)
+    network = DiscreteNetwork(typical_architecture(), TASK.num_channels, TASK.num_classes, 0.5)
     return a_training(network, FP32, processes)
 
 

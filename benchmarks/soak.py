@@ -6,8 +6,8 @@ for it takes minutes.
 Part A kills a process that does nothing but save a state of some 20 MB: the newest good state must
 be whole and at most one save old. Part B kills a small search, all its processes, and starts it
 again until it ends. Part C kills one of two ranks under search_dints.sh, which starts both again;
-part D does so on two nodes that are network namespaces (for root, where there is `ip`). Part E
-kills the segmenting of a batch. Each must end as an undisturbed one. The exit code is 1 if anything
+part D does so on two nodes that are network namespaces (for root, where there is `ip`). Each must
+end as an undisturbed one. The exit code is 1 if anything
 differs.
 """
 
@@ -32,17 +32,11 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
 
-import nibabel as nib  # noqa: E402  the checkout comes first on the path
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from architectures import chain  # noqa: E402
+import torch  # noqa: E402  the checkout comes first on the path
 from states import assert_same_end, progress_of  # noqa: E402
 
 from dints.data.phantom import write_phantom  # noqa: E402
-from dints.data.tasks import Task  # noqa: E402
 from dints.errors import UserError  # noqa: E402
-from dints.network.discrete import DiscreteNetwork  # noqa: E402
-from dints.network.model_file import save_model  # noqa: E402
 from dints.running import run_folder  # noqa: E402
 from dints.running.checkpoint import Checkpoint, find_state  # noqa: E402
 from dints.running.precision import Precision  # noqa: E402
@@ -51,7 +45,6 @@ from dints.running.processes import Processes  # noqa: E402
 LAUNCHER = ("bash", str(CHECKOUT / "search_dints.sh"))
 FP32, ALONE = Precision("fp32", torch.device("cpu")), Processes(0, 1, torch.device("cpu"))
 SETTINGS = {"processes": 1}
-IMAGES = 30  # of the batch
 SEARCH = (
     "--patch_size 16 16 16 --spacing 5 5 5 --num_folds 3 --overlap_ratio 0 --device cpu "
     "--precision fp32"
@@ -83,7 +76,6 @@ def main(args: argparse.Namespace) -> int:
         elif args.node_kills:
             with namespaces() as nodes:
                 wrong += search.kill_one_of_two(args.node_kills, nodes)
-        wrong += kill_batch(Path(folder) / "batch", args.batch_kills, rng, tell)
         tell(f"{wrong} wrong ends; {time.monotonic() - start:.0f} s in all")
         return 1 if wrong else 0
 
@@ -170,20 +162,10 @@ class Search:
 
     def started(self, output: Path, *launcher: str, **more: object) -> subprocess.Popen:
         """Start search_dints.py, or search_dints.sh if the ``launcher`` ends with its name."""
-        script = [
-            sys.executable,
-            CHECKOUT / "search_dints.py",
-            "--root",
-            self.root,
-            "--output_root",
-            output,
-        ]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHON": sys.executable,
-            "TASK": "Task00_Phantom",
-        }
+        script = [sys.executable, CHECKOUT / "search_dints.py"]
+        script += ["--root", self.root, "--output_root", output]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+        environment["TASK"] = "Task00_Phantom"
         environment |= {"DATA_ROOT": str(self.root), "OUTPUT_ROOT": str(output), "FOLD": "0"}
         environment |= {name: str(value) for name, value in more.items()}
         with output.with_name(f"{output.name}.said").open("a") as said:
@@ -238,13 +220,9 @@ class Search:
             what = f"{'node' if nodes else 'rank'} kill {number}"
             output, agents = self.folder / what, []
             for rank, (name, interface, address) in enumerate(nodes):
-                more = {
-                    "NUM_NODES": 2,
-                    "NODE_RANK": rank,
-                    "NUM_GPUS_PER_NODE": 1,
-                    "NODE_ADDR": address,
-                }
-                more |= {"MASTER_ADDR": nodes[0][2], "GLOO_SOCKET_IFNAME": interface}
+                more = {"NUM_NODES": 2, "NODE_RANK": rank, "NUM_GPUS_PER_NODE": 1}
+                more |= {"MASTER_ADDR": nodes[0][2], "NODE_ADDR": address}
+                more["GLOO_SOCKET_IFNAME"] = interface
                 agents.append(self.started(output, "ip", "netns", "exec", name, *LAUNCHER, **more))
             agents = agents or [self.started(output, *LAUNCHER, NUM_GPUS_PER_NODE=2)]
             place = self.kill_one(agents, seconds, output)
@@ -284,92 +262,6 @@ class Search:
             return 1
         self.tell(f"{what}: it ended as the undisturbed one")
         return 0
-
-
-def kill_batch(folder: Path, kills: int, rng: random.Random, tell: Callable[[str], None]) -> int:
-    """Kill the segmenting of a batch (part E) until it is done; return 1 if its masks are not those
-    of another one.
-    """
-    if kills == 0:
-        return 0
-    write_batch(folder)
-
-    def started(name: str) -> subprocess.Popen:
-        flags = [
-            "--checkpoint",
-            folder / "model.pth",
-            "--input",
-            folder / "in",
-            "--output_root",
-            folder / name,
-        ]
-        command = [
-            sys.executable,
-            CHECKOUT / "infer_dints.py",
-            *flags,
-            "--device",
-            "cpu",
-            "--precision",
-            "fp32",
-        ]
-        with (folder / f"{name}.said").open("a") as said:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            return subprocess.Popen(command, env=environment, stdout=said, stderr=said)
-
-    def masks(name: str) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in (folder / name).glob("*.nii.gz")}
-
-    start = time.monotonic()
-    assert started("straight").wait() == 0, (folder / "straight.said").read_text()
-    straight, seconds = masks("straight"), time.monotonic() - start
-    tell(f"the undisturbed batch of {len(straight)} took {seconds:.1f} s")
-    for number in range(1, kills + 1):
-        process, before = started("killed"), len(masks("killed"))
-        while (
-            len(masks("killed")) == before < IMAGES - 1
-            and process.poll() is None
-            and rng.random() < 0.99
-        ):
-            # mostly until it has done another one, or its start would be all that is killed
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 1.5 * seconds / IMAGES))
-        process.kill()
-        process.wait()
-        partial = len(list((folder / "killed").rglob(".*.partial")))
-        tell(f"batch kill {number}: {len(masks('killed'))} masks, {partial} files half written")
-    code = started("killed").wait()
-    equal = (
-        code == 0
-        and masks("killed") == straight
-        and not list((folder / "killed").rglob(".*.partial"))
-    )
-    tell(
-        f"after {kills} kills: {'all masks are' if equal else 'NOT all masks are'} byte-equal "
-        f"(exit code {code})"
-    )
-    return int(not equal)
-
-
-def write_batch(folder: Path) -> None:
-    """Write a model of random weights, and images that take it some tenths of a second each."""
-    architecture = chain(0, 1, 0, num_depths=2)
-    task = Task(
-        "Toy",
-        "CT",
-        1,
-        ("background", "a"),
-        spacing=None,
-        intensity=(0.0, 1.0),
-        patch_size=(16, 16, 16),
-    )
-    torch.manual_seed(0)
-    (folder / "in").mkdir(parents=True)
-    save_model(
-        folder / "model.pth", DiscreteNetwork(architecture, 1, 2, 0.125), architecture, 0.125, task
-    )
-    for number in range(IMAGES):
-        image = np.random.default_rng(number).random((64, 64, 64)).astype(np.float32)
-        nib.save(nib.Nifti1Image(image, np.eye(4)), folder / f"in/{number:02}.nii.gz")
 
 
 def children(pid: int) -> list[int]:
@@ -417,15 +309,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=50, help="of saves")
-    parser.add_argument(
-        "--search_kills", type=int, default=10, help="of the search, all its processes"
-    )
-    parser.add_argument("--rank_kills", type=int, default=20, help="of one of two ranks")
-    parser.add_argument("--node_kills", type=int, default=3, help="of one of two nodes' processes")
-    parser.add_argument("--batch_kills", type=int, default=20, help="of the segmenting of a batch")
-    parser.add_argument("--seed", type=int, default=0, help="of the times")
-    parser.add_argument("--output", type=Path, help="write the output into this file too")
+    add = parser.add_argument
+    add("--kills", type=int, default=50, help="of saves")
+    add("--search_kills", type=int, default=10, help="of the search, all its processes")
+    add("--rank_kills", type=int, default=20, help="of one of two ranks")
+    add("--node_kills", type=int, default=3, help="of one of two nodes' processes")
+    add("--seed", type=int, default=0, help="of the times")
+    add("--output", type=Path, help="write the output into this file too")
     return parser.parse_args()
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import re
 import statistics
 import subprocess
@@ -24,6 +23,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from parts import Search, a_search, a_training  # noqa: E402
 
 from dints.data.tasks import TASKS  # noqa: E402
 from dints.network.architecture import Architecture  # noqa: E402
+from dints.network.cost import device_name  # noqa: E402
 from dints.network.discrete import DiscreteNetwork  # noqa: E402
 from dints.network.space import SearchSpace  # noqa: E402
 from dints.network.weights import fitting_state  # noqa: E402
@@ -71,90 +73,107 @@ def main(args: argparse.Namespace) -> None:
             name: measure(name, rows[name], args, processes.device) for name in args.rows or rows
         }
     print(table(results, processes.device))
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--size", choices=SIZES, default="small", help="patch 32 or 96, see SIZES")
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="fp32",
-        help="of both sides",
-    )
-    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="of ours")
-    parser.add_argument(
-        "--checkpoint_activations", action="store_true", help="of ours: see train_dints.py -h"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=7, help="pairs per row, after one that is not counted"
-    )
-    parser.add_argument(
-        "--seconds_per_row",
-        type=float,
-        default=120,
-        help="but no more pairs after so long and three",
-    )
-    parser.add_argument("--rows", nargs="+", help="names of rows (default: all)")
-    parser.add_argument("--no_memory", action="store_true", help="leave the memory columns out")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="also write all numbers as JSON"
-    )
-    parser.add_argument("--memory_of", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--size", choices=SIZES, default="small", help="patch 32 or 96, see SIZES")
+    precisions = ("auto", "fp32", "bf16", "fp16")
+    add("--precision", choices=precisions, default="fp32", help="of both sides")
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="of ours")
+    add("--checkpoint_activations", action="store_true", help="of ours: see train_dints.py -h")
+    add("--repeats", type=int, default=7, help="pairs per row, after one that is not counted")
+    seconds_help = "but no more pairs after so long and three"
+    add("--seconds_per_row", type=float, default=120, help=seconds_help)
+    add("--rows", nargs="+", help="names of rows (default: all)")
+    add("--no_memory", action="store_true", help="leave the memory columns out")
+    add("--memory_of", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def build_rows(
     args: argparse.Namespace, processes: running.Processes, precision: Precision
 ) -> dict[str, Callable[[], tuple[Call, Call]]]:
-    """Return for each row what builds its two calls, the published one first; nothing is built
-    before its turn.
-    """
-    size, device = SIZES[args.size], processes.device
+    """Return for each row what builds its two calls; nothing is built before its turn."""
+    pairs = Pairs(args, processes, precision)
+    return {
+        "decode": pairs.decode,
+        "regularisers": pairs.regularisers,
+        "supernet forward + backward": pairs.supernet,
+        "weights step": partial(pairs.steps, weights=True),
+        "architecture step": partial(pairs.steps, arch=True),
+        "bilevel iteration": partial(pairs.steps, weights=True, arch=True),
+        "retraining step, batch 1": partial(pairs.retraining, 1),
+        "retraining step, batch 2": partial(pairs.retraining, 2),
+        "validation, 4 windows": pairs.window,
+    }
 
-    def batch(num_images: int) -> dict[str, torch.Tensor]:
+
+@dataclass(frozen=True)
+class Pairs:
+    """Builds pairs of calls that do the same, the published one first."""
+
+    args: argparse.Namespace
+    processes: running.Processes
+    precision: Precision
+
+    @property
+    def size(self) -> dict:
+        return SIZES[self.args.size]
+
+    def batch(self, num_images: int = 1) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
-        shape = (num_images, 1, *[size["patch_size"]] * 3)
+        shape = (num_images, 1, *[self.size["patch_size"]] * 3)
         image = torch.rand(shape, generator=generator)
         label = torch.randint(0, TASK.num_classes, shape, generator=generator, dtype=torch.uint8)
-        return {"image": image.to(device), "label": label.to(device)}
+        return {"image": image.to(self.processes.device), "label": label.to(self.processes.device)}
 
-    def searches() -> tuple[published.Search, Search]:
-        return twin_searches(args, size, processes, precision)
+    def searches(self) -> tuple[published.Search, Search]:
+        """The published search and ours with the same weights and alphas."""
+        torch.manual_seed(0)
+        channel_mul, patch_size = self.size["search_channel_mul"], self.size["patch_size"]
+        theirs = published.Search(12, 4, channel_mul, 1, TASK.num_classes, self.precision)
+        flags = ["--channel_mul", channel_mul, "--patch_size", *[patch_size] * 3]
+        flags += ["--checkpoint_activations"] * self.args.checkpoint_activations
+        flags += ["--compile", self.args.compile]
+        ours = a_search(flags, TASK, self.precision, self.processes)
+        ours.network.load_state_dict(theirs.network.state_dict())
+        return theirs, ours
 
-    def decode() -> tuple[Call, Call]:
-        theirs, ours = searches()
+    def networks(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        return twin_networks(self.size["train_channel_mul"], self.processes.device)
+
+    def decode(self) -> tuple[Call, Call]:
+        theirs, ours = self.searches()
         return theirs.space.decode, ours.arch.space.decode
 
-    def regularisers() -> tuple[Call, Call]:
-        theirs, ours = searches()
-        shape = batch(1)["image"].shape
+    def regularisers(self) -> tuple[Call, Call]:
+        theirs, ours = self.searches()
+        shape = self.batch()["image"].shape
+        return (
+            lambda: theirs.architecture_loss(shape).backward(),
+            lambda: ours.arch.loss().backward(),
+        )
 
-        def our_loss() -> torch.Tensor:
-            return ours.arch.loss()
-
-        return lambda: theirs.architecture_loss(shape).backward(), lambda: our_loss().backward()
-
-    def supernet() -> tuple[Call, Call]:
-        theirs, ours = searches()
-        image = batch(1)["image"]
+    def supernet(self) -> tuple[Call, Call]:
+        image = self.batch()["image"]
 
         def forward_backward(network: torch.nn.Module) -> None:
-            with precision.autocast():
+            with self.precision.autocast():
                 loss = network(image).float().square().mean()
             loss.backward()
             network.zero_grad()
 
-        return lambda: forward_backward(theirs.network), lambda: forward_backward(ours.network)
+        theirs, ours = self.searches()
+        return partial(forward_backward, theirs.network), partial(forward_backward, ours.network)
 
-    def steps(weights: bool, arch: bool) -> tuple[Call, Call]:
-        theirs, ours = searches()
-        samples = batch(1)
+    def steps(self, weights: bool = False, arch: bool = False) -> tuple[Call, Call]:
+        theirs, ours = self.searches()
+        samples = self.batch()
 
         def run_published() -> None:
             if weights:
@@ -170,58 +189,25 @@ def build_rows(
 
         return run_published, run_ours
 
-    def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
-        return twin_networks(size["train_channel_mul"], device)
+    def retraining(self, num_images: int) -> tuple[Call, Call]:
+        samples, (theirs, ours) = self.batch(num_images), self.networks()
+        ours.checkpoint_activations = self.args.checkpoint_activations
+        ours = a_training(ours, self.precision, self.processes, compile=self.args.compile)
+        theirs = a_training(theirs, self.precision, self.processes)
+        theirs.optimizer = published.sgd(theirs.weights, 0.025)
+        theirs.criterion = published.criterion()
+        return partial(theirs.step, samples), partial(ours.step, samples)
 
-    def retraining(num_images: int) -> tuple[Call, Call]:
-        samples, (theirs, ours) = batch(num_images), networks()
-        ours.checkpoint_activations = args.checkpoint_activations
-        ours = a_training(ours, precision, processes, compile=args.compile)
-        theirs = a_training(theirs, precision, processes)
-        theirs.optimizer, theirs.criterion = (
-            published.sgd(theirs.weights, 0.025),
-            published.criterion(),
-        )
-        return lambda: theirs.step(samples), lambda: ours.step(samples)
-
-    def window() -> tuple[Call, Call]:
-        theirs, ours = networks()
-        image, patch = batch(1)["image"].repeat(1, 1, 2, 1, 1), (size["patch_size"],) * 3
+    def window(self) -> tuple[Call, Call]:
+        theirs, ours = self.networks()
+        image, patch = self.batch()["image"].repeat(1, 1, 2, 1, 1), (self.size["patch_size"],) * 3
+        ours = training.compiled(ours, self.args.compile, self.processes.device)
         sliding = SlidingWindow(patch, overlap=0.625, batch_size=6)
+        whole = partial(sliding_window_inference, overlap=0.625, mode="gaussian")
         return (
-            inferring(
-                lambda: sliding_window_inference(image, patch, 6, theirs, 0.625, mode="gaussian"),
-                precision,
-            ),
-            inferring(
-                lambda: sliding(image, training.compiled(ours, args.compile, device)), precision
-            ),
+            inferring(lambda: whole(image, patch, 6, theirs), self.precision),
+            inferring(lambda: sliding(image, ours), self.precision),
         )
-
-    return {
-        "decode": decode,
-        "regularisers": regularisers,
-        "supernet forward + backward": supernet,
-        "weights step": lambda: steps(True, False),
-        "architecture step": lambda: steps(False, True),
-        "bilevel iteration": lambda: steps(True, True),
-        "retraining step, batch 1": lambda: retraining(1),
-        "retraining step, batch 2": lambda: retraining(2),
-        "validation, 4 windows": window,
-    }
-
-
-def twin_searches(args, size: dict, processes, precision) -> tuple[published.Search, Search]:
-    """The published search and ours with the same weights and alphas."""
-    torch.manual_seed(0)
-    theirs = published.Search(12, 4, size["search_channel_mul"], 1, TASK.num_classes, precision)
-    patch = [str(size["patch_size"])] * 3
-    flags = ["--channel_mul", size["search_channel_mul"]]
-    flags += ["--checkpoint_activations"] * args.checkpoint_activations
-    flags += ["--patch_size", *patch, "--compile", args.compile]
-    ours = a_search(flags, TASK, precision, processes)
-    ours.network.load_state_dict(theirs.network.state_dict())
-    return theirs, ours
 
 
 def twin_networks(
@@ -389,22 +375,18 @@ def resident_kib(field: str) -> int:
 
 def describe_machine(device: torch.device, precision: Precision, args: argparse.Namespace) -> str:
     """What the numbers hold for, and the ceilings that they can be compared with."""
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name()
-    else:
-        models = [
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ]
-        machine = f"{(models or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
     product, copy = ceilings(device, precision)
     size = " ".join(f"{key} {value:g}" for key, value in SIZES[args.size].items())
     return (
-        f"{machine}, torch {torch.__version__}, {precision.name}, compile {args.compile}; 12 "
-        f"blocks, 4 depths, {size}\nceilings measured now: matrix product {product:.3g} TFLOP/s, "
-        f"copy {copy:.3g} GB/s"
+        f"{processor(device)}, {precision.name}, compile {args.compile}; 12 blocks, 4 depths, "
+        f"{size}\nceilings measured now: matrix product {product:.3g} TFLOP/s, copy {copy:.3g} GB/s"
     )
+
+
+def processor(device: torch.device) -> str:
+    names = [device_name(torch.device("cpu"), torch.get_num_threads())]
+    names += [torch.cuda.get_device_name()] if device.type == "cuda" else []
+    return ", ".join([*names, f"torch {torch.__version__}"])
 
 
 def ceilings(device: torch.device, precision: Precision) -> tuple[float, float]:

@@ -8,7 +8,7 @@ experiments.
 Data, loss, schedule, validation and files are the stage's own. ARCH_CKPT is read and not built;
 --channel_mul scales the opponent's channels. Its layers stay MONAI's: on a CPU in bf16 a patch
 should have 12 voxels an axis or more, lest PyTorch's gradients be what lay in memory before
-(dints/network/cpu_layers.py).
+(dints/network/fast/layers.py).
 """
 
 from __future__ import annotations

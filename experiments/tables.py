@@ -23,8 +23,7 @@ from collections import defaultdict
 from statistics import mean
 
 import numpy as np
-from rows import NUM_FOLDS, U
-from runner import read_results
+from runner import NUM_FOLDS, U, read_results
 
 EQUAL_MINUTES = 6
 DRAWS = 10_000  # of cases, for an interval

@@ -42,9 +42,7 @@ def random_architecture(
     info: dict | None = None,
     operations: Sequence[str] = PUBLISHED,
 ) -> Architecture:
-    """Make blocks of random paths, each leaving from exactly the nodes that the block before
-    reached.
-    """
+    """Make blocks of random paths, each leaving from the nodes that the one before reached."""
     rng = np.random.default_rng(seed)
     sources, targets = np.array(paths(num_depths)).T
     reached = rng.choice(num_depths, rng.integers(1, num_depths + 1), replace=False)

@@ -1,6 +1,4 @@
-"""Computes the published recipe of both stages in MONAI's own calls: oracle of tests and baseline
-of benchmarks.
-"""
+"""The published recipe in MONAI's own calls: oracle of tests, baseline of benchmarks."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ def network(
     channel_mul: float,
     cell: type[Cell] = Cell,
 ) -> DiNTS:
-    """Build the discrete network as MONAI does; of other operations than MONAI's with another kind
-    of cell.
-    """
+    """Build the discrete network as MONAI does, of other operations with another cell."""
     space = quiet(
         TopologyInstance,
         arch_code=[architecture.arch_code_a, architecture.arch_code_c],

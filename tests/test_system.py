@@ -38,7 +38,7 @@ def test_every_stage_and_tool_runs_without_posix(phantom, tmp_path):
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     made = ("graph.gv", "found.gv", "scores/summary.json", "masks/scores.csv", "dints_cache")
     assert {name for name in made if (tmp_path / name).exists()} == {*made}
-    assert "Download, check and unpack" in done.stdout
+    assert "Fetch tasks of the Medical" in done.stdout
 
 
 def test_the_launcher_says_that_it_needs_posix(tmp_path):

@@ -1,3 +1,1 @@
-"""From two folders of masks to scores: surfaces, lesions, a case's scores, summaries; without
-PyTorch.
-"""
+"""From two folders of masks to scores and their summaries, without PyTorch."""

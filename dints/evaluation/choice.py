@@ -1,5 +1,4 @@
-"""The choice of post-processing: what helps the Dice of cases that were segmented out of fold is
-kept, all else not.
+"""The choice of post-processing: a removal is kept if it helps the Dice of cases out of fold.
 
 The rule is that of nnU-Net v2 (``nnunetv2/postprocessing/remove_connected_components.py``,
 ``determine_postprocessing``): first of all classes together, then of one class after another, all
@@ -13,7 +12,7 @@ cases, lowers their Dice.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,8 +25,7 @@ LADDER = (1, 2, 5)  # times powers of 10: minimal volumes, in mm3
 
 @dataclass(frozen=True)
 class Parts:
-    """The components of a case's segmentation, from which its Dice follows, whichever of them are
-    removed.
+    """The components of a case's segmentation, from which its Dice follows, whichever are removed.
 
     A component of a class lies in one component of all classes together. Arrays have an entry a
     component of a class.
@@ -51,18 +49,15 @@ class Parts:
         """Tell of each component whether `Postprocessing.apply` leaves it."""
         kept = np.ones(len(self.label), bool)
         if postprocessing.largest_foreground:
-            kept &= keeps(np.bincount(self.whole, self.size), Rule(largest=True), self.voxel_mm3)[
-                self.whole
-            ]
+            wholes = np.bincount(self.whole, self.size)
+            kept &= keeps(wholes, Rule(largest=True), self.voxel_mm3)[self.whole]
         for value, rule in enumerate(postprocessing.rules, start=1):
             of_class = np.flatnonzero(kept & (self.label == value))
             kept[of_class] = keeps(self.size[of_class], rule, self.voxel_mm3)
         return kept
 
     def dice(self, postprocessing: Postprocessing) -> np.ndarray:
-        """Return each foreground class's Dice; as nnU-Net has it NaN where a class is in neither,
-        and 0 in one only.
-        """
+        """Return each class's Dice as nnU-Net has it: NaN where it is in neither, 0 in one only."""
         kept, count = self.kept(postprocessing), len(self.reference)
         common, predicted = (
             np.bincount(self.label[kept], voxels[kept], count + 1)[1:]
@@ -75,9 +70,7 @@ class Parts:
 def parts_of(
     reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float], num_classes: int
 ) -> Parts:
-    """Measure the components of labels (x, y, z), uint8, with ``spacing`` in mm; background is one
-    of the classes.
-    """
+    """Measure components of labels (x, y, z), uint8; ``spacing`` in mm, classes with background."""
     wholes, _ = components(prediction > 0)
     rows = [np.zeros((0, 4), np.int64)]
     for value, box in enumerate(ndimage.find_objects(prediction, num_classes - 1), start=1):
@@ -140,15 +133,12 @@ class Choice:
 
 
 def choose_checked(folds: Sequence[Sequence[Parts]], class_names: Sequence[str]) -> Choice:
-    """Choose what is removed from the segmentations of all folds, unless what the other folds
-    choose harms a fold's.
+    """Choose what is removed, unless the other folds' choice harms the cases of a fold.
 
     A choice that helps the cases that it was made on, and harms others, would harm new ones.
     """
-    cases, nothing = (
-        [case for of_fold in folds for case in of_fold],
-        Postprocessing.nothing(class_names),
-    )
+    cases = [case for of_fold in folds for case in of_fold]
+    nothing = Postprocessing.nothing(class_names)
     tried, steps = choose(cases, class_names)
     expected = chosen_on_others(folds, class_names)
     harms = bool(tried.removes and mean(expected) < mean(class_means(cases, nothing)))
@@ -169,22 +159,15 @@ def choose(cases: Sequence[Parts], class_names: Sequence[str]) -> tuple[Postproc
         tried = replace(chosen, largest_foreground=True)
         after = class_means(cases, tried)
         helps = bool(mean(after) > mean(before) and not (after < before).any())
-        steps.append(
-            _step(
-                "all but the largest component of all classes together",
-                mean(before),
-                mean(after),
-                helps,
-            )
-        )
+        what = "all but the largest component of all classes together"
+        steps.append(_step(what, mean(before), mean(after), helps))
         chosen, before = (tried, after) if helps else (chosen, before)
     for number, name in enumerate(class_names[1:]):
         tried = _with_rule(chosen, number, largest=True)
         after = class_means(cases, tried)[number]
         helps = bool(after > before[number])
-        steps.append(
-            _step(f"all but the largest component of {name}", before[number], after, helps)
-        )
+        what = f"all but the largest component of {name}"
+        steps.append(_step(what, before[number], after, helps))
         if helps:
             chosen, before[number] = tried, after
     for number, name in enumerate(class_names[1:]):
@@ -196,14 +179,8 @@ def choose(cases: Sequence[Parts], class_names: Sequence[str]) -> tuple[Postproc
         # the smallest volume of equally good ones
         best = int(np.argmax(np.nan_to_num(means, nan=-1)))
         helps = bool(means[best] > before[number])
-        steps.append(
-            _step(
-                f"components of {name} below {volumes[best]:g} mm3",
-                before[number],
-                means[best],
-                helps,
-            )
-        )
+        what = f"components of {name} below {volumes[best]:g} mm3"
+        steps.append(_step(what, before[number], means[best], helps))
         chosen = candidates[best] if helps else chosen
     return chosen, steps
 
@@ -215,49 +192,43 @@ def _with_rule(postprocessing: Postprocessing, number: int, **changes: object) -
 
 
 def _step(what: str, before: float, after: float, kept: bool) -> Step:
-    return Step(
-        what, *(float(value) if math.isfinite(value) else None for value in (before, after)), kept
-    )
+    return Step(what, none_for_nan(before), none_for_nan(after), kept)
+
+
+def none_for_nan(value: float) -> float | None:
+    """Return a value as JSON has it."""
+    return float(value) if math.isfinite(value) else None
 
 
 def volumes_of(cases: Sequence[Parts], label: int, chosen: Postprocessing) -> list[float]:
-    """List the minimal volumes that are tried for a class, in mm3: 1, 2, 5, 10, ... (or 0.1, ...,
-    if voxels are small).
+    """List the minimal volumes to try for a class in mm3: ..., 0.5, 1, 2, 5, 10, ...
 
     They begin above the smallest component that is left by what is chosen already. None is above
     the smallest volume that the class has in a reference which has it, so that nothing is removed
     that could be all of it.
     """
-    predicted = [
-        size * case.voxel_mm3
-        for case in cases
-        for size in case.size[case.kept(chosen) & (case.label == label)]
-    ]
-    references = [
-        case.reference[label - 1] * case.voxel_mm3 for case in cases if case.reference[label - 1]
-    ]
+    predicted, references = [], []
+    for case in cases:
+        sizes = case.size[case.kept(chosen) & (case.label == label)]
+        predicted += [size * case.voxel_mm3 for size in sizes]
+        if case.reference[label - 1]:
+            references.append(case.reference[label - 1] * case.voxel_mm3)
     if not predicted or not references:
         return []
     low, high = min(predicted), min(references)
-    return [volume for volume in _ladder(low, high) if low < volume <= high]
-
-
-def _ladder(low: float, high: float) -> Iterator[float]:
-    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
-        yield from (float(f"{step}e{power}") for step in LADDER)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ladder = [float(f"{step}e{power}") for power in powers for step in LADDER]
+    return [volume for volume in ladder if low < volume <= high]
 
 
 def chosen_on_others(folds: Sequence[Sequence[Parts]], class_names: Sequence[str]) -> np.ndarray:
-    """Return each class's mean Dice if each fold's cases have what the others choose.
+    """Return each class's mean Dice if each fold's cases have the other folds' choice.
 
-    What all cases choose is a little too good on these same cases; this is what to expect of new
-    ones.
+    This is what to expect of new cases; a choice is a little too good on its own cases.
     """
     dice = []
     for number, cases in enumerate(folds):
-        others = [
-            case for other, of_other in enumerate(folds) if other != number for case in of_other
-        ]
-        chosen, _ = choose(others, class_names)
+        others = [*folds[:number], *folds[number + 1 :]]
+        chosen, _ = choose([case for of_fold in others for case in of_fold], class_names)
         dice += [case.dice(chosen) for case in cases]
     return mean(np.array(dice))

@@ -1,5 +1,4 @@
-"""Score every case of a dataset once, by the model of the fold that did not train on it, and choose
-post-processing.
+"""Score each case by the model of the fold that did not train on it; choose post-processing.
 
     python -m dints.evaluation.cross_validation --root data_msd/Task09_Spleen --num_folds 5
     --output_root runs/folds
@@ -12,12 +11,11 @@ is removed, scores_postprocessed.csv; and summary.json. PyTorch is not needed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +25,21 @@ from dints import files
 from dints.data.formats import read_dataset
 from dints.data.listing import ENDING, Case, check_names
 from dints.errors import UserError, exit_on_user_error
-from dints.evaluation.choice import Choice, Parts, choose_checked, class_means, mean, parts_of
+from dints.evaluation.choice import (
+    Choice,
+    Parts,
+    choose_checked,
+    class_means,
+    mean,
+    none_for_nan,
+    parts_of,
+)
 from dints.evaluation.masks import Pair, labels_in
 from dints.evaluation.postprocessing import Postprocessing
 from dints.evaluation.scores import Row, score_case
 from dints.evaluation.summary import scores_table, summarise
+from dints.options import Settings, number, option, parse, same_option
+from dints.settings import DataSettings
 
 log = logging.getLogger(__name__)
 
@@ -39,50 +47,33 @@ OUT_OF_FOLD = "out_of_fold"  # in OUTPUT_ROOT, with a folder a fold
 AGAIN = "give the command with FOLD=each again, which segments what is missing"
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dints.evaluation.cross_validation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True, kw_only=True)
+class FoldsSettings(Settings):
+    """Folds."""
+
+    root: Path = same_option(DataSettings, "root")
+    json: Path | None = same_option(DataSettings, "json")
+    json_key: str = same_option(DataSettings, "json_key")
+    trust_shapes: bool = same_option(DataSettings, "trust_shapes")
+    num_folds: int = same_option(DataSettings, "num_folds")
+    output_root: Path = option(
+        "folder that holds out_of_fold/, and for what is written", common=True, type=Path
     )
-    add = parser.add_argument
-    add("--root", type=Path, required=True, help="folder of the dataset")
-    add(
-        "--json", type=Path, dest="description", help="its description (default: ROOT/dataset.json)"
-    )
-    add(
-        "--json_key",
-        default="training",
-        dest="key",
-        help="list of labelled cases in it (default: %(default)s)",
-    )
-    add(
-        "--trust_shapes",
-        action="store_true",
-        help="where a label has its image's shape, believe that it has its place",
-    )
-    add(
-        "--num_folds",
-        type=int,
-        default=5,
-        help="folds that the cases are split into (default: %(default)s)",
-    )
-    add(
-        "--output_root",
-        type=Path,
-        required=True,
-        help="folder that holds out_of_fold/, and for what is written",
-    )
-    add(
-        "--tolerance_mm", type=float, default=1.0, help="of the surface Dice (default: %(default)s)"
-    )
-    add("--seed", type=int, default=0, help="of the bootstrap's resampling (default: %(default)s)")
-    return parser.parse_args(argv)
+    tolerance_mm: float = option("of the surface Dice", default=1.0, type=number(float, 0, 1e6))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CrossValidationSettings(Settings):
+    """What this module goes by as a program."""
+
+    folds: FoldsSettings
+
+
+def main(settings: CrossValidationSettings) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(cross_validate(**vars(parse_args(argv))))
+    given = dict(vars(settings.folds))
+    description, key = given.pop("json"), given.pop("json_key")
+    print(cross_validate(**given, description=description, key=key))
 
 
 def cross_validate(
@@ -94,7 +85,6 @@ def cross_validate(
     key: str = "training",
     trust_shapes: bool = False,
     tolerance_mm: float = 1.0,
-    seed: int = 0,
 ) -> str:
     """Score and choose as the module says, and return the table.
 
@@ -105,11 +95,9 @@ def cross_validate(
     Raises:
         UserError: a case has no segmentation, or two; or a mask cannot be scored.
     """
-    if num_folds < 2:
-        raise UserError(f"--num_folds {num_folds}: give 2 or more, as many as were trained")
     task, listed = read_dataset(root, description, key)
     folds = pairs_of_folds(listed, output_root, num_folds, trust_shapes)
-    seen, unseen = folds_of_searches(output_root, num_folds, task.name)
+    searched = searched_folds(output_root, num_folds, task.name)
     rows, parts = score(folds, task.class_names, tolerance_mm)
     choice = choose_checked(parts, task.class_names)
     described = describe_choice(choice, parts)
@@ -117,23 +105,26 @@ def cross_validate(
         output_root / "postprocessing.json", json.dumps(described, indent=2) + "\n"
     )
     files.write_atomically(output_root / "scores.csv", scores_table(rows))
-    summaries = {"as_segmented": summarise(rows, seed)}
+    summaries = {"as_segmented": summarise(rows)}
     postprocessed = output_root / "scores_postprocessed.csv"
     postprocessed.unlink(missing_ok=True)  # what an earlier call chose
     if choice.chosen.removes:
         rows = postprocessed_rows(rows, folds, choice.chosen, tolerance_mm)
         files.write_atomically(postprocessed, scores_table(rows))
-        summaries["postprocessed"] = summarise(rows, seed)
+        summaries["postprocessed"] = summarise(rows)
     names = [[pair.name for pair in pairs] for pairs in folds]
     facts = {"root": str(root), "num_cases": len(listed), "num_folds": num_folds, "folds": names}
-    facts |= {"tolerance_mm": tolerance_mm, "seed": seed}
-    facts |= {"searched_with_folds": seen, "searched_without_folds": unseen}
+    facts |= {"tolerance_mm": tolerance_mm, "searched_with_folds": searched}
     content = json.dumps({**facts, **summaries}, indent=2, allow_nan=False)
     files.write_atomically(output_root / "summary.json", content + "\n")
-    lines = [*table(summaries), "", *about_architectures(seen, unseen, num_folds)]
-    return "\n".join(
-        [*lines, *lines_of_choice(choice, described["chosen_on"]["dice"], output_root)]
-    )
+    lines = [*table(summaries), ""]
+    lines += [
+        f"architecture of fold {fold}: searched with cases that it validates on; Dice may be too "
+        "high (docs/running.md#every-fold)"
+        for fold in searched
+    ]
+    lines += lines_of_choice(choice, described["chosen_on"]["dice"], output_root)
+    return "\n".join(lines)
 
 
 def score(
@@ -153,9 +144,7 @@ def score(
 def pairs_of_folds(
     listed: Sequence[Case], output_root: Path, num_folds: int, trust_shapes: bool
 ) -> list[list[Pair]]:
-    """Find each fold's segmentations with their references, as infer_dints.py noted them in its
-    ``run.json``.
-    """
+    """Find each fold's segmentations, as its ``run.json`` has them, and their references."""
     check_names(listed)
     references = {case.name: Path(case.label) for case in listed}
     found = [masks_of_fold(output_root / OUT_OF_FOLD / f"fold_{fold}") for fold in range(num_folds)]
@@ -193,54 +182,24 @@ def masks_of_fold(folder: Path) -> dict[str, Path]:
     return {ENDING.sub("", name): folder / name for name in done}
 
 
-def folds_of_searches(output_root: Path, num_folds: int, task: str) -> tuple[list[int], list[int]]:
-    """Return the folds on whose cases a search chose their networks' architecture, and those that
-    it left out.
-
-    Other folds are in neither: their architecture is of no search, of another task's, or of a file
-        that does not say.
-    """
-    seen, unseen = [], []
+def searched_folds(output_root: Path, num_folds: int, task: str) -> list[int]:
+    """List the folds whose architecture is of a search that saw cases that they validate on."""
+    found = []
     for fold in range(num_folds):
         path = output_root / OUT_OF_FOLD / f"fold_{fold}" / "run.json"
         try:
-            noted = json.loads(path.read_text(encoding="utf-8")).get("searched_on", [])
-            searches = [search for search in noted if search.get("task") == task]
-            is_left_out = [
-                (search.get("fold"), search.get("num_folds")) == (fold, num_folds)
-                for search in searches
-            ]
+            searches = json.loads(path.read_text(encoding="utf-8")).get("searched_on", [])
+            held_out = {"task": task, "fold": fold, "num_folds": num_folds}
+            of_task = [search for search in searches if search.get("task") == task]
+            if any({key: search.get(key) for key in held_out} != held_out for search in of_task):
+                found.append(fold)
         except (TypeError, AttributeError) as error:
             raise UserError(f"{path} is malformed: remove it, and {AGAIN}") from error
-        if searches:
-            (unseen if all(is_left_out) else seen).append(fold)
-    return seen, unseen
-
-
-def about_architectures(seen: Sequence[int], unseen: Sequence[int], num_folds: int) -> list[str]:
-    """Tell people how far the choice of the architecture is out of fold too."""
-    lines = []
-    if len(unseen) == num_folds:
-        lines = [
-            "each fold has its own architecture, searched without the cases that it validates on"
-        ]
-    elif unseen:
-        lines = [
-            f"architecture of fold {', '.join(map(str, unseen))}: searched without the cases "
-            "that it validates on"
-        ]
-    if seen:
-        lines.append(
-            f"architecture of fold {', '.join(map(str, seen))}: searched on this dataset, with "
-            "cases that it validates on; Dice may be too high (docs/running.md#every-fold)"
-        )
-    return lines
+    return found
 
 
 def read_masks(pair: Pair, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the labels of reference and prediction, and the spacing, with no label that has no
-    class.
-    """
+    """Return labels of reference and prediction, each of a known class, and the spacing."""
     reference, prediction, spacing = pair.read()
     for path, mask in ((pair.reference, reference), (pair.prediction, prediction)):
         highest = max(labels_in(mask), default=0)
@@ -258,18 +217,12 @@ def postprocessed_rows(
     chosen: Postprocessing,
     tolerance_mm: float,
 ) -> list[Row]:
-    """Score segmentations again from which something is removed; of the others the rows are
-    kept.
-    """
+    """Score again the segmentations from which something is removed; keep the others' rows."""
     classes, by_case = dict(enumerate(chosen.class_names[1:], start=1)), {}
     for row in rows:
         by_case.setdefault(row.case, []).append(row)
-    for pair in tqdm(
-        [pair for pairs in folds for pair in pairs],
-        desc="post-processing",
-        unit="case",
-        disable=None,
-    ):
+    pairs = [pair for of_fold in folds for pair in of_fold]
+    for pair in tqdm(pairs, desc="post-processing", unit="case", disable=None):
         reference, prediction, spacing = pair.read()
         after = chosen.apply(prediction, spacing)
         if not np.array_equal(after, prediction):
@@ -280,9 +233,7 @@ def postprocessed_rows(
 
 
 def describe_choice(choice: Choice, folds: Sequence[Sequence[Parts]]) -> dict:
-    """Return what ``postprocessing.json`` holds: what is removed, and by which Dice it was
-    chosen.
-    """
+    """Return the content of ``postprocessing.json``: removals, and the Dice that chose them."""
     chosen = choice.chosen
     cases = [case for of_fold in folds for case in of_fold]
     means = {
@@ -291,22 +242,12 @@ def describe_choice(choice: Choice, folds: Sequence[Sequence[Parts]]) -> dict:
         "chosen_on_other_folds": choice.expected,
     }
     dice = {}
-    for what, values in means.items():
-        *of_classes, average = (
-            float(value) if np.isfinite(value) else None for value in (*values, mean(values))
-        )
-        dice[what] = {
-            "classes": dict(zip(chosen.class_names[1:], of_classes, strict=True)),
-            "mean": average,
-        }
-    steps = [asdict(step) for step in choice.steps]
-    facts = {
-        "num_cases": len(cases),
-        "num_folds": len(folds),
-        "dice": dice,
-        "harms": choice.harms,
-        "steps": steps,
-    }
+    for name, values in means.items():
+        *of_classes, average = map(none_for_nan, (*values, mean(values)))
+        classes = dict(zip(chosen.class_names[1:], of_classes, strict=True))
+        dice[name] = {"classes": classes, "mean": average}
+    facts = {"num_cases": len(cases), "num_folds": len(folds), "dice": dice}
+    facts |= {"harms": choice.harms, "steps": [asdict(step) for step in choice.steps]}
     return {**chosen.to_dict(), "neighbours": 26, "chosen_on": facts}
 
 
@@ -334,24 +275,23 @@ def table(summaries: dict[str, dict]) -> list[str]:
 
 def lines_of_choice(choice: Choice, dice: dict[str, dict], output_root: Path) -> list[str]:
     """Describe for people the choice and the place of its file."""
-    kept = [step for step in choice.steps if step.kept]
     lines = [
-        f"removed: {step.what} (Dice {step.before:.4f}, then {step.after:.4f})" for step in kept
+        f"removed: {step.what} (Dice {step.before:.4f}, then {step.after:.4f})"
+        for step in choice.steps
+        if step.kept
     ]
-    if kept or choice.harms:
+    if not lines and not choice.harms:
+        lines = ["nothing is removed from segmentations: no post-processing helps"]
+    else:
         others, before = dice["chosen_on_other_folds"]["mean"], dice["as_segmented"]["mean"]
         change = f"{others:.4f} instead of {before:.4f}"
-    if choice.harms:
-        lines = [
-            "nothing is removed from segmentations: what the other folds choose harms a fold's "
-            f"cases (Dice {change})"
-        ]
-    elif kept:
-        lines.append(f"to be expected of new cases, by what the other folds choose: {change}")
-    else:
-        lines = ["nothing is removed from segmentations: no post-processing helps"]
+        says = f"to be expected of new cases, by what the other folds choose: {change}"
+        if choice.harms:
+            says = "nothing is removed from segmentations: what the other folds choose harms a "
+            says += f"fold's cases (Dice {change})"
+        lines.append(says)
     return [*lines, f"scores, summary.json and postprocessing.json are in {output_root}"]
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(main, parse(CrossValidationSettings, __doc__))

@@ -26,9 +26,7 @@ class Lesions:
 
     @property
     def f1(self) -> float:
-        """Twice the detected over twice the detected, the missed and the false together; NaN where
-        there are none.
-        """
+        """F1 = 2 detected / (2 detected + missed + false); NaN where there are none."""
         count = 2 * self.detected + self.missed + self.false
         return 2 * self.detected / count if count else float("nan")
 

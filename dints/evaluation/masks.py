@@ -1,6 +1,4 @@
-"""Two folders of masks: which files belong together, and what must hold of them before anything is
-scored.
-"""
+"""Two folders of masks: pairs of files, and all checks of them before anything is scored."""
 
 from __future__ import annotations
 
@@ -18,8 +16,7 @@ from dints.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# by which the affines of two masks may differ, an entry; as of a label and its image
-AFFINE_TOLERANCE = 1e-3
+AFFINE_TOLERANCE = 1e-3  # of an affine's entries, as of a label and its image
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,7 @@ class Pair:
     trust_shapes: bool = False
 
     def read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the labels (x, y, z) of reference and prediction, uint8, and the spacing (3,) in
-        mm.
+        """Return labels (x, y, z) of reference and prediction, uint8, and the spacing (3,) in mm.
 
         A missing prediction is empty.
 
@@ -93,9 +89,8 @@ def pair_files(
             "--allow_missing, or leave them out with --predicted_only"
         )
     if missing and predicted_only:
-        log.info(
-            "%d of %d references have no prediction and are left out", len(missing), len(references)
-        )
+        counts = len(missing), len(references)
+        log.info("%d of %d references have no prediction and are left out", *counts)
     names = [name for name in references if name in predictions or allow_missing]
     return [Pair(name, references[name], predictions.get(name)) for name in names]
 
@@ -168,19 +163,14 @@ def classes_of(
         UserError: a mask has a label that is no class, or there is no class.
     """
     if names is None:
-        classes = {
-            label: str(label)
-            for label in sorted(set().union(*(reference for reference, _ in found)))
-        }
+        labels = set().union(*(reference for reference, _ in found))
+        classes = {label: str(label) for label in sorted(labels)}
         known = f"references have {', '.join(classes.values())}"
     else:
         classes = {label: name for label, name in enumerate(names) if label}
         known = f"--labels has 1 to {len(classes)}"
     if not classes:
-        raise UserError(
-            f"no reference beside {pairs[0].reference} has any label: name the classes "
-            "with --labels"
-        )
+        raise UserError(f"no reference beside {pairs[0].reference} has any label: give --labels")
     for pair, (reference, prediction) in zip(pairs, found, strict=True):
         for path, labels in ((pair.reference, reference), (pair.prediction, prediction)):
             if unknown := sorted(labels - classes.keys()):

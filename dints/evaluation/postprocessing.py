@@ -1,6 +1,4 @@
-"""Components that are removed from a segmentation, and the file that tells which:
-``postprocessing.json``.
-"""
+"""Components that are removed from a segmentation, as ``postprocessing.json`` says."""
 
 from __future__ import annotations
 
@@ -60,8 +58,7 @@ class Postprocessing:
         return self != self.nothing(self.class_names)
 
     def apply(self, labels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-        """Return labels (x, y, z), uint8, without what is removed; those that are given stay as
-        they are.
+        """Return new labels (x, y, z), uint8, without the removed components.
 
         Args:
             spacing: mm between voxels along each axis of the array.
@@ -79,13 +76,11 @@ class Postprocessing:
 
     def to_dict(self) -> dict:
         """Return plain values; `from_dict` is the inverse."""
-        rules = {
-            name: asdict(rule) for name, rule in zip(self.class_names[1:], self.rules, strict=True)
-        }
+        background, *names = self.class_names
         return {
-            "background": self.class_names[0],
+            "background": background,
             "largest_foreground": self.largest_foreground,
-            "classes": rules,
+            "classes": {n: asdict(rule) for n, rule in zip(names, self.rules, strict=True)},
         }
 
     @classmethod
@@ -95,30 +90,24 @@ class Postprocessing:
         Raises:
             ValueError: it is malformed.
         """
-        if not isinstance(content, dict) or not isinstance(content.get("classes"), dict):
+        content = content if isinstance(content, dict) else {}
+        classes, background, whole = (
+            content.get(key) for key in ("classes", "background", "largest_foreground")
+        )
+        if not isinstance(classes, dict):
             raise ValueError("it has no object 'classes'")
-        if not isinstance(content.get("background"), str) or not isinstance(
-            content.get("largest_foreground"), bool
-        ):
+        if not isinstance(background, str) or not isinstance(whole, bool):
             raise ValueError("'background' must be a name, and 'largest_foreground' true or false")
         rules = []
-        for name, rule in content["classes"].items():
+        for name, rule in classes.items():
             if not isinstance(rule, dict) or rule.keys() != asdict(Rule()).keys():
-                raise ValueError(
-                    f"class {name!r} must have 'largest' and 'min_volume_mm3', nothing else"
-                )
-            volume = rule["min_volume_mm3"]
+                raise ValueError(f"class {name!r} must have 'largest' and 'min_volume_mm3' alone")
+            largest, volume = rule["largest"], rule["min_volume_mm3"]
             is_volume = type(volume) in (int, float) and 0 <= volume < math.inf
-            if not isinstance(rule["largest"], bool) or not is_volume:
-                raise ValueError(
-                    f"class {name!r} must have true or false for 'largest', and a volume in mm3"
-                )
-            rules.append(Rule(rule["largest"], float(volume)))
-        return cls(
-            (content["background"], *content["classes"]),
-            content["largest_foreground"],
-            tuple(rules),
-        )
+            if not isinstance(largest, bool) or not is_volume:
+                raise ValueError(f"class {name!r} must have true or false, and a volume in mm3")
+            rules.append(Rule(largest, float(volume)))
+        return cls((background, *classes), whole, tuple(rules))
 
 
 def read(path: str | Path, class_names: Sequence[str]) -> Postprocessing:
@@ -150,9 +139,7 @@ def read(path: str | Path, class_names: Sequence[str]) -> Postprocessing:
 
 
 def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number the components of a bool mask (x, y, z) from 1 on; return them, and the voxels of
-    each, of 0 none.
-    """
+    """Number the components of a bool mask (x, y, z) from 1; return them, and voxels of each."""
     parts, count = ndimage.label(mask, TOUCHING)
     sizes = np.bincount(parts.ravel("K"), minlength=count + 1)
     sizes[0] = 0

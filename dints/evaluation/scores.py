@@ -66,9 +66,7 @@ def score_case(
     tolerance_mm: float = 1.0,
     lesion_iou: float = 0.0,
 ) -> list[Row]:
-    """Score labels (x, y, z) of one grid, uint8, whose ``spacing`` is in mm: a row for each label
-    of ``classes``.
-    """
+    """Score labels (x, y, z), uint8, of one grid, ``spacing`` in mm: a row for each class."""
     rows = []
     for label, name in classes.items():
         masks = _cropped(reference == label, prediction == label)

@@ -1,5 +1,4 @@
-"""Distances between the surfaces of two masks: normalised surface Dice, and the 95% Hausdorff
-distance.
+"""Distances between two masks' surfaces: normalised surface Dice, and 95% Hausdorff distance.
 
 Both are those of DeepMind's ``surface-distance`` (Nikolov et al., JMIR 2021, doi:10.2196/26151).
 Eight neighbouring voxel centres are the corners of a cell; a cell whose corners are partly in the
@@ -51,9 +50,7 @@ class SurfaceDistances:
     prediction_areas: np.ndarray
 
     def surface_dice(self, tolerance_mm: float) -> float:
-        """Return the share of both surfaces' area that is within ``tolerance_mm`` of the other; NaN
-        without any.
-        """
+        """Return the share of both surfaces' area within ``tolerance_mm`` of the other, or NaN."""
         limit = tolerance_mm * (1 + SLACK)
         within = self.reference_areas[self.to_prediction <= limit].sum()
         within += self.prediction_areas[self.to_reference <= limit].sum()
@@ -61,8 +58,7 @@ class SurfaceDistances:
         return float(within / area) if area else float("nan")
 
     def hausdorff(self, percent: float = 95) -> float:
-        """Return the larger of both ways' distance within which ``percent`` of the area lies, in
-        mm.
+        """Return the larger of both ways' distance in mm that holds ``percent`` of the area.
 
         It is infinite where one mask is empty, and NaN where both are.
         """
@@ -102,30 +98,25 @@ def surface_distances(
 
 @cache
 def cell_areas(spacing: tuple[float, float, float]) -> np.ndarray:
-    """Return the area in mm² of the surface in a cell, for each of the 256 codes that its corners
-    can make.
-    """
+    """Return the area in mm² of the surface in a cell, for each of its corners' 256 codes."""
     across = np.prod(spacing) / np.asarray(spacing)  # what the faces across x, y and z grow by
     return np.array([np.linalg.norm(normals * across, axis=1).sum() for normals in _cell_normals()])
 
 
 @cache
 def _cell_normals() -> list[np.ndarray]:
-    """Return the normals (triangles, 3) of the surface in a unit cell for each code, as long as
-    triangles are large.
+    """Return for each code the normals (triangles, 3) in a unit cell, as long as areas.
 
     The surface passes through the middles of the edges that lead out of the mask, and cuts off the
     corners of the rarer kind, each group of them that edges connect by itself; so a mask has its
     complement's surface.
     """
-    normals = []
+    corners, normals = [tuple(corner) for corner in CORNERS.tolist()], []
     for code in range(256):
-        inside = {tuple(corner) for bit, corner in enumerate(CORNERS.tolist()) if code >> bit & 1}
-        rarer = (
-            inside if len(inside) <= 4 else {tuple(corner) for corner in CORNERS.tolist()} - inside
-        )
+        inside = {corner for bit, corner in enumerate(corners) if code >> bit & 1}
+        rarer = inside if len(inside) <= 4 else {*corners} - inside
         patches = [_patch(group) for group in _groups(rarer)]
-        normals.append(np.concatenate(patches) if patches else np.zeros((0, 3)))
+        normals.append(np.concatenate([np.zeros((0, 3)), *patches]))
     return normals
 
 
@@ -142,11 +133,9 @@ def _patch(corners: set[tuple]) -> np.ndarray:
     """Return the normals of the triangles that cut a connected group of corners off.
 
     The middles form a ring, of which neighbours share a face of the cell. Five, or the six around a
-    chain of corners,
-    do not lie in a plane, so that the triangles matter: of the fans that a middle can span, the
-        largest is taken. For
-    five it is the convex hull's. For the chain it goes through the cell's centre, and is the same
-    from both sides.
+    chain of corners, do not lie in a plane, so that the triangles matter: of the fans that a middle
+    can span, the largest is taken. For five it is the convex hull's. For the chain it goes through
+    the cell's centre, and is the same from both sides.
     """
     middles = [
         (np.array(corner) + other) / 2
@@ -156,12 +145,8 @@ def _patch(corners: set[tuple]) -> np.ndarray:
     ]
     ring = [middles.pop()]
     while middles:
-        number = next(
-            n
-            for n, middle in enumerate(middles)
-            if ((middle == ring[-1]) & (middle % 1 == 0)).any()
-        )
-        ring.append(middles.pop(number))
+        shared = [((middle == ring[-1]) & (middle % 1 == 0)).any() for middle in middles]
+        ring.append(middles.pop(shared.index(True)))
     fans = []
     for start in range(len(ring)):
         spokes = np.array(ring[start + 1 :] + ring[:start]) - ring[start]
@@ -175,9 +160,7 @@ def _apart(one: tuple, other: tuple) -> int:
 
 
 def _cell_codes(mask: np.ndarray) -> np.ndarray:
-    """Return the code of each cell of a mask with nothing around it: uint8, one more than voxels
-    along each axis.
-    """
+    """Return each cell's code, uint8, one more than voxels along an axis, of a mask in nothing."""
     padded = np.pad(mask, 1).view(np.uint8)
     codes = np.zeros([size + 1 for size in mask.shape], np.uint8)
     for bit, (x, y, z) in enumerate(CORNERS):
@@ -189,9 +172,7 @@ def _cell_codes(mask: np.ndarray) -> np.ndarray:
 def _nearest(
     cells: np.ndarray, others: np.ndarray, shape: tuple[int, ...], spacing: np.ndarray
 ) -> np.ndarray:
-    """Return the distance in mm from each of ``cells`` to the nearest of ``others``, flat indices
-    into ``shape``.
-    """
+    """Return the distance in mm from ``cells`` to the nearest of ``others``, as flat indices."""
     places, other_places = (np.stack(np.unravel_index(flat, shape), -1) for flat in (cells, others))
     nearest = np.empty_like(places)
     left = np.ones(len(cells), bool)
@@ -212,9 +193,7 @@ def _nearest(
 
 
 def _percentile(distances: np.ndarray, areas: np.ndarray, percent: float) -> float:
-    """Return the distance that is the first, in rising order, by which ``percent`` of the area is
-    reached.
-    """
+    """Return the least distance within which ``percent`` of the area lies."""
     order = np.argsort(distances, kind="stable")
     reached = np.cumsum(areas[order]) / areas.sum()
     return float(distances[order][min(np.searchsorted(reached, percent / 100), len(order) - 1)])

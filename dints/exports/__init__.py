@@ -1,3 +1,1 @@
-"""A trained network in forms that need none of our code, each checked on a real case against the
-network.
-"""
+"""A trained network in forms that need none of our code, each compared with it on a real case."""

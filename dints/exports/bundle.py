@@ -1,9 +1,6 @@
-"""The network as a MONAI bundle: a folder of JSON and weights that ``python -m monai.bundle run``
-executes.
+"""The network as a MONAI bundle: JSON and weights that ``python -m monai.bundle run`` executes.
 
-Where the operations are MONAI's, its own `DiNTS` computes, from a state dict; other operations it
-cannot have, and a program of PyTorch's computes in its place. Images are read, prepared, segmented
-and written by MONAI.
+MONAI's own `DiNTS` computes, from a state dict. MONAI reads, prepares, segments and writes images.
 """
 
 from __future__ import annotations
@@ -19,12 +16,10 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.networks.nets.dints import Cell
-from torch.export import ExportedProgram
 
 from dints import __version__, files, torch_files
 from dints.data.tasks import Task
 from dints.errors import UserError
-from dints.exports import program
 from dints.network.model_file import Model
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
@@ -32,26 +27,21 @@ OPERATIONS = list(Cell.OPS3D)  # of MONAI, in the order of its codes
 FOR_THE_COMMAND = {"fire": "0.7.1"}  # a version that the command was tried with
 
 
-def is_monais(model: Model) -> bool:
-    """Tell whether MONAI's network has all operations that the architecture uses."""
+def check_operations(model: Model) -> None:
+    """Raise `UserError` unless MONAI's network has all operations that the architecture uses."""
     architecture = model.architecture
     used = architecture.arch_code_c[architecture.arch_code_a == 1]
-    return {architecture.operations[code] for code in used} <= {*OPERATIONS}
+    lacking = {architecture.operations[code] for code in used} - {*OPERATIONS}
+    if lacking:
+        raise UserError(
+            f"--export bundle: MONAI lacks the operation {min(lacking)}: use exported_program"
+        )
 
 
-def write(folder: Path, model: Model, overlap: float, exported: ExportedProgram | None) -> None:
-    """Write the bundle's files.
-
-    Args:
-        exported: what computes where `is_monais` is false; else None.
-    """
-    task = model.task
-    definition = _program() if exported is not None else _monais_network(model)
-    if exported is None:
-        torch_files.save_atomically(_monais_weights(definition, model), folder / "models/model.pt")
-    else:
-        facts = program.facts(task, overlap)
-        files.write_atomically(folder / "models/model.pt2", program.as_bytes(exported, facts))
+def write(folder: Path, model: Model, overlap: float) -> None:
+    """Write the bundle's files; `check_operations` lets the model pass."""
+    task, definition = model.task, _monais_network(model)
+    torch_files.save_atomically(_monais_weights(definition, model), folder / "models/model.pt")
     inference = {**_places(task), **definition, **_transforms(task), **_run(task, overlap)}
     for name, content in (("inference", inference), ("metadata", _metadata(task))):
         files.write_atomically(
@@ -61,9 +51,7 @@ def write(folder: Path, model: Model, overlap: float, exported: ExportedProgram 
 
 
 def _monais_network(model: Model) -> dict:
-    """Describe MONAI's network; a path's operation is a number in MONAI's order, of a path that is
-    not there 0.
-    """
+    """Describe MONAI's network: a path's operation by MONAI's number, 0 where there is no path."""
     architecture, task = model.architecture, model.task
     codes = np.zeros_like(architecture.arch_code_c)
     for place in zip(*architecture.arch_code_a.nonzero(), strict=True):
@@ -96,9 +84,7 @@ def _monais_network(model: Model) -> dict:
 
 
 def _monais_weights(definition: dict, model: Model) -> dict[str, torch.Tensor]:
-    """Return the state dict of MONAI's network: ours, and zeros in stems that the architecture does
-    not use.
-    """
+    """Return the state dict of MONAI's network: ours, and zeros in unused stems."""
     with contextlib.redirect_stdout(io.StringIO()):  # MONAI prints its advice about patch sizes
         theirs = ConfigParser(definition).get_parsed_content("network_def").state_dict()
     ours = model.network.state_dict()
@@ -117,18 +103,8 @@ def _monais_weights(definition: dict, model: Model) -> dict[str, torch.Tensor]:
     }
 
 
-def _program() -> dict:
-    """Describe a program as a network that `torch.nn.Module.eval` and ``to`` accept."""
-    return {
-        "checkpoint": "$@bundle_root + '/models/model.pt2'",
-        "network_def": "$torch.export.unflatten(torch.export.load(@checkpoint))",
-    }
-
-
 def _places(task: Task) -> dict:
-    """Say what is read and written. Of channels in files of their own, the first one's name stands
-    for the case.
-    """
+    """Name inputs and outputs; of channels in files of their own, the first stands for the case."""
     images = "sorted(glob.glob(@dataset_dir + '/*.nii*'))"
     if task.channel_files:
         images = (
@@ -147,9 +123,7 @@ def _places(task: Task) -> dict:
 
 
 def _transforms(task: Task) -> dict:
-    """Describe what is done to an image, and to class scores: probabilities go back to the image's
-    grid, not labels.
-    """
+    """Describe transforms; probabilities are brought back to the image's grid, not labels."""
     preprocessing = [
         {"_target_": "LoadImaged", "keys": "image"},
         {"_target_": "EnsureChannelFirstd", "keys": "image"},
@@ -159,14 +133,8 @@ def _transforms(task: Task) -> dict:
         spacing = {"pixdim": list(task.spacing), "mode": "bilinear", "align_corners": True}
         preprocessing.append({"_target_": "Spacingd", "keys": "image", **spacing})
     if task.intensity is None:
-        preprocessing.append(
-            {
-                "_target_": "NormalizeIntensityd",
-                "keys": "image",
-                "nonzero": True,
-                "channel_wise": True,
-            }
-        )
+        z_score = {"nonzero": True, "channel_wise": True}
+        preprocessing.append({"_target_": "NormalizeIntensityd", "keys": "image", **z_score})
     else:
         low, high = task.intensity
         window = {"a_min": low, "a_max": high, "b_min": 0.0, "b_max": 1.0, "clip": True}
@@ -177,15 +145,10 @@ def _transforms(task: Task) -> dict:
         "separate_folder": False,
         "print_log": False,
     }
+    inversion = {"transform": "@preprocessing", "orig_keys": "image", "nearest_interp": False}
     postprocessing = [
         {"_target_": "Activationsd", "keys": "pred", "softmax": True},
-        {
-            "_target_": "Invertd",
-            "keys": "pred",
-            "transform": "@preprocessing",
-            "orig_keys": "image",
-            "nearest_interp": False,
-        },
+        {"_target_": "Invertd", "keys": "pred", **inversion},
         {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
         {"_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir", **saving},
     ]
@@ -196,9 +159,7 @@ def _transforms(task: Task) -> dict:
 
 
 def _run(task: Task, overlap: float) -> dict:
-    """Describe the loop over images; ``evaluator`` is the same for applications that ask for one,
-    and needs ignite.
-    """
+    """Describe the loop over images; ``evaluator`` is it for applications, and needs ignite."""
     return {
         "network": "$@network_def.to(@device).eval().requires_grad_(False)",
         "dataset": {

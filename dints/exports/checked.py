@@ -64,20 +64,21 @@ class Check:
 
 
 def export(kinds: Sequence[str], predictor: Predictor, case: Case, folder: Path) -> None:
-    """Write exports of a predictor's one network into a folder; each is read again, and checked on
-    a case.
+    """Write exports of a predictor's network into a folder, each read again and checked on a case.
 
     Args:
         kinds: of ``onnx``, ``exported_program`` and ``bundle``.
         predictor: on the CPU, in fp32.
 
     Raises:
-        UserError: a package is missing, the case cannot be segmented, or an export does not segment
-            it alike.
+        UserError: a package or operation is missing, the case cannot be segmented, or an export
+            segments it otherwise.
     """
     if "onnx" in kinds:
         onnx_file.check_packages()
     (model,), overlap = predictor.models, predictor.window.overlap
+    if "bundle" in kinds:
+        bundle.check_operations(model)
     check_case(case, model.task)
     check = Check(case, _segmented(predictor, case))
     if not check.expected.any():
@@ -85,9 +86,7 @@ def export(kinds: Sequence[str], predictor: Predictor, case: Case, folder: Path)
             "%s holds nothing that the network finds, which checks little: give another case",
             case.name,
         )
-    is_monais, exported = bundle.is_monais(model), None
-    if {*kinds} - {"bundle"} or not is_monais:
-        exported = program.exported(model)
+    exported = program.exported(model) if {*kinds} - {"bundle"} else None
     facts = program.facts(model.task, overlap)
     if "onnx" in kinds:
         _write_onnx(folder / "model.onnx", onnx_file.as_bytes(exported, facts), check)
@@ -96,7 +95,7 @@ def export(kinds: Sequence[str], predictor: Predictor, case: Case, folder: Path)
     if "bundle" in kinds:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".bundle.") as partial:
             written = Path(partial) / "bundle"
-            bundle.write(written, model, overlap, None if is_monais else exported)
+            bundle.write(written, model, overlap)
             check.accept(_run_bundle(written, case, Path(partial) / "segmented"), folder / "bundle")
             _replace_folder(folder / "bundle", written)
 
@@ -125,9 +124,7 @@ def _write_program(path: Path, content: bytes, check: Check, predictor: Predicto
 
 
 def _run_bundle(folder: Path, case: Case, output: Path) -> np.ndarray:
-    """Return the labels that the bundle in a folder writes of a case, once MONAI has verified
-    it.
-    """
+    """Have MONAI verify the bundle in a folder; return the labels that it writes of a case."""
     images = [os.path.abspath(image) for image in case.images]
     places = {
         "config_file": f"{folder}/configs/inference.json",

@@ -25,8 +25,7 @@ def check_packages() -> None:
 
 
 def as_bytes(program: ExportedProgram, facts: dict[str, object]) -> bytes:
-    """Return what the ONNX file of a program holds: input ``image``, output ``scores``, the facts
-    in its metadata.
+    """Return a program as ONNX: input ``image``, output ``scores``, the facts in its metadata.
 
     Raises:
         UserError: the weights are larger than a file can be.

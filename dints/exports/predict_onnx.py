@@ -20,7 +20,6 @@ import onnxruntime
 
 MM = {1: 1000.0, 3: 0.001}  # of a header's code of a unit: metre and micrometre; all else is mm
 SAME = 1e-3  # differences of sizes in mm, or of affines, that count as none
-FARTHEST = 1e6  # mm of an image's first voxel from the origin: headers keep places as float32
 DAMAGED = (
     OSError,
     EOFError,
@@ -69,15 +68,10 @@ def read(paths, num_channels):
     voxels = np.concatenate(voxels, -1)
     if voxels.shape[3] != num_channels or not np.isfinite(voxels).all():
         sys.exit(
-            f"{paths[0]} has {voxels.shape[3]} channels: the model takes {num_channels}, of "
-            "finite voxels"
+            f"{paths[0]}: give {num_channels} channels of finite voxels, not {voxels.shape[3]}"
         )
     affine = files[0].affine.astype(float)
     affine[:3] *= MM.get(int(files[0].header["xyzt_units"]) & 7, 1.0)
-    if not (np.abs(affine[:3, 3]) <= FARTHEST).all():
-        sys.exit(
-            f"{paths[0]} has its first voxel at {affine[:3, 3].tolist()} mm: correct its affine"
-        )
     return voxels, affine
 
 
@@ -87,15 +81,9 @@ def read_file(path):
         file = nib.load(path)
         source, header = file.dataobj, file.header
         if getattr(header, "is_single", False) and source.offset < header.single_vox_offset:
-            # 0 says that voxels follow the header; nibabel would take the header for the first of
-            # them.
-            place = (
-                source.shape,
-                source.dtype,
-                header.single_vox_offset,
-                source.slope,
-                source.inter,
-            )
+            # 0 says that voxels follow the header; nibabel would read the header as voxels.
+            scale = source.slope, source.inter
+            place = source.shape, source.dtype, header.single_vox_offset, *scale
             source = nib.arrayproxy.ArrayProxy(file.get_filename(), place)
         return file, np.asarray(source, np.float32).reshape(*file.shape[:3], -1)
     except DAMAGED as error:
@@ -103,9 +91,7 @@ def read_file(path):
 
 
 def grid(shape, affine, spacing):
-    """Return the shape of MONAI's grid of a spacing in mm, and the matrix from its indices to those
-    of a volume.
-    """
+    """Return the shape of MONAI's grid of a spacing in mm, and its matrix to a volume's indices."""
     if spacing is None:
         return shape, np.eye(4)
     axes, shape_before = affine[:3, :3], np.array(shape)
@@ -125,9 +111,7 @@ def grid(shape, affine, spacing):
 
 
 def resampled(volume, matrix, shape):
-    """Interpolate linearly at the places that ``matrix`` gives to the indices of a grid of
-    ``shape``.
-    """
+    """Interpolate linearly where ``matrix`` places the indices of a grid of ``shape``."""
     if (matrix == np.eye(4)).all():
         return volume
     result, last = np.empty((*shape, volume.shape[3]), np.float32), np.array(volume.shape[:3]) - 1
@@ -144,9 +128,7 @@ def resampled(volume, matrix, shape):
 
 
 def normalised(image, intensity):
-    """Map a CT window to 0..1, clipped; without one, z-score the non-zero voxels of each
-    channel.
-    """
+    """Map a CT window to 0..1, clipped; without one, z-score each channel's non-zero voxels."""
     if intensity is not None:
         return ((image - intensity[0]) / (intensity[1] - intensity[0])).clip(0, 1)
     image = image.copy()

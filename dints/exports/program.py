@@ -1,6 +1,4 @@
-"""The network as PyTorch's exported program: a graph of PyTorch's own operations, which runs
-without our code.
-"""
+"""The network as PyTorch's exported program, a graph that runs without our code."""
 
 from __future__ import annotations
 
@@ -29,16 +27,8 @@ def facts(task: Task, overlap: float) -> dict[str, object]:
     Args:
         overlap: of neighbouring windows, 0 to 1.
     """
-    names = (
-        "name",
-        "modality",
-        "num_channels",
-        "class_names",
-        "spacing",
-        "intensity",
-        "patch_size",
-    )
-    return {**{name: task.to_dict()[name] for name in names}, "overlap": overlap}
+    names = "name modality num_channels class_names spacing intensity patch_size"
+    return {**{name: task.to_dict()[name] for name in names.split()}, "overlap": overlap}
 
 
 def exported(model: Model) -> ExportedProgram:
@@ -70,9 +60,7 @@ def as_bytes(program: ExportedProgram, facts: dict[str, object]) -> bytes:
 
 
 class LoadedProgram(nn.Module):
-    """A program that is read from a file, as a network in evaluation, which is all that a program
-    can be.
-    """
+    """A program in a file as a network, in evaluation, which is all that a program can be."""
 
     def __init__(self, path: str | Path):
         super().__init__()
@@ -87,18 +75,15 @@ class LoadedProgram(nn.Module):
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep back what the exporters say of their own work: missing torchvision, each pass over the
-    graph.
-    """
-    levels = {
-        name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")
-    }
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Silence what exporters say of their own work: no torchvision, each pass over the graph."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

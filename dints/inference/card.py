@@ -1,6 +1,4 @@
-"""A model's card: what it segments, what it was trained on, how well it did there, and what it
-costs.
-"""
+"""A model's card: its task, its architecture and cost, and what its file says of its training."""
 
 from __future__ import annotations
 
@@ -9,28 +7,17 @@ from dints.network.model_file import Model
 
 
 def card(model: Model) -> dict[str, object]:
-    """Describe a model in plain values; what its file does not know is null."""
-    task, info, architecture = model.task, model.info, model.architecture
-    counted = cost(
-        architecture, task.num_channels, task.num_classes, task.patch_size, info["channel_mul"]
-    )
+    """Describe a model in plain values."""
+    task, architecture, width = model.task, model.architecture, model.info["channel_mul"]
+    counted = cost(architecture, task.num_channels, task.num_classes, task.patch_size, width)
     return {
-        "task": {**task.to_dict(), "spacing_unit": "mm"},
-        "data": {
-            **info.get("data", {}),
-            "training_cases": info.get("training_cases"),
-            "validation_cases": info.get("validation_cases"),
-            "fold": info.get("fold"),
-            "num_folds": info.get("num_folds"),
-        },
+        "task": task.to_dict(),  # spacing in mm
         "architecture": {
             "blocks": architecture.num_blocks,
             "depths": architecture.num_depths,
             "active_paths": int(architecture.arch_code_a.sum()),
-            "paths": architecture.arch_code_a.size,
             "operations": list(architecture.operations),
             "use_downsample": architecture.use_downsample,
-            "channel_mul": info["channel_mul"],
         },
         "cost": {
             "parameters": counted.parameters,
@@ -38,17 +25,6 @@ def card(model: Model) -> dict[str, object]:
             "activation_mib": round(counted.activation_mib, 2),
             "input_shape": list(counted.input_shape),
         },
-        "training": {
-            key: info.get(key)
-            for key in ("recipe", "augmentation", "iteration", "flips", "version")
-        },
-        "validation": {
-            "dice": info.get("dice"),
-            "dice_of_classes": dict(
-                zip(task.class_names[1:], info.get("dice_of_classes") or [], strict=False)
-            )
-            or None,
-            "overlap_ratio": info.get("overlap_ratio"),
-        },
+        **model.info,
         "digest": model.digest,
     }

@@ -75,23 +75,16 @@ class Predictor:
         _check_alike(self.models)
         device = choose_device(device)
         _check_memory(self.task, device)
-        self.training_cases = {
-            name for model in self.models for name in model.info.get("training_cases", [])
-        }
-        validated = {
-            name for model in self.models for name in model.info.get("validation_cases", [])
-        }
-        self.validation_cases = validated - self.training_cases
+        self.training_cases = _named(self.models, "training_cases")
+        self.validation_cases = _named(self.models, "validation_cases") - self.training_cases
         self.axes = _axes_of(self.models) if mirrored else ()
         self.precision = choose_precision(precision, Processes(0, 1, device))
         overlap = first.info.get("overlap_ratio", 0.5) if overlap is None else overlap
         self.window = SlidingWindow(self.task.patch_size, overlap, batch_size)
-        networks = [model.network.to(self.precision.device).eval() for model in self.models]
-        self.networks = (
-            networks
-            if compile != "on"
-            else compiled_networks(networks, batch_size, self.precision.device)
-        )
+        device = self.precision.device
+        self.networks = [model.network.to(device).eval() for model in self.models]
+        if compile == "on":
+            self.networks = compiled_networks(self.networks, batch_size, device)
 
     def __call__(self, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
         """Return the label of each voxel (x, y, z), uint8, of an image on its own grid.
@@ -116,8 +109,7 @@ class Predictor:
         name: str,
         maps: Collection[str] = (),
     ) -> Decision:
-        """Do the same with an image that is read here, so that its memory is free again before the
-        network computes.
+        """Segment an image that is read here, so that its memory is free while networks compute.
 
         Args:
             name: for messages.
@@ -147,25 +139,18 @@ class Predictor:
         return decided(classes, len(probabilities), maps)
 
     def _probabilities(self, image: np.ndarray) -> np.ndarray:
-        """Return the mean of the class probabilities (classes, *spatial), float32, over networks
-        and flips.
-        """
+        """Return the mean over networks and flips of probabilities (classes, *spatial), float32."""
         # The volume is flipped and not its windows, which would lie elsewhere in one that is
         # flipped to begin with.
-        flips = [
-            axes for count in range(len(self.axes) + 1) for axes in combinations(self.axes, count)
-        ]
+        counts = range(len(self.axes) + 1)
+        flips = [axes for count in counts for axes in combinations(self.axes, count)]
         total = None
         for network, axes in product(self.networks, flips):
             along = [1 + axis for axis in axes]
             flipped = np.ascontiguousarray(np.flip(image, along))
-            probabilities = np.flip(
-                self.window.probabilities(flipped, network, self.precision), along
-            )
-            if total is None:
-                total = probabilities
-            else:
-                total += probabilities
+            probabilities = self.window.probabilities(flipped, network, self.precision)
+            probabilities = np.flip(probabilities, along)
+            total = probabilities if total is None else np.add(total, probabilities, out=total)
         total /= len(self.networks) * len(flips)
         return total
 
@@ -173,20 +158,16 @@ class Predictor:
 def compiled_networks(
     networks: Sequence[nn.Module], batch_size: int, device: torch.device
 ) -> list[nn.Module]:
-    """Put networks through `torch.compile`, each for batches of one size, so that each is compiled
-    once.
+    """Put networks through `torch.compile`, each for batches of one size.
 
-    PyTorch compiles a function at most so often, by default eight times, and all networks share one
-    `forward`.
+    So each is compiled once: PyTorch does it eight times a function, and they share one `forward`.
     """
     torch._dynamo.config.recompile_limit += len(networks)
     return [FullBatches(compiled(network, "on", device), batch_size) for network in networks]
 
 
 class FullBatches(nn.Module):
-    """A network that sees batches of one size: a smaller one is filled up with zeros, whose scores
-    are left out.
-    """
+    """A network that sees batches of one size: smaller ones are filled up with zeros."""
 
     def __init__(self, network: nn.Module, batch_size: int):
         super().__init__()
@@ -198,44 +179,37 @@ class FullBatches(nn.Module):
 
 
 def _check_alike(models: Sequence[Model]) -> None:
-    """Raise `UserError` unless all models segment the same classes of images that are prepared in
-    the same way.
-    """
+    """Raise `UserError` unless all models have the same classes, and prepare images alike."""
     first = models[0].task
     for number, model in enumerate(models[1:], start=2):
-        for what in ("class_names", "num_channels", "spacing", "intensity", "patch_size"):
-            value, expected = getattr(model.task, what), getattr(first, what)
+        for name in ("class_names", "num_channels", "spacing", "intensity", "patch_size"):
+            value, expected = getattr(model.task, name), getattr(first, name)
             if value != expected:
                 raise UserError(
-                    f"model {number} has {what} {value}, and the first one {expected}: give models "
+                    f"model {number} has {name} {value}, and the first one {expected}: give models "
                     "of one task"
                 )
 
 
 def _check_memory(task: Task, device: torch.device) -> None:
-    """Raise `UserError` where the device cannot hold a single window: its image, and its scores in
-    2 bytes and in 4.
+    """Raise `UserError` where the device cannot hold a window: image, scores in 2 bytes and in 4.
 
     A volume has one at least, however small it is: it is padded to that.
     """
     needed = math.prod(task.patch_size) * (4 * task.num_channels + 6 * task.num_classes)
     size = " x ".join(map(str, task.patch_size))
-    remedy = (
-        "use a machine with more of it, or a model that was trained with smaller patches "
-        "(--patch_size)"
-    )
+    remedy = "use a machine with more of it, or a model trained with smaller patches (--patch_size)"
     check_memory(needed, f"the model's windows have {size} voxels, and one takes", remedy, device)
 
 
 def _axes_of(models: Sequence[Model]) -> tuple[int, ...]:
-    """Return the axes that all models were trained to flip; files of before there were others
-    flipped all.
-    """
+    """Return the axes that all models were trained to flip; weights of MONAI's flip all."""
     chosen = [{*model.info.get("flips", {"axes": ALL})["axes"]} for model in models]
     axes = tuple(sorted(set.intersection(*chosen)))
     if not axes:
-        raise UserError(
-            "the models were not trained with flips, there is nothing to average over: "
-            "leave --tta out"
-        )
+        raise UserError("the models were not trained with flips: leave --tta out")
     return axes
+
+
+def _named(models: Sequence[Model], key: str) -> set[str]:
+    return {name for model in models for name in model.info.get(key, [])}

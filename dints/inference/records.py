@@ -1,6 +1,4 @@
-"""What became of each case of a batch: a note a case, since ranks write at the same time, and
-``run.json``.
-"""
+"""The state of each case of a batch: a note a case, as ranks write at once, and ``run.json``."""
 
 from __future__ import annotations
 
@@ -26,11 +24,9 @@ OF_WHOLE_RUN = ("scores.csv", "report.html")  # written at a run's end, of all i
 
 
 def precision_of_earlier(folder: Path, models: Sequence[str]) -> str | None:
-    """Return the precision that an earlier batch in the folder had by the same models, of these
-    digests, if there was.
+    """Return the precision of an earlier batch in the folder by models of these digests, if any.
 
-    On a CPU ``auto`` is measured, and may turn out otherwise on a busy machine: what is done would
-    be done again.
+    On a CPU ``auto`` is measured, and another result would have all cases done again.
     """
     with suppress(OSError, ValueError, LookupError, TypeError):
         settings = json.loads((folder / RUN).read_text(encoding="utf-8"))["settings"]
@@ -44,8 +40,7 @@ class Records:
     """Notes of a batch, in its folder.
 
     Attributes:
-        settings: all that a segmentation depends on beside its image, as plain values: a case that
-            was done with others is done again.
+        settings: all that a segmentation depends on beside its image, as plain values.
         facts: more for readers of ``run.json``, on which no segmentation depends.
     """
 
@@ -54,14 +49,13 @@ class Records:
     facts: Mapping[str, object] = field(default_factory=dict)
 
     def start(self, outputs: Sequence[Path]) -> None:
-        """Remove earlier runs' notes of their cases, and write this run's settings.
+        """Remove an earlier run's failures, scores and report, and write this run's settings.
 
-        A run that is killed so leaves none of it beside its own segmentations, and resumes with
-        these settings.
+        So a run that is killed leaves none of these beside its own segmentations.
         """
-        # else they are another program's
-        for name in OF_WHOLE_RUN if (self.folder / RUN).exists() else ():
-            _remove(self.folder / name)
+        if (self.folder / RUN).exists():  # else they are another program's
+            for name in OF_WHOLE_RUN:
+                _remove(self.folder / name)
         own, others = {self._note(output) for output in outputs}, []
         for path in sorted((self.folder / NOTES).glob("*.json")):
             note = _read(path)
@@ -73,21 +67,16 @@ class Records:
             log.warning(
                 "%s has %d segmentations by other models or settings, which this run does not "
                 "replace, for example %s: another --output_root keeps them apart",
-                self.folder,
-                len(others),
-                others[0],
+                *(self.folder, len(others), others[0]),
             )
         self.write_run([])
 
     def key(self, case: Case) -> str:
-        """Name all that the case's segmentation depends on: settings, and the content of its
-        images.
-        """
+        """Name all that a segmentation depends on: settings, and the content of its images."""
         return self._digest(*map(files.digest, case.images))
 
     def is_done(self, case: Case, outputs: Sequence[Path]) -> bool:
-        """Tell whether the segmentation, and what is written beside it, is there, of these images
-        by these settings.
+        """Tell whether the segmentation and its maps are there, of these images and settings.
 
         Args:
             outputs: the segmentation's path first.
@@ -95,52 +84,43 @@ class Records:
         note = self._read(outputs[0])
         if note.get("state") != "done" or note.get("key") != self.key(case):
             return False
-        return all(path.is_file() for path in outputs) and note.get("written") == list(
-            map(files.digest, outputs)
-        )
+        is_there = all(path.is_file() for path in outputs)
+        return is_there and note.get("written") == [files.digest(path) for path in outputs]
 
     def note_done(self, case: Case, outputs: Sequence[Path], seconds: float) -> None:
         """Note a segmentation that has been written, and what lies beside it."""
-        written = list(map(files.digest, outputs))
+        written = [files.digest(path) for path in outputs]
         facts = {"key": self.key(case), "settings": self._digest(), "written": written}
-        self._write(
-            outputs[0], state="done", file=outputs[0].name, seconds=round(seconds, 3), **facts
-        )
+        facts |= {"file": outputs[0].name, "seconds": round(seconds, 3)}
+        self._write(outputs[0], state="done", **facts)
 
     def note_failed(self, case: Case, outputs: Sequence[Path], reason: str) -> None:
-        """Note why there is no segmentation; an older one is removed, unless it is what this run
-        would have made.
-        """
+        """Note why a case failed; an older segmentation goes, unless this run would repeat it."""
+        is_done = False
         with suppress(UserError):  # the image cannot be read
-            if self.is_done(case, outputs):
-                self._write(outputs[0], state="failed", reason=reason)
-                return
-        self.forget(outputs[0])
+            is_done = self.is_done(case, outputs)
+        if not is_done:
+            self.forget(outputs[0])
         self._write(outputs[0], state="failed", reason=reason)
 
     def forget(self, output: Path) -> None:
-        """Remove what an earlier run wrote of a case: its note, its maps whichever are wanted now,
-        its segmentation.
-        """
+        """Remove what an earlier run wrote of a case: its note, all its maps, its segmentation."""
         for path in (self._note(output), *(map_path(output, name) for name in MAPS), output):
             _remove(path)
 
     def write_run(self, outputs: Sequence[Path]) -> None:
-        """Write ``run.json``: settings, and for each case its state, the seconds that it took or
-        why it failed.
-        """
-        shown = ("state", "seconds", "reason")
-        notes = {output.name: self._read(output) for output in outputs}
-        cases = {
-            name: {key: note[key] for key in shown if key in note} for name, note in notes.items()
-        }
+        """Write ``run.json``: settings, and each case's state, its seconds or why it failed."""
+        cases = {}
+        for output in outputs:
+            note = self._read(output)
+            keys = [key for key in ("state", "seconds", "reason") if key in note]
+            cases[output.name] = {key: note[key] for key in keys}
         content = {"settings": dict(self.settings), **self.facts, "cases": cases}
         files.write_atomically(self.folder / RUN, json.dumps(content, indent=2) + "\n")
 
     def _digest(self, *more: str) -> str:
-        return hashlib.sha256(repr([*sorted(self.settings.items()), *more]).encode()).hexdigest()[
-            :32
-        ]
+        text = repr([*sorted(self.settings.items()), *more])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _note(self, output: Path) -> Path:
         return self.folder / NOTES / files.internal_name(output.name, ".json")

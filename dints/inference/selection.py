@@ -38,60 +38,38 @@ class Selection:
     series: dict[str, Path] = field(default_factory=dict)
 
     def faults(self, task: Task, channels: str) -> list[UserError | None]:
-        """Convert the DICOM series, and read all headers; return the fault of each case that cannot
-        be used.
+        """Convert the DICOM series, and read all headers; return the fault of each unusable case.
 
         Args:
             channels: that the model takes, for messages.
         """
-        faults = {}
-        for image, folder in tqdm(
-            self.series.items(), "reading DICOM", unit="series", disable=None, leave=False
-        ):
+        faults, bar = {}, {"desc": "reading DICOM", "unit": "series", "disable": None}
+        for image, folder in tqdm(self.series.items(), leave=False, **bar):
             try:
                 dicom.write_nifti(folder, Path(image))
             except UserError as error:
                 faults[image] = error
         found = first_faults(self.cases, task, lambda case: _check_channels(case, task, channels))
-        return [
-            faults.get(case.images[0], fault) for case, fault in zip(self.cases, found, strict=True)
-        ]
+        pairs = zip(self.cases, found, strict=True)
+        return [faults.get(case.images[0], fault) for case, fault in pairs]
 
     def first_file(self) -> Case:
-        """Return the first case that is there as a file.
-
-        Raises:
-            UserError: all are DICOM series.
-        """
-        for case in self.cases:
-            if case.images[0] not in self.series:
-                return case
-        raise UserError(
-            "--export is checked on an image in a file: give one (.nii or .nii.gz) with --input"
-        )
+        """Return the first case that is a file, or raise `UserError`: all are DICOM series."""
+        case = next((case for case in self.cases if case.images[0] not in self.series), None)
+        if case is None:
+            raise UserError("--export is checked on a file: give a .nii or .nii.gz with --input")
+        return case
 
 
 def given_images(paths: Sequence[Path], task: Task, channels: str, output_root: Path) -> Selection:
-    """List the images of ``--input``: files, and folders of files and of DICOM series; none that
-    the batch writes.
+    """List the images of ``--input``: files, folders of files and of DICOM series; no outputs.
 
     Args:
         channels: that the model takes, for messages.
     """
     images, series = [], {}
     for path in paths:
-        if not path.exists():
-            raise UserError(
-                f"--input {path} does not exist: give images (.nii or .nii.gz), or "
-                "folders of images"
-            )
-        if path.is_file() and dicom.is_dicom(path):
-            raise UserError(f"--input {path} is a DICOM file: give the folder of its series")
-        if (path / "dataset.json").is_file() and (path / "labelsTr").is_dir():
-            raise UserError(
-                f"--input {path} is a dataset, with labels: give --root {path} to score its cases, "
-                f"or a folder of images, as --input {path / 'imagesTr'}"
-            )
+        _check_given(path)
         found = images_in(path, output_root) if path.is_dir() else [path]
         folders = dicom.folders_with_dicom(path) if path.is_dir() else []
         if not folders and (not found or not ENDING.search(found[0].name)):
@@ -122,6 +100,19 @@ def given_images(paths: Sequence[Path], task: Task, channels: str, output_root: 
     )
 
 
+def _check_given(path: Path) -> None:
+    """Raise `UserError` where a path is not there, a single DICOM file, or a labelled dataset."""
+    if not path.exists():
+        raise UserError(f"--input {path} does not exist: give .nii or .nii.gz files, or folders")
+    if path.is_file() and dicom.is_dicom(path):
+        raise UserError(f"--input {path} is a DICOM file: give the folder of its series")
+    if (path / "dataset.json").is_file() and (path / "labelsTr").is_dir():
+        raise UserError(
+            f"--input {path} is a dataset, with labels: give --root {path} to score its cases, "
+            f"or a folder of images, as --input {path / 'imagesTr'}"
+        )
+
+
 def remove_converted(output_root: Path) -> None:
     """Remove the NIfTI files that DICOM series became, of this batch or of one that was killed."""
     for path in (output_root / CONVERTED).glob("*"):
@@ -129,22 +120,19 @@ def remove_converted(output_root: Path) -> None:
 
 
 def images_in(folder: Path, output_root: Path) -> list[Path]:
-    """List the NIfTI files in a folder and its folders, but for hidden ones, and for what the batch
-    writes.
+    """List the NIfTI files in a folder and its folders, but for hidden ones, and for outputs.
 
-    What it writes is passed over where its folder lies in this one. Where this one lies in it, all
-    files are inputs.
+    Outputs are files in ``output_root`` where that lies in the folder; else all files are inputs.
     """
     written = output_root.resolve()
     is_within = folder.resolve() in written.parents
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if ENDING.search(path.name)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-        and not (is_within and written in path.resolve().parents)
-    ]
+    found = []
+    for path in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        is_written = is_within and written in path.resolve().parents
+        if ENDING.search(path.name) and path.is_file() and not is_hidden and not is_written:
+            found.append(path)
+    return found
 
 
 def cases_of_channels(images: Sequence[Path], task: Task, channels: str) -> list[Case]:
@@ -158,26 +146,23 @@ def cases_of_channels(images: Sequence[Path], task: Task, channels: str) -> list
                 f"it is: give {_form(task, ENDING.sub('', image.name))}"
             )
         found[image.parent / parts[1]][int(parts[2])] = str(image)
+    cases = []
     for case, files_of_case in found.items():
-        if sorted(files_of_case) != list(range(task.num_channels)):
-            numbers = ", ".join(f"{number:04d}" for number in sorted(files_of_case))
+        numbers = sorted(files_of_case)
+        if numbers != list(range(task.num_channels)):
             raise UserError(
-                f"--input {case} has the files {numbers}, and the model takes {channels}: give "
-                f"{_form(task, case.name)}"
+                f"--input {case} has the files {', '.join(f'{number:04d}' for number in numbers)}, "
+                f"and the model takes {channels}: give {_form(task, case.name)}"
             )
-    return [
-        Case(case.name, tuple(files_of_case[channel] for channel in range(task.num_channels)))
-        for case, files_of_case in found.items()
-    ]
+        cases.append(Case(case.name, tuple(files_of_case[channel] for channel in numbers)))
+    return cases
 
 
 def _form(task: Task, case: str) -> str:
     """Tell people which files the model takes for a case."""
     if not task.channel_files:
-        return (
-            "one file with "
-            f"{'that channel' if task.num_channels == 1 else 'them all in that order, 4D'}"
-        )
+        is_one = task.num_channels == 1
+        return f"one file with {'that channel' if is_one else 'them all in that order, 4D'}"
     last = f" to {case}_{task.num_channels - 1:04d}" if task.num_channels > 1 else ""
     return f"{'a file each, ' if last else ''}{case}_0000{last}, .nii or .nii.gz"
 
@@ -185,10 +170,10 @@ def _form(task: Task, case: str) -> str:
 def _check_channels(case: Case, task: Task, channels: str) -> None:
     """Raise `UserError` where an image has other channels than the model takes."""
     if case.num_channels != task.num_channels:
+        plural = "" if case.num_channels == 1 else "s"
         raise UserError(
-            f"{case.images[0]} has {case.num_channels} "
-            f"channel{'' if case.num_channels == 1 else 's'}, and the model takes {channels}: give "
-            f"{_form(task, case.name)}"
+            f"{case.images[0]} has {case.num_channels} channel{plural}, and the model takes "
+            f"{channels}: give {_form(task, case.name)}"
         )
 
 
@@ -213,8 +198,7 @@ def cases_to_score(
     validated_on: Collection[str],
     allow_training_cases: bool,
 ) -> Selection:
-    """List the model's validation cases, or those of ``fold``; of a dataset that it knows nothing
-    of, all cases.
+    """List the model's validation cases, or those of ``fold``; of an unknown dataset all cases.
 
     Args:
         root, description, key: as for `dints.data.formats.list_cases`.
@@ -251,20 +235,17 @@ def cases_to_score(
 
 
 def segmentation_paths(selected: Sequence[Case], folder: Path) -> list[Path]:
-    """Return where each case's segmentation goes: under its name; never onto another case's, nor
-    onto an input.
-    """
+    """Return where each case's segmentation goes: never onto another case's, nor onto an input."""
     names = Counter(case.name + ENDING.search(case.images[0])[0] for case in selected)
     inputs = {Path(path).resolve() for case in selected for path in case.files}
-    for name, count in names.items():
+    paths = [folder / name for name in names]
+    for path, count in zip(paths, names.values(), strict=True):
         if count > 1:
-            raise UserError(
-                f"{count} images are called {name}: give each a run with its own --output_root"
-            )
-        for path in (folder / name, *(map_path(folder / name, of_map) for of_map in MAPS)):
-            # a map too where none is wanted, since an earlier run's are removed
-            if path.resolve() in inputs:
+            raise UserError(f"{count} images are called {path.name}: give each an --output_root")
+        # a map too where none is wanted, since an earlier run's are removed
+        for written in (path, *(map_path(path, name) for name in MAPS)):
+            if written.resolve() in inputs:
                 raise UserError(
-                    f"{path} is an input and would be overwritten: give another --output_root"
+                    f"{written} is an input and would be overwritten: give another --output_root"
                 )
-    return [folder / name for name in names]
+    return paths

@@ -1,6 +1,4 @@
-"""Large volumes slab by slab: class scores are blended, decided and forgotten along one axis of the
-volume.
-"""
+"""Large volumes slab by slab: class scores are blended, decided and forgotten along one axis."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ Slab = tuple[int, np.ndarray]  # its first plane; (classes, planes, *plane)
 
 
 def fits(shape: Sequence[int], window: SlidingWindow, resampling: Resampling) -> bool:
-    """Tell whether a volume can be done slab by slab: one that needs no padding, nor shearing on
-    the way back.
-    """
+    """Tell whether a volume can be done slab by slab: it needs neither padding nor shearing."""
     return window.fits(shape) and resampling.is_separable
 
 
@@ -58,8 +54,7 @@ def _means(streams: Sequence[Iterator[Slab]]) -> Iterator[Slab]:
 def probabilities(
     image: np.ndarray, network: nn.Module, window: SlidingWindow, precision: Precision, axis: int
 ) -> Iterator[Slab]:
-    """Yield class probabilities, slab by slab along an axis; together they are those of
-    `SlidingWindow.probabilities`.
+    """Yield, slab by slab along an axis, the class probabilities of `SlidingWindow`.
 
     Args:
         image: (channels, *spatial), nowhere smaller than a patch.

@@ -34,9 +34,7 @@ _LEGACY_KEYS = {"arch_code_a": "code_a", "arch_code_c": "code_c", "arch_code_a_m
 
 
 def paths(num_depths: int) -> list[tuple[int, int]]:
-    """List (source depth, target depth) of each of a block's ``3 * num_depths - 2`` paths, in
-    MONAI's order.
-    """
+    """List (source depth, target depth) of each of a block's paths, in MONAI's order."""
     return [
         (source, target)
         for target in range(num_depths)
@@ -46,9 +44,7 @@ def paths(num_depths: int) -> list[tuple[int, int]]:
 
 
 def depth_sizes(channels: Sequence[int]) -> list[float]:
-    """Return how large the depths' feature maps are, relative to each other: each depth halves
-    three axes.
-    """
+    """Return the relative sizes of the depths' feature maps: each depth halves three axes."""
     return [count / 8**depth for depth, count in enumerate(channels)]
 
 
@@ -111,29 +107,20 @@ class Architecture:
     def channel_mul(self) -> float:
         """The width that it was judged at, if it was, else 1."""
         value = self.info.get("channel_mul", 1.0)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not 1 / 32 <= value <= _MAX_CHANNEL_MUL
-        ):
-            raise _unusable(
-                self.source,
-                f"'channel_mul' is {value!r}, not a number from 1/32 to {_MAX_CHANNEL_MUL}",
-            )
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 1 / 32 <= value <= _MAX_CHANNEL_MUL:
+            fault = f"'channel_mul' is {value!r}, not a number from 1/32 to {_MAX_CHANNEL_MUL}"
+            raise _unusable(self.source, fault)
         return float(value)
 
     @property
     def searched_on(self) -> dict[str, str | int]:
-        """The ``task`` that a search chose it on, and which ``fold`` of ``num_folds`` it left out;
-        empty if unknown.
-        """
+        """The ``task`` of its search, and the ``fold`` of ``num_folds`` left out, where known."""
         known = {key: self.info.get(key) for key in ("task", "fold", "num_folds")}
         return {key: value for key, value in known.items() if isinstance(value, (str, int))}
 
     def codes(self) -> tuple:
-        """Return paths and operations as nested lists: equal for equal networks of one list of
-        operations.
-        """
+        """Return nested lists that are equal for equal networks of one list of operations."""
         codes = self.arch_code_a.tolist(), self.arch_code_c.tolist()
         return codes if self.use_downsample else (*codes, "full resolution")
 
@@ -143,12 +130,8 @@ class Architecture:
         tensors = {
             key: torch.from_numpy(array) for key, array in arrays.items() if array is not None
         }
-        return {
-            **tensors,
-            **self.info,
-            "operations": list(self.operations),
-            "use_downsample": self.use_downsample,
-        }
+        settings = {"operations": list(self.operations), "use_downsample": self.use_downsample}
+        return {**tensors, **self.info, **settings}
 
 
 def from_codes(
@@ -166,9 +149,7 @@ def from_codes(
 
 
 class DecodedCodes:
-    """Remembers a decoded architecture, to tell what has changed since; it has a state, for
-    checkpoints.
-    """
+    """Remembers a decoded architecture, to count changes since; a part of checkpoints."""
 
     def __init__(self):
         self.codes = torch.zeros(0)  # arch_code_a and arch_code_c: (2, blocks, paths)
@@ -177,9 +158,7 @@ class DecodedCodes:
         self.codes = torch.from_numpy(np.stack([decoded.arch_code_a, decoded.arch_code_c]))
 
     def changes(self, decoded: Architecture) -> dict[str, int]:
-        """Count paths that were switched, and operations that were exchanged on paths active before
-        and now.
-        """
+        """Count switched paths, and exchanged operations on paths active before and now."""
         before_a, before_c = self.codes.numpy()
         in_both = (before_a == 1) & (decoded.arch_code_a == 1)
         return {
@@ -219,10 +198,9 @@ def architecture_from_dict(content: object, source: str) -> Architecture:
     for key in _ARRAYS:
         if arrays[key] is None:
             kind = torch_files.kind(content)
-            is_other = kind is not None and kind != "an architecture"
-            raise _unusable(
-                source, f"it is {kind}, not an architecture" if is_other else f"has no '{key}'"
-            )
+            is_other = kind not in (None, "an architecture")
+            fault = f"it is {kind}, not an architecture" if is_other else f"has no '{key}'"
+            raise _unusable(source, fault)
     # files without are published, or of before there were others
     operations = content.get("operations", PUBLISHED)
     if not isinstance(operations, (list, tuple)) or not all(
@@ -258,9 +236,7 @@ def _unusable(source: str, fault: str) -> UserError:
 
 
 def _plain(value: object) -> object:
-    """Return ``value`` without NumPy's types, which published files hold, and ``weights_only=True``
-    refuses to read.
-    """
+    """Return ``value`` without NumPy's types, which ``weights_only=True`` refuses to read."""
     is_array = isinstance(value, (np.ndarray, np.generic)) or (
         isinstance(value, torch.Tensor) and torch_files.is_whole(value)
     )
@@ -268,43 +244,38 @@ def _plain(value: object) -> object:
 
 
 def _whole_numbers(value: object, key: str, source: str) -> np.ndarray:
-    # In the file, perhaps 1 number
-    if isinstance(value, torch.Tensor) and value.numel() > _MAX_BLOCKS * 3 * _MAX_DEPTHS:
-        raise _unusable(
-            source, f"'{key}' has shape {tuple(value.shape)}, too large for an architecture"
-        )
-    # lists without end
-    if not isinstance(value, (torch.Tensor, np.ndarray)) and not torch_files.is_plain(value):
-        raise _unusable(source, f"'{key}' is not an array of numbers")
+    not_numbers = _unusable(source, f"'{key}' is not an array of numbers")
+    if isinstance(value, torch.Tensor):
+        if value.numel() > _MAX_BLOCKS * 3 * _MAX_DEPTHS:  # in the file, perhaps 1 number
+            shape = tuple(value.shape)
+            raise _unusable(source, f"'{key}' has shape {shape}, too large for an architecture")
+    elif not isinstance(value, np.ndarray) and not torch_files.is_plain(value):
+        raise not_numbers  # lists without end
     try:
         array = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
     except (RuntimeError, TypeError, ValueError) as error:  # RuntimeError: a tensor without values
-        raise _unusable(source, f"'{key}' is not an array of numbers") from error
+        raise not_numbers from error
     if array.dtype.kind not in "biuf":  # booleans, integers and floats
-        raise _unusable(source, f"'{key}' is not an array of numbers")
+        raise not_numbers
     exact = np.isfinite(array) & (array == np.round(array)) & (array < 2**53)
     if not exact.all():
-        raise _unusable(
-            source, f"'{key}' holds {array[~exact].flat[0]:g} where only whole numbers make sense"
-        )
+        wrong = array[~exact].flat[0]
+        raise _unusable(source, f"'{key}' holds {wrong:g} where only whole numbers make sense")
     return array.astype(np.int64)
 
 
 def _check_shapes(architecture: Architecture) -> None:
     source, shape = architecture.source, architecture.arch_code_a.shape
     if len(shape) != 2 or shape[0] < 1 or (shape[1] + 2) % 3 or shape[1] < 4:
-        raise _unusable(
-            source,
-            f"'arch_code_a' has shape {shape}, not (blocks, 3 * depths - 2) with 1 block "
-            "and 2 depths or more",
+        fault = (
+            f"'arch_code_a' has shape {shape}, not (blocks, 3 * depths - 2), of 2 depths or more"
         )
+        raise _unusable(source, fault)
     num_blocks, num_depths = shape[0], (shape[1] + 2) // 3
+    size = f"{num_blocks} blocks and {num_depths} depths"
     if num_blocks > _MAX_BLOCKS or num_depths > _MAX_DEPTHS:
-        raise _unusable(
-            source,
-            f"it has {num_blocks} blocks and {num_depths} depths, more than the {_MAX_BLOCKS} and "
-            f"{_MAX_DEPTHS} that are supported",
-        )
+        limits = f"the {_MAX_BLOCKS} and {_MAX_DEPTHS} that are supported"
+        raise _unusable(source, f"it has {size}, more than {limits}")
     for key, expected in (
         ("node_a", (num_blocks + 1, num_depths)),
         ("arch_code_c", shape),
@@ -312,11 +283,8 @@ def _check_shapes(architecture: Architecture) -> None:
     ):
         array = getattr(architecture, key)
         if array is not None and array.shape != expected:
-            raise _unusable(
-                source,
-                f"'{key}' has shape {array.shape}, but 'arch_code_a' of {num_blocks} blocks and "
-                f"{num_depths} depths asks for {expected}",
-            )
+            fault = f"'{key}' has shape {array.shape}, but {size} ask for {expected}"
+            raise _unusable(source, fault)
 
 
 def _check_values(architecture: Architecture) -> None:
@@ -329,19 +297,14 @@ def _check_values(architecture: Architecture) -> None:
         array = getattr(architecture, key)
         if array is not None and (array.min() < 0 or array.max() > highest):
             wrong = array[(array < 0) | (array > highest)][0]
-            raise _unusable(
-                architecture.source, f"'{key}' holds {wrong}; values are 0 to {highest}"
-            )
+            fault = f"'{key}' holds {wrong}; values are 0 to {highest}"
+            raise _unusable(architecture.source, fault)
 
 
 def _check_connections(architecture: Architecture) -> None:
-    """Check that each block leaves from just the depths that the one before reaches, and ``node_a``
-    says the same.
-    """
+    """Check that each block leaves from the depths that the one before reaches; ``node_a`` too."""
     source = architecture.source
-    sources, targets = (
-        np.array(ends) for ends in zip(*paths(architecture.num_depths), strict=True)
-    )
+    sources, targets = np.array(paths(architecture.num_depths)).T
     active = architecture.arch_code_a == 1
     left = [np.unique(sources[block]).tolist() for block in active]
     reached = [np.unique(targets[block]).tolist() for block in active]
@@ -349,14 +312,10 @@ def _check_connections(architecture: Architecture) -> None:
         if not depths:
             raise _unusable(source, f"block {block} has no active path")
         if block > 0 and depths != reached[block - 1]:
-            raise _unusable(
-                source,
-                f"block {block - 1} ends at depths {reached[block - 1]}, but block {block} "
-                f"starts from {depths}",
-            )
+            ends = f"block {block - 1} ends at depths {reached[block - 1]}"
+            raise _unusable(source, f"{ends}, but block {block} starts from {depths}")
     for row, used in enumerate([left[0], *reached]):
         stated = np.flatnonzero(architecture.node_a[row]).tolist()
         if stated != used:
-            raise _unusable(
-                source, f"row {row} of 'node_a' activates depths {stated}, but the paths use {used}"
-            )
+            fault = f"row {row} of 'node_a' activates depths {stated}, but the paths use {used}"
+            raise _unusable(source, fault)

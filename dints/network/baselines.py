@@ -1,12 +1,10 @@
-"""Make architectures without a search: baselines for searched ones, and a start for those who do
-not search.
+"""Make architectures without a search: baselines for searched ones, and a start without a search.
 
-    python -m dints.network.baselines --output_root runs/baselines --u_shaped_skip --num_blocks 9
-    --num_depths 3 python -m dints.network.baselines --output_root runs/baselines --random 5
-    --ram_ratio 0.2 0.3 --seed 0
+    python -m dints.network.baselines --kind u_shaped_skip --num_blocks 9 --num_depths 3
+    python -m dints.network.baselines --kind random --ram_ratio 0.2 0.3 --seed 0
 
 Each is an arch file for train_dints.py. A U shape and all paths hold 3x3x3 convolutions, and
---u_shaped_skip makes the U's long paths skip connections. Random ones are drawn uniformly from all
+u_shaped_skip makes the U's long paths skip connections. Random ones are drawn uniformly from all
 connected architectures whose memory is within a band, as a share of every path active with its
 dearest operation: the share of a search's --ram_budget fixed and --max_ram_ratio.
 
@@ -18,11 +16,8 @@ to a factor, which makes all equal again.
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +35,12 @@ from dints.network.architecture import (
     save_architecture,
 )
 from dints.network.operations import OPERATIONS, PUBLISHED, check_names
+from dints.options import Settings, number, option, parse, same_option
+from dints.settings import SpaceSettings
 
 CONVOLUTION, SKIP = "conv_3x3x3", "skip_connect"
-MAX_BLOCKS, MAX_DEPTHS = 1000, 6  # at 7 depths a block has half a million children
+KINDS = ("u_shaped", "u_shaped_skip", "all_paths", "random")
+MAX_DEPTHS = 6  # of random ones: at 7 depths a block has half a million children
 MAX_DRAWS, BATCH = 100_000, 500
 # Only the smallest or largest are left at this tilt, and logarithms of probabilities are still
 # right to 7 digits.
@@ -58,49 +56,46 @@ def u_shaped(
     operations: Sequence[str] = PUBLISHED,
     skip_connections: bool = False,
 ) -> Architecture:
-    """Make a U: down a depth a block, along the bottom while blocks are left, and up; every depth
-    on the way continues.
+    """Make a U: down a depth a block, along the bottom while blocks are left, and up.
 
-    It starts and ends at depth 0. Where the blocks are too few for the deepest level, it reaches
-    ``num_blocks // 2``. Every path holds conv_3x3x3.
+    Every depth on the way continues. The U starts and ends at depth 0. Where the blocks are too few
+    for the deepest level, it reaches ``num_blocks // 2``. Every path holds conv_3x3x3.
 
     Args:
         skip_connections: above the bottom, let a depth's first and last path hold conv_3x3x3 and
-            those between
-            skip_connect, which cost nothing: a U-Net's skip connections. More blocks then are more
-                convolutions at
-            the bottom, where they are cheap.
+            those between skip_connect, which cost nothing: a U-Net's skip connections. More blocks
+            then are more convolutions at the bottom, where they are cheap.
 
     Raises:
-        UserError: a size is out of range, or the operations lack conv_3x3x3, or skip_connect where
-            that is asked for.
+        UserError: the operations lack conv_3x3x3, or skip_connect where that is asked for.
     """
-    operations = _checked(num_blocks, num_depths, operations)
     bottom = [min(row, num_blocks - row, num_depths - 1) for row in range(num_blocks + 1)]
     arch_code_a = np.zeros((num_blocks, 3 * num_depths - 2), dtype=np.int64)
-    passed_by = np.zeros(arch_code_a.shape, dtype=bool)
+    arch_code_c = np.zeros_like(arch_code_a)
     for block, (before, after) in enumerate(zip(bottom, bottom[1:], strict=False)):
         for path, (source, target) in enumerate(paths(num_depths)):
-            goes_on = source == target <= min(before, after)
-            arch_code_a[block, path] = goes_on or (source, target) == (before, after)
-            passed_by[block, path] = source == target < min(before, after)
-    if not skip_connections:
-        return _convolutional(arch_code_a, operations, "u_shaped")
-    return _convolutional(arch_code_a, operations, "u_shaped_skip", skipping=passed_by)
+            continues = source == target <= min(before, after)
+            if continues or (source, target) == (before, after):
+                passes_by = skip_connections and source == target < min(before, after)
+                arch_code_a[block, path] = 1
+                arch_code_c[block, path] = _index(SKIP if passes_by else CONVOLUTION, operations)
+    return from_codes(arch_code_a, arch_code_c, operations)
 
 
 def all_paths(
     num_blocks: int, num_depths: int, operations: Sequence[str] = PUBLISHED
 ) -> Architecture:
-    """Make every path active, with conv_3x3x3.
+    """Make every path active, with conv_3x3x3; raise `UserError` where the operations lack it."""
+    codes = np.ones((num_blocks, 3 * num_depths - 2), dtype=np.int64)
+    return from_codes(codes, codes * _index(CONVOLUTION, operations), operations)
 
-    Raises:
-        UserError: a size is out of range, or the operations lack conv_3x3x3.
-    """
-    operations = _checked(num_blocks, num_depths, operations)
-    return _convolutional(
-        np.ones((num_blocks, 3 * num_depths - 2), dtype=np.int64), operations, "all_paths"
-    )
+
+def _index(name: str, operations: Sequence[str]) -> int:
+    if name not in operations:
+        raise UserError(
+            f"--operations {' '.join(operations)} lacks {name}, which paths are to hold: add it"
+        )
+    return operations.index(name)
 
 
 def random_architecture(
@@ -119,8 +114,7 @@ def random_architectures(
     operations: Sequence[str] = PUBLISHED,
     keep_finest: bool = False,
 ) -> Iterator[Architecture]:
-    """Draw without end, uniformly from the connected architectures whose `ram_ratio` is from
-    ``low`` to ``high``.
+    """Draw uniformly, without end, from the connected architectures of `ram_ratio` low to high.
 
     Two are the same if they have the same active paths with the same operations on them.
 
@@ -128,27 +122,17 @@ def random_architectures(
         keep_finest: draw only from those that keep the path along depth 0 active in every block.
 
     Raises:
-        UserError: a size is out of range, or no architecture is found in the band; the message
-            names what is possible.
+        UserError: there are too many depths, or no architecture is found in the band.
     """
-    operations = _checked(num_blocks, num_depths, operations)
     choice = _Choice(num_blocks, num_depths, operations, keep_finest)
-    possible = (
-        f"with {num_blocks} blocks, {num_depths} depths and the operations {', '.join(operations)}"
-        f"{', the finest path kept' * keep_finest}, ratios from {_rounded_up(choice.least_ratio)} "
-        "to 1 are possible"
+    none = UserError(
+        f"--ram_ratio {low:g} {high:g}: no architecture of {num_blocks} blocks and {num_depths} "
+        f"depths was found there; give a wider band of ratios from {choice.least_ratio:.3g} to 1"
     )
     if not (low <= high and low <= 1 and high >= choice.least_ratio):
-        raise UserError(
-            f"--ram_ratio {low:g} {high:g} is no band with an architecture in it: {possible}"
-        )
+        raise none
     tilt, edge = _tilt_to(choice, low, high)
     tilted, draws_in_vain = _Tilted(choice, tilt), 0
-    made = {
-        "baseline": "random",
-        "ram_ratio_band": [float(low), float(high)],
-        "keep_finest": keep_finest,
-    }
     while draws_in_vain < MAX_DRAWS:
         arch_code_a, arch_code_c = tilted.draw(generator, BATCH)
         ratios = _ratios(choice.costs, arch_code_a, arch_code_c)
@@ -156,11 +140,9 @@ def random_architectures(
         kept = (ratios >= low) & (ratios <= high) & (generator.random(BATCH) < equalised)
         draws_in_vain = 0 if kept.any() else draws_in_vain + BATCH
         for index in np.flatnonzero(kept):
-            yield _architecture(arch_code_a[index], arch_code_c[index], operations, made)
-    raise UserError(
-        f"--ram_ratio {low:g} {high:g}: none of {MAX_DRAWS:,} draws is within, so give a wider "
-        f"band; {possible}"
-    )
+            info = {"ram_ratio": float(ratios[index])}
+            yield from_codes(arch_code_a[index], arch_code_c[index], operations, info=info)
+    raise none
 
 
 def ram_ratio(architecture: Architecture) -> float:
@@ -174,15 +156,10 @@ def ram_ratio(architecture: Architecture) -> float:
 
 
 def least_ram_ratio(
-    num_blocks: int,
-    num_depths: int,
-    operations: Sequence[str] = PUBLISHED,
-    keep_finest: bool = False,
+    num_blocks: int, num_depths: int, operations: Sequence[str], keep_finest: bool
 ) -> float:
     """Return the `ram_ratio` of the smallest architecture that `random_architecture` may draw."""
-    return _Choice(
-        num_blocks, num_depths, _checked(num_blocks, num_depths, operations), keep_finest
-    ).least_ratio
+    return _Choice(num_blocks, num_depths, operations, keep_finest).least_ratio
 
 
 class _Choice:
@@ -201,8 +178,12 @@ class _Choice:
     """
 
     def __init__(
-        self, num_blocks: int, num_depths: int, operations: tuple[str, ...], keep_finest: bool
+        self, num_blocks: int, num_depths: int, operations: Sequence[str], keep_finest: bool
     ):
+        if num_depths > MAX_DEPTHS:
+            raise UserError(
+                f"--num_depths {num_depths} is too many for random ones: at most {MAX_DEPTHS}"
+            )
         self.num_blocks = num_blocks
         # path 0 leads from depth 0 to depth 0
         children = np.array(decoding.subsets(3 * num_depths - 2, keep_finest))
@@ -256,9 +237,7 @@ class _Tilted:
         self.expected_ratio = self.first_patterns @ mean_on
 
     def draw(self, generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return ``arch_code_a`` and ``arch_code_c`` of ``count`` independent draws, (count,
-        blocks, paths) each.
-        """
+        """Return both codes of ``count`` independent draws, (count, blocks, paths) each."""
         drawn = np.zeros((count, len(self.blocks)), dtype=np.int64)
         reached = generator.choice(len(self.first_patterns), count, p=self.first_patterns)
         for block, probs in enumerate(self.blocks):
@@ -299,9 +278,7 @@ def _tilt_to(choice: _Choice, low: float, high: float) -> tuple[float, float]:
 
 
 def _path_costs(num_depths: int, operations: Sequence[str]) -> np.ndarray:
-    """Return (paths, operations): memory of a path with an operation, as a search space at
-    channel_mul 1 has it.
-    """
+    """Return (paths, operations): memory of each, as a space at channel_mul 1 has it."""
     sizes = depth_sizes([32 * 2**depth for depth in range(num_depths)])
     maps = np.array([OPERATIONS[name].maps for name in operations])
     return np.stack(
@@ -323,169 +300,63 @@ def _ratios(costs: np.ndarray, arch_code_a: np.ndarray, arch_code_c: np.ndarray)
     return memory.sum((-2, -1)) / (num_blocks * costs.max(-1).sum())
 
 
-def _architecture(
-    arch_code_a: np.ndarray, arch_code_c: np.ndarray, operations: tuple[str, ...], made: dict
-) -> Architecture:
-    """Make the architecture of these paths; it knows how it was ``made``, and its ``ram_ratio``."""
-    num_depths = (arch_code_a.shape[1] + 2) // 3
-    ratio = float(_ratios(_path_costs(num_depths, operations), arch_code_a, arch_code_c))
-    return from_codes(arch_code_a, arch_code_c, operations, info={"ram_ratio": ratio, **made})
+@dataclass(frozen=True, kw_only=True)
+class BaselineSettings(Settings):
+    """Baseline."""
 
-
-def _convolutional(
-    arch_code_a: np.ndarray,
-    operations: tuple[str, ...],
-    kind: str,
-    skipping: np.ndarray | None = None,
-) -> Architecture:
-    """Make the architecture with a convolution on every active path, but for those of ``skipping``
-    (as arch_code_a).
-    """
-    for name in (CONVOLUTION, *[SKIP] * (skipping is not None)):
-        if name not in operations:
-            raise UserError(
-                f"--operations {' '.join(operations)} lacks {name}, which paths are to hold: add it"
-            )
-    arch_code_c = arch_code_a * operations.index(CONVOLUTION)
-    if skipping is not None:
-        arch_code_c[skipping] = operations.index(SKIP)
-    return _architecture(arch_code_a, arch_code_c, operations, {"baseline": kind})
-
-
-def _checked(num_blocks: int, num_depths: int, operations: Sequence[str]) -> tuple[str, ...]:
-    """Return the operations as a tuple, or raise `UserError` where they or the sizes are out of
-    range.
-    """
-    for name, value, least, most in (
-        ("num_blocks", num_blocks, 1, MAX_BLOCKS),
-        ("num_depths", num_depths, 2, MAX_DEPTHS),
-    ):
-        if not least <= value <= most:
-            raise UserError(f"--{name} is {value}: give {least} to {most}")
-    return check_names(operations)
-
-
-def _rounded_up(ratio: float) -> str:
-    """Write a lower limit with two digits, so that what is written is allowed."""
-    unit = 10.0 ** (math.floor(math.log10(ratio)) - 1)
-    return f"{math.ceil(ratio / unit) * unit:.2g}"
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dints.network.baselines",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--output_root", type=Path, required=True, help="folder to write into, made if absent")
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument(
-        "--u_shaped", action="store_true", help="write u_shaped_<blocks>x<depths>.pth"
-    )
-    kind.add_argument(
-        "--u_shaped_skip",
-        action="store_true",
-        help="write u_shaped_skip_<blocks>x<depths>.pth, a U whose long paths are skip connections",
-    )
-    kind.add_argument(
-        "--all_paths", action="store_true", help="write all_paths_<blocks>x<depths>.pth"
-    )
-    kind.add_argument(
-        "--random", type=int, metavar="N", help="write random_<seed>_<number>.pth, N of them"
-    )
-    add(
-        "--ram_ratio",
+    kind: str = option("of the architecture", choices=KINDS)
+    ram_ratio: tuple[float, ...] | None = option(
+        "band of a random one's memory, up to 1",
+        default=None,
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="band of the random ones' memory, up to 1",
     )
-    add(
-        "--keep_finest",
-        action="store_true",
-        help="random ones: keep the path along depth 0 in every block",
+    seed: int = option("of a random one", default=0, type=number(int, 0))
+    num_blocks: int = same_option(SpaceSettings, "num_blocks")
+    num_depths: int = same_option(SpaceSettings, "num_depths")
+    operations: tuple[str, ...] = same_option(SpaceSettings, "operations")
+    keep_finest: bool = same_option(SpaceSettings, "keep_finest")
+    use_downsample: str = option(
+        "halve the image before the first node, as published", default="yes", choices=("yes", "no")
     )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="random ones: a number's architecture does not depend on N (default: 0)",
-    )
-    add(
-        "--use_downsample",
-        choices=("yes", "no"),
-        default="yes",
-        help="whether the network halves the image before its first node, as published (default: "
-        "%(default)s)",
-    )
-    add(
-        "--num_blocks",
-        type=int,
-        default=12,
-        help="blocks, one after another (default: %(default)s)",
-    )
-    add(
-        "--num_depths",
-        type=int,
-        default=4,
-        help="resolutions, each half of the last (default: %(default)s)",
-    )
-    add(
-        "--operations",
-        nargs="+",
-        metavar="NAME",
-        default=PUBLISHED,
-        help="of a path (default: the published five)",
-    )
-    args = parser.parse_args(argv)
-    if (args.random is None) != (args.ram_ratio is None):
-        parser.error("--random and --ram_ratio go together")
-    if args.seed < 0 or args.random is not None and args.random < 1:
-        parser.error("--seed must be at least 0, and --random at least 1")
-    return args
+    output_root: Path = option("folder of the arch file", default=Path("."), type=Path)
+
+    def complaints(self) -> Iterable[str]:
+        if (self.kind == "random") != (self.ram_ratio is not None):
+            yield "--kind random and --ram_ratio go together"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Settings):
+    """All of its command line."""
+
+    baseline: BaselineSettings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    sizes = {
-        "num_blocks": args.num_blocks,
-        "num_depths": args.num_depths,
-        "operations": args.operations,
-    }
-    size = f"{args.num_blocks}x{args.num_depths}"
-    if args.u_shaped or args.u_shaped_skip:
-        name = "u_shaped_skip" if args.u_shaped_skip else "u_shaped"
-        makers = {f"{name}_{size}": partial(u_shaped, **sizes, skip_connections=args.u_shaped_skip)}
-    elif args.all_paths:
-        makers = {f"all_paths_{size}": partial(all_paths, **sizes)}
+    settings = parse(Command, __doc__, argv).baseline
+    size = settings.num_blocks, settings.num_depths
+    operations = check_names(settings.operations or PUBLISHED)
+    name = f"{settings.kind}_{settings.num_blocks}x{settings.num_depths}"
+    info = {"baseline": settings.kind, "version": __version__}
+    if settings.kind == "random":
+        generator = np.random.default_rng(settings.seed)
+        band = settings.ram_ratio
+        made = random_architecture(*size, *band, generator, operations, settings.keep_finest)
+        name, info["seed"] = f"{name}_{settings.seed}", settings.seed
+    elif settings.kind == "all_paths":
+        made = all_paths(*size, operations)
     else:
-        low, high = args.ram_ratio
-        make = partial(
-            _numbered, args.seed, low=low, high=high, keep_finest=args.keep_finest, **sizes
-        )
-        makers = {
-            f"random_{args.seed}_{number}": partial(make, number) for number in range(args.random)
-        }
-    for name, make in makers.items():
-        path = args.output_root / f"{name}.pth"
-        if path.exists():
-            raise UserError(
-                f"{path} exists: name another --output_root or --seed, or remove the file"
-            )
-        architecture = replace(make(), use_downsample=args.use_downsample == "yes")
-        architecture.info["version"] = __version__
-        save_architecture(path, architecture)
-        active, ratio = architecture.arch_code_a, architecture.info["ram_ratio"]
-        print(f"{path}: ram ratio {ratio:.4f}, {active.sum()} of {active.size} paths", flush=True)
-
-
-def _numbered(seed: int, number: int, **settings) -> Architecture:
-    """Draw random architecture ``number`` of a seed: the same, however many others are drawn."""
-    architecture = random_architecture(generator=np.random.default_rng([seed, number]), **settings)
-    architecture.info.update(seed=seed, number=number)
-    return architecture
+        made = u_shaped(*size, operations, skip_connections=settings.kind == "u_shaped_skip")
+    info["ram_ratio"] = ram_ratio(made)
+    path = settings.output_root / f"{name}.pth"
+    if path.exists():
+        raise UserError(f"{path} exists: give another --output_root or --seed, or remove the file")
+    save_architecture(
+        path, replace(made, use_downsample=settings.use_downsample == "yes", info=info)
+    )
+    print(f"{path}: ram ratio {info['ram_ratio']:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""What a discrete network costs: parameters, multiply-adds, memory of a training step, time of a
-forward pass.
-"""
+"""What a discrete network costs: parameters, multiply-adds, a step's memory, a pass's time."""
 
 from __future__ import annotations
 
@@ -41,11 +39,8 @@ class Cost:
             work space come on top.
         input_shape: (batch, channels, *patch_size).
         channel_mul: the network's width, as times 32, 64, ... channels.
-        device: name of what the next two were measured on; None: they were not.
+        device: name of what the next was measured on; None: it was not.
         latency_ms: time of a forward pass without gradients.
-        measured_mib: memory that a forward and a backward pass take at their peak, over that of
-            parameters and image; the gradients are part of it. None where it was not measured on a
-            GPU.
     """
 
     parameters: int
@@ -55,7 +50,6 @@ class Cost:
     channel_mul: float
     device: str | None = None
     latency_ms: float | None = None
-    measured_mib: float | None = None
 
     @property
     def step_mib(self) -> float:
@@ -67,20 +61,13 @@ class Cost:
         return {**asdict(self), "input_shape": list(self.input_shape)}
 
     def lines(self) -> list[str]:
-        """Tell people in two lines of under 100 characters what it costs, and for which input on
-        which device.
-        """
-        parameters = (
-            f"{_short(self.parameters / 1e6)} M"
-            if self.parameters >= 1e6
-            else f"{self.parameters:,}"
-        )
+        """Say in two lines of under 100 characters what it costs, for which input and device."""
+        million = self.parameters >= 1e6
+        parameters = f"{_short(self.parameters / 1e6)} M" if million else f"{self.parameters:,}"
         amounts = (
             f"{parameters} parameters, {_short(self.gmac)} GMAC, "
             f"{_short(self.activation_mib)} MiB activations"
         )
-        if self.measured_mib is not None:
-            amounts += f", {_short(self.measured_mib)} MiB measured in a step"
         settings = f"at {'x'.join(map(str, self.input_shape))} (channel_mul {self.channel_mul:g})"
         if self.latency_ms is not None:
             settings += f", {_short(self.latency_ms)} ms a forward pass on {self.device}"
@@ -99,23 +86,13 @@ def cost(
     """Count what the architecture's network costs and, with a ``device``, measure it there.
 
     Counting takes seconds and no memory. Measuring builds the network with random weights on the
-    device; the time is the median of up to 10 forward passes after one to warm up. It stops after
-    about 5 s: where the first pass leaves no time for a second, the first is the result. Global
-        random generators are left as they were.
+    device, and takes about 5 s at most. Global random generators are left as they were.
 
     Raises:
-        UserError: the patch size does not fit the depths, a number is out of range, or the device
+        UserError: the patch size does not fit the depths, a number is too large, or the device
             lacks the memory.
     """
     check_patch_size(patch_size, architecture.num_depths, architecture.use_downsample)
-    for name, value, least in (
-        ("in_channels", in_channels, 1),
-        ("num_classes", num_classes, 1),
-        ("channel_mul", channel_mul, 1 / 32),
-        ("batch_size", batch_size, 1),
-    ):
-        if not value >= least:
-            raise UserError(f"{name} is {value}: give at least {least:g}")
     settings = (architecture, in_channels, num_classes, channel_mul)
     input_shape = (batch_size, in_channels, *patch_size)
     try:
@@ -123,9 +100,8 @@ def cost(
     # torch's three ways to say that a size has no 64 bits
     except (OverflowError, RuntimeError, TypeError) as error:
         raise UserError(
-            f"no network has in_channels {in_channels}, num_classes {num_classes}, channel_mul "
-            f"{channel_mul:g}, patch_size {' '.join(map(str, patch_size))} and batch_size "
-            f"{batch_size}: one of these is too large"
+            f"no network has channel_mul {channel_mul:g}, {num_classes} classes and an input of "
+            f"{'x'.join(map(str, input_shape))}: one of these is too large"
         ) from error
     measured = {} if device is None else _measure(settings, input_shape, device)
     return Cost(**counted, input_shape=input_shape, channel_mul=channel_mul, **measured)
@@ -155,8 +131,7 @@ def counts(make: Callable[[], nn.Module], input_shape: tuple[int, ...]) -> dict[
 
 
 def step_mib(parameters: int, activation_mib: float) -> float:
-    """Return what a training step keeps on the device, in MiB of fp32: activations, and
-    `BYTES_A_PARAMETER`.
+    """Return the MiB that a training step keeps on the device, in fp32.
 
     By this memory networks are called equal. Not in it: the batch, the loss, and what kernels need
     while they run.
@@ -175,17 +150,13 @@ def fitting_channel_mul(
     patch_size: tuple[int, int, int],
     batch_size: int = 1,
 ) -> float:
-    """Return the largest ``channel_mul``, in steps of 1/32, at which a training step stays within
-    ``memory_mib``.
+    """Return the largest ``channel_mul`` at which a training step stays within ``memory_mib``.
 
-    Counted as by `dints.step_mib_of`. In steps of 1/32 every feature map has a whole number of
-    channels, and
-    all of them grow in proportion to the width: two widths give the activations of all, three the
-        parameters.
+    In steps of 1/32 every feature map has a whole number of channels, and all of them grow in
+    proportion to the width: two widths give the activations of all, three the parameters.
 
     Raises:
-        UserError: even the smallest is too large, the patch size does not fit, or a number is out
-            of range.
+        UserError: even the smallest is too large, or the patch size does not fit.
     """
     if not 0 < memory_mib < math.inf:
         raise UserError(f"--memory_mib is {memory_mib:g}: give a positive number of MiB")
@@ -216,8 +187,7 @@ def fitting_channel_mul(
 
 
 def activation_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Count what autograd keeps of a forward pass for the backward one, of a network on the meta
-    device.
+    """Count what autograd keeps of a forward pass, of a network on the meta device.
 
     Args:
         input_shape: (batch, channels, *patch_size).
@@ -240,17 +210,13 @@ def activation_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> int:
 
 def _measure(
     settings: tuple, input_shape: tuple[int, ...], device: torch.device
-) -> dict[str, str | float | None]:
+) -> dict[str, str | float]:
     name = device_name(device, torch.get_num_threads())
     try:
         with torch.random.fork_rng(devices=[]):  # both are drawn on the CPU
             network = DiscreteNetwork(*settings).to(device)
             image = torch.randn(input_shape).to(device)
-        return {
-            "device": name,
-            "latency_ms": _forward_ms(network, image),
-            "measured_mib": _peak_mib(network, image) if device.type == "cuda" else None,
-        }
+        return {"device": name, "latency_ms": _forward_ms(network, image)}
     except RuntimeError as error:
         if not lacks_memory(error):
             raise
@@ -262,11 +228,13 @@ def _measure(
 
 
 @torch.no_grad()
-def _forward_ms(
-    network: nn.Module, image: torch.Tensor, repeats: int = 10, limit: float = 5.0
-) -> float:
+def _forward_ms(network: nn.Module, image: torch.Tensor) -> float:
+    """Return the median of up to 10 passes within 5 s after one to warm up; of slow ones the first.
+
+    It is the only one where it leaves no time for a second.
+    """
     seconds = []
-    while len(seconds) <= repeats and (not seconds or sum(seconds) + seconds[-1] < limit):
+    while len(seconds) <= 10 and (not seconds or sum(seconds) + seconds[-1] < 5):
         start = time.perf_counter()
         network(image)
         if image.is_cuda:
@@ -275,22 +243,8 @@ def _forward_ms(
     return 1e3 * statistics.median(seconds[1:] or seconds)
 
 
-def _peak_mib(network: nn.Module, image: torch.Tensor) -> float:
-    """Measure a second step: in the first, cuDNN may try algorithms whose work space it does not
-    need later.
-    """
-    for _ in range(2):
-        network.zero_grad(set_to_none=True)
-        torch.cuda.reset_peak_memory_stats(image.device)
-        before = torch.cuda.memory_allocated(image.device)
-        network(image).sum().backward()
-    return (torch.cuda.max_memory_allocated(image.device) - before) / MIB
-
-
 def device_name(device: torch.device, threads: int) -> str:
-    """Return the product's name, without what makers add to it; for a CPU also how many threads
-    compute.
-    """
+    """Return the product's name without what makers add; of a CPU also how many threads compute."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")

@@ -45,9 +45,7 @@ def patterns(children: np.ndarray, path_depths: np.ndarray, num_depths: int) -> 
 
 
 def shortest_sequence(lengths: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return the children of the shortest sequence, (blocks,); of equally short ones, it is MONAI's
-    choice.
-    """
+    """Return the shortest sequence's children, (blocks,); of equally short ones MONAI's choice."""
     shortest = np.zeros(starts.max() + 1)  # of the sequences so far that end in a pattern
     last_children = []
     for block in lengths:
@@ -109,9 +107,7 @@ def _total(values: np.ndarray, sequence: np.ndarray) -> float:
 def _price(
     budget: float, lengths: np.ndarray, memory: np.ndarray, starts: np.ndarray, ends: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Find the price of memory that gives the best bounds, and the shortest sequence met on the way
-    that fits.
-    """
+    """Find the price of memory with the best bounds, and the shortest fitting sequence met."""
     too_large, fits = (shortest_sequence(costs, starts, ends) for costs in (lengths, memory))
     while True:
         longer = _total(lengths, fits) - _total(lengths, too_large)
@@ -132,9 +128,7 @@ def _price(
 
 
 def _to_go(costs: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return the least cost to the end: (blocks + 1, patterns), before each block and past the
-    last.
-    """
+    """Return the least cost to the end: (blocks + 1, patterns), before each block and after."""
     rows = [np.zeros(starts.max() + 1)]
     for block in reversed(costs):
         least = np.full_like(rows[0], math.inf)
@@ -144,9 +138,7 @@ def _to_go(costs: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarra
 
 
 def _undominated(groups: np.ndarray, lengths: np.ndarray, memory: np.ndarray) -> np.ndarray:
-    """Return the indices, group by group, of the entries that are shorter than all smaller ones of
-    their group.
-    """
+    """Return the indices of the entries that are shorter than all smaller ones of their group."""
     order = np.lexsort((lengths, memory, groups))
     # Each group is shifted below the one before, so that the running minimum starts afresh.
     shifted = lengths[order] - groups[order] * (lengths.max(initial=0) + 1)

@@ -106,9 +106,7 @@ def check_patch_size(
     use_downsample: bool = True,
     flag: str = "--patch_size",
 ) -> None:
-    """Raise `UserError` unless a network of ``num_depths`` can halve ``patch_size`` down to its
-    deepest level.
-    """
+    """Raise `UserError` unless ``num_depths`` can halve ``patch_size`` down to the deepest."""
     step = _step(num_depths, use_downsample)
     if any(size <= 0 or size % step for size in patch_size) or all(
         size <= step for size in patch_size

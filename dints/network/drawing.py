@@ -1,16 +1,13 @@
-"""Drawings of an architecture or of the search space by graphviz, at places that are laid out here
-and not by it.
-"""
+"""Drawings of an architecture or of the search space, laid out here and rendered by graphviz."""
 
 from __future__ import annotations
 
 import html
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import graphviz
 import numpy as np
@@ -31,43 +28,34 @@ GREY = "#808080"
 # what no search changes: stems, sums, head
 FIXED = {"color": GREY, "fontcolor": GREY, "penwidth": "1"}
 BOX_HEIGHT = 18.0
+INACTIVE = "#C4C4C4", "#EEEEEE"
 ARROW_LENGTH = 6.5  # points; graphviz makes it 10 times arrowsize
 
 
-class Direction(NamedTuple):
-    """How the paths of one direction are drawn: told apart by colour, and by line or arrowhead."""
-
-    color: str  # vermilion, blue and black of the Okabe-Ito palette: safe for colour-blind readers
-    style: str
-    arrowhead: str
-    meaning: str
-
-
-DIRECTIONS = {
-    1: Direction("#D55E00", "solid", "normal", "down: half the resolution, twice the channels"),
-    -1: Direction("#0072B2", "dashed", "empty", "up: twice the resolution, half the channels"),
-    0: Direction("#222222", "solid", "vee", "same resolution"),
+# By change of depth: color of the Okabe-Ito palette (vermilion, blue, black), which is safe for
+# colour-blind readers, line and arrowhead; and the meaning.
+LOOKS = {
+    1: {"color": "#D55E00", "style": "solid", "arrowhead": "normal"},
+    -1: {"color": "#0072B2", "style": "dashed", "arrowhead": "empty"},
+    0: {"color": "#222222", "style": "solid", "arrowhead": "vee"},
 }
-
-
-class ActivePath(NamedTuple):
-    block: int
-    source: int
-    target: int
-    operation: Operation | None  # None: not chosen yet, as in the search space
+MEANINGS = {
+    1: "down: half the resolution, twice the channels",
+    -1: "up: twice the resolution, half the channels",
+    0: "same resolution",
+}
 
 
 @dataclass(frozen=True)
 class Grid:
     """Where things are, in points (1/72 inch), y upwards, the topmost first node at (0, 0).
 
-    At 12 blocks the picture is about 1000 points wide, so that its 10 point text stays readable in
-    a README.
+    At 12 blocks the picture is about 1000 points wide: its 10 point text stays readable in a page.
     """
 
     num_blocks: int
     num_depths: int
-    num_halvings: int  # of the image, before depth 0
+    num_halvings: int  # of the image, before depth 0: 0 or 1
 
     row_gap = 88.0
     radius = 9.0
@@ -83,9 +71,7 @@ class Grid:
 
     @property
     def column_gap(self) -> float:
-        """Wide enough for the labels, and for few blocks to be as wide as the legend, within
-        reason.
-        """
+        # Wide enough for the labels, and for few blocks to be about as wide as the legend
         return min(max((self.legend_width - self.sides) / self.num_blocks, 72.0), 110.0)
 
     def node(self, row: int, depth: int) -> Point:
@@ -108,8 +94,7 @@ def draw_architecture(
     format: str = "png",
     caption: Sequence[str] = (),
 ) -> graphviz.Digraph:
-    """Write ``<directory>/<filename>.gv`` and its rendering ``<directory>/<filename>.<format>``,
-    each atomically.
+    """Write ``<directory>/<filename>.gv``, and its rendering beside it, each atomically.
 
     Args:
         caption: further lines below the title, for example what the network costs.
@@ -132,18 +117,16 @@ def architecture_svg(architecture: Architecture, caption: Sequence[str] = ()) ->
 
 
 def _graph_of(architecture: Architecture, caption: Sequence[str]) -> graphviz.Digraph:
-    operations, ends = (
-        [OPERATIONS[name] for name in architecture.operations],
-        paths(architecture.num_depths),
-    )
-    active = [
-        ActivePath(block, *ends[path], operations[architecture.arch_code_c[block, path]])
+    operations = [OPERATIONS[name] for name in architecture.operations]
+    ends = paths(architecture.num_depths)
+    active = {
+        (block, *ends[path]): operations[architecture.arch_code_c[block, path]]
         for block, path in np.argwhere(architecture.arch_code_a == 1).tolist()
-    ]
+    }
     title = " · ".join(["DiNTS architecture", *_facts(architecture.info)])
-    return _graph(
-        architecture.node_a == 1, active, operations, title, caption, architecture.use_downsample
-    )
+    size = architecture.num_blocks, architecture.num_depths
+    grid = Grid(*size, int(architecture.use_downsample))
+    return _graph(grid, architecture.node_a == 1, active, operations, title, caption)
 
 
 def draw_search_space(
@@ -156,26 +139,23 @@ def draw_search_space(
     operations: Sequence[str] = PUBLISHED,
     use_downsample: bool = True,
 ) -> graphviz.Digraph:
-    """Draw all nodes and all paths that a search chooses from; write, return and raise as
-    `draw_architecture`.
-    """
-    everything = [
-        ActivePath(block, *ends, None) for block in range(num_blocks) for ends in paths(num_depths)
-    ]
+    """Draw all that a search chooses from; write, return and raise as `draw_architecture`."""
+    everything = dict.fromkeys(
+        (block, *ends) for block in range(num_blocks) for ends in paths(num_depths)
+    )
     title = (
         f"DiNTS search space · {num_blocks} blocks · {num_depths} resolutions · {len(everything)} "
         f"paths, each on or off, with one of {len(operations)} operations"
     )
     all_nodes = np.ones((num_blocks + 1, num_depths), dtype=bool)
+    grid = Grid(num_blocks, num_depths, int(use_downsample))
     operations = [OPERATIONS[name] for name in operations]
-    graph = _graph(all_nodes, everything, operations, title, caption, use_downsample)
+    graph = _graph(grid, all_nodes, everything, operations, title, caption)
     return _write(graph, filename, directory, format)
 
 
 def _facts(info: dict) -> list[str]:
-    """Put into words what an arch file says about itself; a key that is absent or of another kind
-    is left out.
-    """
+    """Put into words what an arch file says about itself, as far as its values make sense."""
     facts = [info["task"]] if isinstance(info.get("task"), str) else []
     for key, wording in (
         ("factor_ram_cost", "RAM factor {:g}"),
@@ -192,15 +172,19 @@ def _facts(info: dict) -> list[str]:
 
 
 def _graph(
+    grid: Grid,
     active: np.ndarray,
-    active_paths: Iterable[ActivePath],
+    active_paths: dict[tuple[int, int, int], Operation | None],
     operations: Sequence[Operation],
     title: str,
     caption: Sequence[str],
-    use_downsample: bool,
 ) -> graphviz.Digraph:
-    """Lay out the drawing; ``active`` (blocks + 1, depths) says which nodes are active."""
-    grid = Grid(active.shape[0] - 1, active.shape[1], int(use_downsample))
+    """Lay out the drawing.
+
+    Args:
+        active: (blocks + 1, depths), which nodes are active.
+        active_paths: operations by block and source and target depths; None: not chosen yet.
+    """
     graph = graphviz.Digraph("dints")
     # nop2: graphviz draws at the given positions and moves nothing.
     graph.attr(layout="nop2", outputorder="nodesfirst", bgcolor="white", pad="0.12", fontname=FONT)
@@ -212,31 +196,23 @@ def _graph(
     for row, depth in np.ndindex(active.shape):
         _add_node(graph, f"row{row}_depth{depth}", grid.node(row, depth), bool(active[row, depth]))
     _add_stems(graph, grid, np.flatnonzero(active[0]).tolist())
-    for path in active_paths:
-        _add_path(graph, grid, path)
+    for path, operation in active_paths.items():
+        _add_path(graph, grid, *path, operation)
     _add_output(graph, grid, np.flatnonzero(active[-1]).tolist())
     _add_legend(graph, grid, operations, has_inactive=not active.all())
     return graph
 
 
 def _add_headings(graph: graphviz.Digraph, grid: Grid, title: str, caption: Sequence[str]) -> None:
-    """Add title, caption, block numbers, and the resolution of each row as a part of the
-    image's.
-    """
+    """Add title, caption, block numbers, and each row's resolution as a part of the image's."""
     height = grid.header + 42 + 15 * len(caption)
     _add_text(graph, "title", (grid.left, height), title, fontsize=13, bold=True)
     for number, line in enumerate(caption):
         _add_text(graph, f"caption{number}", (grid.left, height - 19 - 15 * number), line)
     for block in range(grid.num_blocks):
         center = (block + 0.5) * grid.column_gap
-        graph.node(
-            f"block{block}",
-            f"block {block}",
-            pos=_pos(center, grid.header),
-            shape="plain",
-            fixedsize="false",
-            fontcolor=GREY,
-        )
+        look = {"shape": "plain", "fixedsize": "false", "fontcolor": GREY}
+        graph.node(f"block{block}", f"block {block}", pos=_pos(center, grid.header), **look)
     _add_text(graph, "resolutions", (grid.left, grid.header + 17), "resolution")
     for depth in range(-1, grid.num_depths):
         height = grid.header if depth < 0 else grid.node(0, depth)[1]
@@ -245,89 +221,63 @@ def _add_headings(graph: graphviz.Digraph, grid: Grid, title: str, caption: Sequ
 
 
 def _add_node(graph: graphviz.Digraph, name: str, at: Point, active: bool) -> None:
-    if active:
-        graph.node(
-            name,
-            pos=_pos(*at),
-            width=_inches(2 * Grid.radius),
-            style="filled",
-            color="#222222",
-            fillcolor="#56B4E9",
-        )
-    else:
-        graph.node(
-            name,
-            pos=_pos(*at),
-            width=_inches(8),
-            style="filled",
-            color="#C4C4C4",
-            fillcolor="#EEEEEE",
-        )
+    width, color, fill = (2 * Grid.radius, "#222222", "#56B4E9") if active else (8, *INACTIVE)
+    graph.node(
+        name, pos=_pos(*at), width=_inches(width), style="filled", color=color, fillcolor=fill
+    )
 
 
-def _add_path(graph: graphviz.Digraph, grid: Grid, path: ActivePath) -> None:
-    start, end = grid.node(path.block, path.source), grid.node(path.block + 1, path.target)
-    direction = DIRECTIONS[path.target - path.source]
+def _add_path(
+    graph: graphviz.Digraph,
+    grid: Grid,
+    block: int,
+    source: int,
+    target: int,
+    operation: Operation | None,
+) -> None:
+    start, end = grid.node(block, source), grid.node(block + 1, target)
     # Labels of level paths lie on top of the line; those of slanted ones near their start, clear of
     # where paths cross.
-    if path.source == path.target:
+    if source == target:
         label_at = (start[0] + end[0] - ARROW_LENGTH) / 2, start[1] + 8.5
     else:
         label_at = tuple(a + 0.3 * (b - a) for a, b in zip(start, end, strict=True))
-    label = (
-        {} if path.operation is None else {"label": _pill(path.operation), "lp": _pos(*label_at)}
-    )
+    label = {} if operation is None else {"label": _pill(operation), "lp": _pos(*label_at)}
     graph.edge(
-        f"row{path.block}_depth{path.source}",
-        f"row{path.block + 1}_depth{path.target}",
+        f"row{block}_depth{source}",
+        f"row{block + 1}_depth{target}",
         pos=_arrow(_towards(start, end, grid.radius), _towards(end, start, grid.radius)),
-        **_look(direction),
+        **LOOKS[target - source],
         **label,
     )
 
 
 def _add_stems(graph: graphviz.Digraph, grid: Grid, depths: Sequence[int]) -> None:
-    """Add the image and its way into each active node of the first column: a stem of its own for
-    each resolution.
-    """
+    """Add the image and a stem into each active node of the first column."""
     x, y = grid.image()
     _add_box(graph, "image", (x, y))
     for depth in depths:
         node_x, node_y = grid.node(0, depth)
         route = _arrow((x, y - BOX_HEIGHT / 2), (x, node_y), (node_x - grid.radius, node_y))
-        graph.edge(
-            "image",
-            f"row0_depth{depth}",
-            pos=route,
-            label="stem",
-            lp=_pos(x + 19, node_y + 7),
-            **FIXED,
-        )
+        ends, label_at = ("image", f"row0_depth{depth}"), _pos(x + 19, node_y + 7)
+        graph.edge(*ends, pos=route, label="stem", lp=label_at, **FIXED)
 
 
 def _add_output(graph: graphviz.Digraph, grid: Grid, depths: Sequence[int]) -> None:
-    """Add the way up from the deepest active node of the last column, to which active nodes of
-    other rows are added.
-    """
+    """Add the way up from the last column's deepest active node; to it the others are added."""
     _add_box(graph, "segmentation", grid.segmentation())
-    radius = {
-        depth: 7.0 if depth in depths and depth < max(depths) else 2.5
-        for depth in range(max(depths) + 1)
-    }
+    radius = {depth: 7.0 if depth in depths else 2.5 for depth in range(max(depths))}
+    radius[max(depths)] = 2.5
     for depth in radius:
         x, y = grid.sum(depth)
         look = {"label": "+"} if radius[depth] == 7 else {"style": "filled", "fillcolor": GREY}
         graph.node(
             f"sum{depth}", pos=_pos(x, y), width=_inches(2 * radius[depth]), color=GREY, **look
         )
-        if depth == 0:
-            above, label, ceiling = "segmentation", "head", grid.segmentation()[1] - BOX_HEIGHT / 2
-        else:
-            above, label, ceiling = (
-                f"sum{depth - 1}",
-                "x2",
-                grid.sum(depth - 1)[1] - radius[depth - 1],
-            )
+        above, label, ceiling = "segmentation", "head", grid.segmentation()[1] - BOX_HEIGHT / 2
+        if depth > 0:
+            above, label = f"sum{depth - 1}", "x2"
+            ceiling = grid.sum(depth - 1)[1] - radius[depth - 1]
         route = _arrow((x, y + radius[depth]), (x, ceiling))
         label_at = _pos(x + 4 + 3 * len(label), (y + ceiling) / 2)
         graph.edge(f"sum{depth}", above, pos=route, label=label, lp=label_at, **FIXED)
@@ -349,10 +299,9 @@ def _add_legend(
     ):
         _add_text(graph, f"legend {heading}", (x, top), heading, fontsize=11, bold=True)
 
-    arrows = [(direction.meaning, _look(direction)) for direction in DIRECTIONS.values()]
-    for line, (meaning, look) in enumerate(
-        [*arrows, ("not searched: stem, upsampling (x2), head", FIXED)], start=1
-    ):
+    arrows = [(MEANINGS[change], look) for change, look in LOOKS.items()]
+    arrows.append(("not searched: stem, upsampling (x2), head", FIXED))
+    for line, (meaning, look) in enumerate(arrows, start=1):
         y = top - 17 * line
         start, end = (paths_x, y), (paths_x + 34, y)
         for name, at in ((f"legend start{line}", start), (f"legend end{line}", end)):
@@ -368,14 +317,8 @@ def _add_legend(
 
     for line, operation in enumerate(operations, start=1):
         y = top - 17 * line
-        at = _pos(operations_x + 21, y)
-        graph.node(
-            f"legend {operation.label} pill",
-            _pill(operation),
-            pos=at,
-            shape="plain",
-            fixedsize="false",
-        )
+        name, at = f"legend {operation.label} pill", _pos(operations_x + 21, y)
+        graph.node(name, _pill(operation), pos=at, shape="plain", fixedsize="false")
         _add_text(graph, f"legend {operation.label}", (operations_x + 50, y), operation.meaning)
 
 
@@ -387,9 +330,7 @@ def _add_text(
     fontsize: float = 10,
     bold: bool = False,
 ) -> None:
-    """Add text that starts at the point ``at``: a borderless box, wide enough for it, with a
-    left-aligned label.
-    """
+    """Add text that starts at the point ``at``: a borderless box with a left-aligned label."""
     width = 0.62 * fontsize * len(text) + 10
     graph.node(
         name,
@@ -410,15 +351,8 @@ def _add_box(graph: graphviz.Digraph, name: str, at: Point) -> None:
     graph.node(name, name, pos=_pos(*at), shape="box", style="rounded", color=GREY, **size)
 
 
-def _look(direction: Direction) -> dict[str, str]:
-    """Return graphviz's attributes for a path of this direction."""
-    return {key: getattr(direction, key) for key in ("color", "style", "arrowhead")}
-
-
 def _pill(operation: Operation) -> str:
-    """Return graphviz's HTML for an operation's name on its colour; the fill covers the line
-    below.
-    """
+    """Return an operation's name on its colour in graphviz's HTML; it covers the line below."""
     return (
         '<<TABLE BORDER="1" COLOR="#777777" STYLE="rounded" CELLBORDER="0" CELLPADDING="0" '
         'CELLSPACING="1" '
@@ -441,9 +375,7 @@ def _towards(start: Point, end: Point, distance: float) -> Point:
 
 
 def _arrow(*corners: Point) -> str:
-    """Return graphviz's spline for straight lines through the corners; the last few points are the
-    arrowhead's.
-    """
+    """Return graphviz's spline for straight lines; the last few points are the arrowhead's."""
     *route, tip = corners
     route.append(_towards(tip, route[-1], ARROW_LENGTH))
     controls = [route[0]]

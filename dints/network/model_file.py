@@ -27,9 +27,7 @@ def save_model(
     task: Task,
     **info,
 ) -> None:
-    """Write a model file, all that inference needs: weights, architecture, network settings,
-    preprocessing.
-    """
+    """Write all that inference needs: weights, architecture, network settings, preprocessing."""
     content = {
         "state_dict": network.state_dict(),
         "architecture": architecture.to_dict(),
@@ -61,9 +59,7 @@ class Model:
 
     @property
     def channels(self) -> str:
-        """Tell people how many image channels the network takes, and which, where the file says
-        it.
-        """
+        """How many image channels the network takes, and which, where the file says it."""
         data = self.info.get("data")
         names = data.get("channels") if isinstance(data, dict) else None
         is_known = isinstance(names, list) and len(names) == self.task.num_channels
@@ -177,9 +173,7 @@ def _check_info(info: dict, path: str | Path) -> None:
 
 
 def _is_sound(key: str, value: object) -> bool:
-    """Tell whether an entry is what its readers take it for; entries without readers may be
-    anything.
-    """
+    """Tell whether an entry is what its readers take it for; others may be anything."""
     if key in ("training_cases", "validation_cases"):
         return isinstance(value, list) and all(isinstance(name, str) for name in value)
     if key == "ranges":
@@ -195,9 +189,7 @@ def _is_sound(key: str, value: object) -> bool:
 
 
 def _is_range(name: object, ends: object) -> bool:
-    """Tell whether they are the lowest and the highest values of a quantity in
-    `SIZES_OF_RANGES`.
-    """
+    """Tell whether they are the least and largest values of a quantity in `SIZES_OF_RANGES`."""
     if name not in SIZES_OF_RANGES or not isinstance(ends, (list, tuple)) or len(ends) != 2:
         return False
     count = SIZES_OF_RANGES[name]
@@ -207,9 +199,7 @@ def _is_range(name: object, ends: object) -> bool:
 
 
 def _check_task(task: Task, architecture: Architecture) -> None:
-    """Raise unless the attributes are what `Task` says of them, and its patches fit the
-    architecture.
-    """
+    """Raise unless the attributes are what `Task` says, and patches fit the architecture."""
     numbers = (int, float)
     for key, is_sound in (
         ("name", isinstance(task.name, str)),

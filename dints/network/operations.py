@@ -35,9 +35,7 @@ class Operation:
 
 
 class ActivatedConvolutions(nn.Sequential):
-    """ReLU, one convolution or a chain of them without bias, and InstanceNorm; MONAI's layers by
-    MONAI's names.
-    """
+    """ReLU, a chain of convolutions without bias, and InstanceNorm, by MONAI's names."""
 
     def __init__(
         self,

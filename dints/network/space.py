@@ -102,9 +102,7 @@ class SearchSpace(TopologySearch):
         ).sum()
 
     def gen_mtx(self, depth: int) -> tuple[dict, list[tuple], list[tuple]]:
-        """Return node patterns and children in MONAI's order; its table of transfer matrices is not
-        needed here.
-        """
+        """Return node patterns and children in MONAI's order; its transfer matrices stay empty."""
         return {}, *(decoding.subsets(count, self.keep_finest) for count in (depth, 3 * depth - 2))
 
     def get_prob_a(self, child: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -178,34 +176,24 @@ class SearchSpace(TopologySearch):
         return self._of_depths(sizes.tolist())
 
     def _expected_costs(self) -> torch.Tensor:
-        """Return (blocks, paths): feature maps that a path keeps, its output and its operations'
-        expected ones.
-        """
+        """Return (blocks, paths): feature maps that a path and its operations are to keep."""
         return 1 + (self.operation_costs * F.softmax(self.log_alpha_c, -1)).sum(-1)
 
     def _of_depths(self, values: Sequence[float]) -> torch.Tensor:
-        """Return (paths,): the value of each path's target, of Python numbers on the device,
-        without a wait.
-        """
+        """Return (paths,): the value of each path's target, on the device without a wait."""
         return sum(value * at_depth for value, at_depth in zip(values, self.targets, strict=True))
 
     def _memory_of_paths(self, arch_code_c: np.ndarray) -> np.ndarray:
-        """Return (blocks, paths): memory of each path with its decoded operation, in the unit of
-        ``dearest_memory``.
-        """
+        """Return (blocks, paths): memory of each path with its operation, as ``dearest_memory``."""
         costs = np.take_along_axis(self.ram_cost, arch_code_c[..., None], -1)[..., 0]
         return (1 + costs) * np.array(self.depth_sizes)[[target for _, target in self.paths]]
 
     def ram_ratio_of(self, arch_code_a: np.ndarray, arch_code_c: np.ndarray) -> float:
-        """Return the memory of a decoded architecture as a share of every path active with its
-        dearest operation.
-        """
+        """Return an architecture's memory as a share of every path with its dearest operation."""
         return float((self._memory_of_paths(arch_code_c) * arch_code_a).sum() / self.dearest_memory)
 
     def feasible_ram_ratio(self) -> float:
-        """Return the smallest ``max_ram_ratio`` that `decode` can keep, whatever the operations
-        are.
-        """
+        """Return the smallest ``max_ram_ratio`` that `decode` can keep for any operations."""
         dearest = self._memory_of_paths(self.ram_cost.argmax(-1)) @ self.child_list.T
         return decoding.least_memory(dearest, self.starts, self.ends) / self.dearest_memory
 
@@ -287,9 +275,7 @@ class SearchSpace(TopologySearch):
 
 
 def supernet_of(space: SearchSpace, in_channels: int, num_classes: int) -> DiNTS:
-    """Build MONAI's `DiNTS` around the space: stems before and after it, for images of so many
-    channels.
-    """
+    """Build MONAI's `DiNTS` around the space: stems before and after it."""
     # MONAI's own is a tensor, which does not compile
     every_node = [[1] * space.num_depths] * (space.num_blocks + 1)
     network = DiNTS(

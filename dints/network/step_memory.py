@@ -47,7 +47,7 @@ def check_memory(
     one of two bytes.
 
     Args:
-        architecture: that is trained; None: activations are not counted.
+        architecture: that is trained; None where ``memory_mib`` is given.
         num_loaders: that prepare batches at the same time.
         memory_mib: that candidates fill with a step, counted in fp32; see
             `dints.network.cost.step_mib`.
@@ -55,47 +55,42 @@ def check_memory(
     Raises:
         UserError: it does not suffice.
     """
-    batch_size, machine_settings = settings.patches.num_images_per_batch, settings.machine
-    device = machine.planned_device(settings)
+    batch_size, device = settings.patches.num_images_per_batch, machine.planned_device(settings)
     processes = launcher.local_world_size()
     ahead = bytes_ahead(task, batch_size, settings.run.num_workers, device)
     patches = processes * num_loaders * ahead
     flag = "--num_images_per_batch"
     of = f"--patch_size {' '.join(map(str, task.patch_size))} and {flag} {batch_size}"
     remedy = f"lower --patch_size, {flag} or --num_workers"
-    needs = f"{of}: the patches that are prepared ahead take"
-    machine.check_memory(patches, needs, remedy)
-    if device != "cpu" or (architecture is None and memory_mib is None):
+    machine.check_memory(patches, f"{of}: the patches that are prepared ahead take", remedy)
+    if device != "cpu":
         return
-    # On a CPU some layers keep less than counted.
-    share = 0.9 if machine_settings.precision == "fp32" else 0.45
-    step = "a training step on the CPU takes"
+    recomputes = settings.machine.checkpoint_activations
     if memory_mib is not None:
-        needed = patches + int(processes * memory_mib * 2**20 * share)
-        needs = f"candidates fill --memory_mib {memory_mib:.6g}: {step}"
-        machine.check_memory(needed, needs, "give a smaller one, or use a GPU")
-        return
-    voxels = batch_size * math.prod(task.patch_size)
-    generous = GENEROUS * voxels * 32 * channel_mul * architecture.num_blocks
-    if patches + processes * generous < machine.available_memory():
-        return
-    with torch.device("meta"):
-        size = task.num_channels, task.num_classes, channel_mul
-        network = DiscreteNetwork(architecture, *size)
-    recomputes = machine_settings.checkpoint_activations
-    input_shape = (batch_size, task.num_channels, *task.patch_size)
-    activations = _at_the_peak(network, input_shape, recomputes)
-    needed = patches + int(processes * activations * share)
-    remedy += ", or use a GPU" if recomputes else ", give --checkpoint_activations, or use a GPU"
-    machine.check_memory(needed, f"{of}: {step}", remedy)
+        step = memory_mib * 2**20
+        of, remedy = f"candidates fill --memory_mib {memory_mib:.6g}", "give a smaller one"
+    else:
+        input_shape = (batch_size, task.num_channels, *task.patch_size)
+        generous = GENEROUS * batch_size * math.prod(task.patch_size) * 32 * channel_mul
+        if patches + processes * generous * architecture.num_blocks < machine.available_memory():
+            return
+        with torch.device("meta"):
+            network = DiscreteNetwork(
+                architecture, task.num_channels, task.num_classes, channel_mul
+            )
+        step = _at_the_peak(network, input_shape, recomputes)
+        remedy += "" if recomputes else ", give --checkpoint_activations"
+    # On a CPU some layers keep less than counted.
+    share = 0.9 if settings.machine.precision == "fp32" else 0.45
+    needed = patches + int(processes * step * share)
+    needs = f"{of}: a training step on the CPU takes"
+    machine.check_memory(needed, needs, f"{remedy}, or use a GPU")
 
 
 def _at_the_peak(
     network: DiscreteNetwork, input_shape: tuple[int, ...], checkpoint_activations: bool
 ) -> float:
-    """Return the bytes that are kept at once, of blocks that are computed again only the average
-    one's: no less.
-    """
+    """Return the bytes that are kept at once; of blocks that are computed again one's, no less."""
     whole = activation_bytes(network, input_shape)
     if not checkpoint_activations:
         return whole
@@ -107,8 +102,6 @@ def _at_the_peak(
 def within_supernet(
     num_blocks: int, num_depths: int, operations: Sequence[str], use_downsample: bool
 ) -> Architecture:
-    """Return an architecture that keeps less than the supernet of such a space: on every path the
-    last operation.
-    """
+    """Return an architecture that keeps less than such a supernet: all paths, one operation."""
     codes = np.ones((num_blocks, 3 * num_depths - 2), dtype=np.int64)
     return from_codes(codes, codes * (len(operations) - 1), operations, use_downsample)

@@ -39,11 +39,8 @@ def fitting_state(
     """
     state = _state_dict_in(content)
     if not _is_state_dict(state):
-        is_other = (
-            f" (it is {torch_files.kind(content)})"
-            if torch_files.kind(content) == "an architecture"
-            else ""
-        )
+        kind = torch_files.kind(content)
+        is_other = f" (it is {kind})" if kind == "an architecture" else ""
         raise UserError(
             f"{source} does not hold network weights{is_other}: give a state dict, or a model file "
             "of train_dints.py"
@@ -59,14 +56,12 @@ def fitting_state(
         (misshapen, "has {} of another shape"),
     ):
         if keys:
-            shapes = (
-                f" {tuple(state[keys[0]].shape)}, not {tuple(own[keys[0]].shape)}"
-                if keys is misshapen
-                else ""
-            )
+            key, shapes = keys[0], ""
+            if keys is misshapen:
+                shapes = f" {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
             raise UserError(
                 f"the weights in {source} do not fit this network: the file "
-                f"{fault.format(f'{len(keys)} tensors')}, for example {cut(keys[0])}{shapes}; give "
+                f"{fault.format(f'{len(keys)} tensors')}, for example {cut(key)}{shapes}; give "
                 "the architecture, channel_mul and data of its training"
             )
     state = {key: state[key] for key in own}
@@ -80,9 +75,7 @@ def fitting_state(
 
 
 def _state_dict_in(content: object) -> object:
-    """Look where a model file and the checkpoint of a run have the weights; else the content is to
-    be them.
-    """
+    """Look where a model file and the checkpoint of a run have the weights."""
     if not isinstance(content, dict):
         return None
     if isinstance(content.get("parts"), dict):
@@ -97,10 +90,7 @@ def _is_state_dict(content: object) -> bool:
 
 
 def _is_dense(value: object) -> bool:
-    """Tell whether it is a tensor of floats that are all there; files may hold meta, sparse and
-    nested ones too.
-    """
-    is_tensor = (
-        isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_nested
-    )
-    return is_tensor and value.layout is torch.strided and value.dtype in _FLOATS
+    """Tell whether it is a tensor of floats that are all there, not meta, sparse or nested."""
+    if not isinstance(value, torch.Tensor) or value.dtype not in _FLOATS or value.is_nested:
+        return False
+    return value.device.type == "cpu" and value.layout is torch.strided

@@ -1,3 +1,1 @@
-"""A run's report, one page that can be sent on: cases looked at, their pictures, plots, the model,
-the page.
-"""
+"""A batch's report, one page that can be sent on: cases, their pictures, plots, the model."""

@@ -1,11 +1,8 @@
-"""What a model file tells of itself: its architecture with its cost, its training and the course of
-it.
-"""
+"""A model for people: its architecture with its cost, its training and the curves of it."""
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +27,12 @@ OF_TRAINING = {
     "num_folds": "folds",
     "version": "version that trained it",
 }
-# Where they stand in a model's folder, what pictures of its training show.
 CURVES = {
     "training_loss": "Training loss over iterations, and over minutes",
     "validation_metric": "Dice of the validation cases over iterations, and over minutes",
-    "search": "The search: losses, memory, entropies, and changes of the decoded network over "
-    "iterations",
+    "search": "The search: losses, memory, entropies, changes of the decoded network",
 }
+CASES = {"training_cases": "trained on", "validation_cases": "validated on"}
 
 
 @dataclass(frozen=True)
@@ -62,65 +58,41 @@ class About:
 
 def about(models: Sequence[Model], paths: Sequence[Path]) -> list[About]:
     """Gather the facts of each model; a drawing that two of them share is shown with the first."""
-    described, drawn, folders = [], [], []
+    described, drawn, folders = [], {}, set()
     for model, path in zip(models, paths, strict=True):
-        settings = (
-            model.task.num_channels,
-            model.task.num_classes,
-            model.task.patch_size,
-            model.info["channel_mul"],
-        )
-        costs = cost(model.architecture, *settings)
-        identity = (*model.architecture.codes(), model.architecture.operations, settings)
-        drawing = note = ""
-        if identity in drawn:
-            note = f"Its architecture is that of {paths[drawn.index(identity)]}."
-        else:
+        task, architecture, width = model.task, model.architecture, model.info["channel_mul"]
+        settings = task.num_channels, task.num_classes, task.patch_size, width
+        costs = cost(architecture, *settings)
+        identity = repr((architecture.codes(), architecture.operations, settings))
+        first = drawn.setdefault(identity, path)
+        drawing, note = "", f"Its architecture is that of {first}."
+        if first is path:
             drawing, note = _drawing(model, costs.lines())
-        drawn.append(identity)
         curves, absence = ({}, "") if path.parent in folders else _curves(path.parent)
-        folders.append(path.parent)
-        cases = {
-            name: model.info[key]
-            for key, name in (
-                ("training_cases", "trained on"),
-                ("validation_cases", "validated on"),
-            )
-            if model.info.get(key)
-        }
+        folders.add(path.parent)
+        cases = {name: model.info[key] for key, name in CASES.items() if model.info.get(key)}
         notes = tuple(text for text in (note, absence) if text)
-        described.append(
-            About(str(path), tuple(_facts(model, costs)), cases, drawing, curves, notes)
-        )
+        facts = tuple(_facts(model, costs))
+        described.append(About(str(path), facts, cases, drawing, curves, notes))
     return described
 
 
 def _facts(model: Model, costs: Cost) -> list[tuple[str, str]]:
-    info = model.info
+    task, info = model.task, model.info
+    patch, memory = " x ".join(map(str, task.patch_size)), f"{costs.activation_mib:.4g} MiB"
     facts = [
-        ("task", model.task.name),
+        ("task", task.name),
         (
             "modality",
-            f"{model.task.modality}, {model.task.num_channels} "
-            f"channel{'s' * (model.task.num_channels > 1)}",
+            f"{task.modality}, {task.num_channels} channel{'s' * (task.num_channels > 1)}",
         ),
-        ("preprocessing", describe(model.task)),
+        ("preprocessing", describe(task)),
         ("parameters", f"{costs.parameters:,}"),
-        (
-            "multiply-adds",
-            f"{costs.gmac:.4g} GMAC a patch of "
-            f"{' x '.join(map(str, model.task.patch_size))} voxels",
-        ),
-        (
-            "memory",
-            f"{costs.activation_mib:.4g} MiB of activations in a training step with one patch",
-        ),
+        ("multiply-adds", f"{costs.gmac:.4g} GMAC a patch of {patch} voxels"),
+        ("memory", f"{memory} of activations in a training step with one patch"),
     ]
-    facts += [
-        (name, value_of(info[key]))
-        for key, name in OF_TRAINING.items()
-        if info.get(key) is not None
-    ]
+    known = [(key, name) for key, name in OF_TRAINING.items() if info.get(key) is not None]
+    facts += [(name, value_of(info[key])) for key, name in known]
     if "flips" in info:
         axes = ", ".join("XYZ"[axis] for axis in info["flips"]["axes"])
         facts.append(("flips in training", f"along {axes}" if axes else "none"))
@@ -132,13 +104,9 @@ def value_of(value: object) -> str:
     """Write a value of an unknown kind for people."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(value_of, value)) or "none"
-    return (
-        "none"
-        if value is None
-        else f"{value:.4g}"
-        if isinstance(value, float)
-        else str(value)[:LONGEST]
-    )
+    if value is None:
+        return "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:LONGEST]
 
 
 def _drawing(model: Model, caption: Sequence[str]) -> tuple[str, str]:
@@ -148,29 +116,17 @@ def _drawing(model: Model, caption: Sequence[str]) -> tuple[str, str]:
     except UserError as error:
         log.warning("the report has no drawing: %s", error)
         return "", f"No picture of the architecture: {error}."
-    text = text[text.index("<svg") :]
-    for what, instead in (
-        (r'\A<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">'),
-        # names of nodes and paths, which a browser would show
-        (r"<!--.*?-->|<title>.*?</title>", ""),
-        (r'<(g|a) id="[^"]*"', r"<\1"),
-        (r"\s*\n\s*", "\n"),
-    ):
-        text = re.sub(what, instead, text, flags=re.DOTALL)
-    return text, ""
+    # titles are names of nodes and paths, which a browser would show
+    unwanted = (r"<!--.*?-->|<title>.*?</title>", ""), (r'<(g|a) id="[^"]*"', r"<\1")
+    return plots.inline(text, *unwanted), ""
 
 
 def _curves(folder: Path) -> tuple[dict[str, str], str]:
-    """Draw the course of the training that a model's folder holds, or tell why there is nothing to
-    draw.
-    """
+    """Draw the curves of the training in a model's folder, or tell why there are none."""
     try:
         drawn = plots.course(folder)
-    # tables of another program, or unreadable
-    except (LookupError, TypeError, ValueError, OSError) as error:
-        log.warning(
-            "the report has no training curves: the tables in %s cannot be read (%r)", folder, error
-        )
+    except (LookupError, TypeError, ValueError, OSError) as error:  # of another program
+        log.warning("no training curves: the tables in %s cannot be read (%r)", folder, error)
         return {}, f"No training curves: the tables in {folder} are none of train_dints.py's."
     if not drawn:
         return {}, f"No training curves: {folder} holds no tables of a training."

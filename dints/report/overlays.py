@@ -1,5 +1,4 @@
-"""A case in three views: planes of its image, and the outlines of reference and segmentation that
-lie over them.
+"""A case in three views: planes of its image, with outlines of reference and segmentation.
 
 Planes are shown in radiological convention, the patient's right on the left. Pixels are the file's
 voxels and outlines are lines in the same coordinates; a browser stretches both to mm, so that no
@@ -20,8 +19,7 @@ from PIL import Image
 from dints.data.grid import Resampling
 from dints.data.tasks import Task
 
-# By the axis of RAS that a plane lies across; what is left, right, above and below once both axes
-# are flipped.
+# By the axis of RAS across a plane: left, right, above and below once both axes are flipped.
 DIRECTIONS = {2: ("axial", "RLAP"), 1: ("coronal", "RLSI"), 0: ("sagittal", "APSI")}
 # around the structure: the larger of mm, and a share of its longest side
 MARGIN_MM, MARGIN_SHARE = 8.0, 0.2
@@ -129,59 +127,41 @@ def overlay(
     """
     turning = Resampling(image.shape[1:], affine, None)  # to RAS, and nothing else
     spacing = np.linalg.norm(turning.affine[:3, :3], axis=0)
-    volume = turning.apply(image[:1], nearest=True)[0]
-    # in the order in which they are drawn
-    masks = {"reference": reference, "prediction": prediction}
-    masks = {
-        kind: turning.apply(m[None], nearest=True)[0] for kind, m in masks.items() if m is not None
-    }
+    masks = {"reference": reference, "prediction": prediction}  # in the order of drawing
+    given = {"image": image[0]} | {kind: mask for kind, mask in masks.items() if mask is not None}
+    masks = {name: turning.apply(array[None], nearest=True)[0] for name, array in given.items()}
+    volume = masks.pop("image")
     foreground = np.logical_or.reduce([mask > 0 for mask in masks.values()])
     box = box_around(foreground, spacing)
-    counted = (
-        masks["prediction"][box] != masks["reference"][box]
-        if reference is not None
-        else np.zeros(1, bool)
-    )
-    chosen = "with most errors"
-    if not counted.any():
+    errors = masks["prediction"][box] != masks.get("reference", masks["prediction"])[box]
+    counted, chosen = errors, "with most errors"
+    if not errors.any():
         counted = foreground[box]
         chosen = "with most of what was found" if counted.any() else "midway"
     shown = [side.start + number for side, number in zip(box, fullest_planes(counted), strict=True)]
     window = task.intensity or percentiles(volume[box])
+    most_pixels = MOST_PIXELS if most_planes == 1 else MOST_PIXELS_OF_MANY
+
+    def plane(axis: int, number: int, voxel: tuple[float, float]) -> Plane:
+        place = tuple(number if axis == other else side for other, side in enumerate(box))
+        pixels = data_uri(as_shown(volume[place]), window, most_pixels)
+        shown_masks = {kind: as_shown(mask[place]) for kind, mask in masks.items()}
+        return Plane(number + 1, pixels, _outlines(shown_masks, voxel))
+
     views = []
     for axis, (name, letters) in DIRECTIONS.items():
-        voxel = tuple(float(size) for other, size in enumerate(spacing) if other != axis)
-        planes = []
-        for number in spread(box[axis], shown[axis], most_planes):
-            place = tuple(number if axis == other else side for other, side in enumerate(box))
-            outlines = _outlines(
-                {kind: as_shown(mask[place]) for kind, mask in masks.items()}, voxel
-            )
-            most_pixels = MOST_PIXELS if most_planes == 1 else MOST_PIXELS_OF_MANY
-            planes.append(
-                Plane(number + 1, data_uri(as_shown(volume[place]), window, most_pixels), outlines)
-            )
-        sides = [box[other].stop - box[other].start for other in range(3) if other != axis]
-        width, height = (side * size for side, size in zip(sides, voxel, strict=True))
-        views.append(
-            View(
-                name,
-                letters,
-                volume.shape[axis],
-                width,
-                height,
-                voxel,
-                tuple(planes),
-                shown[axis] + 1,
-            )
-        )
+        across = [other for other in range(3) if other != axis]
+        voxel = tuple(float(spacing[other]) for other in across)
+        width, height = ((box[o].stop - box[o].start) * float(spacing[o]) for o in across)
+        numbers = spread(box[axis], shown[axis], most_planes)
+        planes = tuple(plane(axis, number, voxel) for number in numbers)
+        size = volume.shape[axis], width, height, voxel
+        views.append(View(name, letters, *size, planes, shown[axis] + 1))
     return Overlay(tuple(views), chosen)
 
 
 def spread(side: slice, shown: int, most: int) -> list[int]:
-    """Return planes through a box's side, at most so many and evenly spaced, ``shown`` among
-    them.
-    """
+    """Return planes through a box's side, at most so many, evenly spaced, and ``shown`` too."""
     step = -(-(side.stop - side.start) // most)
     return list(range(shown - (shown - side.start) // step * step, side.stop, step))
 
@@ -196,9 +176,7 @@ def _outlines(masks: dict[str, np.ndarray], voxel: tuple[float, float]) -> tuple
 
 
 def as_shown(plane: np.ndarray) -> np.ndarray:
-    """Return the rows and columns of a plane of RAS as they are looked at: anterior or superior
-    above, right left.
-    """
+    """Return a plane of RAS as it is looked at: anterior or superior above, right left."""
     return plane[::-1, ::-1].T
 
 
@@ -223,9 +201,7 @@ def box_around(foreground: np.ndarray, spacing: np.ndarray) -> tuple[slice, slic
 
 
 def fullest_planes(mask: np.ndarray) -> list[int]:
-    """Return for each axis the plane across it that holds most voxels of a bool mask; of an empty
-    one the middle's.
-    """
+    """Return each axis's plane with most voxels of a bool mask; of an empty one the middle."""
     if not mask.any():
         return [size // 2 for size in mask.shape]
     return [int(mask.sum(tuple({0, 1, 2} - {axis})).argmax()) for axis in range(3)]
@@ -243,12 +219,8 @@ def percentiles(volume: np.ndarray) -> tuple[float, float]:
 def data_uri(pixels: np.ndarray, window: Sequence[float], most_pixels: int) -> str:
     """Encode a plane (rows, columns) as WebP, its window from black to white."""
     low, high = window
-    grey = (
-        np.clip((pixels.astype(np.float32) - low) * (255 / (high - low)), 0, 255)
-        .round()
-        .astype(np.uint8)
-    )
-    picture = Image.fromarray(np.ascontiguousarray(grey))
+    grey = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low)), 0, 255)
+    picture = Image.fromarray(np.ascontiguousarray(grey.round().astype(np.uint8)))
     picture.thumbnail((most_pixels, most_pixels), Image.Resampling.BOX)
     content = io.BytesIO()
     picture.save(content, "WEBP", lossless=grey.size <= LOSSLESS_PIXELS, quality=QUALITY)
@@ -256,8 +228,7 @@ def data_uri(pixels: np.ndarray, window: Sequence[float], most_pixels: int) -> s
 
 
 def outline(mask: np.ndarray) -> tuple[str, tuple[float, float]]:
-    """Return the outlines of a bool mask (rows, columns) as SVG path data in half voxels; and their
-    highest point.
+    """Return outlines of a bool mask (rows, columns), SVG path data in half voxels; and their top.
 
     The lines pass midway between the centres of voxels within and without, as those of matplotlib's
     contours.
@@ -274,9 +245,7 @@ def outline(mask: np.ndarray) -> tuple[str, tuple[float, float]]:
 
 
 def _path(loop: np.ndarray) -> str:
-    """Write a closed loop of points (n, 2), the last one the first, without the points on straight
-    lines.
-    """
+    """Write a closed loop of points (n, 2), last as first, without points on straight lines."""
     steps = np.diff(loop, axis=0)
     turns = (steps != np.roll(steps, 1, axis=0)).any(1)
     corners = loop[:-1][turns]

@@ -1,5 +1,4 @@
-"""The page: what became of a batch and how good it is, as one HTML file that needs nothing beside
-it.
+"""The page: a batch's cases and their scores, as one HTML file that needs nothing beside it.
 
 `page.html` is its text, `page.css` its look and `page.js` the few lines that it runs. Its
 Content-Security-Policy lets a browser load nothing and run nothing but these lines, whatever a case
@@ -16,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import jinja2
@@ -26,6 +26,7 @@ from dints import __version__, files
 from dints.data.listing import Case
 from dints.data.tasks import Task
 from dints.errors import UserError
+from dints.evaluation.scores import NAN
 from dints.evaluation.summary import summarise
 from dints.network.model_file import Model
 from dints.report import models as model_facts
@@ -50,8 +51,7 @@ def write(
     models: Sequence[Model],
     model_paths: Sequence[Path],
 ) -> Path:
-    """Write ``report.html`` of a batch into its folder, which has ``run.json`` and the
-    segmentations, and return it.
+    """Write ``report.html`` into a batch's folder, which has ``run.json``; return its path.
 
     Args:
         cases: the fault in the place of one that could not be used.
@@ -66,26 +66,17 @@ def write(
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         notes = {output.name: run["cases"][output.name] for output in outputs}
-        done = [
-            pair
-            for pair in zip(cases, outputs, strict=True)
-            if notes[pair[1].name].get("state") == "done"
-        ]
-        batch = Batch(
-            _looked_at(done, models[0]),
-            models,
-            seconds=[notes[output.name].get("seconds") for _, output in done],
-            failures=[
-                (name, note["reason"])
-                for name, note in notes.items()
-                if note.get("state") == "failed"
-            ],
-            settings=run["settings"],
-        )
-        many_planes = partial(_pictured, done, models[0].task)
-        files.write_atomically(
-            path, render(batch, model_facts.about(models, model_paths), many_planes)
-        )
+        pairs = zip(cases, outputs, strict=True)
+        done = [(case, out) for case, out in pairs if notes[out.name].get("state") == "done"]
+        seconds = [notes[output.name].get("seconds") for _, output in done]
+        failed = [name for name, note in notes.items() if note.get("state") == "failed"]
+        failures = [(name, notes[name]["reason"]) for name in failed]
+        found, task = _looked_at(done, models[0]), models[0].task
+        batch = Batch(found, models, seconds, failures, run["settings"])
+        about = model_facts.about(models, model_paths)
+        many_planes = partial(results.picture_of, task=task, most_planes=MOST_PLANES)
+        page = render(batch, about, lambda number: many_planes(*done[number]))
+        files.write_atomically(path, page)
     except (MemoryError, OSError, RuntimeError, ValueError, UserError) as error:
         raise UserError(
             f"{path} could not be made ({error}); segmentations and scores are written: fix this "
@@ -122,20 +113,14 @@ class Batch:
     @property
     def trained_on(self) -> set[str]:
         """Names of its cases that a model was trained on."""
-        trained_on = {
-            name for model in self.models for name in model.info.get("training_cases", [])
-        }
-        return trained_on & {result.name for result in self.results}
+        trained_on = [model.info.get("training_cases", []) for model in self.models]
+        return {result.name for result in self.results}.intersection(chain(*trained_on))
 
 
 def _looked_at(done: Sequence[tuple[Case, Path]], model: Model) -> list[Result]:
     ranges = model.info.get("ranges", {})
     bar = tqdm(done, desc="report", unit="case", disable=None)
     return [results.look_at(case, output, model.task, ranges) for case, output in bar]
-
-
-def _pictured(done: Sequence[tuple[Case, Path]], task: Task, number: int) -> Overlay:
-    return results.picture_of(*done[number], task, MOST_PLANES)
 
 
 def render(
@@ -147,9 +132,8 @@ def render(
         many_planes: returns the picture of many planes of a case, by its number.
     """
     remarks, drawn = remarks_on(batch), _plots(batch)
-    others = [text for _, text in drawn] + [
-        text for one in about for text in (one.drawing, *one.curves.values())
-    ]
+    others = [text for _, text in drawn]
+    others += [text for one in about for text in (one.drawing, *one.curves.values())]
     groups, num_left_out = pictures(batch, remarks, many_planes, BYTES - sum(map(len, others)))
     rows = [row for result in batch.results for row in result.rows]
     folder = Path(__file__).parent
@@ -185,12 +169,8 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "number": number,
-        "volume": volume,
-        "percent": percent,
-        "value": model_facts.value_of,
-    }
+    filters = {"number": number, "volume": volume, "percent": percent}
+    environment.filters |= {**filters, "value": model_facts.value_of}
     return environment.get_template("page.html")
 
 
@@ -217,15 +197,11 @@ def remarks_on(batch: Batch) -> list[list[str]]:
     unusual = results.unusual_volumes(volumes, batch.task.class_names[1:])
     remarks = []
     for result, of_volumes in zip(batch.results, unusual, strict=True):
-        false = [
-            f"{row.label} was found where the reference has none"
-            for row in result.rows
-            if row.false_positive
-        ]
-        missed = [
-            f"{row.label} was missed" for row in result.rows if math.isinf(row.hausdorff95_mm)
-        ]
-        remarks.append([*result.remarks, *missed, *false, *of_volumes])
+        missed = [row.label for row in result.rows if math.isinf(row.hausdorff95_mm)]
+        false = [row.label for row in result.rows if row.false_positive]
+        wrong = [f"{label} was missed" for label in missed]
+        wrong += [f"{label} was found where the reference has none" for label in false]
+        remarks.append([*result.remarks, *wrong, *of_volumes])
     return remarks
 
 
@@ -248,35 +224,27 @@ def pictures(
         titles of groups, with the pictures in them by their cases' numbers; how many are left out
         to keep the page small.
     """
-    groups = {title: numbers for title, numbers in grouped(batch, remarks).items() if numbers}
-    left, chosen, num_left_out = most_bytes, [], 0
-    left -= sum(
-        batch.results[n].overlay.size
-        for title, numbers in groups.items()
-        for n in numbers
-        if title != OTHERS
-    )
+    groups = grouped(batch, remarks)
+    others = groups.pop(OTHERS)
+    stills = [result.overlay for result in batch.results]
+    left, chosen = most_bytes - sum(stills[n].size for group in groups.values() for n in group), []
     for title, numbers in groups.items():
-        kept = {}
+        chosen.append((title, {}))
         for number in numbers:
-            still = batch.results[number].overlay
-            if title != OTHERS:
-                many = many_planes(number)
-                fits = many.size - still.size <= left
-                kept[number] = many if fits else still
-                left -= fits * (many.size - still.size)
-            elif still.size <= left:
-                kept[number] = still
-                left -= still.size
-        num_left_out += len(numbers) - len(kept)
-        chosen.append((title, kept))
-    return [group for group in chosen if group[1]], num_left_out
+            many = many_planes(number)
+            more = many.size - stills[number].size
+            chosen[-1][1][number] = many if more <= left else stills[number]
+            left -= more if more <= left else 0
+    chosen.append((OTHERS, {}))
+    for number in others:
+        if stills[number].size <= left:
+            chosen[-1][1][number] = stills[number]
+            left -= stills[number].size
+    return [group for group in chosen if group[1]], len(others) - len(chosen[-1][1])
 
 
 def grouped(batch: Batch, remarks: Sequence[Sequence[str]]) -> dict[str, list[int]]:
-    """Divide the cases' numbers into groups, by their titles; `OTHERS` are those that are not shown
-    at once.
-    """
+    """Divide the cases' numbers into groups by title; those of `OTHERS` are not shown at once."""
     numbers = list(range(len(batch.results)))
     if batch.has_scores:
         numbers.sort(key=lambda number: batch.results[number].rank)
@@ -291,40 +259,33 @@ def grouped(batch: Batch, remarks: Sequence[Sequence[str]]) -> dict[str, list[in
     else:
         usual = [number for number in numbers if not remarks[number]]
         unusual = [number for number in numbers if remarks[number]]
-        groups = {
-            "Unusual cases": unusual[:UNUSUAL],
-            "The first cases" if unusual else "Cases": usual[:FIRST],
-        }
+        first = "The first cases" if unusual else "Cases"
+        groups = {"Unusual cases": unusual[:UNUSUAL], first: usual[:FIRST]}
     shown = {number for group in groups.values() for number in group}
     return groups | {OTHERS: [number for number in numbers if number not in shown]}
 
 
 def _plots(batch: Batch) -> list[tuple[str, str]]:
     """Draw scores and volumes; return what each plot shows, and its SVG."""
-    found, class_names, names = (
-        batch.results,
-        batch.task.class_names[1:],
-        [result.name for result in batch.results],
-    )
+    found, class_names = batch.results, batch.task.class_names[1:]
     if not found:
         return []
-    volumes = {
-        name: [result.volumes[label] for result in found] for label, name in enumerate(class_names)
-    }
-    if not batch.has_scores:
-        return [  # an axis a class: a lesion is seen beside its organ
-            (f"{name}, ml as segmented", plots.strips({name: of_class}, names, first_label=label))
-            for label, (name, of_class) in enumerate(volumes.items(), start=1)
-        ]
+    names, drawn = [result.name for result in found], []
+    volumes = dict(
+        zip(class_names, zip(*(result.volumes for result in found), strict=True), strict=True)
+    )
+    if not batch.has_scores:  # an axis a class: a lesion is seen beside its organ
+        for label, (name, of_class) in enumerate(volumes.items(), start=1):
+            drawing = plots.strips({name: of_class}, names, first_label=label)
+            drawn.append((f"{name}, ml as segmented", drawing))
+        return drawn
 
-    def column(score: str, label: int) -> list[float]:
-        return [getattr(result.rows[label], score) if result.rows else math.nan for result in found]
+    def columns(score: str) -> dict[str, list[float]]:
+        unknown = [NAN] * len(class_names)
+        of_cases = [[getattr(row, score) for row in result.rows] or unknown for result in found]
+        return dict(zip(class_names, zip(*of_cases, strict=True), strict=True))
 
-    drawn = []
     for score, title in SCORES.items():
-        values = {name: column(score, label) for label, name in enumerate(class_names)}
-        drawn.append(
-            (title, plots.strips(values, names, 1.0 if score != "hausdorff95_mm" else None))
-        )
-    references = {name: column("reference_ml", label) for label, name in enumerate(class_names)}
-    return [*drawn, ("Volume", plots.agreement(references, volumes, names))]
+        best = None if score == "hausdorff95_mm" else 1.0
+        drawn.append((title, plots.strips(columns(score), names, best)))
+    return [*drawn, ("Volume", plots.agreement(columns("reference_ml"), volumes, names))]

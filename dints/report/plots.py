@@ -1,13 +1,11 @@
-"""Plots of a page: matplotlib's SVG, made part of the page, its text in the page's font and
-colour.
-"""
+"""Plots of a page: matplotlib's SVG, with text in the page's font and colour."""
 
 from __future__ import annotations
 
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -47,8 +45,7 @@ def strips(
     best: float | None = None,
     first_label: int = 1,
 ) -> str:
-    """Draw each class's values as points, one a case that leads to its row, over a box of quartiles
-    and median.
+    """Draw each class's values as points that lead to their cases, over a box of quartiles.
 
     Args:
         values: of each class by its name, a value a case; those that are not finite are left out.
@@ -63,17 +60,7 @@ def strips(
             kept = np.flatnonzero(np.isfinite(of_class))
             # beside each other, and the same every time
             y = row + 0.26 * np.sin(2.4 * np.arange(len(kept)))
-            points = axes.scatter(
-                np.asarray(of_class)[kept],
-                y,
-                s=16,
-                color=colour(first_label + row),
-                marker=MARKERS[(first_label + row - 1) % len(MARKERS)],
-                edgecolors="black",
-                linewidths=0.4,
-                zorder=2,
-            )
-            points.set_urls([f"#case-{case}" for case in kept])
+            _points(axes, first_label + row, kept, np.asarray(of_class)[kept], y, s=16, zorder=2)
             if len(kept) > 2:
                 _box(axes, np.asarray(of_class)[kept], row)
         axes.set_yticks(range(len(values)), list(values))
@@ -83,6 +70,13 @@ def strips(
         axes.grid(alpha=0.3, axis="x")
         axes.tick_params(axis="y", length=0)
         return svg(figure, cases)
+
+
+def _points(axes: Axes, number: int, cases: np.ndarray, x: np.ndarray, y: np.ndarray, **settings):
+    """Draw a class's points, each of which leads to its case."""
+    settings |= {"color": colour(number), "marker": MARKERS[(number - 1) % len(MARKERS)]}
+    points = axes.scatter(x, y, edgecolors="black", linewidths=0.4, **settings)
+    points.set_urls([f"#case-{case}" for case in cases])
 
 
 def _box(axes: Axes, values: np.ndarray, row: int) -> None:
@@ -111,25 +105,15 @@ def agreement(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 4.2), layout="constrained")
         axes = figure.subplots()
-        for number, (name, x) in enumerate(reference.items()):
+        for label, (name, x) in enumerate(reference.items(), start=1):
             kept = np.flatnonzero(np.isfinite(x))
-            points = axes.scatter(
-                np.asarray(x)[kept],
-                np.asarray(prediction[name])[kept],
-                s=18,
-                color=colour(number + 1),
-                marker=MARKERS[number % len(MARKERS)],
-                edgecolors="black",
-                linewidths=0.4,
-                label=name,
-            )
-            points.set_urls([f"#case-{case}" for case in kept])
+            x, y = (np.asarray(values)[kept] for values in (x, prediction[name]))
+            _points(axes, label, kept, x, y, s=18, label=name)
         volumes = np.array([*reference.values(), *prediction.values()])
         largest = 1.05 * np.nanmax(volumes) or 1.0
         axes.plot((0, largest), (0, largest), color="black", linewidth=1, linestyle="--", zorder=0)
-        medians = [
-            np.median(of_class[of_class > 0]) for of_class in volumes if (of_class > 0).any()
-        ]
+        found = [of_class[of_class > 0] for of_class in volumes]
+        medians = [np.median(of_class) for of_class in found if len(of_class)]
         # a lesion beside its organ would lie at the origin
         if medians and max(medians) > UNLIKE * min(medians):
             scale = {"linthresh": min(medians) / UNLIKE, "linscale": 0.5}
@@ -138,11 +122,8 @@ def agreement(
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter("{x:g}")  # in place of powers of ten in TeX
             largest *= 1.5
-        axes.set_xlim(0, largest)
-        axes.set_ylim(0, largest)
-        axes.set_aspect("equal")
-        axes.set_xlabel("reference, ml")
-        axes.set_ylabel("segmentation, ml")
+        axes.set(xlim=(0, largest), ylim=(0, largest), aspect="equal")
+        axes.set(xlabel="reference, ml", ylabel="segmentation, ml")
         axes.grid(alpha=0.3)
         if 1 < len(reference) <= len(COLOURS):
             axes.legend(frameon=False)
@@ -150,16 +131,13 @@ def agreement(
 
 
 def course(folder: Path) -> dict[str, str]:
-    """Draw the course of a run from its folder's tables: pictures of `dints.running.curves`, by
-    their names.
-    """
+    """Draw a run's folder's tables: pictures of `dints.running.curves`, by their names."""
     with matplotlib.rc_context(STYLE):
         return {name: svg(figure) for name, figure in curves.figures(folder).items()}
 
 
 def svg(figure: Figure, cases: Sequence[str] = ()) -> str:
-    """Return a figure as SVG for the inside of a page: black is the page's own colour, and points
-    tell their case.
+    """Return a figure as SVG for a page: black is the page's colour, points lead to their case.
 
     Args:
         cases: names of those that points lead to, as ``#case-<number>``.
@@ -167,15 +145,12 @@ def svg(figure: Figure, cases: Sequence[str] = ()) -> str:
     content = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(content, format="svg", transparent=True, metadata=NO_METADATA)
-    text = content.getvalue()
-    text = text[text.index("<svg") :]
-    for what, instead in (
-        (r'\A<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">'),
+    return inline(
+        content.getvalue(),
         (r"<style.*?</style>", ""),  # it would hold for the whole page
         (r'<g id="[^"]*"', "<g"),  # several plots have the same ones
         (r"; font-family: [^;\">]*", ""),
         ("#000000", "currentColor"),
-        (r"\s*\n\s*", "\n"),
         # tenths of a point are enough
         (r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0])),
         (
@@ -183,12 +158,18 @@ def svg(figure: Figure, cases: Sequence[str] = ()) -> str:
             lambda found: _link(int(found[1]), cases),
         ),
         ("xlink:href", "href"),
-    ):
-        text = re.sub(what, instead, text, flags=re.DOTALL)
+    )
+
+
+def inline(text: str, *changes: tuple[str, str | Callable[[re.Match], str]]) -> str:
+    """Return SVG for the inside of a page, with patterns replaced."""
+    text = text[text.index("<svg") :]
+    head = r'\A<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">'
+    for pattern, instead in (head, *changes, (r"\s*\n\s*", "\n")):
+        text = re.sub(pattern, instead, text, flags=re.DOTALL)
     return text
 
 
 def _link(number: int, cases: Sequence[str]) -> str:
-    # Hidden from screen readers, as the whole plot, and from the tab key: the table of cases has
-    # the same numbers.
+    # Hidden from the tab key, and as the whole plot from screen readers: a table has the numbers.
     return f'<a href="#case-{number}" tabindex="-1"><title>{html.escape(cases[number])}</title>'

@@ -1,6 +1,4 @@
-"""A case of a batch, looked at: its scores, its volumes, what is unusual about it, and its
-picture.
-"""
+"""A case of a batch: its scores, its volumes, remarks on it, and its picture."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ from dints.evaluation.scores import NAN, Row, score_case
 from dints.report.overlays import Overlay, overlay
 
 TOLERANCE_MM = 1.0  # of the surface Dice, as of evaluate.py
-# times the quartiles' distance beyond them, a volume is reported: where a box plot's whiskers end
-WHISKERS = 1.5
+WHISKERS = 1.5  # of a box plot, in quartile distances: volumes beyond are reported
 LEAST_CASES = 8  # that a volume is compared with
 
 
@@ -43,16 +40,12 @@ class Result:
 
     @property
     def dice(self) -> float:
-        """Mean Dice of the classes that the reference has; NaN where it has none, or there is no
-        reference.
-        """
+        """Mean Dice of the classes that the reference has; NaN where there is none."""
         return _mean([row.dice for row in self.rows])
 
     @property
     def rank(self) -> float:
-        """By which it is better than others: the mean with nnU-Net's Dice, in which what is falsely
-        found is 0.
-        """
+        """Its order among others: the mean with nnU-Net's Dice, 0 for false positives."""
         mean = _mean([row.dice_nnunet for row in self.rows])
         return 1.0 if math.isnan(mean) else mean
 
@@ -69,11 +62,9 @@ def look_at(case: Case, output: Path, task: Task, ranges: plausibility.Ranges) -
     """
     image, prediction, reference = _read(case, output, task)
     header, classes = case.headers[0], dict(enumerate(task.class_names[1:], start=1))
-    rows = []
+    rows, masks = [], (reference, prediction, header.spacing)
     if reference is not None:
-        rows = score_case(
-            case.name, reference, prediction, header.spacing, classes, tolerance_mm=TOLERANCE_MM
-        )
+        rows = score_case(case.name, *masks, classes, tolerance_mm=TOLERANCE_MM)
     counts = np.bincount(prediction.ravel("K"), minlength=task.num_classes)[1:]
     volumes = counts * math.prod(header.spacing) / 1000
     remarks = plausibility.unusual(case, ranges)
@@ -105,7 +96,7 @@ def unusual_volumes(volumes: np.ndarray, class_names: Sequence[str]) -> list[lis
         volumes: (cases, classes), ml.
         class_names: of the foreground.
     """
-    found: list[list[str]] = [[] for _ in volumes]
+    found = [[] for _ in volumes]
     if len(volumes) < LEAST_CASES:
         return found
     for name, of_class in zip(class_names, volumes.T, strict=True):

@@ -1,6 +1,4 @@
-"""The choice of post-processing follows nnU-Net's rule, and knows the Dice of what would be left
-without removing.
-"""
+"""The choice of post-processing follows nnU-Net's rule, by the Dice of components that are left."""
 
 from __future__ import annotations
 
@@ -40,12 +38,8 @@ def dice(reference: np.ndarray, prediction: np.ndarray) -> list[float]:
 
 def test_dice_is_that_of_the_voxels_that_are_left():
     rng = np.random.default_rng(0)
-    reference, prediction = (
-        np.digitize(ndimage.gaussian_filter(rng.normal(size=(24, 20, 16)), 1), [0.15, 0.25]).astype(
-            np.uint8
-        )
-        for _ in range(2)
-    )
+    fields = (ndimage.gaussian_filter(rng.normal(size=(24, 20, 16)), 1) for _ in range(2))
+    reference, prediction = (np.digitize(f, [0.15, 0.25]).astype(np.uint8) for f in fields)
     prediction[:, :, 10:] = 0
     parts = parts_of(reference, prediction, SPACING, 3)
     assert len(parts.label) > 20
@@ -59,11 +53,10 @@ def test_dice_is_that_of_the_voxels_that_are_left():
     assert len(seen) > 10
 
 
-def test_what_helps_is_chosen_and_told():
+def test_a_removal_that_helps_is_chosen():
     """A far blob of each class is no organ's."""
-    cases = [
-        case([(1, 0, 10), (2, 10, 20)], [(1, 0, 10), (2, 10, 20), (1, 30, 33), (2, 40, 42)])
-    ] * 2
+    organs = [(1, 0, 10), (2, 10, 20)]
+    cases = [case(organs, [*organs, (1, 30, 33), (2, 40, 42)])] * 2
     chosen, steps = choose(cases, NAMES)
     # what more there is helps nothing
     assert chosen.largest_foreground and chosen.rules == (Rule(), Rule())
@@ -82,14 +75,9 @@ def test_the_whole_is_not_cut_where_one_class_falls_though_the_mean_rises():
 
 
 def test_small_parts_are_removed_up_to_the_best_volume():
-    """Parts of 1 and 2 voxels (2 and 4 mm3) are wrong, and one of 5 is right: 5 mm3 is the smallest
-    that helps most.
-    """
-    reference = [(1, 0, 10), (1, 20, 25)]
-    cases = [
-        case(reference, [*reference, (1, 30, 31), (1, 40, 42)]),
-        case([(1, 0, 30)], [(1, 0, 30)]),
-    ]
+    """Parts of 2 and 4 mm3 are wrong, one of 10 is right: 5 mm3 is the smallest to help most."""
+    reference, whole = [(1, 0, 10), (1, 20, 25)], [(1, 0, 30)]
+    cases = [case(reference, [*reference, (1, 30, 31), (1, 40, 42)]), case(whole, whole)]
     chosen, steps = choose(cases, NAMES)
     assert chosen.rules == (Rule(min_volume_mm3=5.0), Rule())
     assert steps[-1].what == "components of a below 5 mm3" and steps[-1].after == 1
@@ -113,18 +101,14 @@ def test_a_false_positive_case_counts_as_in_nnunet():
 
 
 def test_what_the_other_folds_choose_must_not_harm_a_folds_cases():
-    """Four cases with a blob choose a removal that the mean of all six gains by; the two of the
-    other fold lose it.
-    """
+    """Four cases with a blob choose a removal that harms the two of the other fold."""
     blob = case([(1, 0, 10)], [(1, 0, 10), (1, 30, 36)])
     two_parts = case([(1, 0, 10), (1, 30, 38)], [(1, 0, 10), (1, 30, 38)])
     chosen, steps = choose([blob] * 4 + [two_parts] * 2, NAMES)
     assert chosen.removes and steps[0].kept and steps[0].after > steps[0].before
     found = choose_checked([[blob] * 4, [two_parts] * 2], NAMES)
-    assert (
-        found.expected[0] == pytest.approx((4 * 20 / 26 + 2 * 20 / 28) / 6)
-        and found.expected[0] < steps[0].before
-    )
+    assert found.expected[0] == pytest.approx((4 * 20 / 26 + 2 * 20 / 28) / 6)
+    assert found.expected[0] < steps[0].before
     assert found.harms and not found.chosen.removes
     assert [step.what for step in found.steps] == [step.what for step in steps]
     assert not any(step.kept for step in found.steps)

@@ -1,6 +1,4 @@
-"""Cases scored out of fold: which files are taken, what is written and printed, and what is
-refused.
-"""
+"""Cases scored out of fold: files that are taken, written and refused, and the printed table."""
 
 from __future__ import annotations
 
@@ -8,14 +6,13 @@ import csv
 import json
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
+from volumes import save, voxels_of
 
 from dints.errors import UserError
 from dints.evaluation import cross_validation
 
-AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 FOLDS = [["case_0", "case_1"], ["case_2"]]
 
 
@@ -26,27 +23,20 @@ def mask(*bars: tuple[int, int, int]) -> np.ndarray:
     return voxels
 
 
-def write(path: Path, voxels: np.ndarray, affine: np.ndarray = AFFINE) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(voxels, affine), path)
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Write three cases in two folds, which infer_dints.py has segmented with a blob too many
-    each.
-    """
+    """Write three cases in two folds, each segmented with a blob too many."""
     entries, labels = [], {"0": "background", "1": "organ", "2": "lesion"}
     for fold, names in enumerate(FOLDS):
         masks, notes = tmp_path / f"runs/out_of_fold/fold_{fold}", {}
         for name in names:
             reference = mask((1, 2, 12), (2, 12, 15))
             for place in ("imagesTr", "labelsTr"):
-                write(tmp_path / f"data/{place}/{name}.nii.gz", reference)
+                save(tmp_path / f"data/{place}/{name}.nii.gz", reference)
             entries.append({"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"})
-            write(masks / f"{name}.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 32 + fold)))
+            save(masks / f"{name}.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 32 + fold)))
             notes[f"{name}.nii.gz"] = {"state": "done"}
-        write(masks / "old.nii.gz", mask())  # not of the last run
+        save(masks / "old.nii.gz", mask())  # not of the last run
         (masks / "run.json").write_text(json.dumps({"settings": {}, "cases": notes}))
     description = {"modality": {"0": "CT"}, "labels": labels, "training": entries}
     (tmp_path / "data/dataset.json").write_text(json.dumps(description))
@@ -55,6 +45,10 @@ def folder(tmp_path) -> Path:
 
 def validate(folder: Path, num_folds: int = 2, **settings) -> str:
     return cross_validation.cross_validate(folder / "data", folder / "runs", num_folds, **settings)
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "runs/summary.json").read_text())
 
 
 def rows(path: Path) -> list[dict]:
@@ -70,16 +64,13 @@ def test_every_case_is_scored_once_before_and_after(folder):
     expected = [20 / 22, 20 / 22, 20 / 23]
     assert [float(row["dice"]) for row in before[::2]] == pytest.approx(expected, abs=1e-6)
     assert [row["dice"] for row in after] == ["1.000000"] * 6
-    summary = json.loads((folder / "runs/summary.json").read_text())
+    summary = summary_of(folder)
     assert (summary["num_cases"], summary["num_folds"], summary["folds"]) == (3, 2, FOLDS)
     mean = float(np.mean(expected))
     assert summary["as_segmented"]["classes"]["organ"]["dice"]["mean"] == pytest.approx(mean)
     assert summary["postprocessed"]["all"]["dice"]["mean"] == 1
-    assert (
-        f"| organ | 3 | {mean:.4f} | " in said
-        and "| all | 3 |" in said
-        and ("| 1.0000 | 1.0000 to 1.0000 |") in said
-    )
+    for cells in (f"| organ | 3 | {mean:.4f} | ", "| all | 3 |", "| 1.0000 | 1.0000 to 1.0000 |"):
+        assert cells in said
     assert {line.count("|") for line in said.splitlines() if line.startswith("|")} == {9}
 
 
@@ -87,88 +78,62 @@ def test_nothing_is_removed_where_nothing_helps(folder):
     validate(folder)
     for fold, names in enumerate(FOLDS):
         for name in names:
-            write(
-                folder / f"runs/out_of_fold/fold_{fold}/{name}.nii.gz",
-                mask((1, 2, 11), (2, 12, 15)),
-            )
+            path = folder / f"runs/out_of_fold/fold_{fold}/{name}.nii.gz"
+            save(path, mask((1, 2, 11), (2, 12, 15)))
     said = validate(folder)
-    assert "nothing is removed" in said and {line.count("|") for line in said.splitlines()[:5]} == {
-        6
-    }
+    assert "nothing is removed" in said
+    assert {line.count("|") for line in said.splitlines()[:5]} == {6}
     assert not (folder / "runs/scores_postprocessed.csv").exists()  # it was of other masks
-    assert "postprocessed" not in json.loads((folder / "runs/summary.json").read_text())
+    assert "postprocessed" not in summary_of(folder)
 
 
 def test_nothing_is_removed_where_the_check_finds_harm(folder):
     """The first fold's blobs are wrong and the second one's, which is smaller, is right."""
-    description = json.loads((folder / "data/dataset.json").read_text())
-    for place in (description["training"][2][key] for key in ("image", "label")):
-        write(folder / "data" / place, mask((1, 2, 12), (2, 12, 15), (1, 30, 36)))
+    right, masks = mask((1, 2, 12), (2, 12, 15), (1, 30, 36)), folder / "runs/out_of_fold"
+    for place in ("imagesTr", "labelsTr"):
+        save(folder / f"data/{place}/case_2.nii.gz", right)
     for name in FOLDS[0]:
-        write(
-            folder / f"runs/out_of_fold/fold_0/{name}.nii.gz",
-            mask((1, 2, 12), (2, 12, 15), (1, 30, 38)),
-        )
-    write(
-        folder / "runs/out_of_fold/fold_1/case_2.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 36))
-    )
+        save(masks / f"fold_0/{name}.nii.gz", mask((1, 2, 12), (2, 12, 15), (1, 30, 38)))
+    save(masks / "fold_1/case_2.nii.gz", right)
     said = validate(folder)
     found = json.loads((folder / "runs/postprocessing.json").read_text())
-    dice = {what: of_all["mean"] for what, of_all in found["chosen_on"]["dice"].items()}
+    dice = {name: of_all["mean"] for name, of_all in found["chosen_on"]["dice"].items()}
     assert dice["chosen_on_other_folds"] < dice["as_segmented"] == dice["postprocessed"]
     change = f"(Dice {dice['chosen_on_other_folds']:.4f} instead of {dice['as_segmented']:.4f})"
-    assert (
-        "nothing is removed from segmentations: what the other folds choose harms a fold's "
-        f"cases {change}"
-    ) in said
-    assert found["chosen_on"]["harms"] and not any(
-        step["kept"] for step in found["chosen_on"]["steps"]
-    )
-    assert not found["largest_foreground"] and not any(
-        rule["largest"] for rule in found["classes"].values()
-    )
-    assert not (folder / "runs/scores_postprocessed.csv").exists() and "removed:" not in said
+    assert f"choose harms a fold's cases {change}" in said and "removed:" not in said
+    assert found["chosen_on"]["harms"]
+    assert not any(step["kept"] for step in found["chosen_on"]["steps"])
+    assert not (folder / "runs/scores_postprocessed.csv").exists()
 
 
 def test_labels_that_lie_elsewhere_may_be_trusted(folder):
     for path in (folder / "data/labelsTr").iterdir():
-        write(path, np.asarray(nib.load(path).dataobj), np.eye(4))
+        save(path, voxels_of(path), np.eye(4))
     with pytest.raises(UserError, match="has another affine"):
         validate(folder)
     validate(folder, trust_shapes=True)
-    # 108 voxels of the image's 2 mm3
-    assert rows(folder / "runs/scores.csv")[0]["prediction_ml"] == "0.216000"
+    # 108 voxels of the image's 3 mm3
+    assert rows(folder / "runs/scores.csv")[0]["prediction_ml"] == "0.324000"
 
 
 @pytest.mark.parametrize(
-    ("searches", "said", "facts"),
+    ("searched", "folds"),
     [
-        ([[], []], [], ([], [])),  # a U shape, or a published file
-        (
-            [[{"task": "data", "fold": fold, "num_folds": 2}] for fold in range(2)],
-            ["each fold has its own architecture, searched without the cases that it validates on"],
-            ([], [0, 1]),
-        ),
-        (
-            [[{"task": "data", "fold": 1, "num_folds": 2}]] * 2,
-            [
-                "fold 1: searched without the cases",
-                "fold 0: searched on this dataset, with cases that it validates on",
-            ],
-            ([0], [1]),
-        ),
+        (lambda fold: [], []),  # a U shape, or a published file
+        (lambda fold: [{"task": "data", "fold": fold, "num_folds": 2}], []),
+        (lambda fold: [{"task": "data", "fold": 1, "num_folds": 2}], [0]),
     ],
 )
-def test_whether_a_search_saw_the_cases_is_said_where_it_is_known(folder, searches, said, facts):
-    for fold, searched_on in enumerate(searches):
+def test_a_search_that_saw_the_cases_is_named(folder, searched, folds):
+    for fold in range(2):
         path = folder / f"runs/out_of_fold/fold_{fold}/run.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "searched_on": searched_on}))
+        noted = json.loads(path.read_text())
+        path.write_text(json.dumps({**noted, "searched_on": searched(fold)}))
     lines = [line for line in validate(folder).splitlines() if "architecture" in line]
-    assert len(lines) == len(said) and all(
-        part in line for part, line in zip(said, lines, strict=True)
-    )
-    summary = json.loads((folder / "runs/summary.json").read_text())
-    assert (summary["searched_with_folds"], summary["searched_without_folds"]) == facts
+    assert [line.partition(":")[0] for line in lines] == [
+        f"architecture of fold {n}" for n in folds
+    ]
+    assert summary_of(folder)["searched_with_folds"] == folds
 
 
 def spoil(folder: Path, name: str) -> None:
@@ -185,7 +150,7 @@ def spoil(folder: Path, name: str) -> None:
             json.dumps({"cases": {f"case_{n}.nii.gz": {"state": "done"} for n in (1, 2)}})
         )
     else:
-        write(masks / "fold_1/case_2.nii.gz", mask((3, 0, 3)))
+        save(masks / "fold_1/case_2.nii.gz", mask((3, 0, 3)))
 
 
 BAD = {

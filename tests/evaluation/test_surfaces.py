@@ -23,14 +23,13 @@ def blobs(seed: int, shape=(9, 8, 7), smooth=0.8) -> list[np.ndarray]:
 def ellipsoids() -> tuple[np.ndarray, np.ndarray]:
     x, y, z = np.indices((24, 20, 16))
     first = (x - 11) ** 2 / 64 + (y - 9) ** 2 / 49 + (z - 7) ** 2 / 25 < 1
-    return first, (x - 12) ** 2 / 56 + (y - 9) ** 2 / 60 + (z - 8) ** 2 / 20 + 0.2 * np.sin(
-        x + 2 * y
-    ) < 1
+    second = (x - 12) ** 2 / 56 + (y - 9) ** 2 / 60 + (z - 8) ** 2 / 20
+    return first, second + 0.2 * np.sin(x + 2 * y) < 1
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_surface_dice_is_monais_with_subvoxels(seed):
-    masks = blobs(seed, (14, 11, 12), smooth=(0.5, 0.8, 1.2)[seed])
+    masks = blobs(seed, (14, 11, 12), smooth=(0.5, 1.2)[seed])
     reference, prediction = (torch.from_numpy(mask)[None, None] for mask in masks)
     settings = {"include_background": True, "spacing": STRETCHED, "use_subvoxels": True}
     expected = compute_surface_dice(prediction, reference, [1.3], **settings)
@@ -40,35 +39,21 @@ def test_surface_dice_is_monais_with_subvoxels(seed):
 # surface-distance 0.1 (PyPI) on these ellipsoids: surface Dice at 0.5, 1 and 2 mm, Hausdorff
 # distances, areas in mm².
 DEEPMIND = {
-    UNIT: (
-        (0.501969129, 0.915218604, 0.99865231),
-        (1.414213562, 2.449489743),
-        (583.57096228, 701.629198245),
-    ),
-    STRETCHED: (
-        (0.512457575, 0.737895951, 0.910963951),
-        (3.1, 3.733630941),
-        (1301.253900641, 1660.251579202),
-    ),
+    UNIT: (0.501969129, 0.915218604, 0.99865231, 1.414213562, 2.449489743, 583.570962, 701.629198),
+    STRETCHED: (0.512457575, 0.737895951, 0.910963951, 3.1, 3.733630941, 1301.253901, 1660.251579),
 }
 
 
 @pytest.mark.parametrize("spacing", DEEPMIND)
-def test_it_is_what_deepminds_package_says(spacing):
-    dice, hausdorff, areas = DEEPMIND[spacing]
+def test_it_is_as_deepminds_package(spacing):
     distances = surface_distances(*ellipsoids(), spacing)
-    assert [distances.surface_dice(tolerance) for tolerance in (0.5, 1.0, 2.0)] == pytest.approx(
-        dice, abs=1e-8
-    )
-    assert [distances.hausdorff(percent) for percent in (95, 100)] == pytest.approx(
-        hausdorff, abs=1e-8
-    )
+    found = [distances.surface_dice(tolerance) for tolerance in (0.5, 1.0, 2.0)]
+    found += [distances.hausdorff(percent) for percent in (95, 100)]
+    found += [distances.reference_areas.sum(), distances.prediction_areas.sum()]
+    assert found == pytest.approx([*DEEPMIND[spacing]], rel=1e-8)
     # The sum of that package's table of areas.
     areas_of_cells = {UNIT: 241.343139706, STRETCHED: 629.983834645}[spacing]
     assert cell_areas(spacing).sum() == pytest.approx(areas_of_cells, abs=1e-8)
-    assert [distances.reference_areas.sum(), distances.prediction_areas.sum()] == pytest.approx(
-        areas, abs=1e-7
-    )
 
 
 def test_tree_and_transform_agree(monkeypatch):
@@ -97,10 +82,8 @@ def test_a_voxel_as_large_as_the_tolerance_is_within_it_in_float32(size):
 def test_empty_masks():
     empty, full = np.zeros((3, 4, 5), bool), np.ones((3, 4, 5), bool)
     for masks in ((empty, full), (full, empty)):
-        assert (
-            surface_distances(*masks, UNIT).surface_dice(1),
-            surface_distances(*masks, UNIT).hausdorff(),
-        ) == (0, np.inf)
+        found = surface_distances(*masks, UNIT)
+        assert (found.surface_dice(1), found.hausdorff()) == (0, np.inf)
     nothing = surface_distances(empty, empty, UNIT)
     assert np.isnan(nothing.surface_dice(1)) and np.isnan(nothing.hausdorff())
     same = surface_distances(full, full, UNIT)

@@ -11,7 +11,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments"))
 import figures
-import rows
 import runner
 import tables
 
@@ -58,11 +57,11 @@ def test_means_over_folds(results):
 
 def test_recipes(results):
     def dice(recipe: str, fold: int, seed: int = 0, minutes: int = 6) -> float:
-        return results[rows.Training(rows.U, recipe, minutes, fold, seed).name]["dice"]
+        return results[f"{runner.U}/{recipe}-{minutes}min-fold{fold}-seed{seed}"]["dice"]
 
     expected, before = [], None
     for recipe in ("published", "recommended"):
-        folds = [dice(recipe, fold) for fold in range(rows.NUM_FOLDS)]
+        folds = [dice(recipe, fold) for fold in range(runner.NUM_FOLDS)]
         expected.append(written([*folds, mean(folds)]))
     for recipe in ("recommended", "published-augmentation"):
         expected.append(written(dice(recipe, fold, minutes=24) for fold in (0, 1)))

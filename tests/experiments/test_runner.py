@@ -1,15 +1,11 @@
-"""The experiments' runner trains and scores rows, ours and opponents', and resumes where it was
-stopped.
-"""
+"""The experiments' runner trains and scores; tables and pictures are of its lines."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import threading
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,159 +13,79 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments"))
 import figures
 import opponents
-import rows
 import runner
 import tables
 
 from dints.data.phantom import write_phantom
 from dints.network.architecture import load_architecture
 from dints.network.baselines import u_shaped
-from dints.network.cost import counts
-from dints.network.discrete import DiscreteNetwork
 
 # MONAI's own layers in bf16 need at least 3 planes at the coarsest of 3 resolutions:
 # dints/network/fast/layers.py.
-RECIPE = "--channel_mul 0.125 --patch_size 12 12 12 --spacing 6 6 6 --num_iterations 2"
-ROW = rows.Training(rows.U, "small", 6, 0, 0)
-OPPONENT = rows.Training("dynunet", "small", 6, 1, 3)
+RECIPE = "--patch_size 12 12 12 --spacing 6 6 6"
+ROW = runner.Training("dynunet", "small", 1, 3, iterations=2, channel_mul=0.125, minutes=6)
 
 
-def run(monkeypatch, folder: Path, *flags: str, table: Sequence = (ROW, OPPONENT)) -> list[dict]:
+def run(monkeypatch, folder: Path, *flags: str) -> list[dict]:
     monkeypatch.setattr(runner, "RESULTS", folder / "results.jsonl")
-    monkeypatch.setitem(rows.RECIPES, "small", RECIPE)
-    monkeypatch.setattr(runner, "table", lambda: {row.name: row for row in table})
-    arguments = [
-        "--root",
-        str(folder / "Task00_Phantom"),
-        "--work",
-        str(folder / "work"),
-        "--jobs",
-        "1",
-        *flags,
-    ]
-    monkeypatch.setattr(sys, "argv", ["runner.py", *arguments])
+    places = ["--root", str(folder / "Task00_Phantom"), "--work", str(folder / "work")]
+    monkeypatch.setattr(sys, "argv", ["runner.py", *places, *flags])
     runner.main(runner.parse_args())
     return runner.read_results()
 
 
-def parameters_of(opponent: str, channel_mul: float) -> int:
-    return sum(
-        weight.numel() for weight in opponents.OPPONENTS[opponent](1, 3, channel_mul).parameters()
-    )
-
-
-def test_every_row_has_a_name_of_its_own_and_a_network():
-    every = rows.table()
-    assert all(row.name == name for name, row in every.items())
-    assert len(set(every.values())) == len(every) > 120
-    searches = {row.name for row in every.values() if isinstance(row, rows.Search)}
-    assert len(searches) == 9
-    for row in (row for row in every.values() if row.name not in searches):
-        assert row.recipe in rows.RECIPES
-        assert rows.is_ready(row) or row.network in searches or row.network.startswith("gradient_")
-
-
-def test_at_equal_memory_each_network_fills_it_but_for_one_channel():
-    for network in ("u_shaped_skip_9x3", "dynunet"):
-        width = rows.filling(network, 10.0)
-        if network in opponents.OPPONENTS:
-            makers = [
-                partial(opponents.OPPONENTS[network], 1, 3, width + more) for more in (0, 1 / 32)
-            ]
+def test_each_line_is_a_training_whose_network_is_there_or_a_search_with_its_commands():
+    lines, rows = runner.read_results(), runner.table()
+    assert len(rows) > 100
+    for line in lines:
+        if "network" in line:
+            assert rows[line["name"]].name == line["name"]
+            train, _ = rows[line["name"]].commands(Path("root"), Path("folder"))
+            assert Path(train[train.index("--arch_ckpt") + 1]).exists()
         else:
-            found = rows.architecture_of(network)
-            makers = [partial(DiscreteNetwork, found, 1, 3, width + more) for more in (0, 1 / 32)]
-        of_widths = [counts(make, (2, 1, 32, 32, 32)) for make in makers]
-        within, beyond = (
-            one["activation_mib"] + 16 * one["parameters"] / 2**20 for one in of_widths
-        )
-        assert within <= 10 < beyond
-
-
-def test_random_opponents_are_different_and_keep_the_finest_resolution():
-    drawn = [rows.architecture_of(f"random_{number}") for number in range(2)]
-    assert drawn[0].codes() != drawn[1].codes()
-    assert all(one.arch_code_a[:, 0].all() and not one.use_downsample for one in drawn)
-
-
-def test_what_a_search_finds_is_trained_after_it_and_other_rows_beside_it(monkeypatch, tmp_path):
-    search = rows.Search("control", 30.0, 2, 0)
-    of_found = rows.Training(search.name, "recommended", None, 2, 0, memory_mib=30.0)
-    known = rows.Training(rows.U, "recommended", None, 2, 0, memory_mib=30.0)
-    beside, ended = threading.Event(), []
-
-    def carried_out(row, *_) -> dict:
-        if row is known:
-            beside.set()
-        if row is search:
-            assert beside.wait(60)
-        ended.append(row)
-        return {"name": row.name, "seconds": 1.0}
-
-    monkeypatch.setattr(runner, "run", carried_out)
-    lines = run(monkeypatch, tmp_path, "--jobs", "2", table=[search, of_found, known])
-    assert len(lines) == 3 and ended.index(search) < ended.index(of_found)
+            assert "evolve_dints.py" in line["commands"][-1]
 
 
 @pytest.mark.slow
-def test_rows_are_run_once_and_their_lines_tell_what_was_measured(monkeypatch, tmp_path, capsys):
-    """A search, the training of what it finds, and a training of an opponent."""
+def test_a_row_is_run_once_and_its_line_says_what_was_measured(monkeypatch, tmp_path, capsys):
     write_phantom(tmp_path / "Task00_Phantom", 8, 1, shape=(24, 24, 24))
-    monkeypatch.setitem(rows.SEARCHES, "search", 2)
-    monkeypatch.setattr(rows, "COMPETITION", "--num_iterations 8")
-    monkeypatch.setattr(rows, "COMMON", f"{rows.COMMON} --patch_size 16 16 16 --spacing 6 6 6")
-    monkeypatch.setattr(
-        rows, "GRADIENT", "--channel_mul 0.125 --num_epochs 2 --num_epochs_warmup 1"
-    )
-    shutil.copy(rows.ARCHITECTURES / f"{rows.U}.pth", tmp_path)
-    monkeypatch.setattr(rows, "ARCHITECTURES", tmp_path)
-    monkeypatch.setitem(rows.RECIPES, "larger", RECIPE.replace("12 12 12", "16 16 16"))
-    monkeypatch.setattr(rows, "EQUAL_ITERATIONS", 2)
-    monkeypatch.setattr(rows, "filling", lambda *_: 0.125)
-    search = rows.Search("search", 3.0, 1, 0)
-    of_found = rows.Training(search.name, "larger", None, 1, 0, memory_mib=3.0)
-    table = [of_found, search, OPPONENT]
-
-    found, trained = run(monkeypatch, tmp_path, "--rows", "search*", table=table)
-    assert [found["name"], trained["name"]] == [search.name, of_found.name]
-    assert len(found["candidates"]) == 2 and found["seconds"] > found["gradient_seconds"] > 0
-    assert (tmp_path / "gradient_fold1_seed0.pth").exists()
-    assert trained["iterations_done"] == 3 and trained["seconds"] > 0  # an epoch
-    assert len(trained["cases"]) == 2 and trained["classes"].keys() == {"liver", "lesion"}
-    assert 0 <= trained["dice"] <= 1 and trained["hardware"].startswith("1 thread of ")
-
-    *before, opponent = run(monkeypatch, tmp_path, table=table)
-    assert before == [found, trained] and opponent["name"] == OPPONENT.name
-    assert opponent["parameters"] == parameters_of("dynunet", 0.125) != trained["parameters"]
-    assert (
-        opponent["gmac"] != trained["gmac"]
-        and min(opponent["gmac"], opponent["activation_mib"]) > 0
-    )
-    written = (tmp_path / "results.jsonl").read_text().splitlines()
-    # nothing was run twice
-    assert [json.loads(line) for line in written] == [found, trained, opponent]
+    (tmp_path / "results.jsonl").touch()
+    monkeypatch.setitem(runner.RECIPES, "small", RECIPE)
+    monkeypatch.setattr(runner, "NEW", [ROW])
+    (line,) = run(monkeypatch, tmp_path, "--jobs", "1")
+    assert line["name"] == ROW.name and line["iterations_done"] == 3 and line["seconds"] > 0
+    assert len(line["cases"]) == 2 and line["classes"].keys() == {"liver", "lesion"}
+    assert 0 <= line["dice"] <= 1 and line["hardware"].startswith("1 thread of ")
+    network = opponents.OPPONENTS["dynunet"](1, 3, 0.125)
+    assert line["parameters"] == sum(weight.numel() for weight in network.parameters())
+    assert min(line["gmac"], line["activation_mib"]) > 0
+    assert run(monkeypatch, tmp_path) == [line]  # nothing was run twice
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
     capsys.readouterr()
-    assert len(run(monkeypatch, tmp_path, "--list", table=table)) == 3
-    assert capsys.readouterr().out == "".join(f"done {row.name}\n" for row in table)
+    run(monkeypatch, tmp_path, "--list")
+    assert capsys.readouterr().out == f"done {ROW.name}\n"
 
 
-def test_rows_of_as_many_minutes_take_equally_long():
-    seconds = {name: network.seconds for name, network in rows.NETWORKS.items()}
-    for row in (rows.Training(name, "recommended", 10, 0, 0) for name in seconds):
-        assert abs(row.iterations * seconds[row.network] / 600 - 1) < 0.05
-    plain, half = (
-        rows.Training(rows.U, recipe, 10, 0, 0) for recipe in ("recommended", "half-resolution")
-    )
-    assert half.iterations > plain.iterations
-    assert rows.Training(rows.U, "recommended", 10, 0, 0, processes=2).iterations > plain.iterations
+def test_a_failure_ends_it_and_keeps_the_lines_before(monkeypatch, tmp_path):
+    def carried_out(row, *_) -> dict:
+        if row.seed == 1:
+            raise RuntimeError("a command failed")
+        return {"name": row.name, "seconds": 1.0, "dice": 0.5}
+
+    (tmp_path / "results.jsonl").touch()
+    monkeypatch.setattr(runner, "run", carried_out)
+    monkeypatch.setattr(runner, "NEW", [replace(ROW, seed=seed) for seed in (0, 1, 2)])
+    with pytest.raises(RuntimeError, match="a command failed"):
+        run(monkeypatch, tmp_path, "--jobs", "1")
+    names = [json.loads(text)["name"] for text in (tmp_path / "results.jsonl").open()]
+    assert names[:1] == [replace(ROW, seed=0).name]
 
 
 @pytest.mark.parametrize("size", [(5, 3), (9, 3)], ids=str)
 def test_the_us_of_the_experiments_are_ours_at_full_resolution(size):
     made = u_shaped(*size, skip_connections=size == (9, 3))
-    committed = load_architecture(
-        rows.ARCHITECTURES / f"{made.info['baseline']}_{size[0]}x{size[1]}.pth"
-    )
+    name = {(5, 3): "u_shaped_5x3.pth", (9, 3): "u_shaped_skip_9x3.pth"}[size]
+    committed = load_architecture(runner.ARCHITECTURES / name)
     assert committed.codes()[:2] == made.codes() and not committed.use_downsample
 
 
@@ -185,92 +101,44 @@ def test_a_table_has_a_row_a_setting_and_a_column_a_fold():
     ]
 
 
-def test_at_equal_memory_a_kind_has_a_row_and_what_candidates_gain_over_it():
-    def result(network: str, dices: Sequence[float]) -> dict:
-        cases = {f"case_{number}": {"a": dice, "b": dice} for number, dice in enumerate(dices)}
-        mean = sum(dices) / len(dices)
-        line = {
-            "network": network,
-            "seed": 0,
-            "memory_mib": 30.0,
-            "parameters": 1.5e6,
-            "seconds": 60.0 * len(cases),
-        }
-        return {**line, "dice": mean, "cases": cases}
+def at_30_mib(network: str, dices: Sequence[float], seed: int = 0) -> dict:
+    cases = {f"case_{number}": {"a": dice} for number, dice in enumerate(dices)}
+    counts = {"parameters": 1.5e6, "seconds": 60.0 * len(dices), "memory_mib": 30.0}
+    named = {"network": network, "seed": seed, "dice": sum(dices) / len(dices)}
+    return {**named, "cases": cases, **counts}
 
-    search = {
-        "name": "search_30mib",
-        "kind": "search",
-        "memory_mib": 30.0,
-        "seconds": 900.0,
-        "gradient_seconds": 300.0,
-    }
+
+def test_at_equal_memory_a_kind_has_a_row_and_what_candidates_gain_over_it():
+    search = {"kind": "search", "memory_mib": 30.0, "seconds": 900.0, "gradient_seconds": 300.0}
     control = {**search, "kind": "control", "seconds": 600.0, "gradient_seconds": 0.0}
-    lines = [search, control, {**control, "seconds": None}, result("random_0", [0.6, 0.7])]
-    lines += [result("control_30mib_seed0", [0.8, 0.9]), result("control_30mib_seed1", [0.6, 0.7])]
-    lines += [result("gradient_seed0", [0.5, 0.6]), {"minutes": 6, "network": "u"}]
+    lines = [search, control, {**control, "seconds": None}, at_30_mib("random_0", [0.6, 0.7])]
+    lines += [at_30_mib("control_seed0", [0.8, 0.9]), at_30_mib("control_seed1", [0.6, 0.7])]
+    lines += [at_30_mib("gradient_seed0", [0.5, 0.6]), {"minutes": 6, "network": "u"}]
+    gains = "(+0.2000 to +0.2000)", "(+0.1000 to +0.1000)"
     assert tables.memory_table(lines)[2:] == [
         "| 30 | candidates | 2 | 1.50 to 1.50 M | 10 | 2.0 | 0.7500 (0.6500 to 0.8500) | - |",
-        "| 30 | gradient search alone | 1 | 1.50 M | 5 | 2.0 | 0.5500 | +0.2000 (+0.2000 to "
-        "+0.2000) |",
-        "| 30 | random, finest path kept | 1 | 1.50 M | - | 2.0 | 0.6500 | +0.1000 (+0.1000 to "
-        "+0.1000) |",
+        f"| 30 | gradient search alone | 1 | 1.50 M | 5 | 2.0 | 0.5500 | +0.2000 {gains[0]} |",
+        f"| 30 | random, finest path kept | 1 | 1.50 M | - | 2.0 | 0.6500 | +0.1000 {gains[1]} |",
     ]
-    assert tables.seeds_differ(lines) == "no network has two seeds"
 
 
-def test_a_networks_seeds_count_as_one_network():
-    """What candidates gain is of the seeds that all have."""
-
-    def result(network: str, dice: float, seed: int = 0) -> dict:
-        line = {
-            "memory_mib": 30.0,
-            "parameters": 1.5e6,
-            "seconds": None,
-            "cases": {"case_1": {"a": dice}},
-        }
-        return {"network": network, "dice": dice, "seed": seed, **line}
-
-    found = [
-        result("control_0", 0.9),
-        result("control_0", 0.7, 1),
-        result("control_1", 0.6),
-        result("control_1", 0.6, 1),
-    ]
-    lines = [*found, result("random_0", 0.5), result("random_1", 0.4), result("random_1", 0.3, 1)]
-    assert tables.memory_table(lines)[2:] == [
-        "| 30 | candidates | 2 | 1.50 to 1.50 M | - | - | 0.7000 (0.6000 to 0.8000) | - |",
-        "| 30 | random, finest path kept | 2 | 1.50 to 1.50 M | - | - | 0.4250 (0.3500 to 0.5000) "
-        "| +0.3000 (+0.3000 to +0.3000) |",
-    ]
-    differ = (
-        "two seeds of 3 networks differ by 0.1000 on average, nine tenths of them by at most 0.1800"
-    )
-    assert tables.seeds_differ(lines) == differ
-    assert figures.dice_at_equal_memory(lines) == {
-        30.0: {"control": [0.8, 0.6], "random": [0.5, 0.35]}
-    }
+def test_a_networks_seeds_count_as_one_network_and_gains_are_of_those_that_all_have():
+    lines = [at_30_mib("control_0", [0.9]), at_30_mib("control_0", [0.7], 1)]
+    lines += [at_30_mib("control_1", [0.6]), at_30_mib("control_1", [0.6], 1)]
+    lines += [at_30_mib("random_0", [0.5])]
+    lines += [at_30_mib("random_1", [0.4]), at_30_mib("random_1", [0.3], 1)]
+    first, second = tables.memory_table(lines)[2:]
+    assert "| 0.7000 (0.6000 to 0.8000) |" in first
+    assert "| 0.4250 (0.3500 to 0.5000) | +0.3000 (+0.3000 to +0.3000) |" in second
+    assert tables.seeds_differ(lines).startswith("two seeds of 3 networks differ by 0.1000 on")
+    expected = {"control": [0.8, 0.6], "random": [0.5, 0.35]}
+    assert figures.dice_at_equal_memory(lines) == {30.0: expected}
 
 
-def test_pictures_of_searches_are_drawn_from_their_lines(monkeypatch, tmp_path):
-    line = {"memory_mib": 30.0, "name": "a training"}
-    candidates = [
-        {"candidate": name, "kind": kind, "iterations": "200", "dice": dice}
-        for name, kind, dice in (("random_1", "random", "0.8"), ("mutant_1", "mutant", "0.9"))
-    ]
-    networks = [("search_30mib_seed0", 0.9), ("random_0", 0.6), ("random_1", 0.8), ("dynunet", 0.7)]
-    lines = [{**line, "name": "search_30mib", "kind": "search", "candidates": candidates}]
-    lines += [{"name": "another", "minutes": 6, "network": "u"}]
-    lines += [{**line, "network": name, "dice": dice} for name, dice in networks]
-    lines += [{**line, "network": "dynunet", "dice": 0.5, "memory_mib": 20.0}]
-    monkeypatch.setattr(figures, "read_results", lambda: lines)
-    of_budgets = figures.dice_at_equal_memory(lines)
-    assert list(of_budgets) == [20.0, 30.0] and of_budgets[20.0] == {"dynunet": [0.5]}
-    assert of_budgets[30.0] == {"search": [0.9], "random": [0.6, 0.8], "dynunet": [0.7]}
-    for picture, flags in (("memory", []), ("rungs", ["--search", "search_30mib"])):
-        monkeypatch.setattr(
-            sys, "argv", ["figures.py", picture, "--output", str(tmp_path / picture), *flags]
-        )
-        arguments = figures.parse_args()
-        arguments.draw(arguments)
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("picture", ["time", "memory", "rungs --search search_30mib_fold2_seed0"])
+def test_pictures_are_drawn_from_the_lines(picture, monkeypatch, tmp_path):
+    words = [*picture.split(), "--output", str(tmp_path / "picture.png")]
+    monkeypatch.setattr(sys, "argv", ["figures.py", *words])
+    arguments = figures.parse_args()
+    arguments.draw(arguments)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,15 +21,7 @@ from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import save_model
 from dints.running import machine
 
-TASK = Task(
-    "Toy",
-    "CT",
-    1,
-    ("background", "a", "b"),
-    spacing=(2.0, 2.0, 2.0),
-    intensity=(0.0, 1.0),
-    patch_size=(16,) * 3,
-)
+TASK = Task("Toy", "CT", 1, ("background", "a", "b"), (2.0,) * 3, (0.0, 1.0), (16,) * 3)
 AFFINE = np.array([[0, -1.5, 0, 9], [1.7, 0, 0, -4], [0, 0, 2.5, 3], [0, 0, 0, 1]])
 
 
@@ -84,42 +75,31 @@ def probabilities(models: object, image: np.ndarray, **settings) -> np.ndarray:
 class TestAverages:
     def test_of_several_models_it_is_the_mean(self, model, others, image):
         single = [probabilities(path, image, overlap=0.25) for path in (model, *others)]
-        assert np.allclose(
-            probabilities([model, *others], image), np.mean(single, axis=0), atol=1e-6
-        )
+        together = probabilities([model, *others], image)
+        assert np.allclose(together, np.mean(single, axis=0), atol=1e-6)
         assert np.abs(single[0] - single[1]).max() > 0.01
 
-    @pytest.mark.parametrize("axes", [(1,), (0, 1)])
-    def test_a_flipped_volume_gives_flipped_probabilities(self, others, image, axes):
-        plain, mirrored = (
-            probabilities(others[0], image, mirrored=mirrored) for mirrored in (False, True)
-        )
-        flipped = probabilities(others[0], np.flip(image, axes), mirrored=True)
-        assert np.allclose(np.flip(flipped, [1 + axis for axis in axes]), mirrored, atol=1e-5)
+    def test_a_flipped_volume_gives_flipped_probabilities(self, others, image, axis=1):
+        plain = probabilities(others[0], image)
+        mirrored = probabilities(others[0], image, mirrored=True)
+        flipped = probabilities(others[0], np.flip(image, axis), mirrored=True)
+        assert np.allclose(np.flip(flipped, 1 + axis), mirrored, atol=1e-5)
         assert np.abs(plain - mirrored).max() > 0.01
 
-    def test_only_what_all_models_were_trained_to_flip_is(self, model, others):
+    def test_only_axes_that_all_models_were_trained_to_flip_are_flipped(self, model, others):
         assert Predictor(others, "cpu", "fp32", mirrored=True).axes == (0,)
         assert Predictor(others[1], "cpu", "fp32", mirrored=True).axes == (0, 2)
-        # a file of before there were others
-        assert Predictor(model, "cpu", "fp32", mirrored=True).axes == (0, 1, 2)
         assert Predictor(others, "cpu", "fp32").axes == ()
-
-    def test_models_without_flips_are_refused(self, model):
         unflipped = model_file.load_model(model)
         unflipped.info["flips"] = {"axes": []}
         with pytest.raises(UserError, match="were not trained with flips"):
             Predictor(unflipped, "cpu", "fp32", mirrored=True)
 
     def test_models_of_other_tasks_are_refused(self, model):
-        other = replace(
-            model_file.load_model(model), task=replace(TASK, class_names=("background", "a", "c"))
-        )
-        with pytest.raises(
-            UserError,
-            match=r"model 2 has class_names \('background', 'a', 'c'\), "
-            r"and the first one",
-        ):
+        names = ("background", "a", "c")
+        other = replace(model_file.load_model(model), task=replace(TASK, class_names=names))
+        says = r"model 2 has class_names \('background', 'a', 'c'\), and the first one"
+        with pytest.raises(UserError, match=says):
             Predictor([model, other], "cpu", "fp32")
 
     def test_the_cases_of_all_models_count(self, model):
@@ -130,43 +110,29 @@ class TestAverages:
         assert predictor.training_cases == {"a", "b", "c"} and predictor.validation_cases == {"d"}
 
 
-class TestCompiled:
-    """Each network is compiled once, whatever volumes come: PyTorch refuses to do it for ever."""
+def test_any_number_of_windows_is_one_shape_to_compile(model, monkeypatch):
+    """PyTorch refuses to compile for ever; here it traces a network, and compiles nothing."""
+    shapes, real = [], torch.compile
 
-    @pytest.fixture
-    def graphs(self, monkeypatch) -> Iterator[list[torch.Size]]:
-        """Have PyTorch trace networks without compiling them; return the input shape of each that
-        it traced.
-        """
-        shapes, real = [], torch.compile
+    def traced(graph, inputs):
+        is_volume = [getattr(value, "ndim", 0) == 5 and value.shape[1] == 1 for value in inputs]
+        shapes.append(inputs[is_volume.index(True)].shape)
+        return graph
 
-        def traced(graph, inputs):
-            shapes.append(
-                next(
-                    value.shape
-                    for value in inputs
-                    if getattr(value, "ndim", 0) == 5 and value.shape[1] == 1
-                )
-            )
-            return graph
-
-        monkeypatch.setattr(
-            torch, "compile", lambda *a, mode=None, **more: real(*a, **more, backend=traced)
-        )
-        torch._dynamo.reset()
-        with torch._dynamo.config.patch(recompile_limit=1):
-            yield shapes
-
-    def test_any_number_of_windows_is_one_shape(self, model, graphs):
+    monkeypatch.setattr(
+        torch, "compile", lambda *a, mode=None, **more: real(*a, **more, backend=traced)
+    )
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        settings = {"overlap": 0.0, "batch_size": 4}
         plain, computed = (
-            Predictor(model, "cpu", "fp32", overlap=0.0, batch_size=4, compile=compile)
+            Predictor(model, "cpu", "fp32", compile=compile, **settings)
             for compile in ("off", "on")
         )
-        # of 1, 4, 9 windows, padded or in slabs
-        for shape in ((32, 32, 22), (64, 64, 32), (96, 96, 32), (32, 96, 96)):
+        for shape in ((32, 32, 22), (64, 64, 32)):  # of 1 and 4 windows, padded or in slabs
             volume = np.random.default_rng(0).random(shape).astype(np.float32)
             assert np.array_equal(computed(volume, np.eye(4)), plain(volume, np.eye(4)))
-        assert len(graphs) == 1 and graphs[0] == (4, 1, 16, 16, 16)
+    assert shapes == [(4, 1, 16, 16, 16)]
 
 
 def test_it_reads_the_model_once_and_its_input_stays(model, image, monkeypatch):
@@ -179,13 +145,7 @@ def test_it_reads_the_model_once_and_its_input_stays(model, image, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "affine", "message"),
     [
-        (
-            (2, 9, 9, 9),
-            AFFINE,
-            r"shape \(2, 9, 9, 9\) .* the model takes \(x, y, z\) or \(1, x, y, "
-            r"z\)",
-        ),
-        ((9, 9), AFFINE, r"shape \(9, 9\)"),
+        ((2, 9, 9, 9), AFFINE, r"shape \(2, 9, 9, 9\) .* the model takes \(x, y, z\) or"),
         ((9, 9, 9), np.eye(3), r"an affine of \(3, 3\)"),
     ],
 )
@@ -194,25 +154,12 @@ def test_other_shapes_are_refused(model, shape, affine, message):
         Predictor(model, device="cpu", precision="fp32")(np.zeros(shape), affine)
 
 
-def test_unusual_intensities_are_told(model, image, caplog):
-    predictor = Predictor(model, device="cpu", precision="fp32")
-    predictor(image, AFFINE)
-    assert "unusual" not in caplog.text
-    predictor(image * 0, AFFINE)
-    assert "the image is unusual: the mean of its intensities in the window is 0.00" in caplog.text
-
-
 def test_windows_that_no_memory_holds_are_refused_before_a_volume(model, monkeypatch):
-    """One window is counted, since a small volume has no more: its image, and its scores in 2 bytes
-    and in 4.
-    """
+    """One window is counted: its image, and its scores in 2 bytes and in 4."""
     loaded = model_file.load_model(model)
     huge = replace(loaded, task=replace(TASK, patch_size=(2048,) * 3))
-    with pytest.raises(
-        UserError,
-        match=r"2048 x 2048 x 2048 voxels, and one takes at least "
-        r"188,978,561,024 bytes",
-    ):
+    says = r"2048 x 2048 x 2048 voxels, and one takes at least 188,978,561,024 bytes"
+    with pytest.raises(UserError, match=says):
         Predictor(huge, "cpu", "fp32")
     monkeypatch.setattr(machine, "free_swap", lambda: 0)
     for free, is_refused in ((16**3 * (4 + 6 * 3) - 1, True), (16**3 * (4 + 6 * 3), False)):

@@ -36,9 +36,15 @@ def affine(axes: np.ndarray) -> np.ndarray:
     return full
 
 
-@pytest.mark.parametrize("spacing", [None, (1.7, 3.1, 2.2)], ids=str)
-@pytest.mark.parametrize("axes", AXES)
-@pytest.mark.parametrize("shape", [(40, 25, 23), (23, 64, 20)], ids=str)
+@pytest.mark.parametrize(
+    ("axes", "shape", "spacing"),
+    [
+        ("RAS", (40, 25, 23), None),
+        ("LPS", (23, 64, 20), (1.7, 3.1, 2.2)),
+        ("permuted PIR", (23, 64, 20), (1.7, 3.1, 2.2)),
+    ],
+    ids=str,
+)
 def test_labels_are_those_of_the_whole_volume(networks, axes, spacing, shape):
     resampling = Resampling(shape, affine(AXES[axes]), spacing)
     image = np.random.default_rng(0).normal(size=(2, *resampling.shape)).astype(np.float32)
@@ -60,8 +66,7 @@ def test_probabilities_are_those_of_the_whole_volume(networks, axis):
     assert np.allclose(np.concatenate(parts, 1 + axis), whole, atol=1e-6)
 
 
-@pytest.mark.parametrize("spacing", [None, (1.7, 3.1, 2.2)], ids=str)
-def test_maps_are_those_of_the_whole_volume(networks, spacing):
+def test_maps_are_those_of_the_whole_volume(networks, spacing=(1.7, 3.1, 2.2)):
     resampling = Resampling((40, 25, 23), affine(AXES["permuted PIR"]), spacing)
     image = np.random.default_rng(0).normal(size=(2, *resampling.shape)).astype(np.float32)
     found = slabs.segmented(
@@ -75,7 +80,7 @@ def test_maps_are_those_of_the_whole_volume(networks, spacing):
     assert np.ptp(found.uncertainty) > 10
 
 
-def test_the_room_is_asked_for_after_a_pass_and_is_that_of_a_patchs_planes(networks, monkeypatch):
+def test_room_for_a_patchs_planes_is_asked_for_after_a_pass(networks, monkeypatch):
     asked, passes = [], []
     monkeypatch.setattr(
         windows, "place_of_sums", lambda count, device: asked.append((count, len(passes))) or device
@@ -88,17 +93,14 @@ def test_the_room_is_asked_for_after_a_pass_and_is_that_of_a_patchs_planes(netwo
     assert asked == [(16 * 24 * 16 * (3 + 1) * 4, 1)]
 
 
-def test_what_needs_padding_or_shearing_is_done_at_once():
+def test_padding_or_shearing_is_done_at_once():
     straight = Resampling((40, 40, 40), np.eye(4), (2.0, 2.0, 2.0))
     assert straight.is_separable and not slabs.fits((15, 40, 40), WINDOW, straight)
-    angle = np.radians(20)
-    rotated = np.array(
-        [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1.2]]
-    )
+    cos, sin = np.cos(np.radians(20)), np.sin(np.radians(20))
+    rotated = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1.2]])
     sheared = rotated @ np.array([[1, 0.3, 0], [0, 1, 0], [0, 0, 1]])
     for axes, separable in ((rotated, True), (sheared, False)):
         resampling = Resampling((40, 40, 40), affine(axes), (2.0, 2.0, 2.0))
         assert resampling.is_separable == separable
-        assert (
-            slabs.fits(resampling.shape, SlidingWindow((8, 8, 8), 0.5, 1), resampling) == separable
-        )
+        window = SlidingWindow((8, 8, 8), 0.5, 1)
+        assert slabs.fits(resampling.shape, window, resampling) == separable

@@ -27,15 +27,7 @@ from dints.network.architecture import (
 from dints.network.operations import PUBLISHED
 
 ARRAYS = ("node_a", "arch_code_a", "arch_code_c", "arch_code_a_max")
-ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-INFO = {
-    "iter_num": 600,
-    "epochs": 30,
-    "best_dsc": 0.81,
-    "best_path": None,
-    "factor_ram_cost": 0.8,
-    "seed": 7,
-}
+INFO = {"iter_num": 600, "best_dsc": 0.81, "best_path": None, "factor_ram_cost": 0.8}
 
 
 def assert_same(one: Architecture, other: Architecture) -> None:
@@ -67,7 +59,7 @@ def test_paths_are_those_of_monai(num_depths):
     assert paths(num_depths) == list(zip(space.arch_code2in, space.arch_code2out, strict=True))
 
 
-@pytest.mark.parametrize("size", [(1, 2), (12, 4), (2, 6)], ids=str)
+@pytest.mark.parametrize("size", [(1, 2), (12, 4)], ids=str)
 def test_what_is_saved_is_loaded(tmp_path, size):
     saved = with_max(random_architecture(1, *size), info=INFO)
     save_architecture(tmp_path / "code.pth", saved)
@@ -77,13 +69,12 @@ def test_what_is_saved_is_loaded(tmp_path, size):
 
     content = torch.load(tmp_path / "code.pth", weights_only=True)
     assert content.keys() == {*ARRAYS, *INFO, "operations", "use_downsample"}
-    assert content["operations"] == list(loaded.operations) == list(PUBLISHED)
-    assert content["use_downsample"] is loaded.use_downsample is True
+    assert content["operations"] == list(PUBLISHED) and content["use_downsample"] is True
+    assert all(isinstance(content[key], torch.Tensor) for key in ARRAYS)
     full = replace(saved, use_downsample=False)
     assert full.codes() != saved.codes()  # another network, whose runs are other runs
     save_architecture(tmp_path / "full.pth", full)
     assert load_architecture(tmp_path / "full.pth").use_downsample is False
-    assert all(isinstance(content[key], torch.Tensor) for key in ARRAYS)
 
 
 def published(architecture: Architecture, dtype: type = np.float64) -> dict:
@@ -100,66 +91,43 @@ def published(architecture: Architecture, dtype: type = np.float64) -> dict:
     }
 
 
-def save_as_numpy_1(content: object, path: Path, zipped: bool) -> None:
-    """Save under the module names of NumPy 1; in pickle protocol 2 a name ends at its newline, and
-    can be replaced.
-    """
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
-
-    def renamed(data: bytes) -> bytes:
-        assert b"numpy._core.multiarray\n" in data
-        return data.replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n")
-
-    if not zipped:
-        path.write_bytes(renamed(path.read_bytes()))
-        return
+def save_as_numpy_1(content: object, path: Path) -> None:
+    """Save under the old module names: in pickle protocol 2 one ends at its newline."""
+    torch.save(content, path)
+    names = b"numpy._core.multiarray\n", b"numpy.core.multiarray\n"
     with zipfile.ZipFile(path) as old:
         members = {name: old.read(name) for name in old.namelist()}
     with zipfile.ZipFile(path, "w") as new:
         for name, data in members.items():
-            new.writestr(name, renamed(data) if name.endswith("/data.pkl") else data)
+            new.writestr(name, data.replace(*names) if name.endswith("/data.pkl") else data)
 
 
-def save_as_numpy_2(content: object, path: Path, zipped: bool) -> None:
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+def save_as_legacy(content: object, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
 def test_monais_own_instance_reads_a_file_of_ours_as_the_page_says(tmp_path):
     saved = random_architecture(3, 3, 3)
     save_architecture(tmp_path / "search_code_600.pth", saved)
     text = (Path(__file__).parents[2] / "docs/published.md").read_text()
-    (line,) = (
-        block
-        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        if "arch_code = " in block
-    )
+    (line,) = re.findall(r"```python\n([^`]*arch_code = [^`]*)```", text)
     names = {}
     exec(line.replace('"search_code_600.pth"', f'r"{tmp_path}/search_code_600.pth"'), names)  # noqa: S102
     size = {"channel_mul": 0.125, "num_blocks": 3, "num_depths": 3}
     with pytest.raises(TypeError, match="expected np.ndarray"):
         TopologyInstance([names["code"]["arch_code_a"], names["code"]["arch_code_c"]], **size)
-    theirs = DiNTS(
-        TopologyInstance(names["arch_code"], **size), 1, 3, node_a=names["code"]["node_a"]
-    )
-    expected = network(saved, 1, 3, 0.125).state_dict()
-    assert (
-        theirs.state_dict().keys() == expected.keys()
-        and theirs(torch.zeros(1, 1, 32, 32, 32)).shape[1] == 3
-    )
+    instance = TopologyInstance(names["arch_code"], **size)
+    theirs = DiNTS(instance, 1, 3, node_a=names["code"]["node_a"])
+    assert theirs.state_dict().keys() == network(saved, 1, 3, 0.125).state_dict().keys()
+    assert theirs(torch.zeros(1, 1, 32, 32, 32)).shape[1] == 3
 
 
 @pytest.mark.fault("legacy NumPy files")
-@pytest.mark.skipif(
-    int(np.__version__[0]) < 2, reason="the files are made from what NumPy 2 writes"
-)
-@pytest.mark.parametrize("dtype", [np.float64, np.uint8, bool, ">i8"], ids=str)
-@ZIPPED
-@pytest.mark.parametrize("save", [save_as_numpy_1, save_as_numpy_2])
-def test_published_files_load_and_what_we_make_of_them_needs_no_allow_list(
-    tmp_path, save, zipped, dtype
-):
+@pytest.mark.parametrize("dtype", [np.float64, np.uint8, ">i8"], ids=str)
+@pytest.mark.parametrize("save", [save_as_numpy_1, save_as_legacy])
+def test_published_files_load_and_what_we_make_of_them_needs_no_allow_list(tmp_path, save, dtype):
     architecture = with_max(random_architecture(2, 12, 4))
-    save(published(architecture, dtype), tmp_path / "published.pth", zipped)
+    save(published(architecture, dtype), tmp_path / "published.pth")
     loaded = load_architecture(tmp_path / "published.pth")
     assert_same(loaded, architecture)
     kept = {"iter_num": 1430, "best_dsc": 0.625, "losses": [0.5, 0.25], "best_path": 1400}
@@ -201,21 +169,22 @@ def test_a_malicious_file_runs_nothing(tmp_path, form):
     assert not marker.exists()
 
     # The trap does work: loaded without care, the file runs its payload.
-    pickle.loads(file.read_bytes()) if form == "plain pickle" else torch.load(
-        file, weights_only=False
-    )
+    if form == "plain pickle":
+        pickle.loads(file.read_bytes())
+    else:
+        torch.load(file, weights_only=False)
     assert marker.exists()
 
 
 @pytest.mark.fault("truncated, empty or foreign file")
-@ZIPPED
-@pytest.mark.parametrize("keep", [10, 0.5, -1])
-def test_a_truncated_file_is_refused(tmp_path, keep, zipped):
+@pytest.mark.parametrize("save", [torch.save, save_as_legacy])
+def test_a_truncated_file_is_refused(tmp_path, save):
     file = tmp_path / "code.pth"
-    torch.save(random_architecture(0, 12, 4).to_dict(), file, _use_new_zipfile_serialization=zipped)
+    save(random_architecture(0, 12, 4).to_dict(), file)
     whole = file.read_bytes()
-    file.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
-    assert "is damaged or not a PyTorch file" in message_of(file)
+    for keep in (0, 10, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:keep])
+        assert "is damaged or not a PyTorch file" in message_of(file)
 
 
 @pytest.mark.fault("truncated, empty or foreign file")
@@ -224,27 +193,12 @@ def test_a_truncated_file_is_refused(tmp_path, keep, zipped):
     [
         (lambda path: None, "does not exist"),
         (Path.mkdir, "is a folder"),
-        (Path.touch, "is damaged or not a PyTorch file"),
-        (
-            lambda path: path.write_text("node_a: [[1, 0], [1, 0]]\n" * 100),
-            "is damaged or not a PyTorch file",
-        ),
-        (
-            lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)),
-            "is damaged or not a PyTorch file",
-        ),
+        (lambda path: path.write_text("node_a: [[1, 0]]"), "is damaged or not a PyTorch file"),
         (lambda path: torch.save([1, 2], path), "holds a list where a dictionary is expected"),
         (lambda path: torch.save(torch.nn.Linear(1, 1).state_dict(), path), "has no 'node_a'"),
-        (
-            lambda path: torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)).save(path),
-            "not a PyTorch file",
-        ),
-        (
-            lambda path: np.savez(path.open("wb"), **{key: GOOD[key] for key in ARRAYS}),
-            "not a PyTorch file",
-        ),
+        (lambda path: np.savez(path.open("wb"), node_a=np.ones(2)), "not a PyTorch file"),
     ],
-    ids=["missing", "folder", "empty", "text", "empty zip", "list", "state dict", "script", "npz"],
+    ids=["missing", "folder", "text", "list", "state dict", "npz"],
 )
 def test_a_foreign_file_is_refused(tmp_path, make, fault):
     make(tmp_path / "code.pth")
@@ -259,6 +213,8 @@ def entry(key: str, index: tuple[int, int], value: float) -> dict:
 
 
 GOOD = {**chain(0, 1, 1, 0, num_depths=3).to_dict(), "arch_code_a_max": torch.zeros(3, 7)}
+META = torch.ones(4, 3, device="meta")
+NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
 LEVEL_1 = 3  # the path of depth 1 to itself
 
 
@@ -266,94 +222,44 @@ LEVEL_1 = 3  # the path of depth 1 to itself
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        *(({k: v for k, v in GOOD.items() if k != key}, f"has no '{key}'") for key in ARRAYS[:3]),
+        ({key: GOOD[key] for key in GOOD if key != "node_a"}, "has no 'node_a'"),
         (entry("arch_code_c", (0, 0), 9), "'arch_code_c' holds 9; values are 0 to 4"),
         (entry("arch_code_c", (2, 6), -1), "'arch_code_c' holds -1; values are 0 to 4"),
         (entry("arch_code_c", (1, 3), 1.7), "'arch_code_c' holds 1.7 where only whole numbers"),
         (entry("arch_code_a", (1, 3), 0.5), "'arch_code_a' holds 0.5 where only whole numbers"),
-        (entry("arch_code_a", (1, 3), 2), "'arch_code_a' holds 2; values are 0 to 1"),
-        (entry("node_a", (0, 0), np.nan), "'node_a' holds nan where only whole numbers"),
         ({**GOOD, "use_downsample": 2}, "'use_downsample' is not True or False"),
-        (
-            {**GOOD, "arch_code_c": torch.full((3, 7), 2**64 - 1, dtype=torch.uint64)},
-            "holds 1.84467e+19 where only",
-        ),
+        (entry("node_a", (0, 0), np.nan), "'node_a' holds nan where only whole numbers"),
         (entry("arch_code_a", (1, LEVEL_1), 0), "block 1 has no active path"),
-        (
-            entry("arch_code_a", (2, 0), 1),
-            "block 1 ends at depths [1], but block 2 starts from [0, 1]",
-        ),
-        (
-            entry("node_a", (0, 1), 1),
-            "row 0 of 'node_a' activates depths [0, 1], but the paths use [0]",
-        ),
-        (
-            {**GOOD, "node_a": GOOD["node_a"][1:]},
-            "'node_a' has shape (3, 3), but .* asks for (4, 3)",
-        ),
-        (
-            {**GOOD, "arch_code_c": torch.ones(3, 7, 5)},
-            "'arch_code_c' has shape (3, 7, 5), but .* asks for (3, 7)",
-        ),
-        (
-            {**GOOD, "arch_code_a_max": torch.ones(3, 4)},
-            "'arch_code_a_max' has shape (3, 4), but .* asks for (3, 7)",
-        ),
-        *(
-            (
-                {**GOOD, "arch_code_a": torch.ones(shape)},
-                f"'arch_code_a' has shape {shape}, not (blocks, 3 * depths",
-            )
-            for shape in ((), (0, 7), (3, 1), (3, 8))
-        ),
+        (entry("arch_code_a", (2, 0), 1), "ends at depths [1], but block 2 starts from [0, 1]"),
+        (entry("node_a", (0, 1), 1), "'node_a' activates depths [0, 1], but the paths use [0]"),
+        ({**GOOD, "node_a": GOOD["node_a"][1:]}, "'node_a' has shape (3, 3), but"),
+        ({**GOOD, "arch_code_c": torch.ones(3, 7, 5)}, "'arch_code_c' has shape (3, 7, 5), but"),
+        ({**GOOD, "arch_code_a": torch.ones(3, 8)}, "'arch_code_a' has shape (3, 8), not (blocks"),
         # One number in the file, and 8 GB in memory were it taken as it is
-        (
-            {**GOOD, "arch_code_a": torch.zeros(1).expand(10**9, 7)},
-            "has shape (1000000000, 7), too large for an",
-        ),
-        (
-            {**GOOD, "arch_code_a": torch.ones(1, 3 * 17 - 2)},
-            "it has 1 blocks and 17 depths, more than the 1000 and 16",
-        ),
+        ({**GOOD, "arch_code_a": torch.zeros(1).expand(10**9, 7)}, "too large for an architecture"),
+        ({**GOOD, "arch_code_a": torch.ones(1, 49)}, "1 blocks and 17 depths, more than the 1000"),
         *(
             ({**GOOD, "node_a": value}, "'node_a' is not an array of numbers")
-            for value in (
-                *(
-                    "four",
-                    [[1], [1, 0]],
-                    [["1", "0"]],
-                    {},
-                    torch.ones(4, 3) * 1j,
-                    torch.ones(4, 3).to_sparse(),
-                ),
-                torch.ones(4, 3, device="meta"),
-                torch.ones(4, 3, dtype=torch.bfloat16),
-                torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
-            )
+            for value in ("four", [[1], [1, 0]], torch.ones(4, 3).to_sparse(), META, NESTED)
         ),
     ],
 )
 def test_what_is_no_network_is_refused(tmp_path, content, fault):
     torch.save(content, tmp_path / "code.pth")
     message = message_of(tmp_path / "code.pth")
-    position = 0
-    for part in fault.split(" .* "):
-        position = message.index(part, position)
-    assert "give an arch file as search_dints.py writes it" in message
+    assert fault in message and "give an arch file as search_dints.py writes it" in message
 
 
 # What NumPy says when it frees an array of a damaged dtype
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@ZIPPED
-@pytest.mark.parametrize("numpy", [False, True], ids=["tensors", "NumPy"])
-def test_a_file_with_any_bytes_changed_loads_or_is_refused(tmp_path, numpy, zipped):
+@pytest.mark.parametrize("save", [torch.save, save_as_legacy])
+@pytest.mark.parametrize("content_of", [Architecture.to_dict, published])
+def test_a_file_with_any_bytes_changed_loads_or_is_refused(tmp_path, content_of, save):
     """Whatever the damage, there is at most a `UserError` of one line."""
     file, rng = tmp_path / "code.pth", np.random.default_rng(0)
-    architecture = with_max(random_architecture(0, 3, 3))
-    content = published(architecture) if numpy else architecture.to_dict()
-    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    save(content_of(with_max(random_architecture(0, 3, 3))), file)
     whole, refused = file.read_bytes(), 0
-    for _ in range(100):
+    for _ in range(40):
         damaged = bytearray(whole)
         for place in rng.integers(len(whole), size=rng.integers(1, 4)):
             damaged[place] = rng.choice([0, 255, rng.integers(256)])
@@ -363,24 +269,17 @@ def test_a_file_with_any_bytes_changed_loads_or_is_refused(tmp_path, numpy, zipp
         except UserError as error:
             refused += 1
             assert str(file) in str(error) and "\n" not in str(error)
-    assert 30 < refused < 100
+    assert 12 < refused < 40
 
 
 def test_changes_of_what_is_decoded_are_counted_and_outlive_a_checkpoint():
     before, changed = DecodedCodes(), DecodedCodes()
     before.take(chain(0, 0, 0, num_depths=2, operation=1))
     changed.load_state_dict(before.state_dict())
-    assert changed.changes(chain(0, 0, 0, num_depths=2, operation=1)) == {
-        "changed_paths": 0,
-        "changed_operations": 0,
-    }
-    # The first block's path leads elsewhere and the second's too; of none that was active before is
-    # any active now.
-    assert changed.changes(chain(0, 1, 1, num_depths=2, operation=2)) == {
-        "changed_paths": 4,
-        "changed_operations": 0,
-    }
-    assert changed.changes(chain(0, 0, 0, num_depths=2, operation=2)) == {
-        "changed_paths": 0,
-        "changed_operations": 2,
-    }
+    for depths, operation, paths_and_operations in (
+        ((0, 0, 0), 1, [0, 0]),
+        ((0, 1, 1), 2, [4, 0]),  # of no path that was active before
+        ((0, 0, 0), 2, [0, 2]),
+    ):
+        counted = changed.changes(chain(*depths, num_depths=2, operation=operation))
+        assert list(counted.values()) == paths_and_operations

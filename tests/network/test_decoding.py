@@ -1,6 +1,4 @@
-"""Every sequence of children, where there are few enough to try them all, is the oracle of
-decoding.
-"""
+"""Where there are few sequences of children, all of them are tried: the oracle of decoding."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ def with_alphas(seed: int, spread: float, *size) -> SearchSpace:
 
 
 def lengths_of_children(space: SearchSpace) -> np.ndarray:
-    """Return what decoding minimises the sum of, from the children's probabilities: (blocks,
-    children).
-    """
+    """Return what decoding minimises the sum of: (blocks, children)."""
     return -np.log(space.get_prob_a(child=True)[0].detach().numpy().astype(float) + 1e-5)
 
 
@@ -48,10 +44,8 @@ def length(space: SearchSpace, arch_code_a: np.ndarray) -> float:
 def all_architectures(space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
     """Return lengths and ratios of every connected sequence of children."""
     arch_code_c = space.log_alpha_c.argmax(-1).numpy()
-    lengths, ratios = (
-        lengths_of_children(space),
-        np.zeros((space.num_blocks, len(space.child_list))),
-    )
+    lengths = lengths_of_children(space)
+    ratios = np.zeros((space.num_blocks, len(space.child_list)))
     for block, number in np.ndindex(ratios.shape):
         arch_code_a = np.zeros(arch_code_c.shape)
         arch_code_a[block] = space.child_list[number]
@@ -59,65 +53,48 @@ def all_architectures(space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
     connected = space.ends[:, None] == space.starts[None]
     total, memory, last = lengths[0], ratios[0], np.arange(len(space.child_list))
     for block in range(1, space.num_blocks):
-        before, child = connected[last].nonzero()
-        total, memory, last = (
-            total[before] + lengths[block][child],
-            memory[before] + ratios[block][child],
-            child,
-        )
+        before, last = connected[last].nonzero()
+        total = total[before] + lengths[block][last]
+        memory = memory[before] + ratios[block][last]
     return total, memory
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("spread", [0.0, 4.0])  # at 0 all are equally probable
 @pytest.mark.parametrize("size", [(1, 2), (4, 2), (2, 3), (3, 3, True)], ids=str)
 def test_no_architecture_within_the_budget_is_more_probable(size, spread):
-    """At spread 0 all are equally probable."""
-    for seed in range(2):
-        space = with_alphas(seed, spread, *size)
-        lengths, ratios = all_architectures(space)
-        assert length(space, space.decode()[1]) == pytest.approx(lengths.min(), abs=1e-6)
-        for budget in [ratios.min(), *np.quantile(ratios, [0.05, 0.2, 0.5, 0.9]), 1.0]:
-            found = space.architecture(budget)
-            assert found.info["ram_ratio"] <= budget * (1 + 1e-8)
-            assert found.info["ram_ratio"] == space.ram_ratio_of(
-                found.arch_code_a, found.arch_code_c
-            )
-            best = lengths[ratios <= budget * (1 + 1e-9)].min()
-            assert length(space, found.arch_code_a) == pytest.approx(best, abs=1e-6)
-            assert found.arch_code_a[:, 0].all() or not space.keep_finest
-        with pytest.raises(
-            UserError, match="max_ram_ratio .* is below that of the smallest connected architecture"
-        ):
-            space.decode(0.99 * ratios.min())
+    space = with_alphas(0, spread, *size)
+    lengths, ratios = all_architectures(space)
+    assert length(space, space.decode()[1]) == pytest.approx(lengths.min(), abs=1e-6)
+    for budget in [ratios.min(), *np.quantile(ratios, [0.05, 0.5, 0.9]), 1.0]:
+        found = space.architecture(budget)
+        ratio = space.ram_ratio_of(found.arch_code_a, found.arch_code_c)
+        assert found.info["ram_ratio"] == ratio <= budget * (1 + 1e-8)
+        best = lengths[ratios <= budget * (1 + 1e-9)].min()
+        assert length(space, found.arch_code_a) == pytest.approx(best, abs=1e-6)
+        assert found.arch_code_a[:, 0].all() or not space.keep_finest
+    with pytest.raises(UserError, match="max_ram_ratio .* is below that of the smallest connected"):
+        space.decode(0.99 * ratios.min())
 
 
 def test_a_loose_budget_changes_nothing_and_a_reported_ratio_can_be_kept():
-    for seed in range(5):
-        space = with_alphas(seed, 1.0, 12, 4)
-        free = space.architecture()
-        for expected, found in zip(
-            space.decode(), space.decode(free.info["ram_ratio"]), strict=True
-        ):
-            np.testing.assert_array_equal(found, expected)
-        tight = space.architecture(0.5 * free.info["ram_ratio"])
-        assert tight.info["ram_ratio"] <= 0.5 * free.info["ram_ratio"]
-        again = space.architecture(tight.info["ram_ratio"])
-        np.testing.assert_array_equal(again.arch_code_a, tight.arch_code_a)
+    space = with_alphas(0, 1.0, 12, 4)
+    free = space.architecture()
+    ratio = free.info["ram_ratio"]
+    assert space.architecture(ratio).codes() == free.codes()
+    tight = space.architecture(0.5 * ratio)
+    assert tight.info["ram_ratio"] <= 0.5 * ratio
+    assert space.architecture(tight.info["ram_ratio"]).codes() == tight.codes()
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0, 1000.0])
-def test_the_published_size_and_five_depths_take_seconds_at_most(spread):
-    """At spread 1000, children's probabilities round to 0 or 1, and sequences of the same length
-    abound.
-    """
-    for size in ((12, 4), (3, 5), (12, 4, True)):
+@pytest.mark.parametrize("size", [(12, 4), (3, 5), (12, 4, True)], ids=str)
+def test_the_published_size_and_five_depths_take_seconds_at_most(size):
+    """At spread 1000 children's probabilities are 0 or 1, and sequences of one length abound."""
+    for spread in (0.0, 1000.0):
         space = with_alphas(0, spread, *size)
         free, least = space.architecture().info["ram_ratio"], space.feasible_ram_ratio()
-        for share in (0.1, 0.5, 0.9):
-            start, budget = time.monotonic(), max(share * free, least)
-            found = space.architecture(budget)
-            assert found.info["ram_ratio"] <= budget * (1 + 1e-8) and time.monotonic() - start < 60
-            assert space.architecture(budget).codes() == found.codes()
+        start, budget = time.monotonic(), max(0.5 * free, least)
+        found = space.architecture(budget)
+        assert found.info["ram_ratio"] <= budget * (1 + 1e-8) and time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("keep_finest", [False, True])

@@ -1,23 +1,18 @@
-"""A fast network computes what the plain one does: values, gradients and state, in every way that
-it may compute.
-"""
+"""A fast network computes what the plain one does: values, gradients and state, in every way."""
 
 from __future__ import annotations
 
 import copy
-import csv
 from functools import partial
 
 import pytest
 import torch
 from architectures import chain, everything, random_architecture
-from commands import search, train
 from torch import nn
 from tracing import assert_one_graph
 
 from dints.network import discrete
 from dints.network import space as space_module
-from dints.network.architecture import save_architecture
 from dints.network.cells import cell_of
 from dints.network.cost import activation_bytes
 from dints.network.discrete import DiscreteNetwork
@@ -28,12 +23,12 @@ from dints.network.fast.mixing import cells_together, mix
 from dints.network.operations import OPERATIONS, PUBLISHED, ActivatedConvolutions, Operation
 from dints.network.space import SearchSpace, supernet_of
 
-RANDOM = random_architecture(0, 4, 3)
+CHAIN = chain(0, 1, 2, 1, 0, num_depths=3)
 CHANNELS = 3
 
 
 def search_network() -> nn.Module:
-    network = supernet_of(SearchSpace(1 / 8, 3, 3), 1, 3)
+    network = supernet_of(SearchSpace(1 / 8, 2, 3), 1, 3)
     for alpha in (network.dints_space.log_alpha_a, network.dints_space.log_alpha_c):
         nn.init.normal_(alpha)
     return network
@@ -42,8 +37,7 @@ def search_network() -> nn.Module:
 NETWORKS = {
     "supernet": search_network,
     "every path": lambda: DiscreteNetwork(everything(2, 3), 1, 3, 1 / 8),
-    "random": lambda: DiscreteNetwork(RANDOM, 1, 3, 1 / 8),
-    "one path a block": lambda: DiscreteNetwork(chain(0, 1, 2, 1, 0, num_depths=3), 1, 3, 1 / 8),
+    "random": lambda: DiscreteNetwork(random_architecture(0, 4, 3), 1, 3, 1 / 8),
 }
 
 
@@ -78,19 +72,15 @@ def scores_and_gradients(network: nn.Module, kind: torch.dtype) -> dict[str, tor
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
         scores = network(image.to(exact))
     (scores.to(exact) * noise).mean().backward()
-    gradients = {
-        name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None
-    }
-    return {"scores": scores.detach(), **gradients}
+    weights = {name: each for name, each in network.named_parameters() if each.grad is not None}
+    return {"scores": scores.detach(), **{name: each.grad for name, each in weights.items()}}
 
 
 def assert_near(values: dict, expected: dict, tolerance: float) -> None:
     assert values.keys() == expected.keys() and len(values) > 10
     for name, value in values.items():
-        error, size = (
-            (value.double() - expected[name].double()).norm(),
-            expected[name].double().norm(),
-        )
+        error = (value.double() - expected[name].double()).norm()
+        size = expected[name].double().norm()
         assert error <= tolerance * size + 1e-12, f"{name}: {error / size:.1e}"
 
 
@@ -100,10 +90,9 @@ def test_a_fast_network_is_the_plain_one(make, plain, channels, monkeypatch):
     fast = make()
     kinds = {type(layer) for layer in plain.modules()} ^ {type(layer) for layer in fast.modules()}
     assert kinds  # else the comparison shows nothing
-    assert fast.state_dict().keys() == plain.state_dict().keys()
-    assert all(
-        torch.equal(value, plain.state_dict()[name]) for name, value in fast.state_dict().items()
-    )
+    state = plain.state_dict()
+    assert fast.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in fast.state_dict().items())
     for kind, tolerance in ((torch.float64, 1e-8), (torch.float32, 5e-3)):
         assert_near(scores_and_gradients(fast, kind), scores_and_gradients(plain, kind), tolerance)
 
@@ -113,53 +102,34 @@ def test_in_bfloat16_it_is_as_near_to_fp32_as_the_plain_one(make, plain):
     errors = []
     for network in (make(), plain):
         rounded = scores_and_gradients(network, torch.bfloat16)
-        errors.append(
-            torch.stack([(rounded[name].double() - value).norm() for name, value in exact.items()])
-        )
-    assert errors[0].norm() < 1.5 * errors[1].norm() + 0.02 * exact["scores"].norm()
+        differences = [(rounded[name].double() - value).norm() for name, value in exact.items()]
+        errors.append(torch.stack(differences).norm())
+    assert errors[0] < 1.5 * errors[1] + 0.02 * exact["scores"].norm()
 
 
 def test_as_on_a_gpu_it_is_the_plain_one(make, plain, as_on_gpu):
-    assert_near(
-        scores_and_gradients(make(), torch.float64),
-        scores_and_gradients(plain, torch.float64),
-        1e-8,
-    )
+    results = [scores_and_gradients(network, torch.float64) for network in (make(), plain)]
+    assert_near(*results, 1e-8)
 
 
 def test_copies_are_fast_too_and_a_second_call_changes_nothing(make):
     network, image = make(), torch.randn(1, 1, 16, 16, 16)
     kinds = [type(module) for module in network.modules()]
     copied = copy.deepcopy(accelerate(network))
-    assert (
-        [type(module) for module in copied.modules()]
-        == kinds
-        == [type(module) for module in network.modules()]
-    )
+    for each in (network, copied):
+        assert [type(module) for module in each.modules()] == kinds
+    before = network(image)
     for weight in copied.parameters():
         weight.data.add_(1e-3)
-    before = network(image)
-    assert not torch.equal(copied(image), before)
-    copied.load_state_dict(network.state_dict())
-    assert torch.equal(copied(image), before)
+    assert torch.equal(network(image), before) and not torch.equal(copied(image), before)
 
 
-def test_on_another_device_cells_are_taken_one_at_a_time():
-    cells = nn.ModuleList([cell_of(PUBLISHED)(4, 4, 0) for _ in range(3)]).to("meta")
-    images, weights = (
-        [torch.empty(2, 4, 8, 8, 8, device="meta")] * 3,
-        torch.empty(3, 5, device="meta"),
-    )
-    sizes = []
-    for cell in cells:
-        cell.op.ops[1].acti.register_forward_hook(
-            lambda module, given, _: sizes.append(tuple(given[0].shape))
-        )
-    assert mix(cells, images, weights).shape == (2, 4, 8, 8, 8)
-    assert sizes == [(2, 4, 8, 8, 8)] * 3  # side by side, it would be one of 12 channels
-    assert (
-        cells_together(3, torch.device("cpu")) == 3 and cells_together(3, torch.device("cuda")) == 1
-    )
+def test_a_gpu_takes_cells_one_at_a_time_and_always_composes():
+    together = [cells_together(3, torch.device(device)) for device in ("cpu", "cuda")]
+    wide = torch.empty(1, 64, 4, 4, 4)
+    assert together == [3, 1]
+    assert composition.pays(wide.to("meta")) and not composition.pays(wide)
+    assert composition.pays(torch.empty(1, 8, 4, 4, 4))
 
 
 class TestComposition:
@@ -168,47 +138,35 @@ class TestComposition:
         "grouped": partial(ActivatedConvolutions, kernels=[(3, 3, 3)], groups=CHANNELS),
         # together 5x5x5, and other borders
         "twice": partial(ActivatedConvolutions, kernels=[(3, 3, 3), (3, 3, 3)]),
-        "small": partial(ActivatedConvolutions, kernels=[(1, 1, 1)]),
         "three": partial(ActivatedConvolutions, kernels=[(3, 1, 1), (1, 3, 1), (1, 1, 3)]),
     }
 
     def cells(
         self, count: int, names: tuple[str, ...] = PUBLISHED
     ) -> tuple[nn.ModuleList, list, torch.Tensor]:
-        """Make cells without a change of resolution, an image for each, and weights of their
-        operations, in float64.
-        """
+        """Make cells that keep the size, their images and their operations' weights, in float64."""
         torch.manual_seed(0)
-        cells = nn.ModuleList(
-            [cell_of(names)(CHANNELS, CHANNELS, 0) for _ in range(count)]
-        ).double()
+        cells = [cell_of(names)(CHANNELS, CHANNELS, 0) for _ in range(count)]
+        cells = nn.ModuleList(cells).double()
         for weight in cells.parameters():
             nn.init.normal_(weight)
-        images = [
-            torch.randn(2, CHANNELS, 5, 6, 7, dtype=torch.double, requires_grad=True)
-            for _ in range(count)
-        ]
-        return cells, images, torch.rand(count, len(names), dtype=torch.double, requires_grad=True)
+        settings = {"dtype": torch.double, "requires_grad": True}
+        images = [torch.randn(2, CHANNELS, 5, 6, 7, **settings) for _ in range(count)]
+        return cells, images, torch.rand(count, len(names), **settings)
+
+    def mixed_by_monai(self, *inputs) -> torch.Tensor:
+        return sum(cell(image, weight) for cell, image, weight in zip(*inputs, strict=True))
 
     @pytest.mark.parametrize("together", [1, 3], ids=["one at a time, as on a GPU", "side by side"])
     def test_a_mix_and_its_gradients_are_those_of_the_cells(self, together, monkeypatch):
-        monkeypatch.setattr(
-            "dints.network.fast.mixing.cells_together", lambda count, device: together
-        )
+        monkeypatch.setattr("dints.network.fast.mixing.cells_together", lambda *_: together)
         cells, images, weights = self.cells(3)
         wanted, results = [*images, weights, *cells.parameters()], []
         parts = composed(cells, weights, together)
         assert len(parts) == 3 // together and parts[0].operations == (1, 2, 3, 4)
-        for mixed in (
-            sum(
-                cell(image, weight)
-                for cell, image, weight in zip(cells, images, weights, strict=True)
-            ),
-            mix(cells, images, weights, parts),
-        ):
-            noise = torch.randn(
-                mixed.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double
-            )
+        expected = self.mixed_by_monai(cells, images, weights)
+        noise = torch.randn_like(expected)
+        for mixed in (expected, mix(cells, images, weights, parts)):
             results.append([mixed, *torch.autograd.grad((mixed * noise).sum(), wanted)])
         for expected, value in zip(*results, strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
@@ -221,43 +179,21 @@ class TestComposition:
         cells, images, weights = self.cells(2, ("skip_connect", name, "conv_3x1x3"))
         parts = composed(cells, weights, 2)
         assert parts[0].operations == ((1, 2) if name == "three" else (2,))
-        expected = sum(
-            cell(image, weight) for cell, image, weight in zip(cells, images, weights, strict=True)
-        )
-        torch.testing.assert_close(
-            mix(cells, images, weights, parts), expected, rtol=1e-10, atol=1e-10
-        )
+        expected = self.mixed_by_monai(cells, images, weights)
+        found = mix(cells, images, weights, parts)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
         cells, _, weights = self.cells(2, ("skip_connect",))
         assert composed(cells, weights, 2) is None
 
-    def test_kernels_are_cast_once_to_what_autocast_computes_in(self):
-        cells, _, weights = self.cells(2)
-        cells, weights = cells.float(), weights.detach().float()
-        exact = composed(cells, weights, 1)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            cast = composed(cells, weights, 1)
-        for one, other in zip(exact, cast, strict=True):
-            assert other.kernels.dtype == torch.bfloat16 and other.scale.dtype == torch.float32
-            # composed in fp32 all the same
-            assert torch.equal(other.kernels, one.kernels.bfloat16())
-
-    def test_a_gpu_always_composes(self):
-        wide = torch.empty(1, 64, 4, 4, 4)
-        assert composition.pays(wide.to("meta")) and not composition.pays(wide)
-        assert composition.pays(torch.empty(1, 8, 4, 4, 4))
-
 
 def recomputing(network: nn.Module, wanted: bool = True) -> nn.Module:
-    (
-        network if isinstance(network, DiscreteNetwork) else network.dints_space
-    ).checkpoint_activations = wanted
+    part = network if isinstance(network, DiscreteNetwork) else network.dints_space
+    part.checkpoint_activations = wanted
     return network
 
 
 class TestRecomputation:
-    """With --checkpoint_activations a step keeps less and gives the same bits, whatever the
-    architecture.
-    """
+    """With --checkpoint_activations a step keeps less and gives the same bits."""
 
     @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
     def test_gradients_are_the_same_to_the_bit(self, make, kind):
@@ -267,47 +203,24 @@ class TestRecomputation:
         assert kept.keys() == recomputed.keys()
         assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
-    def test_of_blocks_nothing_is_kept(self, make):
-        """The rest is the stems': of the one path a block three quarters."""
+    def test_of_blocks_nothing_is_kept_and_nothing_computed_twice_without_gradients(
+        self, make, monkeypatch
+    ):
+        """The rest is the stems'."""
         network = make().to("meta")
-        kept = [
+        kept, less = (
             activation_bytes(recomputing(network, wanted), (1, 1, 32, 32, 32))
             for wanted in (False, True)
-        ]
-        assert kept[1] < 0.8 * kept[0]
-
-    def test_nothing_is_computed_twice_without_gradients(self, make, monkeypatch):
-        network = recomputing(make())
-        monkeypatch.setattr(
-            "dints.network.fast.recomputation.checkpoint",
-            lambda *_, **__: pytest.fail("computed twice"),
         )
+        assert less < 0.8 * kept
+        place = "dints.network.fast.recomputation.checkpoint"
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("computed twice"))
+        image = torch.zeros(1, 1, 16, 16, 16, device="meta")
         with torch.no_grad():
-            network(torch.zeros(1, 1, 16, 16, 16))
+            network(image)
         with pytest.raises(pytest.fail.Exception, match="computed twice"):
-            network(torch.zeros(1, 1, 16, 16, 16))
+            network(image)
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["supernet", "random"])
-    def test_it_compiles_as_one_graph(self, name):
-        assert_one_graph(recomputing(NETWORKS[name]()), torch.randn(1, 1, 16, 16, 16))
-
-    @pytest.mark.parametrize("stage", ["search", "train"])
-    def test_a_stages_numbers_are_the_same_with_it(self, stage, phantom, tmp_path):
-        save_architecture(tmp_path / "arch.pth", RANDOM)
-        histories = []
-        for flags in ("", "--checkpoint_activations"):
-            folder, flags = (
-                tmp_path / f"run{len(histories)}",
-                (f"--num_epochs 2 --num_epochs_per_validation 2 {flags}"),
-            )
-            if stage == "search":
-                search(phantom, folder, "--num_epochs_warmup 1", flags)
-            else:
-                train(phantom, folder, tmp_path / "arch.pth", flags)
-            with (folder / "loss_history.csv").open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            histories.append(
-                [(row["loss"], row.get("architecture_loss"), row.get("entropy_a")) for row in rows]
-            )
-        assert len(rows) == 2 and histories[0] == histories[1]
+    def test_it_compiles_as_one_graph(self):
+        network = DiscreteNetwork(CHAIN, 1, 3, 1 / 8)
+        assert_one_graph(recomputing(network), torch.randn(1, 1, 16, 16, 16))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from fractions import Fraction
-from functools import cache
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from architectures import chain, everything
 from monai.networks.blocks.dints_block import FactorizedIncreaseBlock
 from torch import nn
@@ -24,7 +22,6 @@ from dints.network.fast.layers import (
     Convolution,
     InstanceNorm,
     Upsample,
-    convolve,
     convolve_side_by_side,
 )
 from dints.network.space import SearchSpace, supernet_of
@@ -34,20 +31,9 @@ SHAPES = {
     "many voxels": (1, 16, 16, (3, 3, 3), 1, (16, 16, 16), "oneDNN"),
     "batch of two": (2, 16, 16, (3, 3, 3), 1, (16, 16, 16), "oneDNN without AVX-512"),
     "pads the first axis": (1, 32, 32, (3, 3, 1), 1, (16, 8, 16), "oneDNN"),
-    "stem": (1, 16, 32, (3, 3, 3), 2, (32, 32, 32), "oneDNN"),
     "few voxels, many weights": (1, 80, 160, (3, 3, 3), 1, (2, 4, 2), "product"),
     "few voxels, stride": (3, 40, 80, (3, 3, 3), 2, (5, 4, 3), "product"),
-    "few voxels in each of many images": (
-        6,
-        64,
-        64,
-        (3, 3, 3),
-        1,
-        (4, 4, 2),
-        "oneDNN without AVX-512",
-    ),
     "few voxels, few weights": (1, 8, 8, (3, 3, 3), 1, (4, 4, 4), "PyTorch"),
-    "one voxel in the kernel": (1, 32, 64, (1, 1, 1), 1, (16, 16, 16), "PyTorch"),
     "one voxel in the kernel, stride": (2, 16, 8, (1, 1, 1), 2, (9, 8, 7), "PyTorch"),
     "odd sizes": (1, 17, 23, (3, 3, 3), 1, (13, 15, 17), "oneDNN"),
 }
@@ -55,9 +41,7 @@ SHAPES = {
 
 @pytest.fixture(params=[True, False], ids=["AVX-512", "AVX2"])
 def has_avx512(request, monkeypatch):
-    """Compute as on processors with and without AVX-512: every one can do both, though not as
-    fast.
-    """
+    """Compute as on processors with and without AVX-512: every one can do both, at a speed."""
     monkeypatch.setattr(layers, "_HAS_AVX512", request.param)
     return request.param
 
@@ -75,9 +59,7 @@ def pair(
 def assert_same(
     plain, ours, image: torch.Tensor, parameters=((), ()), image_trained=True, tolerance=1e-5
 ) -> None:
-    """Compare results and gradients, by ``parameters`` of both and by the image: equal but for
-    rounding.
-    """
+    """Compare results and gradients, by ``parameters`` of both and the image, but for rounding."""
     results = []
     for module, trained in zip((plain, ours), parameters, strict=True):
         own_image = image.clone().requires_grad_(image_trained)
@@ -92,10 +74,6 @@ def assert_same(
 
 
 class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(function.__name__)
         return function(*args, **(kwargs or {}))
@@ -104,6 +82,7 @@ class Operations(TorchDispatchMode):
 def way(convolution: nn.Module, image: torch.Tensor) -> str:
     """Tell how a convolution is computed."""
     with Operations() as operations:
+        operations.names = []
         convolution(image)
     ways = {"mkldnn_convolution.default": "oneDNN", "_linear_pointwise.default": "product"}
     return next((ways[name] for name in operations.names if name in ways), "PyTorch")
@@ -114,30 +93,23 @@ def test_a_convolution_is_pytorchs_and_each_shape_goes_its_way(shape, has_avx512
     batch, channels, outputs, kernel, stride, size, expected = shape
     torch.manual_seed(0)
     image = torch.randn(batch, channels, *size)
-    for trained in (("image", "weight"), ("image",), ("weight",)):
-        plain, ours = (
-            each.requires_grad_("weight" in trained)
-            for each in pair(channels, outputs, kernel, stride)
-        )
-        parameters = [
-            list(each.parameters()) if "weight" in trained else [] for each in (plain, ours)
-        ]
-        assert_same(plain, ours, image, parameters, image_trained="image" in trained)
+    plain, ours = pair(channels, outputs, kernel, stride)
+    both = [list(plain.parameters()), list(ours.parameters())]
+    for parameters, image_trained in ((both, True), (([], []), True), (both, False)):
+        assert_same(plain, ours, image, parameters, image_trained)
     if expected == "oneDNN without AVX-512":
         expected = "PyTorch" if has_avx512 else "oneDNN"
     # Without oneDNN, on a processor that is not x86 or has no AVX2, everything stays PyTorch's.
-    assert (way(plain, image), way(ours, image)) == (
-        "PyTorch",
-        expected if layers._HAS_ONEDNN else "PyTorch",
-    )
+    expected = expected if layers._HAS_ONEDNN else "PyTorch"
+    assert (way(plain, image), way(ours, image)) == ("PyTorch", expected)
 
 
 def test_other_convolutions_types_and_places_stay_pytorchs():
-    image = torch.randn(1, 64, 16, 16, 16)
+    image = torch.randn(1, 64, 8, 8, 8)
     for options in ({"bias": True}, {"groups": 2}, {"dilation": 2}, {"padding_mode": "circular"}):
         plain, ours = pair(64, 64, (3, 3, 3), **options)
         assert way(ours, image) == "PyTorch" and torch.equal(ours(image), plain(image))
-    for size in ((16, 16, 16), (2, 2, 2)):
+    for size in ((8, 8, 8), (2, 2, 2)):
         _, ours = pair(64, 64, (3, 3, 3))
         image = torch.randn(1, 64, *size)
         with torch.backends.mkldnn.flags(enabled=False):
@@ -153,13 +125,11 @@ def assert_nearer(result: torch.Tensor, theirs: torch.Tensor, truth: torch.Tenso
     assert (result - truth).abs().max() <= (theirs - truth).abs().max()
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [((16, 16, 16), "PyTorch"), ((2, 2, 2), "product")], ids=str
-)
-def test_under_autocast_products_stay_in_fp32(size, expected):
+@pytest.mark.parametrize(("side", "expected"), [(8, "PyTorch"), (2, "product")])
+def test_under_autocast_products_stay_in_fp32(side, expected):
     """Their results are nearer to the truth than PyTorch's in bf16."""
     plain, ours = pair(64, 64, (3, 3, 3))
-    image = torch.randn(1, 64, *size).bfloat16()
+    image = torch.randn(1, 64, side, side, side).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert way(ours, image) == (expected if layers._HAS_ONEDNN else "PyTorch")
         result, theirs = ours(image), plain(image)
@@ -168,140 +138,73 @@ def test_under_autocast_products_stay_in_fp32(size, expected):
     assert_nearer(result, theirs, copy.deepcopy(plain).double()(image.double()))
 
 
-UNIT = 2**-9  # of bfloat16: the largest relative error of rounding a number to it
-# Tests of bf16 against fp32: of the output, the last axis; and batch and the other axes, which take
-# turns.
-WIDTHS = (*range(1, 9), 12, 24)
-OTHERS = ((1, 2, 4), (2, 1, 2), (1, 4, 3))
-CHANNELS = (1, 3, 8, 16, 32, 128)
-
-
-@cache
-def kinds() -> list[tuple]:
-    """List what a network is made of: kernel, stride, padding, whether with a bias, and output for
-    input channels.
-    """
-    found = set()
-    for use_downsample in (True, False):
-        architecture = replace(everything(2, 3), use_downsample=use_downsample)
-        with torch.device("meta"):
-            network = DiscreteNetwork(architecture, 1, 2, 1 / 16)
-        for layer in network.modules():
-            if isinstance(layer, nn.Conv3d):
-                ratio = Fraction(layer.out_channels, layer.in_channels)
-                found.add(
-                    (layer.kernel_size, layer.stride, layer.padding, layer.bias is not None, ratio)
-                )
-    return sorted(found)
-
-
-def in_numbers_of_bfloat16(*shape: int) -> torch.Tensor:
-    """Draw numbers that bfloat16 has, so that nothing but what is computed is rounded."""
-    return torch.randn(shape).bfloat16().float()
-
-
-def results_in(
-    kind: torch.dtype, call, image: torch.Tensor, mix: torch.Tensor, parameters
-) -> list[torch.Tensor]:
-    """Return the result of ``call`` in this type, and the gradients by the image and the
-    parameters.
-    """
+def results_in(kind: torch.dtype, call, image: torch.Tensor, parameters) -> list[torch.Tensor]:
+    """Return the result in this type, and the gradients by the image and the parameters."""
     image = image.to(kind).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == torch.bfloat16):
         result = call(image)
     assert result.dtype == kind
+    mix = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     unwritten = [torch.full_like(each, torch.nan) for each in (image, *parameters, *parameters)]
     del unwritten  # the gradients get their memory
     return [result.detach(), *torch.autograd.grad(result, [image, *parameters], mix.to(kind))]
 
 
-def errors_in_bfloat16(ours, plain, image, mix, of_ours, of_plain) -> list[float]:
-    """Return how far `results_in` bf16 are from fp32's, by the norms that these have where no terms
-    cancel by chance.
-
-    Those are known from the squares of all numbers: of independent terms, the squares add.
-    """
-    found = results_in(torch.bfloat16, ours, image, mix, of_ours)
-    expected = results_in(torch.float32, plain, image, mix, of_plain)
-    with torch.no_grad():
-        before = [each.clone() for each in of_plain]
-        torch._foreach_mul_(of_plain, of_plain)
-        image, mix = image.square(), mix.square()
-    squares = results_in(torch.float32, plain, image, mix, of_plain)
-    with torch.no_grad():
-        torch._foreach_copy_(of_plain, before)
-    return [
-        ((got.float() - right).norm() / square.sum().sqrt()).item()
-        for got, right, square in zip(found, expected, squares, strict=True)
-    ]
+def is_near_to_fp32(ours: nn.Module, plain: nn.Module, image: torch.Tensor) -> bool:
+    """Tell whether bf16 has fp32's results; those of a wrong kernel are NaN, or far away."""
+    image = image.bfloat16().float()
+    found = results_in(torch.bfloat16, ours, image, [*ours.parameters()])
+    expected = results_in(torch.float32, plain, image, [*plain.parameters()])
+    return all(
+        (got.float() - right).norm() <= 0.03 * (1 + right.norm())
+        for got, right in zip(found, expected, strict=True)
+    )
 
 
-def test_bfloat16_is_fp32_in_every_shape_of_a_network_on_this_machine():
-    """A failure here is a kernel of this machine that is wrong: `layers._by_pytorch` has to go
-    around it.
-
-    Products are summed in fp32, rounded once, and a weight's gradient again where a batch is
-    summed. Without AVX-512 PyTorch rounds an image's gradient after each voxel of the kernel:
-    errors that add like the steps of a random walk.
-    """
+@pytest.mark.parametrize("use_downsample", [True, False])
+def test_bfloat16_is_fp32_in_every_shape_of_a_network_on_this_machine(use_downsample):
+    """A failure is a kernel of this machine that is wrong: `layers._by_pytorch` goes around it."""
     torch.manual_seed(0)
+    architecture = replace(everything(2, 3), use_downsample=use_downsample)
+    network = DiscreteNetwork(architecture, 1, 2, 1 / 16)
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv3d)]
     wrong, number = [], 0
-    for kernel, stride, padding, bias, ratio in kinds():
-        tolerance = UNIT * (2 + math.sqrt(math.prod(kernel)))
-        for channels in {
-            max(count, ratio.denominator) for count in CHANNELS if count * max(ratio, 1) <= 128
-        }:
-            plain = nn.Conv3d(channels, int(channels * ratio), kernel, stride, padding, bias=bias)
-            for parameter in plain.parameters():
-                parameter.data = in_numbers_of_bfloat16(*parameter.shape) / 4
-            ours = accelerate(copy.deepcopy(plain))
-            for width in WIDTHS:
-                number += 1
-                batch, *other = OTHERS[number % len(OTHERS)]
-                size = [count * step for count, step in zip((*other, width), stride, strict=True)]
-                if stride == kernel or number % 2 and math.prod(stride) > 1 == math.prod(kernel):
-                    # as the second half of a change of resolution sees it
-                    size = [max(count - 1, 1) for count in size]
-                image = in_numbers_of_bfloat16(batch, plain.in_channels, *size)
-                mix = in_numbers_of_bfloat16(*plain(image).shape)
-                found = errors_in_bfloat16(
-                    ours, plain, image, mix, [*ours.parameters()], [*plain.parameters()]
-                )
-                if not max(found) <= tolerance:
-                    wrong.append((kernel, stride, tuple(image.shape), plain.out_channels, found))
-    assert number > 500
-    assert not wrong, f"{len(wrong)} of {number} shapes, the first: {wrong[0]}"
+    for ours in {layer.extra_repr(): layer for layer in convolutions}.values():
+        plain = copy.deepcopy(ours)
+        plain.__class__ = nn.Conv3d
+        for width in (1, 2, 3, 4, 7, 16):  # of the output, the last axis
+            number += 1
+            batch, *other = ((1, 2, 4), (2, 1, 2), (1, 4, 3))[number % 3]
+            size = [count * step for count, step in zip((*other, width), ours.stride, strict=True)]
+            image = torch.randn(batch, ours.in_channels, *size)
+            # the second half of a change of resolution sees one voxel less
+            for seen in (image, image[..., :-1])[: 1 + (math.prod(ours.stride) > 1)]:
+                if not is_near_to_fp32(ours, plain, seen):
+                    wrong.append((ours, seen.shape))
+    assert number > 50 and not wrong
 
 
 class Faulty(TorchDispatchMode):
-    """Has the faults of oneDNN 3.12 in bfloat16: NaN where results, or memory that nobody wrote,
-    would be wrong.
-    """
+    """Has oneDNN 3.12's faults in bfloat16: NaN where results, or unwritten memory, are wrong."""
 
-    def __init__(self):
-        super().__init__()
-        self.seen = 0
+    seen = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function is torch.ops.aten.convolution.default and args[0].dtype == torch.bfloat16:
-            return (
-                self._broken(result)
-                if self._strides_wrongly(args[0], args[1], args[3], args[4])
-                else result
-            )
-        if (
-            function is torch.ops.aten.convolution_backward.default
-            and args[1].dtype == torch.bfloat16
-        ):
-            of_image, of_weight, of_bias = result
-            _, image, weight, _, stride, padding = args[:6]
-            if self._strides_wrongly(image, weight, stride, padding):
-                of_image = of_image if of_image is None else self._broken(of_image)
-            if padding[0] and image.shape[2] < weight.shape[2] and of_weight is not None:
-                of_weight = self._broken(of_weight)
-            return of_image, of_weight, of_bias
-        return result
+            image, weight, _, stride, padding = args[:5]
+            wrong = self._strides_wrongly(image, weight, stride, padding)
+            return self._broken(result) if wrong else result
+        backward = torch.ops.aten.convolution_backward.default
+        if function is not backward or args[1].dtype != torch.bfloat16:
+            return result
+        of_image, of_weight, of_bias = result
+        _, image, weight, _, stride, padding = args[:6]
+        if of_image is not None and self._strides_wrongly(image, weight, stride, padding):
+            of_image = self._broken(of_image)
+        if of_weight is not None and padding[0] and image.shape[2] < weight.shape[2]:
+            of_weight = self._broken(of_weight)
+        return of_image, of_weight, of_bias
 
     def _broken(self, result: torch.Tensor) -> torch.Tensor:
         self.seen += 1
@@ -314,67 +217,19 @@ class Faulty(TorchDispatchMode):
         return larger or (outputs == 1 and stride[2] > 1)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "stride", "size"),
-    [
-        ((3, 3, 3), 2, (4, 6, 2)),
-        ((1, 1, 1), 2, (4, 6, 8)),
-        ((1, 1, 1), 2, (3, 5, 1)),
-        ((3, 1, 1), 1, (2, 4, 4)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("bias", [False, True])
-def test_no_faulty_kernel_is_called(kernel, stride, size, bias):
-    torch.manual_seed(0)
-    plain, ours = pair(3, 8, kernel, stride, bias=bias)
-    image = in_numbers_of_bfloat16(2, 3, *size)
-    mix = in_numbers_of_bfloat16(*plain(image).shape)
-    with Faulty() as faulty:
-        theirs = results_in(torch.bfloat16, plain, image, mix, [*plain.parameters()])
-        assert faulty.seen and any(each.isnan().any() for each in theirs)
-        faulty.seen = 0
-        errors = errors_in_bfloat16(
-            ours, plain, image, mix, [*ours.parameters()], [*plain.parameters()]
-        )
-        assert max(errors) < 0.02 and not faulty.seen
-        # without autocast
-        assert torch.isfinite(copy.deepcopy(ours).bfloat16()(image.bfloat16())).all()
-        assert torch.isfinite(ours(image[0])).all()  # without a batch axis
-    assert not faulty.seen
+def one_by_one(convolutions):
+    """Return a function that computes each of the convolutions on its share of the channels."""
 
+    def call(whole: torch.Tensor) -> torch.Tensor:
+        shares = zip(convolutions, whole.chunk(len(convolutions), 1), strict=True)
+        return torch.cat([convolution(share) for convolution, share in shares], 1)
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_no_faulty_kernel_is_called_for_several_at_once(groups):
-    """Of two planes, with as many voxels as it takes to join convolutions to one call."""
-    torch.manual_seed(0)
-    plain = [nn.Conv3d(2, 2, 3, padding=1, bias=False) for _ in range(groups)]
-    weights = [convolution.weight for convolution in plain]
-    ours = accelerate(nn.ModuleList(copy.deepcopy(plain)))
-    image, mix = (
-        in_numbers_of_bfloat16(1, 2 * groups, 2, 8, 8),
-        in_numbers_of_bfloat16(1, 2 * groups, 2, 8, 8),
-    )
-
-    def one_by_one(whole):
-        return torch.cat(
-            [each(part) for each, part in zip(plain, whole.chunk(groups, 1), strict=True)], 1
-        )
-
-    with Faulty() as faulty:
-        for call, own in (
-            (lambda whole: convolve_side_by_side(ours, whole), [*ours.parameters()]),
-            (lambda whole: convolve(torch.cat(weights), whole, groups), weights),
-        ):
-            assert max(errors_in_bfloat16(call, one_by_one, image, mix, own, weights)) < 0.02
-    assert not faulty.seen
+    return call
 
 
 @pytest.mark.parametrize("use_downsample", [True, False])
-def test_networks_meet_no_faulty_kernel(use_downsample):
-    """Of patches whose deepest level is one voxel wide and two high, as the recipes' thinnest
-    are.
-    """
+def test_networks_meet_no_faulty_kernel(use_downsample, monkeypatch):
+    """Of patches whose deepest level is one voxel wide and two high, as the thinnest are."""
     torch.manual_seed(0)
     image = torch.randn(1, 1, *((8, 16, 4) if use_downsample else (4, 8, 2)))
     architecture = replace(everything(2, 2), use_downsample=use_downsample)
@@ -387,11 +242,12 @@ def test_networks_meet_no_faulty_kernel(use_downsample):
             scores.float().square().sum().backward()
         assert not faulty.seen
         assert (scores - expected).norm() < 0.1 * expected.norm()
-        assert all(
-            parameter.grad.isfinite().all()
-            for parameter in network.parameters()
-            if parameter.grad is not None
-        )
+        gradients = [each.grad for each in network.parameters() if each.grad is not None]
+        assert all(gradient.isfinite().all() for gradient in gradients)
+    monkeypatch.setattr(layers, "_is_computed_in_bfloat16", lambda image: False)
+    with faulty, torch.autocast("cpu", dtype=torch.bfloat16):
+        network(image).float().sum().backward()
+    assert faulty.seen  # where nothing goes around it
 
 
 def test_a_compiler_is_given_no_faulty_kernel():
@@ -399,48 +255,45 @@ def test_a_compiler_is_given_no_faulty_kernel():
     network = DiscreteNetwork(chain(0, 1, 0, num_depths=2), 1, 2, 1 / 16)
     image, faulty = torch.randn(1, 1, 8, 16, 4), Faulty()
 
-    def on_this_machine(graph, _):
+    def backend(graph, _):
         def run(*inputs):
             with faulty:
                 return graph(*inputs)
 
         return run
 
+    compiled = torch.compile(network, fullgraph=True, dynamic=False, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = torch.compile(network, fullgraph=True, dynamic=False, backend=on_this_machine)(
-            image
-        )
+        scores = compiled(image)
     with faulty:
         scores.float().square().sum().backward()
     assert not faulty.seen
     assert (scores - network(image)).norm() < 0.1 * network(image).norm()
 
 
-@pytest.mark.parametrize("size", [(16, 8, 8), (4, 4, 4), (2, 1, 2)], ids=str)
 @pytest.mark.parametrize(
-    ("batch", "kernel"), [(1, (3, 3, 3)), (2, (3, 3, 1)), (2, (1, 1, 1))], ids=str
+    ("size", "batch", "kernel"),
+    [((16, 8, 8), 2, (3, 3, 1)), ((4, 4, 4), 2, (1, 1, 1)), ((2, 1, 2), 1, (3, 3, 3))],
+    ids=str,
 )
 def test_convolutions_side_by_side_are_those_one_by_one(size, batch, kernel, has_avx512):
     channels, groups = 40, 3
     torch.manual_seed(0)
-    plain = [
-        nn.Conv3d(channels, channels, kernel, 1, [k // 2 for k in kernel], bias=False)
-        for _ in range(groups)
-    ]
-    ours = accelerate(nn.ModuleList(copy.deepcopy(plain)))
-    assert_same(
-        lambda whole: torch.cat(
-            [each(part) for each, part in zip(plain, whole.chunk(groups, 1), strict=True)], 1
-        ),
-        lambda whole: convolve_side_by_side(ours, whole),
-        torch.randn(batch, groups * channels, *size),
-        [[convolution.weight for convolution in convolutions] for convolutions in (plain, ours)],
-    )
+    plain = nn.ModuleList([pair(channels, channels, kernel)[0] for _ in range(groups)])
+    for weight in plain.parameters():  # each its own
+        nn.init.normal_(weight, std=0.1)
+    ours = accelerate(copy.deepcopy(plain))
+    image = torch.randn(batch, groups * channels, *size)
+    parameters = [*plain.parameters()], [*ours.parameters()]
+    joined = partial(convolve_side_by_side, ours)
+    assert_same(one_by_one(plain), joined, image, parameters)
 
 
-@pytest.mark.parametrize("size", [(16, 8, 8), (2, 2, 2), (3, 1, 1)], ids=str)
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    ("size", "batch", "affine"),
+    [((16, 8, 8), 1, True), ((2, 2, 2), 2, False), ((3, 1, 1), 2, True)],
+    ids=str,
+)
 def test_instance_norm(size, batch, affine):
     torch.manual_seed(0)
     plain = nn.InstanceNorm3d(6, affine=affine)
@@ -452,25 +305,20 @@ def test_instance_norm(size, batch, affine):
     assert_same(plain, ours, image, parameters, tolerance=1e-4 if size == (3, 1, 1) else 1e-5)
     # without a batch axis
     torch.testing.assert_close(ours(image[0]), plain(image[0]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        ours(torch.randn(2, 6, 1, 1, 1))
 
 
-def test_instance_norm_refuses_what_pytorch_refuses():
-    norm = accelerate(nn.InstanceNorm3d(6))
-    for shape, message in (
-        ((2, 6, 1, 1, 1), "more than 1 spatial element"),
-        ((2, 6, 1), "expected 4D or 5D input"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            norm(torch.randn(shape))
+def upsamples() -> tuple[nn.Module, nn.Module]:
+    """Make PyTorch's doubling and ours."""
+    plain = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True)
+    return plain, accelerate(copy.deepcopy(plain))
 
 
-@pytest.mark.parametrize("size", [(2, 2, 2), (4, 4, 4), (8, 8, 8), (1, 2, 3), (5, 7, 11)], ids=str)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("size", "batch"), [((2, 2, 2), 2), ((5, 7, 11), 1)], ids=str)
 def test_upsample(size, batch):
     torch.manual_seed(0)
-    plain = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True)
-    ours = accelerate(copy.deepcopy(plain))
-    image = torch.randn(batch, 3, *size)
+    (plain, ours), image = upsamples(), torch.randn(batch, 3, *size)
     assert_same(plain, ours, image)
     assert torch.equal(ours(image.double()), plain(image.double()))
     half = image.bfloat16()
@@ -479,77 +327,26 @@ def test_upsample(size, batch):
     assert_nearer(result, theirs, plain(half.double()))
 
 
-def test_single_voxels_with_a_stride_and_padding():
-    plain = nn.Conv3d(4, 6, 1, (2, 1, 3), padding=(1, 0, 1))
-    image = torch.randn(2, 4, 5, 6, 7)
-    assert_same(plain, accelerate(copy.deepcopy(plain)), image)
-    plain.padding = (0, 0, 0)
-    ours = accelerate(copy.deepcopy(plain))
-    assert_same(plain, ours, image, (tuple(plain.parameters()), tuple(ours.parameters())))
-    with Operations() as operations:
-        ours(image)
-    assert "clone.default" in operations.names or not layers._HAS_ONEDNN
+@pytest.mark.parametrize("size", [(1, 1, 1), (5, 1, 11), (16, 12, 20)], ids=str)
+def test_upsample_as_on_a_gpu(size, as_on_gpu):
+    torch.manual_seed(0)
+    (plain, ours), image = upsamples(), torch.randn(2, 3, *size)
+    for kind, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        assert_same(plain, ours, image.to(kind), tolerance=tolerance)
+        assert ours(image.to(kind)).is_contiguous()
 
 
-@pytest.mark.parametrize("size", [(2, 2, 2), (5, 7, 11)], ids=str)
-def test_doubling_before_a_convolution(size):
+def test_doubling_before_a_convolution():
     torch.manual_seed(0)
     plain = FactorizedIncreaseBlock(6, 3)
-    ours = accelerate(copy.deepcopy(plain))
-    image = torch.randn(2, 6, *size)
-    assert_same(
-        plain, ours, image, (tuple(plain.parameters()), tuple(ours.parameters())), tolerance=1e-4
-    )
-    mix = in_numbers_of_bfloat16(*plain(image).shape)
-    in_kind = ((torch.float32, plain), (torch.bfloat16, plain), (torch.bfloat16, ours))
-    results = [
-        results_in(kind, block, image.bfloat16(), mix, [*block.parameters()])
-        for kind, block in in_kind
-    ]
-    for expected, theirs, found in zip(*results, strict=True):
-        errors = [(value.float() - expected).norm() / expected.norm() for value in (found, theirs)]
-        assert errors[0] < max(1.5 * errors[1], 0.01)  # bfloat16 keeps 0.004
-
-
-def doubled_by_pytorch(image: torch.Tensor) -> torch.Tensor:
-    return F.interpolate(image, scale_factor=2, mode="trilinear", align_corners=True)
-
-
-def doubling() -> nn.Module:
-    return accelerate(nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True))
-
-
-@pytest.mark.parametrize(
-    "size", [(2, 2, 2), (1, 1, 1), (1, 2, 3), (5, 1, 11), (24, 3, 1), (16, 12, 20)], ids=str
-)
-@pytest.mark.parametrize(
-    ("kind", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str
-)
-def test_doubling_as_on_a_gpu_is_pytorchs(size, kind, tolerance, as_on_gpu):
-    torch.manual_seed(0)
-    image, mix = (
-        torch.randn(2, 3, *size, dtype=kind),
-        torch.randn(2, 3, *(2 * count for count in size), dtype=kind),
-    )
-    results = []
-    for call in (doubled_by_pytorch, doubling()):
-        given = image.clone().requires_grad_()
-        result = call(given)
-        results.append((result.detach(), *torch.autograd.grad(result, given, mix)))
-    for expected, found in zip(*results, strict=True):
-        assert found.dtype == kind and found.shape == expected.shape and found.is_contiguous()
-        assert (found - expected).norm() < tolerance * expected.norm()
-
-
-def test_gradients_of_doubling_as_on_a_gpu(as_on_gpu):
-    image = torch.randn(1, 2, 2, 1, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(doubling(), image)
-    assert torch.autograd.gradgradcheck(doubling(), image)
+    ours, image = accelerate(copy.deepcopy(plain)), torch.randn(2, 6, 5, 7, 11)
+    assert_same(plain, ours, image, ([*plain.parameters()], [*ours.parameters()]), tolerance=1e-4)
+    assert is_near_to_fp32(ours, plain, image)
 
 
 def test_the_matrices_are_kept_but_not_of_what_is_traced(as_on_gpu):
     layers._doubling.cache_clear()
-    image, module = torch.randn(1, 1, 3, 3, 3), doubling()
+    image, (_, module) = torch.randn(1, 1, 3, 3, 3), upsamples()
     torch.export.export(module, (image,))
     assert layers._doubling.cache_info().currsize == 0
     with torch.inference_mode():
@@ -560,27 +357,20 @@ def test_the_matrices_are_kept_but_not_of_what_is_traced(as_on_gpu):
 
 def test_a_network_as_on_a_gpu_compiles_as_one_graph(as_on_gpu):
     torch.manual_seed(0)
-    assert_one_graph(
-        DiscreteNetwork(chain(0, 1, 0, num_depths=2), 1, 2, 1 / 16), torch.randn(1, 1, 8, 8, 8)
-    )
+    network = DiscreteNetwork(chain(0, 1, 0, num_depths=2), 1, 2, 1 / 16)
+    assert_one_graph(network, torch.randn(1, 1, 8, 8, 8))
 
 
 def test_which_layers_change_and_only_by_their_class():
     doubling = {"mode": "trilinear", "align_corners": True}
     expected = [
         (nn.Conv3d(2, 2, 3), Convolution),
-        (nn.Sequential(nn.Conv2d(2, 2, 3)), nn.Sequential),
-        (nn.ConvTranspose3d(2, 2, 3), nn.ConvTranspose3d),
         (nn.InstanceNorm3d(2, affine=True), InstanceNorm),
         (nn.InstanceNorm3d(2, track_running_stats=True), nn.InstanceNorm3d),
-        (nn.InstanceNorm2d(2), nn.InstanceNorm2d),
         (nn.Upsample(scale_factor=2, **doubling), Upsample),
         (nn.Upsample(scale_factor=1 / 2**0, **doubling), nn.Identity),
-        (nn.Upsample(scale_factor=1, mode="nearest"), nn.Identity),
         (nn.Upsample(scale_factor=2, mode="trilinear"), nn.Upsample),
-        (nn.Upsample(scale_factor=2), nn.Upsample),
         (nn.Upsample(scale_factor=0.5, **doubling), nn.Upsample),
-        (nn.Upsample(size=8, **doubling), nn.Upsample),
     ]
     network = nn.Sequential(*(layer for layer, _ in expected))
     state, parameters = network.state_dict(), list(network.parameters())

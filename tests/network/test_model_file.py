@@ -1,4 +1,4 @@
-"""Model files hold all that inference needs; damaged ones, and those of before, are told apart."""
+"""Model files hold all that inference needs; damaged ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -12,32 +12,24 @@ from architectures import chain, random_architecture
 
 from dints.data.tasks import TASKS
 from dints.errors import UserError
-from dints.network.architecture import architecture_from_dict, load_architecture
+from dints.network.architecture import architecture_from_dict
 from dints.network.discrete import DiscreteNetwork
 from dints.network.model_file import load_model, save_model
-from dints.network.operations import PUBLISHED
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 TASK = TASKS["Task05_Prostate"]  # 2 channels, 3 classes
 SMALL = 1 / 16  # channel_mul: 2, 4, 8, ... channels
 
 
 def test_what_is_saved_is_loaded(tmp_path):
     # As loaded from a published file, whose best_dsc is a NumPy scalar.
-    content = {
-        **random_architecture(1, 3, 3).to_dict(),
-        "best_dsc": np.float64(0.5),
-        "task": "Task07_Pancreas",
-    }
+    content = {**random_architecture(1, 3, 3).to_dict(), "best_dsc": np.float64(0.5)}
     architecture = architecture_from_dict(content, "published.pth")
     network = DiscreteNetwork(architecture, 2, 3, SMALL)
     save_model(tmp_path / "model.pth", network, architecture, SMALL, TASK, dice=0.75)
     model = load_model(tmp_path / "model.pth")
     assert model.task == TASK and model.info == {"channel_mul": SMALL, "dice": 0.75}
-    assert (
-        model.architecture.info == architecture.info
-        and model.architecture.codes() == architecture.codes()
-    )
+    assert model.architecture.info == {"best_dsc": 0.5}
+    assert model.architecture.codes() == architecture.codes()
     image = torch.randn(1, 2, 16, 16, 16)
     assert torch.equal(model.network(image), network(image))
 
@@ -52,9 +44,8 @@ def endless() -> list:
 
 def model_content(tmp_path: Path) -> dict:
     architecture = chain(2, 1, 0, num_depths=4, operation=0)
-    save_model(
-        tmp_path / "m.pth", DiscreteNetwork(architecture, 2, 3, SMALL), architecture, SMALL, TASK
-    )
+    network = DiscreteNetwork(architecture, 2, 3, SMALL)
+    save_model(tmp_path / "m.pth", network, architecture, SMALL, TASK)
     return torch.load(tmp_path / "m.pth", weights_only=True)
 
 
@@ -75,49 +66,29 @@ def of_file(fault: str, **changes: object) -> tuple:
     [
         (lambda c: c.pop("state_dict"), "is not a model file"),
         (lambda c: c["architecture"].pop("arch_code_c"), "has no 'arch_code_c'"),
-        of_file("holds a NoneType where a dictionary", architecture=None),
-        (lambda c: c["architecture"]["arch_code_a"].zero_(), "block 0 has no active path"),
         (lambda c: c["state_dict"].pop("stem_finals.1.bias"), "lacks 1 tensors"),
-        (
-            lambda c: c["architecture"].update(operations=["conv_9x9x9"]),
-            "names the operation 'conv_9x9x9'",
-        ),
-        (
-            lambda c: c["task"].pop("class_names"),
-            "is damaged: its task and channel_mul 0.0625 .*class_names",
-        ),
-        (lambda c: c["task"].update(colour="red"), "is damaged: .*colour"),
-        *of_task("name", None),
+        (lambda c: c["task"].pop("class_names"), "is damaged: its task .*class_names"),
+        (lambda c: c["task"].update({"x" * 10**6: 1}), "is damaged: .*xxx"),
+        *of_task("name", endless()),
         *of_task("modality", "US"),
-        *of_task("num_channels", "two", 0, True),
-        *of_task("class_names", None, ["background"], ["a", 5], ["a"] * 256),
-        *of_task("spacing", 1, [1.0, 0.0, 1.0], [1.0, math.nan, 1.0], [1.0, "1", 1.0]),
-        *of_task("intensity", [1.0], [2.0, 1.0], [0.0, math.inf]),
-        *of_task("patch_size", 96, [32, 32], [32.0, 32.0, 32.0]),
+        *of_task("num_channels", 0, True),
+        *of_task("class_names", ["background"], ["a", 5], ["a"] * 256),
+        *of_task("spacing", [1.0, 0.0, 1.0], [1.0, math.nan, 1.0], [1.0, "1", 1.0]),
+        *of_task("intensity", [1.0], [2.0, 1.0]),
+        *of_task("patch_size", 96, [32.0, 32.0, 32.0]),
         *of_task("channel_files", "no"),
-        (
-            lambda c: c["task"].update(patch_size=[30, 32, 32]),
-            "is damaged: .*patch_size 30 32 32 does not fit 4 depths",
-        ),
+        (lambda c: c["task"].update(patch_size=[30] * 3), "is damaged: .*30 30 30 does not fit 4"),
         of_file("is damaged: .*list", task=[]),
         of_file("is damaged: its .*'x'", channel_mul="x"),
         of_file("is damaged: its .*nan", channel_mul=math.nan),
-        of_file(r"is damaged: its .*1e\+300", channel_mul=1e300),
         # before memory for it is asked for
         of_file("has [0-9]+ tensors of another shape", channel_mul=100.0),
         of_file(r"is damaged: its dice .*\[\[", dice=endless()),
-        of_file(r"is damaged: its ranges .*\[\[", ranges=endless()),
-        of_file(
-            "is damaged: its ranges is", ranges={"spacing": ([1.0, 1.0, 1.0], [1.0, math.nan, 1.0])}
-        ),
-        of_file("is damaged: its ranges is", ranges={"extent": [1.0]}),
+        of_file("its ranges is", ranges={"spacing": ([1.0, 1.0, 1.0], [1.0, math.nan, 1.0])}),
         of_file("is damaged: its training_cases is", training_cases=[5]),
         of_file("is damaged: its flips is {'axes': ", flips={"axes": [3]}),
-        of_file("is damaged: its flips is 5", flips=5),
         of_file("is damaged: its overlap_ratio is", overlap_ratio="x" * 10**5),
         of_file("is damaged: its version is tensor", version=torch.zeros(3)),
-        (lambda c: c["task"].update(name=endless()), "is damaged: .*name"),
-        (lambda c: c["task"].update({"x" * 10**6: 1}), "is damaged: .*xxx"),
     ],
 )
 def test_what_describes_no_network_is_refused(tmp_path, change, fault):
@@ -129,33 +100,9 @@ def test_what_describes_no_network_is_refused(tmp_path, change, fault):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
 
-@pytest.mark.fault("truncated, empty or foreign file")
-@pytest.mark.parametrize("keep", [0, 100, 0.99])
-def test_a_truncated_file_is_no_model(tmp_path, keep):
+def test_a_truncated_file_is_no_model(tmp_path):
     torch.save(model_content(tmp_path), tmp_path / "model.pth")
     whole = (tmp_path / "model.pth").read_bytes()
-    (tmp_path / "model.pth").write_bytes(
-        whole[: int(keep * len(whole)) if isinstance(keep, float) else keep]
-    )
+    (tmp_path / "model.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="model.pth is damaged or not a PyTorch file"):
         load_model(tmp_path / "model.pth")
-
-
-def test_files_of_before_operations_had_names_give_the_scores_that_they_gave():
-    """An earlier version wrote files and scores; `tests/fixtures/README.md` says how."""
-    model = load_model(FIXTURES / "model_before_operations.pth")
-    alone = load_architecture(FIXTURES / "search_code_before_operations.pth")
-    assert alone.operations == model.architecture.operations == PUBLISHED
-    assert alone.codes() == model.architecture.codes() == ([[1, 1, 1, 1]], [[1, 2, 3, 4]])
-    assert model.task == TASK and model.info == {
-        "channel_mul": SMALL,
-        "dice": 0.8,
-        "version": "0.1.0",
-    }
-    image = torch.linspace(-20, 20, 2 * 8**3, dtype=torch.float64).sin().reshape(1, 2, 8, 8, 8)
-    with torch.no_grad():
-        scores = model.network.double()(image)
-    recorded = torch.from_numpy(np.load(FIXTURES / "scores_before_operations.npy"))
-    # Equal here to the last bit; another processor may add up in another order.
-    torch.testing.assert_close(scores, recorded, rtol=0, atol=1e-12)
-    assert recorded.std() > 0.1

@@ -1,6 +1,4 @@
-"""The published recipe in MONAI's calls is the oracle of the whole search: same seeds, same data,
-no autocast.
-"""
+"""The published recipe in MONAI's calls is the oracle of the whole search."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from dints.running.precision import Precision
 
 SIZE = 16
 TASK = dataclasses.replace(TASKS["Task07_Pancreas"], patch_size=(SIZE,) * 3)
-FLAGS = "--root . --output_root . --num_blocks 3 --num_depths 3 --channel_mul 0.125"
+FLAGS = "--root . --output_root . --num_blocks 2 --num_depths 2 --channel_mul 0.125"
 FLAGS += " --learning_rate_arch 0.01 --device cpu --precision fp32"
 
 
@@ -40,27 +38,14 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "iterations", "tolerance"),
-    [
-        # In float64 rounding has no say: all iterations are the same but for the last digits.
-        (torch.float64, 60, 1e-9),
-        # In float32 rounding grows to 1e-3, here after 75 iterations. The recipes are not what
-        # differs: the published one parts from itself after 50 when its first weights are changed
-        # by their last digit.
-        (torch.float32, 50, 1e-3),
-    ],
-    ids=str,
-)
-def test_the_published_search_and_ours_take_the_same_course(
-    dtype, iterations, tolerance, monkeypatch
-):
-    """Two thirds of the iterations also train the architecture."""
+def test_the_published_search_and_ours_take_the_same_course(monkeypatch):
+    """In float64, where rounding has no say; two thirds of the steps train the alphas too."""
+    dtype, iterations = torch.float64, 36
     # All ways, however small the size
     for threshold in ("MIN_MULTIPLY_ADDS", "MIN_WEIGHTS", "MIN_WEIGHTS_OF_PRODUCT"):
         monkeypatch.setattr(layers, threshold, 0)
     precision = Precision("fp32", torch.device("cpu"))
-    theirs = published.Search(3, 3, 0.125, 1, TASK.num_classes, precision, learning_rate_arch=0.01)
+    theirs = published.Search(2, 2, 0.125, 1, TASK.num_classes, precision, learning_rate_arch=0.01)
     settings = search_dints.parse_args(FLAGS.split())
     run = begun(machine=settings.machine)
     ours = search_dints.build_supernet(settings, TASK, True, run)
@@ -82,12 +67,11 @@ def test_the_published_search_and_ours_take_the_same_course(
             progress = iteration / iterations
             losses[iteration, 2] = theirs.architecture_step(*other.values(), progress)
             losses[iteration, 3] = arch.step(other, progress)
-    assert np.abs(losses[:, ::2] - losses[:, 1::2]).max() < tolerance
+    assert np.abs(losses[:, ::2] - losses[:, 1::2]).max() < 1e-9
     # Both learn, or the comparison shows nothing
     assert losses[-10:, 0].mean() < 0.9 * losses[:10, 0].mean()
     assert all(
         (alpha - start).abs().max() > 0.05 for alpha, start in zip(alphas, starts, strict=True)
     )
-    if dtype == torch.float64:
-        for expected, found in zip(theirs.space.decode(), ours.dints_space.decode(), strict=True):
-            np.testing.assert_array_equal(found, expected)
+    for expected, found in zip(theirs.space.decode(), ours.dints_space.decode(), strict=True):
+        np.testing.assert_array_equal(found, expected)

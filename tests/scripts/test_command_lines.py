@@ -151,7 +151,6 @@ def test_check_judges_the_whole_command_and_writes_nothing(
     [
         "search_dints.py --root none --output_root {tmp}/run",
         "evolve_dints.py --root none --output_root {tmp}/run",
-        "train_dints.py --root none --output_root {tmp}/run --arch_ckpt none.pth",
         "infer_dints.py --checkpoint none.pth --output_root {tmp}/run --input none.nii.gz --device "
         "cpu",
         "evaluate.py --prediction none --reference none --output_root {tmp}/run",

@@ -1,4 +1,4 @@
-"""quickstart.sh, from data to scores, with a small budget; and its stages on real MRI."""
+"""quickstart.sh, from data to scores, with a small budget; and a training on real MRI."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import CHECKOUT, infer, search, train
+from commands import CHECKOUT, infer, train
 from states import rows
 
 from dints.network.architecture import load_architecture
@@ -19,24 +19,24 @@ from dints.running.run_folder import WRITTEN
 pytestmark = pytest.mark.slow
 
 
-def quickstart(folder: Path, **environment: str) -> dict[str, float]:
-    """Run it with the Python that runs this test; return the Dice of each class that it printed."""
-    results = folder / "results"
+def test_quickstart(tmp_path):
+    results = tmp_path / "results"
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "ACTIVE": "1",
+        "DATA_ROOT": str(tmp_path / "Task00_Phantom"),
         "OUTPUT_ROOT": str(results),
-        "SEARCH_ITERATIONS": "3",
-        "CANDIDATE_ITERATIONS": "8",
-        "TRAIN_ITERATIONS": "12",
-        **environment,
+        "SEARCH_ITERATIONS": "1",
+        "CANDIDATE_ITERATIONS": "4",
+        "TRAIN_ITERATIONS": "6",
     }
     command = ["bash", str(CHECKOUT / "quickstart.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     check_files(done.stdout, results)
-    return printed_dice(done.stdout, results)
+    # Guessing one class everywhere gives less than 0.1.
+    assert printed_dice(done.stdout, results)["liver"] > 0.2
 
 
 def check_files(said: str, results: Path) -> None:
@@ -74,15 +74,8 @@ def printed_dice(said: str, results: Path) -> dict[str, float]:
     return dice
 
 
-def test_phantom(tmp_path):
-    dice = quickstart(tmp_path, DATA_ROOT=str(tmp_path / "Task00_Phantom"))
-    assert dice["liver"] > 0.2  # guessing one class everywhere gives less than 0.1
-
-
 def test_real_mri(tmp_path, task04):
-    """The stages of quickstart.sh, in this process: 24 of the 208 cases are enough to learn
-    something.
-    """
+    """24 of the 208 cases are enough to learn something."""
     root = tmp_path / "Task04_Hippocampus"
     description = json.loads((task04 / "dataset.json").read_text())
     description["training"] = description["training"][:24]
@@ -90,24 +83,14 @@ def test_real_mri(tmp_path, task04):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(task04 / path, root / path)
     (root / "dataset.json").write_text(json.dumps(description))
-
-    few = (
-        "--recipe recommended --patch_size 32 32 32 --num_folds 4 --num_epochs 30 "
-        "--num_epochs_per_validation 30"
-    )
-    short = "--num_blocks 4 --use_downsample yes --num_iterations 6 --num_epochs_warmup 10"
-    (code,) = search(root, tmp_path / "search", few, short).glob("search_code_*.pth")
-    longer = (
-        "--use_downsample auto --channel_mul 0.25 --num_images_per_batch 2 --learning_rate 0.05"
-    )
-    model = (
-        train(root, tmp_path / "train", code, few, longer, "--num_iterations 20")
-        / "best_metric_model.pth"
-    )
-    found = infer(
-        tmp_path / "found", "--checkpoint", model, "--root", root, "--num_folds 4 --overlap_ratio 0"
-    )
-    scores = rows(found / "scores.csv")
+    few = "--recipe recommended --patch_size 32 32 32 --num_folds 4 --channel_mul 0.25"
+    long = "--num_images_per_batch 2 --learning_rate 0.05 --num_iterations 16"
+    once = "--num_epochs 8 --num_epochs_per_validation 8"
+    network = CHECKOUT / "experiments" / "architectures" / "u_shaped_skip_9x3.pth"
+    folder = train(root, tmp_path / "train", network, few, long, once)
+    model = ["--checkpoint", folder / "best_metric_model.pth"]
+    data = ["--root", root, "--num_folds 4 --overlap_ratio 0"]
+    scores = rows(infer(tmp_path / "masks", *model, *data) / "scores.csv")
     assert len(scores) == 6
     for name in ("Anterior", "Posterior"):
-        assert sum(float(row[name]) for row in scores) / 6 > 0.4
+        assert sum(float(row[name]) for row in scores) / 6 > 0.3

@@ -1,52 +1,38 @@
-"""evaluate.py scores two folders, names what is wrong with a file in one line, and never imports
-PyTorch.
-"""
+"""evaluate.py scores two folders, names a bad file in one line, and never imports PyTorch."""
 
 from __future__ import annotations
 
 import csv
 import json
-import re
 import shutil
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
-from commands import CHECKOUT, only_error, run, words
+from commands import run, words
+from volumes import AFFINE, save
 
 import evaluate
 from dints.errors import UserError
 
-AFFINE = np.diag([1.0, 1.5, 2.0, 1.0])
-REMEDY = r"\b(add|remove|give|resample|replace|fix|name|correct|convert)\b"
 
-
-def write(path: Path, voxels: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(voxels, affine), path)
-    return path
-
-
-def mask(*starts: int, label: int = 1, size: int = 4) -> np.ndarray:
+def mask(start: int, label: int = 1) -> np.ndarray:
     voxels = np.zeros((16, 12, 10), np.uint8)
-    for start in starts:
-        voxels[start : start + size, 3:7, 3:7] = label
+    voxels[start : start + 4, 3:7, 3:7] = label
     return voxels
 
 
 @pytest.fixture
 def folders(tmp_path) -> Path:
-    """Write three cases: equal, one voxel apart, and one whose second class is not in the
-    reference.
-    """
+    """Write three cases: equal; a voxel apart; the second class not in the reference."""
+    second = mask(9, label=2)
     for name, reference, prediction in (
         ("a", mask(2), mask(2)),
-        ("b", np.maximum(mask(2), mask(9, label=2)), np.maximum(mask(3), mask(9, label=2))),
-        ("c", mask(2), np.maximum(mask(2), mask(9, label=2))),
+        ("b", mask(2) + second, mask(3) + second),
+        ("c", mask(2), mask(2) + second),
     ):
-        write(tmp_path / f"reference/{name}.nii.gz", reference)
-        write(tmp_path / f"prediction/{name}.nii", prediction)  # another ending
+        save(tmp_path / f"reference/{name}.nii.gz", reference)
+        save(tmp_path / f"prediction/{name}.nii", prediction)  # another ending
     (tmp_path / "reference/._a.nii.gz").write_bytes(b"macOS")
     (tmp_path / "prediction/scores.csv").write_text("no mask")
     return tmp_path
@@ -66,42 +52,25 @@ def test_it_scores_cases_and_classes(folders, capsys):
     assert [(row["case"], row["label"]) for row in rows] == [
         (case, label) for case in "abc" for label in "12"
     ]
-    assert [row["dice"] for row in rows] == ["1.000000", "", "0.750000", "1.000000", "1.000000", ""]
-    assert [row["dice_nnunet"] for row in rows] == [
-        "1.000000",
-        "",
-        "0.750000",
-        "1.000000",
-        "1.000000",
-        "0.000000",
-    ]
+    dice = ["1.000000", "", "0.750000", "1.000000", "1.000000", ""]
+    assert [row["dice"] for row in rows] == dice
+    nnunet = [*dice[:5], "0.000000"]
+    assert [row["dice_nnunet"] for row in rows] == nnunet
     assert rows[2]["hausdorff95_mm"] == "1.000000" and rows[2]["surface_dice"] == "1.000000"
     assert rows[2]["reference_ml"] == "0.192000" and rows[5]["false_positive"] == "1"
-    assert (found["num_cases"], found["num_missing"], found["tolerance_mm"], found["seed"]) == (
-        3,
-        0,
-        1.0,
-        0,
-    )
-    assert found["classes"]["1"]["dice"]["mean"] == pytest.approx(2.75 / 3)
-    assert (
-        found["classes"]["2"]["dice"]["mean"] == 1
-        and found["classes"]["2"]["dice_nnunet"]["mean"] == 0.5
-    )
+    assert (found["num_cases"], found["num_missing"], found["tolerance_mm"]) == (3, 0, 1.0)
+    one, two = found["classes"]["1"], found["classes"]["2"]
+    assert one["dice"]["mean"] == pytest.approx(2.75 / 3)
+    assert two["dice"]["mean"] == 1 and two["dice_nnunet"]["mean"] == 0.5
     assert found["all"]["false_positive_cases"] == 1
     printed = capsys.readouterr().out
     assert "| 1 | dice | 3 | 0.9167 |" in printed and "| all | dice | 3 | 0.9583 |" in printed
-    assert {path.name for path in (folders / "evaluation").iterdir()} == {
-        "scores.csv",
-        "summary.json",
-    }
 
 
 def test_labels_name_classes_that_need_not_occur(folders):
     description = folders / "dataset.json"
-    description.write_text(
-        json.dumps({"labels": {"0": "background", "1": "liver", "2": "lesion", "3": "vessel"}})
-    )
+    labels = {"0": "background", "1": "liver", "2": "lesion", "3": "vessel"}
+    description.write_text(json.dumps({"labels": labels}))
     rows, found = main(folders, "--labels", description)
     assert [row["label"] for row in rows[:3]] == ["liver", "lesion", "vessel"]
     assert found["classes"]["vessel"]["dice"]["n"] == 0 and found["all"]["dice"]["n"] == 3
@@ -119,59 +88,54 @@ def test_missing_predictions_are_refused_or_empty_or_left_out(folders, capsys, c
     assert "1 of 3 cases have no prediction" in capsys.readouterr().out
     rows, found = main(folders, "--predicted_only")
     assert {row["case"] for row in rows} == {"b", "c"} and found["num_missing"] == 0
-    assert (
-        found["predicted_only"]
-        and "1 of 3 references have no prediction and are left out" in caplog.text
-    )
+    assert "1 of 3 references have no prediction and are left out" in caplog.text
 
 
-def spoil(folder: Path, name: str) -> None:
-    """Spoil a file of the folders."""
-    path = folder / "prediction/b.nii"
-    half, moved = mask(3).astype(np.float32), AFFINE.copy()
-    half[4, 4, 4], moved[0, 3] = 0.5, 0.1
-    {
-        "half": lambda: write(path, half),
-        "image": lambda: write(path, mask(3).astype(np.int16) * 1000),
-        "shape": lambda: write(path, mask(3)[1:]),
-        "affine": lambda: write(path, mask(3), moved),
-        "4D": lambda: write(path, np.stack([mask(3)] * 2, -1)),
-        "no file": lambda: path.write_bytes(b"nothing"),
-        "unknown label": lambda: write(path, mask(3, label=7)),
-        "twice": lambda: shutil.copy(path, path.with_name("b.nii.gz")),
-        "extra": lambda: shutil.copy(path, path.with_name("d.nii")),
-        "no labels": lambda: [write(file, mask()) for file in folder.glob("*/[abc].nii*")],
-    }[name]()
-
-
-BAD = {
-    "half": r"prediction/b\.nii has the value 0\.5, which is no integer label",
-    "image": r"prediction/b\.nii has values from 0 to 1000",
-    "shape": r"prediction/b\.nii has 15 x 12 x 10 voxels and .*reference/b\.nii\.gz 16 x 12 x 10",
-    "affine": r"prediction/b\.nii has another affine than .*reference/b\.nii\.gz \(an entry "
-    r"differs by 0\.1\)",
-    "4D": r"prediction/b\.nii has 2 volumes",
-    "no file": r"prediction/b\.nii cannot be read: it is no NIfTI file",
-    "unknown label": r"prediction/b\.nii has the label 7, and references have 1, 2",
-    "twice": r"--prediction .* has both b\.nii and b\.nii\.gz",
-    "extra": r"--prediction .* has 1 masks without a reference .*d\.nii",
-    "no labels": r"no reference beside .* has any label",
+HALF, MOVED = mask(3).astype(np.float32), AFFINE.copy()
+HALF[4, 4, 4], MOVED[0, 3] = 0.5, 0.1
+BAD = {  # a way to spoil a file of the folders, and the refusal
+    "half": (lambda b: save(b, HALF), r"/b\.nii has the value 0\.5, which is no integer label"),
+    "image": (
+        lambda b: save(b, mask(3).astype(np.int16) * 999),
+        r"/b\.nii has values from 0 to 999",
+    ),
+    "shape": (
+        lambda b: save(b, mask(3)[1:]),
+        r"/b\.nii has 15 x 12 x 10 voxels and .*reference/b\.nii\.gz 16 x 12 x 10",
+    ),
+    "affine": (
+        lambda b: save(b, mask(3), MOVED),
+        r"/b\.nii has another affine than .*/b\.nii\.gz \(an entry differs by 0\.1\)",
+    ),
+    "4D": (lambda b: save(b, np.stack([mask(3)] * 2, -1)), r"/b\.nii has 2 volumes"),
+    "no file": (lambda b: b.write_bytes(b"nothing"), r"/b\.nii cannot be read: it is no NIfTI"),
+    "unknown label": (
+        lambda b: save(b, mask(3, label=7)),
+        r"/b\.nii has the label 7, and references have 1, 2",
+    ),
+    "twice": (lambda b: shutil.copy(b, b.with_name("b.nii.gz")), r"has both b\.nii and b\.nii\.gz"),
+    "extra": (
+        lambda b: shutil.copy(b, b.with_name("d.nii")),
+        r"has 1 masks without a reference .*d\.nii",
+    ),
+    "no labels": (
+        lambda b: [save(file, 0 * mask(2)) for file in b.parents[1].glob("*/[abc].nii*")],
+        r"no reference beside .* has any label",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_masks_are_refused_before_a_case_is_scored(name, folders, monkeypatch):
-    monkeypatch.setattr(
-        "dints.evaluation.scores.score_case", lambda *_, **__: pytest.fail("a case was scored")
-    )
-    spoil(folders, name)
-    with pytest.raises(UserError, match=BAD[name]) as refusal:
+    monkeypatch.setattr(evaluate, "score_case", lambda *_, **__: pytest.fail("a case was scored"))
+    spoil, refusal = BAD[name]
+    spoil(folders / "prediction/b.nii")
+    with pytest.raises(UserError, match=refusal):
         main(folders)
-    assert "\n" not in str(refusal.value) and re.search(REMEDY, str(refusal.value))
     assert not (folders / "evaluation").exists()
 
 
-def test_bad_flags_are_told(folders, capsys):
+def test_bad_flags_are_refused(folders, capsys):
     for flags, said in (
         ("--labels none.json", "--labels none.json is no file: give a dataset.json"),
         (f"--output_root {folders}/prediction", "give another folder"),
@@ -179,7 +143,6 @@ def test_bad_flags_are_told(folders, capsys):
         with pytest.raises(UserError, match=said):
             main(folders, flags)
     for flags, said in (
-        ("--tolerance_mm nan", "argument --tolerance_mm: nan is no finite number"),
         ("--lesion_iou 2", "argument --lesion_iou: 2 is not at least 0 and at most 1"),
         ("--allow_missing --predicted_only", "--allow_missing and --predicted_only: give one"),
     ):
@@ -189,14 +152,9 @@ def test_bad_flags_are_told(folders, capsys):
 
 
 def test_a_process_of_its_own_never_imports_pytorch(folders):
-    program = """if True:
-        import sys
-        import evaluate
-        evaluate.main(evaluate.parse_args())
-        print(sorted({"torch", "monai"} & sys.modules.keys()))
-    """
-    flags = ("--prediction", folders / "prediction", "--reference", folders / "reference")
-    done = run("-c", Path(program), *flags, "--output_root", folders / "evaluation")
+    code = f"import runpy, sys; runpy.run_path({evaluate.__file__!r}, run_name='__main__'); "
+    code += "print(sorted({'torch', 'monai'} & sys.modules.keys()))"
+    flags = ["--prediction", folders / "prediction", "--reference", folders / "reference"]
+    done = run("-c", Path(code), *flags, "--output_root", folders / "evaluation")
     assert done.returncode == 0 and done.stdout.endswith("[]\n"), done.stderr
-    (folders / "prediction/c.nii").unlink()
-    assert "lacks 1 of the 3 cases" in only_error(run(CHECKOUT / "evaluate.py", *flags))
+    assert "| all | dice | 3 |" in done.stdout

@@ -55,39 +55,28 @@ def examples(page: str) -> list[Example]:
 
 
 def carry_out(example: Example, folder: Path) -> None:
-    """Apply the diff to a copy of the checkout, and run the command there with the Python that runs
-    this test.
-    """
-    copy_checkout(folder)
-    done = subprocess.run(
-        ["git", "apply", "--recount", "-"],
-        cwd=folder,
-        input=example.diff,
-        capture_output=True,
-        text=True,
-    )
+    """Apply the diff in the folder, and run the command there with the Python of this test."""
+    apply = ["git", "apply", "--recount", "-"]
+    done = subprocess.run(apply, cwd=folder, input=example.diff, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", example.command],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
+    command = ["bash", "-euo", "pipefail", "-c", f"{{ {example.command}\n}} 2>&1"]
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=-1, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     rest = done.stdout
     for line in filter(None, map(str.strip, example.output.splitlines())):
         _, found, rest = rest.partition(line)
-        assert found, (
-            f"{line!r} is not in what the command printed, or not in its turn:\n{done.stdout}"
-        )
+        assert found, f"{line!r} is not in its turn in\n{done.stdout}"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """Copy the checkout; the examples change different files of it."""
+    return copy_checkout(tmp_path_factory.mktemp("extended") / "copy")
 
 
 def test_the_page_has_five_short_examples():
@@ -98,69 +87,38 @@ def test_the_page_has_five_short_examples():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(5))
-def test_an_example_works(number, tmp_path):
-    carry_out(examples(PAGE.read_text())[number], tmp_path / "copy")
+def test_an_example_works(number, copy):
+    carry_out(examples(PAGE.read_text())[number], copy)
 
 
-class TestReading:
-    """The page is read as it is meant, and an example that is wrong is found."""
-
-    PAGE = """# Add a colour
-
-```diff
---- a/dints/errors.py
-+++ b/dints/errors.py
-@@ -9,6 +9,7 @@
-{before}
-+COLOUR = "red"
-{after}
+@pytest.mark.parametrize(
+    ("old", "complaint"),
+    [("-plain", "patch failed"), ("cat a", "cat: b"), ("red\ndone", "'red' is not in its turn")],
+)
+def test_an_example_that_is_wrong_is_found(tmp_path, old, complaint):
+    page = """```diff
+--- a/a
++++ b/a
+@@ -1 +1 @@
+-plain
++red
 ```
 
-and see it:
-
 ```bash
-python -c 'from dints import errors; print(errors.COLOUR); print("done")'
+cat a
+echo done
 ```
 
 ```text
 red
 done
 ```
-
-```diff
---- a/x
-```
-
-```bash
-true
-```
-
-```bash
-false
-```
 """
-
-    @pytest.fixture
-    def page(self) -> str:
-        """Make a page whose first diff fits the checkout."""
-        lines = [f" {line}" for line in (CHECKOUT / "dints" / "errors.py").read_text().splitlines()]
-        before = next(number for number, line in enumerate(lines) if line.startswith(" class "))
-        parts = {"before": lines[before - 3 : before], "after": lines[before : before + 3]}
-        return self.PAGE.format(**{name: "\n".join(part) for name, part in parts.items()})
-
-    @pytest.mark.parametrize(
-        ("old", "new", "complaint"),
-        [
-            ("", "", None),
-            ("@@\n", "@@\n another line\n", "patch failed"),
-            ("print(errors.COLOUR)", "print(errors.COLOR)", "AttributeError"),
-            ("red\ndone", "done\nred", "'red' is not in"),
-        ],
-        ids=["right", "diff", "command", "order"],
-    )
-    def test_an_example_that_is_wrong_is_found(self, page, tmp_path, old, new, complaint):
-        example = examples(page.replace(old, new, 1) if old else page)[0]
-        if complaint is None:
-            return carry_out(example, tmp_path / "copy")
-        with pytest.raises(AssertionError, match=complaint):
-            carry_out(example, tmp_path / "copy")
+    (tmp_path / "a").write_text("plain\n")
+    new = {"-plain": "-other", "cat a": "cat b", "red\ndone": "done\nred"}[old]
+    (example,) = examples(page)
+    carry_out(example, tmp_path)
+    (tmp_path / "a").write_text("plain\n")
+    (example,) = examples(new.join(page.rsplit(old, 1)))
+    with pytest.raises(AssertionError, match=complaint):
+        carry_out(example, tmp_path)

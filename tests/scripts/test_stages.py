@@ -249,7 +249,7 @@ class TestTrain:
         described = card(model)
         data = described["data"]
         assert (data["name"], data["licence"]) == ("Phantom", "CC0")
-        assert sum(described["validation"]["dice_of_classes"].values()) / 2 == pytest.approx(best)
+        assert sum(described["dice_of_classes"]) / 2 == pytest.approx(best)
 
     def test_the_width_is_that_of_the_file_where_it_has_one_and_none_is_given(
         self, phantom, code, tmp_path

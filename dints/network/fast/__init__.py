@@ -1,3 +1,1 @@
-"""Faster forms of plain networks, with the same parameters and results, behind
-`acceleration.accelerate`.
-"""
+"""Faster forms of plain networks, equal in parameters and results, behind `accelerate`."""

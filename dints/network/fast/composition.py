@@ -153,9 +153,7 @@ def _chained(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 class _AsItLies(torch.autograd.Function):
-    """Gives a gradient the tensor's layout: else each weight that is stacked in it would copy its
-    own.
-    """
+    """Gives a gradient the tensor's layout: else each stacked weight would copy its own."""
 
     @staticmethod
     def forward(ctx, values):

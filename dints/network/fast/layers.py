@@ -28,12 +28,10 @@ Three are not about speed but about faults of PyTorch 2.13, with oneDNN 3.12, in
   voxels as above, for a compiler too.
 
 On processors other than x86 PyTorch's own calls stay. So they do on a GPU but for two things that
-are less work on any
-of them: an InstanceNorm of one image needs no copies of its weights, and trilinear upsampling is a
-    product along each
-axis there too. It needs no fp32 for bf16 or fp16, and its backward pass no atomics, which PyTorch's
-own adds with: in bf16 a loop of compare-and-swap on GPUs before Hopper, sums that are rounded 64
-    times, in an order that no one fixes.
+are less work on any of them: an InstanceNorm of one image needs no copies of its weights, and
+trilinear upsampling is a product along each axis there too. It needs no fp32 for bf16 or fp16, and
+its backward pass no atomics, which PyTorch's own adds with: in bf16 a loop of compare-and-swap on
+GPUs before Hopper, sums that are rounded 64 times, in an order that no one fixes.
 """
 
 from __future__ import annotations
@@ -180,9 +178,7 @@ class InstanceNorm(nn.InstanceNorm3d):
 def instance_norm(
     image: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    """Compute `torch.nn.functional.instance_norm`: on a CPU as a group norm with one channel in a
-    group.
-    """
+    """Compute PyTorch's instance_norm: on a CPU as a group norm with one channel in a group."""
     if image.is_cuda and len(image) == 1:  # what it comes to, without copies of the weights
         flat = image.reshape(1, -1, *image.shape[2:])
         return F.batch_norm(flat, None, None, weight, bias, training=True, eps=eps).view(
@@ -221,29 +217,23 @@ class Upsample(nn.Upsample):
 
 
 def convolve_side_by_side(convolutions: Sequence[nn.Module], image: torch.Tensor) -> torch.Tensor:
-    """Compute bias-free convolutions of one shape, each on its share of the channels of ``image``,
-    as groups of one.
+    """Compute bias-free convolutions that keep the size, each on its share of the channels.
 
     A call costs more than what the deeper levels of a small patch compute in it.
     """
-    first, groups = convolutions[0], len(convolutions)
+    groups = len(convolutions)
     if groups == 1:
-        return first(image)
+        return convolutions[0](image)
     if image[0, 0].numel() < MIN_VOXELS_OF_GROUP:
         shares = zip(convolutions, image.chunk(groups, 1), strict=True)
         return torch.cat([convolution(share) for convolution, share in shares], 1)
     weight = torch.cat([convolution.weight for convolution in convolutions])
-    return _grouped(image, weight, first.stride, first.padding, groups)
+    return convolve(weight, image, groups)
 
 
 def convolve(weight: torch.Tensor, image: torch.Tensor, groups: int) -> torch.Tensor:
-    """Convolve without a bias, keeping the size, each group of channels of ``image`` by its share
-    of the kernels.
-    """
-    return _grouped(image, weight, (1, 1, 1), tuple(size // 2 for size in weight.shape[2:]), groups)
-
-
-def _grouped(image, weight, stride, padding, groups) -> torch.Tensor:
+    """Convolve each group of channels by its share of the kernels, without bias, at equal size."""
+    stride, padding = (1, 1, 1), tuple(size // 2 for size in weight.shape[2:])
     if _can_take(image) and _in_fp32(image, weight):
         return _OneDnnConvolution.apply(image, weight, stride, padding, groups)
     return _by_pytorch(image, weight, None, stride, padding, groups)
@@ -254,13 +244,10 @@ def _is_on_gpu(image: torch.Tensor) -> bool:
 
 
 def _can_take(image: torch.Tensor) -> bool:
-    """Tell whether our own calls of oneDNN can compute on this batch of volumes; a compiler does
-    not know them.
-    """
-    if torch.compiler.is_compiling():
-        return False
+    """Tell whether our calls of oneDNN can take the batch; a compiler does not know them."""
     return (
-        _HAS_ONEDNN
+        not torch.compiler.is_compiling()
+        and _HAS_ONEDNN
         and torch._C._get_mkldnn_enabled()
         and image.device.type == "cpu"
         and image.ndim == 5
@@ -291,9 +278,7 @@ def _pays(image: torch.Tensor, weight: torch.Tensor, stride: tuple[int, ...]) ->
 
 
 class _Product(torch.autograd.Function):
-    """A convolution as the product of its weights and the voxels under them, which are gathered by
-    a product too.
-    """
+    """A convolution as the product of its weights and the voxels under them."""
 
     @staticmethod
     def forward(ctx, image, weight, stride, padding):
@@ -325,9 +310,7 @@ class _Product(torch.autograd.Function):
 
 
 def _seen(image, weight, stride, padding) -> torch.Tensor:
-    """Gather what each output voxel sees of an image: a row for it, a column for each weight of an
-    output channel.
-    """
+    """Gather what each output voxel sees: a row for it, a column for each weight of a kernel."""
     taps = _taps(image.shape[2:], weight.shape[2:], stride, padding)[0]
     seen = _linear(image.reshape(image.shape[0] * image.shape[1], -1), taps)
     return (
@@ -336,17 +319,13 @@ def _seen(image, weight, stride, padding) -> torch.Tensor:
 
 
 def _linear(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Compute ``left @ right.T`` by oneDNN, on these shapes two to three times faster than what is
-    behind ``@``.
-    """
+    """Compute ``left @ right.T`` by oneDNN: on these shapes two to three times as fast as ``@``."""
     return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
 
 
 @lru_cache(maxsize=256)
 def _taps(size, kernel, stride, padding) -> tuple[torch.Tensor, torch.Size]:
-    """Return ones in (kernel * output voxels, input voxels) where an input is under the kernel, and
-    the output size.
-    """
+    """Return (kernel * outputs, inputs): 1 where an input is under a tap; and the output size."""
     voxels = math.prod(size)
     seen = torch.eye(voxels, dtype=torch.float32, device="cpu").view(voxels, *size)
     seen = F.pad(seen, [amount for pad in reversed(padding) for amount in (pad, pad)])
@@ -356,9 +335,7 @@ def _taps(size, kernel, stride, padding) -> tuple[torch.Tensor, torch.Size]:
 
 
 class _Doubling(torch.autograd.Function):
-    """Interpolates trilinearly by products with the matrices of linear interpolation along each
-    axis.
-    """
+    """Interpolates trilinearly by products with a matrix of linear interpolation for each axis."""
 
     @staticmethod
     def forward(ctx, image):
@@ -399,9 +376,7 @@ class _Doubling(torch.autograd.Function):
 
 
 def _doubled(image: torch.Tensor) -> torch.Tensor:
-    """Compute what `_Doubling` does in PyTorch's own products, which compile, in the type of the
-    image.
-    """
+    """Compute what `_Doubling` does in products that compile, in the type of the image."""
     batch, channels, depth, height, width = image.shape
     # What a compiler traces is not there to be kept.
     matrix = _doubling.__wrapped__ if torch.compiler.is_compiling() else _doubling
@@ -433,9 +408,7 @@ def _doubling_of_volume(depth: int, height: int, width: int) -> torch.Tensor:
 
 
 class _OneDnnConvolution(torch.autograd.Function):
-    """Calls oneDNN by name forward; backward, PyTorch takes it when the input has oneDNN's
-    layout.
-    """
+    """Calls oneDNN by name forward, and by its layout of the input backward."""
 
     @staticmethod
     def forward(ctx, image, weight, stride, padding, groups):

@@ -1,6 +1,4 @@
-"""The search space's forward pass at speed: few calls for all operations of all paths into a
-node.
-"""
+"""The search space's forward pass in few calls for all operations of all paths into a node."""
 
 from __future__ import annotations
 
@@ -76,9 +74,7 @@ def _mixed(
 def _composed(
     space: JointMixing, into: slice, image: torch.Tensor, weights: torch.Tensor
 ) -> Sequence[Sequence[Composed] | None]:
-    """Compose what the paths ``into`` a depth hold, where that pays for maps like ``image``; return
-    it by block.
-    """
+    """Compose, by block, what the paths ``into`` a depth hold, where that pays for ``image``."""
     if not pays(image):
         return [None] * space.num_blocks
     paths = range(into.start, into.stop)
@@ -125,8 +121,7 @@ def cells_together(count: int, device: torch.device) -> int:
     """Return how many of the cells into a node are computed in one call.
 
     All of them on a CPU, where a call costs more than what the deeper levels compute in it. On a
-    GPU each by itself: grouped 3D convolutions are known to be slow in cuDNN; we had no GPU to
-        measure them on.
+    GPU each by itself: grouped 3D convolutions are known to be slow in cuDNN.
     """
     return count if device.type == "cpu" else 1
 
@@ -172,9 +167,7 @@ def _scaled(image: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 def _convolved_at_once(
     blocks: Sequence[ActivatedConvolutions], composed: Composed, image: torch.Tensor
 ) -> torch.Tensor:
-    """Sum the composed operations of cells whose images are side by side in ``image``; ``blocks``
-    are any of theirs.
-    """
+    """Sum composed operations of cells that are side by side; ``blocks`` are any of theirs."""
     features = convolve(composed.kernels, blocks[0].acti(image), len(blocks))
     normalised = instance_norm(features, composed.scale, composed.shift, blocks[0].norm.eps)
     channels = composed.kernels.shape[1]
@@ -183,9 +176,7 @@ def _convolved_at_once(
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Tell whether an operation can be computed side by side: ReLU, plain convolutions,
-    InstanceNorm.
-    """
+    """Tell whether an operation is ReLU, plain convolutions and InstanceNorm."""
     return (
         type(block) is ActivatedConvolutions
         and block.conv.groups == 1

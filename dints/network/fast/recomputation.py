@@ -1,6 +1,4 @@
-"""Activation checkpointing: what a part of a network computes is computed twice, so that autograd
-need not keep it.
-"""
+"""Activation checkpointing: a part is computed twice, so that autograd need not keep it."""
 
 from __future__ import annotations
 
