@@ -229,11 +229,13 @@ def _load(path: Path) -> dict:
     """Return the content of a checkpoint that is whole, bit for bit as it was written."""
     state = torch_files.load_safely(path)
     kinds = {"configuration": dict, "precision": str, "progress": dict, "parts": dict}
-    if not isinstance(state, dict) or not all(
+    is_ours = isinstance(state, dict) and all(
         isinstance(state.get(key), kind) for key, kind in kinds.items()
-    ):
+    )
+    if not is_ours or state["progress"].keys() != asdict(Progress()).keys():
         raise UserError(
-            f"{path} is not a run's checkpoint: move it away, or give another --output_root"
+            f"{path} is not a run's checkpoint of this version: move it away, or give another "
+            "--output_root"
         )
     try:
         # PyTorch writes checksums, and does not look at them

@@ -93,6 +93,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "bit": flip_a_bit,
     "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
     "foreign": lambda path: torch.save({"parts": {}}, path),
+    "another version": lambda path: torch.save(
+        torch.load(path, weights_only=True) | {"progress": {"epoch": 1}}, path
+    ),
     "missing": lambda path: path.unlink(),  # killed between the two renames
 }
 

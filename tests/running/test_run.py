@@ -15,9 +15,8 @@ from states import place_of
 
 from dints.errors import Stopped
 from dints.running import progress
-from dints.running.processes import Processes, started
+from dints.running.processes import STOP_SIGNALS, Processes, started
 from dints.running.run import Run
-from dints.running.stop_signal import STOP_SIGNALS
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +52,7 @@ def ask_to_stop(number: int = signal.SIGTERM) -> None:
 
 
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_stops_after_the_step_that_is_running(tmp_path, number):
     run, done = restored(tmp_path), []
     with pytest.raises(Stopped) as stopped:
