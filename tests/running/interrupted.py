@@ -1,19 +1,14 @@
-"""Runs commands with a fault at a chosen place; `Theatre` in conftest.py talks to it by lines of
-JSON.
+"""Runs commands with a fault at a chosen place; `Theatre` talks to it by lines of JSON.
 
 Ranks are forked off this process, which has imported everything: each is a process as torchrun
-starts it, with its own exit code and stderr, all in a process group of their own, but ready at
-once. Each writes its own state, rank<r>.pth, beside latest.pth. Pictures are not drawn, and costs
-of networks not measured.
+starts it, with its own exit code and stderr, but ready at once. Each writes its own state,
+rank<r>.pth, beside latest.pth. Pictures are not drawn, and costs of networks not measured.
 
 A line: {"stage": "search_dints", "flags": [...], "world_size": 2, "fault": {...}}. A fault: the
-    place (see `FAULTS`),
-the iteration, the signal, and to whom: "all", a rank, or "worker", which is rank 0's first. Instead
-    of a signal, NAN
-makes a rank's batches unusable from that iteration up to "until", and MEMORY raises there as
-exhausted memory does. "launch", where it is not empty, is the folder that torchrun has for one
-start of the processes. The answer: each rank's exit code and what it said, the seconds from the
-signal to the end, and whether a worker outlived the run.
+place (see `FAULTS`), the iteration, the signal, and to whom: "all", a rank, or "worker", which is
+rank 0's first. Instead of a signal, NAN makes a rank's batches unusable from that iteration up to
+"until". The answer: each rank's exit code and what it said, the seconds from the signal to the end,
+and whether a worker outlived the run.
 """
 
 import functools
@@ -39,7 +34,6 @@ import torch  # noqa: E402  the checkout comes first on the path
 import torch._dynamo  # noqa: E402  which the first optimizer imports, for half of a run's time
 
 from dints import errors  # noqa: E402
-from dints.data.cache import Cache  # noqa: E402
 from dints.network import arch_file  # noqa: E402
 from dints.running import curves  # noqa: E402
 from dints.running.checkpoint import Checkpoint  # noqa: E402
@@ -51,13 +45,7 @@ for name in ("search_dints", "evolve_dints", "train_dints"):
 LIMIT = 120  # seconds that a command may take
 
 
-def serve() -> None:
-    gc.freeze()  # or each rank would copy all that is imported, when it first looks for garbage
-    for line in sys.stdin:
-        print(json.dumps(run(**json.loads(line))), flush=True)
-
-
-def run(stage: str, flags: list[str], world_size: int, fault: dict | None, launch: str) -> dict:
+def run(stage: str, flags: list[str], world_size: int, fault: dict | None) -> dict:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,8 +55,6 @@ def run(stage: str, flags: list[str], world_size: int, fault: dict | None, launc
         pid = os.fork()
         if pid == 0:
             become_rank(rank, world_size, port, pids, said[rank].fileno())
-            if launch:
-                os.environ["TORCHELASTIC_ERROR_FILE"] = f"{launch}/{rank}/error.json"
             if fault is not None:
                 install(fault, rank, struck)
             sys.argv = [f"{stage}.py", *flags]
@@ -77,36 +63,25 @@ def run(stage: str, flags: list[str], world_size: int, fault: dict | None, launc
             sys.exit(0)  # through all of the interpreter's end, as a script
         pids.append(pid)
         os.setpgid(pid, pids[0])
-    ends = {}
-    for rank in sorted(
-        range(world_size), key=lambda rank: fault is not None and fault["to"] == rank
-    ):
-        if fault is not None and fault["signal"] == "STOP" and fault["to"] == rank:
+    ends, hung = {}, fault["to"] if fault and fault["signal"] == "STOP" else None
+    for rank in sorted(range(world_size), key=lambda rank: rank == hung):
+        if rank == hung:
             os.kill(pids[rank], signal.SIGKILL)  # the others have ended: it has done what it was to
         ends[rank] = wait(pids[rank], pids[0], start + LIMIT)
-    codes = [ends[rank] for rank in range(world_size)]
     os.close(struck)
     with os.fdopen(reading) as times:
         seconds = time.monotonic() - float(times.read() or start)
-    return {
-        "codes": codes,
-        "said": [read(file) for file in said],
-        "seconds": seconds,
-        "survivors": survivors(pids[0]),
-    }
+    codes, texts = [ends[rank] for rank in range(world_size)], [read(file) for file in said]
+    return {"codes": codes, "said": texts, "seconds": seconds, "survivors": survivors(pids[0])}
 
 
 def become_rank(rank: int, world_size: int, port: int, pids: list[int], said: int) -> None:
     os.setpgid(0, pids[0] if pids else 0)
     if world_size > 1:
-        numbers = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": world_size,
-            "LOCAL_WORLD_SIZE": world_size,
-        }
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        numbers |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         os.environ |= {name: str(value) for name, value in numbers.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(said, 1)
     os.dup2(said, 2)
@@ -117,9 +92,7 @@ def become_rank(rank: int, world_size: int, port: int, pids: list[int], said: in
 
 
 def replace(owner: type | ModuleType, name: str, function: Callable) -> None:
-    """Put ``function(self, original, ...)``, or ``function(original, ...)`` in a module, in place
-    of a function.
-    """
+    """Put ``function(self, original, ...)``, without self in a module, in a function's place."""
     partial = functools.partialmethod if isinstance(owner, type) else functools.partial
     setattr(owner, name, partial(function, getattr(owner, name)))
 
@@ -129,15 +102,10 @@ def cost_unless_measured(original: Callable, *settings: object, device: object =
 
 
 def save_on_every_rank(checkpoint: Checkpoint, original: Callable) -> None:
-    states = {name: part.state_dict() for name, part in checkpoint.parts.items()}
-    progress = {
-        **asdict(checkpoint.progress),
-        "seconds": 0.0,
-        "seconds_per_iteration": 0.0,
-        "seconds_in_epoch": 0.0,
-    }
+    parts = {name: part.state_dict() for name, part in checkpoint.parts.items()}
+    progress = {name: v for name, v in asdict(checkpoint.progress).items() if "seconds" not in name}
     path = checkpoint.latest.with_name(f"rank{checkpoint.processes.rank}.pth")
-    torch.save({"parts": states, "progress": progress}, path)
+    torch.save({"parts": parts, "progress": progress}, path)
     original(checkpoint)
 
 
@@ -158,9 +126,7 @@ def wait(pid: int, group: int, deadline: float) -> int:
 
 
 def survivors(group: int, patience: float = 6.0) -> bool:
-    """Tell whether a process of the group outlives its ranks; workers of a killed rank look for it
-    every 5 s.
-    """
+    """Tell whether a process outlives its ranks; a killed rank's workers look for it every 5 s."""
     deadline = time.monotonic() + patience
     try:
         while time.monotonic() < deadline:
@@ -180,8 +146,6 @@ def install(fault: dict, rank: int, struck: int) -> None:
         if name == "NAN":
             batch["image"].fill_(torch.nan)
             return
-        if name == "MEMORY":
-            raise MemoryError
         number = getattr(signal, f"SIG{name}")
         if to == rank or (to == "all" and rank == 0):
             os.write(struck, str(time.monotonic()).encode())
@@ -196,17 +160,12 @@ def install(fault: dict, rank: int, struck: int) -> None:
         FAULTS[fault["place"]](range(first, fault.get("until", first) + 1), strike)
 
 
-def in_step(iterations: range, strike: Callable, only_if_all_is_kept: bool = False) -> None:
-    """Strike before steps of these numbers are computed, perhaps only of networks that keep all
-    activations.
-    """
+def in_step(iterations: range, strike: Callable) -> None:
+    """Strike before steps of these numbers are computed."""
 
     def steps(run, original, *loaders, until=None):
         for batch in original(run, *loaders, until=until):
-            recomputes = (
-                only_if_all_is_kept and run.checkpoint.parts["network"].checkpoint_activations
-            )
-            if run.progress.iteration + 1 in iterations and not recomputes:
+            if run.progress.iteration + 1 in iterations:
                 strike(batch)
             yield batch
 
@@ -236,15 +195,8 @@ def when_recorded(iterations: range, strike: Callable) -> None:
     replace(History, "add_validation", add_validation)
 
 
-def in_caching(_: range, strike: Callable) -> None:
-    """Strike before the first case is read."""
-    replace(Cache, "hold", lambda cache, original, *args: (strike(), original(cache, *args))[1])
-
-
-def in_save(iterations: range, strike: Callable, half: str) -> None:
-    """Strike when half of such an iteration's state is written, or when it is whole and has no name
-    yet.
-    """
+def in_save(iterations: range, strike: Callable) -> None:
+    """Strike when half of such an iteration's state is written."""
 
     def write_half(original, content, file):
         if isinstance(file, io.BufferedWriter):
@@ -254,20 +206,9 @@ def in_save(iterations: range, strike: Callable, half: str) -> None:
             strike()
         original(content, file)
 
-    def rename_half(original, source, target):
-        if Path(target).name == "latest.pth":  # and the state before has lost it
-            strike()
-        original(source, target)
-
     def save(checkpoint, original):
         if checkpoint.progress.iteration in iterations:
-            replace(
-                *(
-                    (torch, "save", write_half)
-                    if half == "written"
-                    else (os, "replace", rename_half)
-                )
-            )
+            replace(torch, "save", write_half)
         original(checkpoint)
 
     replace(Checkpoint, "save", save)
@@ -275,13 +216,12 @@ def in_save(iterations: range, strike: Callable, half: str) -> None:
 
 FAULTS = {
     "step": in_step,
-    "step that keeps all": functools.partial(in_step, only_if_all_is_kept=True),
     "validation": in_validation,
     "recorded": when_recorded,
-    "caching": in_caching,
-    "half written": functools.partial(in_save, half="written"),
-    "half renamed": functools.partial(in_save, half="renamed"),
+    "save": in_save,
 }
 
 if __name__ == "__main__":
-    serve()
+    gc.freeze()  # or each rank would copy all that is imported, when it first looks for garbage
+    for line in sys.stdin:
+        print(json.dumps(run(**json.loads(line))), flush=True)

@@ -15,7 +15,6 @@ from small_run import ALONE, CPU
 from states import progress_of
 
 import search_dints
-from dints import torch_files
 from dints.data.tasks import TASKS
 from dints.errors import UserError
 from dints.options import course
@@ -26,13 +25,8 @@ from dints.running.progress import Progress
 
 SPLEEN = TASKS["Task09_Spleen"]
 CASES = [f"case_{number}.nii.gz" for number in range(6)]
-CONFIGURATION = {
-    "seed": 0,
-    "processes": 1,
-    "task": SPLEEN.to_dict(),
-    "cases": CASES,
-    "codes": [[[0]]],
-}
+CONFIGURATION = {"seed": 0, "processes": 1, "task": SPLEEN.to_dict(), "cases": CASES}
+CONFIGURATION["codes"] = [[[0]]]
 KILL = pytest.mark.fault("SIGKILL while saving")
 OTHER_FLAGS = pytest.mark.fault("resume with other data or other flags")
 
@@ -70,20 +64,6 @@ def restored(folder: Path, resume: str = "auto") -> tuple[float, Progress]:
     return value, progress
 
 
-def changed(folder: Path, **more: object) -> None:
-    """Save a state with other entries, as a run does not."""
-    state = {
-        "format": module.FORMAT,
-        "configuration": CONFIGURATION,
-        "precision": "fp32",
-        "parts": {},
-    }
-    torch.save({**state, "progress": {"epoch": 1, "iteration": 3}, **more}, folder / "latest.pth")
-
-
-# Saving and resuming
-
-
 def test_a_run_saves_before_it_begins_and_keeps_its_identity(tmp_path):
     value, progress = restored(tmp_path)
     assert (value, progress) == (-1.0, Progress()) and len(progress.run) == 32
@@ -95,9 +75,7 @@ def test_a_run_saves_before_it_begins_and_keeps_its_identity(tmp_path):
 @KILL
 def test_the_newest_is_restored_and_the_one_before_is_kept(tmp_path):
     save(tmp_path, 1.0, 2.0, 3.0, precision="bf16")
-    names = {
-        path.name: progress_of(tmp_path, path.name)["iteration"] for path in tmp_path.iterdir()
-    }
+    names = {path.name: progress_of(tmp_path, path.name)["step"] for path in tmp_path.iterdir()}
     assert names == {"latest.pth": 3, "previous.pth": 2}
     value, progress = restored(tmp_path, resume="must")
     assert (value, progress.step, progress.iteration) == (3.0, 3, 3)
@@ -114,8 +92,10 @@ def flip_a_bit(path: Path, offset: int = 0) -> None:
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "bit": flip_a_bit,
     "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "empty": lambda path: path.write_bytes(b""),
-    "foreign": lambda path: path.write_text("not a checkpoint"),
+    "foreign": lambda path: torch.save({"parts": {}}, path),
+    "another version": lambda path: torch.save(
+        torch.load(path, weights_only=True) | {"progress": {"epoch": 1}}, path
+    ),
     "missing": lambda path: path.unlink(),  # killed between the two renames
 }
 
@@ -132,22 +112,18 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, damage, caplog)
     begun(tmp_path, parts_of(5.0)).save()
     for path in tmp_path.iterdir():
         module._load(path)
-
-
-@KILL
-def test_two_damaged_ones_are_refused(tmp_path):
-    save(tmp_path, 1.0, 2.0)
-    for name in ("latest.pth", "previous.pth"):
-        flip_a_bit(tmp_path / name)
-    with pytest.raises(UserError, match="previous.pth"):
-        find_state(tmp_path, CONFIGURATION)
+    if damage == "bit":
+        for name in ("latest.pth", "previous.pth"):
+            os.truncate(tmp_path / name, 99)
+        with pytest.raises(UserError, match="previous.pth"):
+            find_state(tmp_path, CONFIGURATION)
 
 
 @pytest.mark.fault("one-bit damage in tensor data")
 def test_every_flipped_bit_of_a_tensor_is_noticed(tmp_path):
     save(tmp_path, 2.0)
     whole = (tmp_path / "latest.pth").read_bytes()
-    for offset in range(0, 64 * 64 * 4, 1023):
+    for offset in range(0, 64 * 64 * 4, 4095):
         flip_a_bit(tmp_path / "latest.pth", offset)
         with pytest.raises(UserError, match="is damaged"):
             module._load(tmp_path / "latest.pth")
@@ -157,22 +133,10 @@ def test_every_flipped_bit_of_a_tensor_is_noticed(tmp_path):
 @pytest.mark.fault("disk full while saving")
 def test_a_full_disk_keeps_the_files_that_are_there(tmp_path, monkeypatch):
     checkpoint = save(tmp_path, 1.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-        with pytest.raises(
-            UserError, match="latest.pth needs 0.0 MiB, and 0.0 are free on its disk"
-        ):
-            checkpoint.save()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        with pytest.raises(
-            UserError, match="latest.pth cannot be written: No space left on device"
-        ):
-            checkpoint.save()
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    full = "latest.pth needs 0.0 MiB, and 0.0 are free on its disk"
+    with pytest.raises(UserError, match=full):
+        checkpoint.save()
     assert restored(tmp_path)[0] == 1.0 and not list(tmp_path.glob(".*"))
 
 
@@ -182,9 +146,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     parts = parts_of(0.0)
     checkpoint = begun(tmp_path, parts)
     parts["network"].weight.data[0, 0] = float("inf")
-    with pytest.raises(
-        UserError, match="the training diverged: weights are not finite, and are not"
-    ):
+    with pytest.raises(UserError, match="the training diverged: weights are not finite, and are"):
         checkpoint.save()
     assert restored(tmp_path)[0] == 1.0
 
@@ -192,26 +154,22 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 # Refusals
 
 
-def test_must_needs_a_state(tmp_path):
+@pytest.mark.fault("non-empty output folder of another run")
+def test_a_folder_without_a_state(tmp_path):
     with pytest.raises(UserError, match="--resume must, but there is no .*latest.pth"):
         find_state(tmp_path, CONFIGURATION, resume="must")
-
-
-@pytest.mark.fault("non-empty output folder of another run")
-def test_results_without_a_state_are_not_overwritten(tmp_path):
     (tmp_path / "search_code_600.pth").write_text("")
     with pytest.raises(UserError, match="holds results .search_code_600.pth. but no latest.pth to"):
         find_state(tmp_path, CONFIGURATION)
 
 
 @pytest.mark.fault("world size changes between stop and resume")
-def test_another_number_of_processes_needs_a_flag(tmp_path, caplog):
+def test_another_number_of_processes_needs_a_flag(tmp_path):
     save(tmp_path, 1.0)
     other = {**CONFIGURATION, "processes": 2}
     with pytest.raises(UserError, match="processes was 1 and is 2.*--allow_other_num_processes"):
         find_state(tmp_path, other)
     assert find_state(tmp_path, other, allow_other_num_processes=True) is not None
-    assert "had 1 processes and has 2: it continues, but not to the result" in caplog.text
     with pytest.raises(UserError, match="seed was 0 and is 1"):
         find_state(tmp_path, {**other, "seed": 1}, allow_other_num_processes=True)
 
@@ -222,9 +180,8 @@ def test_another_number_of_processes_needs_a_flag(tmp_path, caplog):
     [
         ({"seed": 1, "loss": "dice"}, "loss was None and is 'dice', seed was 0 and is 1"),
         (
-            {"task": replace(SPLEEN, spacing=(2.0, 2.0, 2.0), intensity=None).to_dict()},
-            "task intensity was [-125.0, 275.0] and is None, "
-            "task spacing was [1.0, 1.0, 1.0] and is [2.0, 2.0, 2.0]",
+            {"task": replace(SPLEEN, intensity=None).to_dict()},
+            "task intensity was [-125.0, 275.0] and is None",
         ),
         (
             {"cases": [*CASES[:5], "new_1", "new_2", "new_3", "new_4"]},
@@ -241,14 +198,6 @@ def test_every_setting_that_differs_is_named(tmp_path, other, says):
         find_state(tmp_path, {**CONFIGURATION, **other})
 
 
-def test_a_long_list_of_differences_is_cut(tmp_path):
-    many = {f"{number}" * 50_000: "x" * 50_000 for number in range(99)}
-    changed(tmp_path, configuration={**CONFIGURATION, **many})
-    with pytest.raises(UserError, match="and 69 more") as refused:
-        find_state(tmp_path, CONFIGURATION)
-    assert len(str(refused.value)) < 10_000
-
-
 @OTHER_FLAGS
 def test_the_configuration_has_all_that_decides_a_run_but_no_places():
     def configuration(root: str, more: str = "") -> dict:
@@ -256,86 +205,21 @@ def test_the_configuration_has_all_that_decides_a_run_but_no_places():
         return course(search_dints.parse_args(flags))
 
     first = configuration("here")
-    others = "--timeout_minutes 3 --warning_signal USR2 --cache disk --num_workers 3 --cuda_graphs"
-    assert first == configuration("there", others) and torch_files.is_plain(first)
+    others = "--timeout_minutes 3 --cache disk --num_workers 3 --cuda_graphs"
+    assert first == configuration("there", others)
     for flags in ("--seed 1", "--loss other", "--spacing 1 1 2", "--checkpoint other.pth"):
         assert first != configuration("here", flags)
 
 
-# Hostile files
-
-
-def endless() -> list:
-    value = ["x"] * 50
-    for _ in range(50):
-        value = [value] * 50
-    return value
-
-
-def deep() -> list:
-    """Return a list that is as deep as `torch.save` can write before its recursion ends."""
-    value = []
-    for _ in range(300):
-        value = [value]
-    return value
-
-
-def network(**tensors: torch.Tensor) -> dict:
-    sound = {"weight": torch.zeros(64, 64), "bias": torch.zeros(64)}
-    return {"parts": {"network": {**sound, **tensors}}}
-
-
-HOSTILE = {
-    "format, old": {"format": 0},
-    "format, endless": {"format": endless()},
-    "configuration, a list": {"configuration": [1]},
-    "configuration, endless": {"configuration": {"processes": 1, "seed": endless()}},
-    "configuration, deep": {"configuration": {"processes": 1, "seed": deep()}},
-    "configuration, tensor": {"configuration": {"processes": 1, "seed": torch.zeros(3)}},
-    "configuration, numbers for keys": {"configuration": {"processes": 1, 5: 1}},
-    "configuration, processes": {"configuration": {"processes": "many"}},
-    "precision": {"precision": "fp64"},
-    "progress, unknown": {"progress": {"epoch": 1, "colour": "red"}},
-    "progress, text": {"progress": {"epoch": "one"}},
-    "progress, NaN": {"progress": {"seconds": float("nan")}},
-    "parts, a tensor": {"parts": torch.zeros(3)},
-    "parts, missing": {"parts": {"optimizer": {}}},
-    "network, endless": {"parts": {"network": endless()}},
-    "network, other shape": network(weight=torch.zeros(9, 4)),
-    "network, long name": network(**{"x" * 10**6: torch.zeros(4)}),
-    "network, NaN": network(weight=torch.full((64, 64), torch.nan)),
-    "network, repeated": network(weight=torch.zeros(1).expand(10**12)),
-    "network, sparse": network(weight=torch.eye(64).to_sparse()),
-}
-
-
-@pytest.mark.fault("missing key, codes, rows, paths, nodes")
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_checkpoint_is_refused_in_one_short_line(tmp_path, name):
-    changed(tmp_path, **HOSTILE[name])
-    with pytest.raises(UserError, match="latest.pth") as refused:
-        begun(tmp_path, parts_of(0.0))
-    assert len(str(refused.value)) < 1000
-
-
 @pytest.mark.parametrize(
-    "change",
-    [
-        lambda state: state["state"][0].update(momentum_buffer=torch.zeros(9, 9)),
-        lambda state: state["param_groups"][0].update(momentum="x"),
-        lambda state: state["param_groups"][0].update(params=[0]),
-    ],
-    ids=["shape", "setting", "fewer"],
+    "parts",
+    [{"network": {}}, {"network": {"weight": torch.zeros(9, 4)}}, {"optimizer": {}}],
+    ids=["no tensors", "other shape", "no network"],
 )
-def test_a_hostile_optimizer_is_refused_in_one_short_line(tmp_path, change):
-    parts = parts_of(0.0)
-    parts["network"](torch.zeros(1, 64)).sum().backward()
-    parts["optimizer"].step()
-    states = {name: part.state_dict() for name, part in parts.items()}
-    change(states["optimizer"])
-    changed(tmp_path, parts=states)
-    with pytest.raises(
-        UserError, match="latest.pth does not fit this run: its optimizer"
-    ) as refused:
+def test_a_state_of_another_network_is_refused_in_one_short_line(tmp_path, parts):
+    save(tmp_path, 1.0)
+    state = torch.load(tmp_path / "latest.pth", weights_only=True)
+    torch.save({**state, "parts": parts}, tmp_path / "latest.pth")
+    with pytest.raises(UserError, match="latest.pth .*network.*--resume never") as refused:
         begun(tmp_path, parts_of(0.0))
     assert len(str(refused.value)) < 1000

@@ -13,23 +13,18 @@ from dints.running.progress import Progress, remark_on_dice
 
 def test_progress_counts_steps_and_epochs():
     progress = Progress()
-    assert (progress.current_epoch, progress.recorded_iteration) == (0, 0)
-    for step in (1, 2):
+    for _ in range(2):
         progress.step_done()
-        assert (progress.epoch, progress.current_epoch, progress.step, progress.iteration) == (
-            0,
-            1,
-            step,
-            step,
-        )
-        assert progress.recorded_iteration == 0
-    progress.epoch_done()
-    assert (progress.epoch, progress.current_epoch, progress.step, progress.recorded_iteration) == (
-        1,
-        1,
+    assert (progress.epoch, progress.current_epoch, progress.step, progress.iteration) == (
         0,
+        1,
+        2,
         2,
     )
+    assert progress.recorded_iteration == 0
+    progress.epoch_done()
+    assert (progress.epoch, progress.current_epoch, progress.step) == (1, 1, 0)
+    assert progress.recorded_iteration == 2
 
 
 def test_progress_times_steps_and_what_is_stopped(monkeypatch):
@@ -40,11 +35,6 @@ def test_progress_times_steps_and_what_is_stopped(monkeypatch):
         progress.step_done()
         progress.step_done()
         raise Stopped(15)
-    assert (progress.seconds, progress.seconds_per_iteration, progress.seconds_in_epoch) == (
-        3,
-        1.5,
-        3,
-    )
     with progress.timed():  # a validation
         pass
     assert (progress.seconds, progress.seconds_per_iteration, progress.seconds_in_epoch) == (
@@ -75,25 +65,13 @@ def test_the_best_validation_is_kept(found, best):
 @pytest.mark.parametrize(
     ("best", "num_cases", "says"),
     [
-        (
-            0.0,
-            3,
-            [
-                "Dice stayed 0",
-                "too few iterations (40)",
-                "--learning_rate",
-                "the 3 validation cases lack",
-            ],
-        ),
-        (0.0004, 3, ["Dice stayed 0"]),
-        (None, 3, ["none of the 3 validation cases has any foreground", "--fold"]),
-        (0.001, 3, []),
-        (None, 0, []),  # --fold all
+        (0.0004, 3, "Dice stayed 0 in all validations: 40 iterations may be too few"),
+        (None, 3, "none of the 3 validation cases has any foreground"),
+        (0.001, 3, ""),
+        (None, 0, ""),  # --fold all
     ],
 )
-def test_a_training_that_found_nothing_is_remarked_on_with_likely_causes(
-    best, num_cases, says, caplog
-):
-    with caplog.at_level("INFO"):
-        remark_on_dice(best, 40, num_cases)
-    assert len(caplog.messages) == bool(says) and all(part in caplog.messages[0] for part in says)
+def test_a_training_that_found_nothing_is_remarked_on(best, num_cases, says, caplog):
+    caplog.set_level("INFO")
+    remark_on_dice(best, 40, num_cases)
+    assert len(caplog.messages) == bool(says) and says in caplog.text

@@ -21,11 +21,16 @@ LENGTH = "--channel_mul 0.125 --num_epochs 4 --num_epochs_per_validation 2"
 SPACE = "--num_blocks 1 --num_depths 2"
 OF_STAGES = {
     "search": f"{LENGTH} {SPACE} --num_epochs_warmup 1 --learning_rate_arch 0.1",
-    "train": f"{LENGTH} --arch_ckpt {{arch}}",
-    # Eight trainings of 11 iterations, and two of 22.
-    "evolve": f"{SPACE} --recipe published --candidates 8 --memory_mib 1 --num_iterations 44",
+    "train": f"{LENGTH} --arch_ckpt {{arch}} --average_decay 0.9",
+    # Five trainings of 6 iterations, and two of 12.
+    "evolve": f"{SPACE} --recipe published --candidates 5 --memory_mib 1 --num_iterations 24",
 }
-EPOCH = {1: 5, 2: 3}  # steps of an epoch on one and two processes, in both stages
+EPOCH = {1: 5, 2: 3}  # steps of an epoch on one and two processes, of search and training
+
+
+def strike(place: str, iteration: int, name: str = "KILL", to: int | str = "all") -> dict:
+    """Describe a fault for interrupted.py."""
+    return {"place": place, "iteration": iteration, "signal": name, "to": to}
 
 
 class Theatre:
@@ -55,21 +60,22 @@ class Theatre:
         flags = ["--root", self.root, "--output_root", folder, *COMMON.split(), *own.split()]
         return [str(flag) for flag in (*flags, *more)]
 
-    def run(self, stage: str, folder: Path, processes: int, *more: object, **how) -> dict:
+    def run(self, stage: str, folder: Path, processes: int, *more: object, fault=None) -> dict:
         """Run a command of a training stage; return the answer of interrupted.py."""
         workers = () if "--num_workers" in more else ("--num_workers", 0)
-        return self.command(stage, processes, *self.flags(stage, folder, *workers, *more), **how)
+        flags = self.flags(stage, folder, *workers, *more)
+        return self.command(stage, processes, *flags, fault=fault)
 
-    def command(self, stage: str, processes: int, *flags: object, fault=None, launch="") -> dict:
-        request = {"stage": f"{stage}_dints", "flags": [*map(str, flags)], "launch": launch}
+    def command(self, stage: str, processes: int, *flags: object, fault=None) -> dict:
+        request = {"stage": f"{stage}_dints", "flags": [*map(str, flags)]}
         request |= {"world_size": processes, "fault": fault}
         print(json.dumps(request), file=self.server.stdin, flush=True)
         done = json.loads(self.server.stdout.readline())
         assert not done["survivors"], "a worker outlives its run"
         return done
 
-    def finish(self, stage: str, folder: Path, processes: int, *more: object, **how: str) -> str:
+    def finish(self, stage: str, folder: Path, processes: int, *more: object) -> str:
         """Run the command to its end; return what rank 0 said."""
-        done = self.run(stage, folder, processes, *more, **how)
+        done = self.run(stage, folder, processes, *more)
         assert done["codes"] == [0] * processes, "\n".join(done["said"])
         return done["said"][0]
