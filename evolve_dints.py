@@ -137,8 +137,8 @@ def prepare(settings: EvolveSettings) -> tuple[Fold, list[Architecture], Limits]
     space, competition = settings.space, settings.competition
     check_loss(competition.loss)
     given = [load_architecture(path) for path in competition.arch_ckpt]
-    planned = space.num_depths if space.strides == "auto" else None
-    fold = open_fold(settings.data, [settings.run.output_root], 2, planned)
+    folders = [settings.run.output_root]
+    fold = open_fold(settings.data, folders, 2, space.strides, space.num_depths)
     task, batch_size = fold.task, settings.patches.num_images_per_batch
     choices = space.strides, space.use_downsample, space.num_depths
     strides = network_strides(*choices, fold.cases, task)

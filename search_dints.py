@@ -275,8 +275,8 @@ def prepare(settings: SearchSettings) -> tuple[Fold, Strides]:
     """
     space = settings.space
     check_loss(settings.weights.loss)
-    planned = space.num_depths if space.strides == "auto" else None
-    fold = open_fold(settings.data, [settings.run.output_root], 2, planned)
+    folders = [settings.run.output_root]
+    fold = open_fold(settings.data, folders, 2, space.strides, space.num_depths)
     choices = space.strides, space.use_downsample, space.num_depths
     strides = network_strides(*choices, fold.cases, fold.task)
     check_patch_size(fold.task.patch_size, strides)

@@ -198,9 +198,8 @@ def prepare(settings: TrainSettings) -> tuple[Architecture, float, Fold]:
     architecture = load_architecture(path)
     check_loss(settings.weights.loss)
     choice = settings.network.strides or ("isotropic" if architecture.is_isotropic else "auto")
-    planned = architecture.num_depths if choice == "auto" else None
-    folders = [settings.run.output_root, path.parent]
-    fold = open_fold(settings.data, folders, num_halvings=planned)
+    folders, depths = [settings.run.output_root, path.parent], architecture.num_depths
+    fold = open_fold(settings.data, folders, strides=choice, num_depths=depths)
     architecture = dataclasses.replace(
         architecture, strides=strides_of(architecture, settings, fold)
     )

@@ -66,7 +66,8 @@ def open_fold(
     settings: DataSettings,
     measured_in: Sequence[Path] = (),
     least_training: int = 1,
-    num_halvings: int | None = None,
+    strides: str = "isotropic",
+    num_depths: int = 4,
 ) -> Fold:
     """Read a dataset's description and the headers of its cases, and divide them; read no voxel.
 
@@ -75,7 +76,7 @@ def open_fold(
     Args:
         measured_in: run folders whose measurements of the same dataset are used again.
         least_training: cases that must train: a search needs two.
-        num_halvings: of the network's strides where they are planned; see `Fingerprint.patch_size`.
+        strides, num_depths: of the network that patches are planned for; see `network_strides`.
 
     Raises:
         UserError: as `read_dataset` and `check_cases`, or too few cases are left to train on.
@@ -86,7 +87,7 @@ def open_fold(
     if task.name not in TASKS:
         check_cases(cases, task)
         measured = fingerprint(cases, task, measured_in, cores_per_process())
-        task = measured.applied_to(task, num_halvings)
+        task = measured.applied_to(task, strides, num_depths)
     task = overridden(task, settings)
     check_cases(cases, task)
     log.info("%s: %s", task.name, describe(task))

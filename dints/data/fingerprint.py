@@ -29,7 +29,7 @@ FILE = "task.json"
 SAMPLES = 10_000  # foreground voxels of a case that the window is measured on, evenly spread
 PERCENTILES = (0.5, 99.5)
 SMALL_VOLUME = 64**3  # voxels up to which the first halving loses more than it saves
-PATCH_STEP, LARGEST_PATCH = 32, 96  # the published network halves a patch up to five times
+LARGEST_PATCH = 96**3  # voxels
 COARSE = 2.0  # an axis waits while its spacing is this many times the finest axis's
 FEWEST = 8  # voxels of an axis that is halved
 
@@ -52,29 +52,27 @@ class Fingerprint:
     shape: tuple[int, int, int]
     intensity: tuple[float, float] | None
 
-    def patch_size(self, num_halvings: int | None = None) -> tuple[int, int, int]:
-        """Return a patch of at most 96^3 voxels, no larger than the cases if they can be halved.
+    def patch_size(self, strides: str, num_depths: int) -> tuple[int, int, int]:
+        """Return a patch of the proportions of the cases, of 96^3 voxels at most.
+
+        It is no larger than the cases, if so they can be halved at each depth and before the first.
 
         Args:
-            num_halvings: that `halvings` plans for the network; the patch has the proportions of
-                the cases. None: all axes are halved alike, up to five times; each has 96 at most.
+            strides, num_depths: as those of `network_strides`.
         """
-        if num_halvings is None:
-            return tuple(
-                int(np.clip(size // PATCH_STEP * PATCH_STEP, PATCH_STEP, LARGEST_PATCH))
-                for size in self.shape
-            )
-        steps = np.prod(halvings(self.spacing, self.shape, num_halvings), 0)
+        steps = np.array([2**num_depths] * 3)
+        if strides == "auto":
+            steps = np.prod(halvings(self.spacing, self.shape, num_depths), 0)
         shape, size = np.array(self.shape), steps.copy()
         while True:
             larger = size + np.diag(steps)  # a row an axis that grows
-            fits = (larger <= np.maximum(shape, size)).all(1) & (larger.prod(1) <= LARGEST_PATCH**3)
+            fits = (larger <= np.maximum(shape, size)).all(1) & (larger.prod(1) <= LARGEST_PATCH)
             if not fits.any():
                 return tuple(size.tolist())
             size = larger[np.where(fits, size / shape, np.inf).argmin()]
 
-    def applied_to(self, task: Task, num_halvings: int | None = None) -> Task:
-        patch_size = self.patch_size(num_halvings)
+    def applied_to(self, task: Task, strides: str, num_depths: int) -> Task:
+        patch_size = self.patch_size(strides, num_depths)
         return replace(task, spacing=self.spacing, intensity=self.intensity, patch_size=patch_size)
 
 

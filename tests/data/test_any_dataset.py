@@ -65,7 +65,7 @@ def test_search_retraining_and_segmentation(form, task04, tmp_path):
     model = load_model(train / "best_metric_model.pth")
     task = model.task
     assert (task.name, task.num_channels, task.spacing) == (name, num_channels, spacing)
-    assert task.patch_size == (patch_size or (32, 32, 32)) and task.class_names == CLASSES
+    assert task.patch_size == (patch_size or (32, 48, 32)) and task.class_names == CLASSES
     assert task.channel_files == nnunet and model.info["dice"] >= 0
     kept = json.loads((train / "task.json").read_text())["task"]
     assert kept == json.loads(json.dumps(task.to_dict()))

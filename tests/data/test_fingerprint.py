@@ -32,7 +32,7 @@ def test_an_unknown_dataset_is_measured(tmp_path, nnunet):
     assert task.intensity == pytest.approx((0.005 * 999, 0.995 * 999), abs=0.1)
     # Voxels at that spacing: 40 40 30, 40 70 50, 79 99 75 (from outermost voxel to outermost one).
     assert fold.measured.shape == (40, 70, 50) and fold.measured.num_cases == 3
-    assert task.patch_size == (32, 64, 32)
+    assert task.patch_size == (32, 64, 48)
 
 
 def test_mri_of_an_unknown_dataset_is_z_scored(tmp_path):
@@ -62,7 +62,7 @@ def test_measurements_are_kept_and_used_again(tmp_path, monkeypatch):
     again = opened(root, [tmp_path / "none", tmp_path / "search"])
     assert again.measured == first.measured
     # Flags of another run are not taken over.
-    assert again.task == replace(first.task, patch_size=(32, 64, 32))
+    assert again.task == replace(first.task, patch_size=(32, 64, 48))
 
 
 def test_the_measurements_of_another_dataset_are_not_used(tmp_path):

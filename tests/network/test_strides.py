@@ -61,7 +61,7 @@ def test_an_axis_waits_until_the_others_are_as_coarse(spacing, shape, planned):
 )
 def test_a_patch_is_planned_like_the_strides(spacing, shape, patch_size):
     measured = Fingerprint("", 1, spacing, shape, None)
-    assert measured.patch_size(4) == patch_size
+    assert measured.patch_size("auto", 4) == patch_size
     strides = ((1, 1, 1), *halvings(spacing, shape, 4))
     check_patch_size(patch_size, strides)
 
