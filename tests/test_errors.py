@@ -117,7 +117,7 @@ def test_a_bug_keeps_its_traceback(capsys):
     with pytest.raises(SystemExit) as ended:
         exit_on_user_error(lambda: 1 / 0)
     said = capsys.readouterr().err
-    assert ended.value.code == 1 and said.startswith("Traceback") and "ZeroDivisionError" in said
+    assert ended.value.code == 1 and "Traceback" in said and "ZeroDivisionError" in said
 
 
 def test_a_name_that_the_terminal_cannot_show_ends_no_script():

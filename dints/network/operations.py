@@ -92,6 +92,7 @@ OPERATIONS = {
         _convolutions((1, 3, 3), (3, 1, 1)),
     ),
 }
+PUBLISHED = ("skip_connect", "conv_3x3x3", "conv_3x3x1", "conv_3x1x3", "conv_1x3x3")
 # Convolutions in the plane of two axes, for depths at which the third is coarse, by that axis.
 PLANAR = {(0,): "plane_1x3x3", (1,): "plane_3x1x3", (2,): "plane_3x3x1"}
 OPERATIONS |= {
@@ -104,7 +105,6 @@ OPERATIONS |= {
     )
     for axes, name in PLANAR.items()
 }
-PUBLISHED = ("skip_connect", "conv_3x3x3", "conv_3x3x1", "conv_3x1x3", "conv_1x3x3")
 
 
 def operations_of(names: Sequence[str], strides: Strides) -> tuple[str, ...]:
