@@ -12,6 +12,7 @@ from dints.data.phantom import write_phantom
 TASK04 = Path(__file__).resolve().parents[2] / "shared" / "data" / "Task04_Hippocampus"
 MARKERS = (
     "fault(name): provokes this fault of those that the scripts survive; -m fault runs all of them",
+    "pictures: runs draw their curves, as users' do",
     "slow: takes more than two seconds; tests/run.sh --quick leaves it out",
 )
 
@@ -34,6 +35,13 @@ def task04() -> Path:
             f"{folder} is none"
         )
     return folder
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(request, monkeypatch) -> None:
+    """Leave out a run's curves, which take longer than its steps, but in tests of pictures."""
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr("dints.running.curves.draw_all", lambda _: None)
 
 
 @pytest.fixture

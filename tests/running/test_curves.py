@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from dints.running import curves
 from dints.running.tables import ACCURACY, CANDIDATES, LOSSES, write_rows
 
+pytestmark = pytest.mark.pictures
+
 Pictures = dict[str, list[Axes]]
 SEARCH = {
     "iteration": [10, 20, 30],

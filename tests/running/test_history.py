@@ -25,6 +25,8 @@ from dints.running.progress import Progress
 from dints.running.tables import ACCURACY, LOSSES, read_rows
 from dints.training.validation import Scores
 
+pytestmark = pytest.mark.pictures
+
 CLASSES = ("background", "left atrium", "lesion")
 
 
