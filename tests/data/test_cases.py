@@ -19,7 +19,7 @@ MRI = replace(TASK, modality="MRI", intensity=None)
 FLOAT16 = 5e-4  # a step between 0.5 and 1
 
 
-@pytest.mark.parametrize("number", [1, 2, 5])  # their axes are stored in three ways
+@pytest.mark.parametrize("number", [1, 2])  # their axes are stored in two ways
 @pytest.mark.parametrize("task", [replace(TASK, spacing=(1.5, 3, 6)), replace(MRI, num_channels=2)])
 def test_a_case_is_prepared_as_the_published_recipe_does(tmp_path, task, number):
     image, label = phantom.make_case(0, number, shape=(28, 26, 22))
@@ -40,8 +40,7 @@ def test_a_case_is_prepared_as_the_published_recipe_does(tmp_path, task, number)
         assert not np.all(masks[1:])  # the case is longer than masks grow
 
 
-@pytest.mark.parametrize("spacing", [None, (1.5, 1.0, 2.0)])
-@pytest.mark.parametrize("task", [TASK, MRI], ids=["CT", "MRI"])
+@pytest.mark.parametrize(("task", "spacing"), [(TASK, None), (MRI, (1.5, 1.0, 2.0))])
 def test_voxels_as_read_are_not_changed(tmp_path, task, spacing):
     """They lie in the file's bytes; preprocessing makes its own."""
     case = make_case(tmp_path)

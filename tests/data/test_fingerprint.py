@@ -22,22 +22,18 @@ def write(root: Path, cases: list = THREE, channel: str = "CT", nnunet: bool = F
     return write_dataset(root, measurable(cases), [channel], nnunet=nnunet)
 
 
-@pytest.mark.parametrize("nnunet", [False, True])
-def test_an_unknown_dataset_is_measured(tmp_path, nnunet):
-    fold = opened(write(tmp_path / "Mine", nnunet=nnunet))
+def test_an_unknown_dataset_is_measured(tmp_path):
+    fold = opened(write(tmp_path / "Mine", nnunet=True))
     task = fold.task
-    assert (task.name, task.modality, task.channel_files) == ("Mine", "CT", nnunet)
+    assert (task.name, task.modality, task.channel_files) == ("Mine", "CT", True)
     assert task.spacing == (1, 1, 4)
     # The foreground is 0 to 999.
     assert task.intensity == pytest.approx((0.005 * 999, 0.995 * 999), abs=0.1)
     # Voxels at that spacing: 40 40 30, 40 70 50, 79 99 75 (from outermost voxel to outermost one).
     assert fold.measured.shape == (40, 70, 50) and fold.measured.num_cases == 3
     assert task.patch_size == (32, 64, 32)
-
-
-def test_mri_of_an_unknown_dataset_is_z_scored(tmp_path):
-    task = opened(write(tmp_path / "Mine", channel="T1")).task
-    assert (task.modality, task.intensity, task.spacing) == ("MRI", None, (1, 1, 4))
+    task = opened(write(tmp_path / "MRI", THREE[:2], channel="T1")).task
+    assert (task.modality, task.intensity, task.spacing) == ("MRI", None, (1, 1, 3.5))
 
 
 def test_spacing_is_measured_in_the_patients_axes(tmp_path):

@@ -7,9 +7,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from toys import CLASSES, make_case, opened, touch
+from toys import touch
 
 from dints.data import formats
 from dints.data.formats import Description, Form, read_dataset, read_json
@@ -86,13 +85,8 @@ READ_TASKS = [
         msd({"1": "CT", "0": "CT"}, {"0": "background", "1": "pancreas"}),
         replace(TASKS["Task07_Pancreas"], num_channels=2, class_names=("background", "pancreas")),
     ),
-    (msd({"0": "ct"}, {"1": "bone", "0": "background"}), unknown("Lowercase", "CT", 1, BONE)),
     (msd({"0": "CT", "1": "PET"}, B_X), unknown("PET-CT", "MRI", 2, ("b", "x"))),
     # nnU-Net v2: numbers of names, in any order; the one with 0 is the background.
-    (
-        nnunet({"0": "CT"}, {"spleen": 1, "air": 0}),
-        unknown("Dataset009_Spleen", "CT", 1, ("air", "spleen"), True),
-    ),
     (
         nnunet({"1": "ADC", "0": "T2"}, {"background": 0, "TZ": 2, "PZ": 1}),
         replace(PROSTATE, channel_files=True),
@@ -118,22 +112,17 @@ def test_the_task_of_a_dataset(tmp_path, content, task):
     ("changes", "fault"),
     [
         ({"modality": None}, "'modality' must be an object .*, not None"),
-        ({"modality": {"1": "CT"}}, r"keys of 'modality' .* \"0\" to \"0\", not \['1'\]"),
-        ({"labels": ["background", "spleen"]}, r"'labels' must be an object .*, not \['background"),
         ({"labels": {"0": "a", "2": "b"}}, r"keys of 'labels' .* \"0\" to \"1\", not \['0', '2'\]"),
-        ({"channel_names": "CT"}, "'channel_names' must be an object .*, not 'CT'"),
         (
             {"labels": {"background": "0", "spleen": "1"}},
             r"keys of 'labels' .*: write .*\"tumour\"",
         ),
         ({"labels": {"b": 0, "c": 1, "d": 1}}, r"must be 0 to 2, each once, not \[0, 1, 1\]"),
-        ({"labels": {"b": 0, "c": 1.0}}, r"numbers of 'labels' .*, not \[0, 1.0\]"),
         ({"labels": {"background": 0}}, "'labels' names only 'background'; .* at least one more"),
         ({"labels": {"b": 0, "whole": [1, 2], "core": [2]}}, r"regions, .* \(whole, core\)"),
         ({"labels": {"b": 0, "c": 1, "ignore": 2}}, "'ignore' label, which is not supported"),
         ({"labels": {f"part {n}": n for n in range(256)}}, "256 values; .*: merge classes"),
         ({"labels": {"0": "b", "1": "lung", "2": "lung"}}, "two classes one name .*lung, lung"),
-        ({"modality": ...}, "has no 'modality'"),
         ({"labels": ...}, "has no 'labels'"),
     ],
 )
@@ -153,9 +142,9 @@ def test_a_datasets_origin_is_given_as_it_says_it(tmp_path):
 # JSON
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # the latter as Windows' editors do
-def test_json_is_read_as_utf_8(tmp_path, encoding):
-    (tmp_path / "dataset.json").write_text('{"name": "Überprüfung"}', encoding=encoding)
+def test_json_is_read_as_utf_8(tmp_path):
+    """Also with the mark that Windows' editors write."""
+    (tmp_path / "dataset.json").write_text('{"name": "Überprüfung"}', encoding="utf-8-sig")
     assert read_json(tmp_path / "dataset.json") == {"name": "Überprüfung"}
 
 
@@ -163,8 +152,6 @@ def test_json_is_read_as_utf_8(tmp_path, encoding):
     ("root", "description", "meant"),
     [
         ("data/Task/dataset.json", None, "--root data/Task"),
-        ("data/task", None, "--root data/Task"),
-        ("data/Task/fold.json", None, "--root data/Task --json data/Task/fold.json"),
         ("data/Task/imagesTr/a.nii.gz", None, "--root data/Task"),
         ("data", None, "--root data/Task"),
         ("data/Other", None, "--json data/Other/list.json"),
@@ -198,14 +185,12 @@ def test_a_wrong_root_is_refused_with_the_one_that_is_probably_meant(
     ("content", "fault"),
     [
         (b'{\n  "labels": {"0": "background",}\n}', "is not valid JSON at line 2, column 3[0-9]: "),
-        (b'{"name": "cut', "is not valid JSON at line 1, column 10: Unterminated string"),
         (b"[1, 2]", "holds a list where a dataset description"),
         (b'{"name": "\xff\xfe"}', "cannot be read as a dataset description: .*utf-8"),
         (b"[" * 100_000, "cannot be read as a dataset description: .*recursion"),
-        (b'{"n": ' + b"9" * 5000 + b"}", "cannot be read as a dataset description: .*digits"),
         ("a folder", "cannot be read as a dataset description"),
     ],
-    ids=["comma", "cut", "list", "not UTF-8", "nested", "endless number", "folder"],
+    ids=["comma", "list", "not UTF-8", "nested", "folder"],
 )
 @MALFORMED
 def test_json_that_cannot_be_read_is_refused(tmp_path, content, fault):
@@ -242,35 +227,19 @@ def test_a_list_of_cases(root, monkeypatch):
             ("a", (f"{root}/imagesTr/a.nii.gz",), f"{root}/imagesTr/../labelsTr/a.nii.gz"),
             ("b_image", (f"{root}/b_image.nii",), f"{root}/b_label.nii"),
         ]
-    assert cases[0].files == (*cases[0].images, cases[0].label)
-    assert Case("a", ("a.nii", "b.nii")).files == ("a.nii", "b.nii")
-
-
-@pytest.mark.parametrize(
-    ("images", "name"),
-    [
-        (["a_0000.nii.gz", "a_0001.nii.gz"], "a"),
-        (["a_t2.nii.gz", "a_adc.nii.gz"], "a_t2"),
-        ("a_0000.nii.gz", "a_0000"),  # one file that holds both channels
-    ],
-)
-def test_an_entry_names_one_file_or_one_a_channel(root, images, name):
-    files = [images] if isinstance(images, str) else images
-    touch(root, "label.nii.gz", *files)
-    _, cases = read(root, {**MSD, **listing((images, "label.nii.gz"))})
-    paths = tuple(f"{root}/{file}" for file in files)
-    assert files_of(cases) == [(name, paths, f"{root}/label.nii.gz")]
+    channels = ["x_0000.nii", "x_0001.nii"]
+    touch(root, *channels)
+    _, (case,) = read(root, {**MSD, **listing((channels, "b_label.nii"))})
+    paths = tuple(f"{root}/{file}" for file in channels)
+    assert files_of([case]) == [("x", paths, f"{root}/b_label.nii")]
 
 
 @pytest.mark.parametrize(
     ("description", "expected"),
     [
         ({"validation": [], "test": [1]}, "'training': give --json_key .*validation, test"),
-        ({**NNUNET, "training": []}, "'training': give --json_key"),
         ({"training": ["a.nii.gz"]}, "entry 0 of 'training' .*'image' and 'label'.*'a.nii.gz'"),
-        ({"training": [{"image": "a.nii", "label": ["c.nii"]}]}, r"entry 0 .*\['c.nii'\]"),
         (listing(("a", "b"), {"image": 3, "label": "c"}), "entry 1 of 'training' .*3"),
-        ({"training": [{"image": [], "label": "c"}]}, r"entry 0 of 'training' .*\[\]"),
         (listing((["a.nii"] * 3, "c")), r"entry 0 .* has 3 image files for 2 channels \(T2, ADC\)"),
     ],
 )
@@ -282,7 +251,7 @@ def test_a_malformed_case_list_is_named(root, description, expected):
 # nnU-Net v2
 
 
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz", None])
+@pytest.mark.parametrize("ending", [".nii", None])
 def test_nnunets_folders(root, ending):
     content = {**NNUNET, "file_ending": ending}
     if ending is None:
@@ -306,14 +275,6 @@ def test_nnunets_folders(root, ending):
         assert case.name == "b" and not task.channel_files
 
 
-def test_channels_from_the_tenth_on(root):
-    channels = {str(channel): f"c{channel}" for channel in range(12)}
-    images = [f"imagesTr/a_{channel:04d}.nii.gz" for channel in range(12)]
-    touch(root, "labelsTr/a.nii.gz", *images)
-    _, (case,) = read(root, {**NNUNET, "channel_names": channels})
-    assert case.images == tuple(f"{root}/{image}" for image in images)
-
-
 def test_nnunets_dataset_object(root):
     touch(root, "x/1.nii.gz", "x/2.nii.gz", "y.nii", "labelsTr/other.nii.gz")
     entry = {"images": ["x/1.nii.gz", "x/2.nii.gz"], "label": "y.nii"}
@@ -322,7 +283,7 @@ def test_nnunets_dataset_object(root):
     assert task.channel_files and files_of(cases) == [("case 7", images, f"{root}/y.nii")]
 
 
-@pytest.mark.parametrize("ending", [".nrrd", "nii.gz", None, [".nii"]])
+@pytest.mark.parametrize("ending", [".nrrd", None])
 def test_nnunets_other_files_are_to_be_converted(root, ending):
     content = {**NNUNET, "file_ending": ending}
     assert f"'file_ending' is {ending!r}: convert" in refusal(root, content)
@@ -333,13 +294,11 @@ def test_nnunets_other_files_are_to_be_converted(root, ending):
     [
         ("", r"labelsTr cannot be read \(No such file or directory\).* --root"),
         ("labelsTr/a.nii imagesTr/a_0000.nii", "labelsTr has no .nii.gz file.* 'file_ending'"),
-        ("labelsTr/a.nii.gz", r"imagesTr cannot be read \(No such file or directory\)"),
         ("labelsTr/a.nii.gz imagesTr/a_0000.nii.gz", "1 of the 3 files .*imagesTr/a_0001.nii.gz"),
         (
             "labelsTr/a.nii.gz imagesTr/b_0000.nii.gz imagesTr/b_0001.nii.gz",
             "2 files in .*imagesTr are not <case>_0000 to <case>_0001.* b_0000.nii.gz: add its",
         ),
-        ("labelsTr/a.nii.gz imagesTr/a.nii.gz", "1 files in .*, for example a.nii.gz"),
     ],
 )
 @pytest.mark.fault("missing files")
@@ -353,11 +312,10 @@ def test_incomplete_folders_of_nnunet_are_refused(root, files, expected):
     [
         ({}, "'dataset' must be an object such as"),
         ({"a": None}, "case 'a' of 'dataset' needs the paths 'images' and 'label', and is None"),
-        ({"a": {"images": ["0.nii", "1.nii"]}}, "case 'a' .* needs the paths 'images' and 'label'"),
         ({"a": {"images": ["0.nii"], "label": "l.nii"}}, "'a' .* has 1 image files for 2 channels"),
         *(
             ({name: {"images": ["0.nii", "1.nii"], "label": "l.nii"}}, "no file can have: rename")
-            for name in ("", "../a", "a/b", "..", ".a")
+            for name in ("", "../a")
         ),
     ],
 )
@@ -375,22 +333,14 @@ def test_another_form_is_one_more_entry_of_the_table(root, monkeypatch):
 
     def cases_of_pairs(description: Description) -> list[Case]:
         root, pairs = description.root, description.content["volumes"].items()
-        return [
-            Case(Path(image).stem, (f"{root}/{image}",), f"{root}/{label}")
-            for image, label in pairs
-        ]
+        return [Case(image, (f"{root}/{image}",), f"{root}/{label}") for image, label in pairs]
 
-    make_case(root / "case")
-    labels = {str(number): name for number, name in enumerate(CLASSES)}
-    description = {"modality": {"0": "CT"}, "labels": labels}
-    content = {**description, "volumes": {"case/image.nii.gz": "case/label.nii.gz"}}
+    touch(root, "a.nii", "b.nii")
+    content = {**CT_SPLEEN, "volumes": {"a.nii": "b.nii"}}
     assert "no cases under 'training'" in refusal(root, content)
     form = Form(lambda described: "volumes" in described.content, cases_of_pairs)
     monkeypatch.setattr(formats, "FORMS", (form, *formats.FORMS))
-    fold = opened(root, json=root.parent / "my.json")
-    assert fold.task.class_names == CLASSES and fold.measured.num_cases == 1
-    assert [np.prod(case.shape) for case in fold.cases] == [8000]
-    touch(root, "a.nii", "b.nii")
-    assert len(read(root, {**description, **listing(("a.nii", "b.nii"))})[1]) == 1
-    content["volumes"] = {"none.nii": "case/label.nii.gz"}
+    assert files_of(read(root, content)[1]) == [("a.nii", (f"{root}/a.nii",), f"{root}/b.nii")]
+    assert len(read(root, {**CT_SPLEEN, **listing(("a.nii", "b.nii"))})[1]) == 1
+    content["volumes"] = {"none.nii": "b.nii"}
     assert "1 of the 2 files" in refusal(root, content)  # files of any form are checked

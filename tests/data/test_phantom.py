@@ -13,7 +13,7 @@ from commands import run
 from scipy import ndimage
 from toys import touch
 
-from dints.data import phantom
+from dints.data import phantom as phantom_module
 from dints.data.formats import read_dataset, read_json
 from dints.data.phantom import LESION, LIVER, make_case, write_phantom
 from dints.data.tasks import TASKS
@@ -24,15 +24,12 @@ SMALL = {"shape": (16, 16, 16)}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return write_phantom(tmp_path_factory.mktemp("data") / "Task00_Phantom", num_training=9)
-
-
-@pytest.fixture(scope="module")
-def cases(root) -> list[tuple[nib.Nifti1Image, nib.Nifti1Image]]:
+def cases(phantom) -> list[tuple[nib.Nifti1Image, nib.Nifti1Image]]:
     """Load (image, label) of the training cases, in file order."""
-    training = read_json(root / "dataset.json")["training"]
-    return [(nib.load(root / case["image"]), nib.load(root / case["label"])) for case in training]
+    training = read_json(phantom / "dataset.json")["training"]
+    return [
+        (nib.load(phantom / case["image"]), nib.load(phantom / case["label"])) for case in training
+    ]
 
 
 def voxels(image: nib.Nifti1Image) -> np.ndarray:
@@ -49,15 +46,15 @@ def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def test_layout_is_the_decathlons(root):
-    description = read_json(root / "dataset.json")
-    assert (description["numTraining"], description["numTest"]) == (9, 4)
+def test_layout_is_the_decathlons(phantom):
+    description = read_json(phantom / "dataset.json")
+    assert (description["numTraining"], description["numTest"]) == (8, 2)
     named = [path for case in description["training"] for path in case.values()]
     named += description["test"]
-    found = {path.relative_to(root) for path in root.rglob("*.nii.gz")}
-    assert {Path(path) for path in named} == found and len(found) == 22
-    assert sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) < 6e6
-    assert read_dataset(root)[0] == TASK
+    found = {path.relative_to(phantom) for path in phantom.rglob("*.nii.gz")}
+    assert {Path(path) for path in named} == found and len(found) == 18
+    assert sum(path.stat().st_size for path in phantom.rglob("*") if path.is_file()) < 6e6
+    assert read_dataset(phantom)[0] == TASK
 
 
 def test_images_and_labels_fit_and_vary(cases):
@@ -68,14 +65,14 @@ def test_images_and_labels_fit_and_vary(cases):
         assert all(1.5 <= size <= 2.6 for size in image.header.get_zooms())
         assert set(np.unique(voxels(label))) <= set(range(TASK.num_classes))
         assert voxels(image).min() >= -1024 and voxels(image).max() > 300  # air and bone
-    assert len({image.shape for image, _ in cases}) > 6
-    assert len({image.header.get_zooms() for image, _ in cases}) > 6
+    assert len({image.shape for image, _ in cases}) > 5
+    assert len({image.header.get_zooms() for image, _ in cases}) > 5
     orientations = {"".join(nib.aff2axcodes(image.affine)) for image, _ in cases}
     assert orientations == {"RAS", "LPS", "LAS"}
 
 
 def test_liver_is_always_there_on_the_patients_right_and_the_lesion_is_not(cases):
-    assert [n for n, (_, label) in enumerate(cases) if not volume(label, LESION)] == [0, 8]
+    assert [n for n, (_, label) in enumerate(cases) if not volume(label, LESION)] == [0]
     assert any(ndimage.label(voxels(label) == LESION)[1] > 1 for _, label in cases)
     for image, label in cases:
         assert 25 < volume(label, LIVER) < 100
@@ -88,10 +85,10 @@ def test_liver_is_always_there_on_the_patients_right_and_the_lesion_is_not(cases
 
 
 def test_lesions_take_the_place_of_liver_alone(monkeypatch):
-    with_lesion = [voxels(make_case(3, case, **SMALL)[1]) for case in range(8)]
-    assert [(label == LESION).any() for label in with_lesion] == [case != 3 for case in range(8)]
-    monkeypatch.setattr(phantom, "LESION_FREE_EVERY", 1)
-    for case, label in enumerate(with_lesion):
+    with_lesion = [voxels(make_case(3, case, **SMALL)[1]) for case in range(2, 5)]
+    assert [(label == LESION).any() for label in with_lesion] == [True, False, True]
+    monkeypatch.setattr(phantom_module, "LESION_FREE_EVERY", 1)
+    for case, label in enumerate(with_lesion, 2):
         without = voxels(make_case(3, case, **SMALL)[1])
         assert np.array_equal(label > 0, without == LIVER)
 
@@ -157,7 +154,6 @@ def test_foreign_files_and_folders_are_left_alone(tmp_path):
         ({"num_training": 1}, "--num_training is 1"),
         ({"seed": -1}, "--seed is -1"),
         ({"shape": (30000, 30000, 30000)}, "--shape is 30000 30000 30000"),
-        ({"shape": (48, 48)}, "--shape is 48 48"),
         ({"spacing": (2, float("nan"), 2)}, "--spacing is 2 nan 2"),
     ],
 )
@@ -167,17 +163,13 @@ def test_bad_arguments_name_the_flag_and_write_nothing(tmp_path, arguments, flag
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_writes_the_same_voxels_however_many_cases_it_writes(root, tmp_path):
-    command = "-m dints.data.phantom --num_test 1 --root"
-    done = run(command, tmp_path / "few", "--num_training 3")
+def test_a_process_writes_the_same_voxels_as_a_longer_call(phantom, tmp_path):
+    done = run("-m dints.data.phantom --num_test 0 --num_training 2 --root", tmp_path / "few")
     assert done.returncode == 0, done.stderr
     written = {path.relative_to(tmp_path / "few") for path in tmp_path.rglob("*.nii.gz")}
-    assert len(written) == 7
+    assert len(written) == 4
     for name in written:
-        few, many = (nib.load(folder / name) for folder in (tmp_path / "few", root))
+        few, many = (nib.load(folder / name) for folder in (tmp_path / "few", phantom))
         assert np.array_equal(voxels(few), voxels(many))
     keys = (0, 1, "Tr"), (1, 1, "Tr"), (0, 2, "Tr"), (0, 1, "Ts")
     assert len({voxels(make_case(*key, **SMALL)[0]).tobytes() for key in keys}) == 4
-    bad = run(command, tmp_path / "bad", "--num_training 1")
-    assert bad.returncode == 1
-    assert bad.stderr == "error: --num_training is 1: it must be at least 2\n"
