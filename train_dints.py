@@ -26,7 +26,6 @@ import logging
 
 from dints import __version__
 from dints.data.cache import open_cache
-from dints.data.check import check
 from dints.data.dataset import Fold, open_fold
 from dints.data.fingerprint import use_downsample
 from dints.data.formats import provenance
@@ -211,6 +210,8 @@ def prepare(settings: TrainSettings) -> tuple[Architecture, float, Fold]:
 
 def main(settings: TrainSettings) -> None:
     if settings.run.check:
+        from dints.data.check import check  # an extra, which the core does not need
+
         check(settings.data)
         prepare(settings)
         return

@@ -56,10 +56,8 @@ class Fold:
         """
         order = permutation(len(self.training), seed, "halves")
         middle = len(order) // 2
-        weights, arch = (
-            [self.training[n] for n in part] for part in (order[:middle], order[middle:])
-        )
-        return weights, arch
+        shuffled = [self.training[number] for number in order]
+        return shuffled[:middle], shuffled[middle:]
 
 
 def open_fold(

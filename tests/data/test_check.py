@@ -168,18 +168,6 @@ def test_a_grid_far_from_the_median(tmp_path, cases, factor, shape, says):
         assert finding.startswith(f"far_0.nii.gz is far from the others in {says}")
 
 
-def test_few_voxels_on_the_tasks_grid(tmp_path, cases):
-    """In most cases, as in cardiac MRI, they are one line: no header is wrong there."""
-    name, finding = only_warning(cases, replace(KNOWN, spacing=(1.0, 2.0, 9.0)))
-    assert name == "all" and finding.startswith(
-        "3 of 3 cases have fewer than 8 voxels along an axis of the task's grid, for example "
-        "case_0_0.nii.gz with 12 x 10 x 3"
-    )
-    cases[0] = write(tmp_path, "thin", noise(9, (12, 10, 3)), labelled(9, 9, (12, 10, 3)))
-    says = "thin_0.nii.gz has only 12 x 10 x 3 voxels on the task's grid: look at its header"
-    assert only_warning(cases, replace(KNOWN, spacing=(1.0, 2.0, 3.0))) == ("thin", says)
-
-
 def test_faults_that_the_read_options_let_pass(tmp_path, cases):
     image = noise(9).astype(np.float32)
     image[0, 0, :3] = np.nan, np.inf, -np.inf

@@ -26,7 +26,7 @@ PAIR = IMAGE, LABEL = "imagesTr/case_1.nii.gz", "labelsTr/case_1.nii.gz"
 DESCRIPTION = "dataset.json"
 PLACE = (3, 4, 5)  # of the voxel that is spoiled; the image is 77 there
 REMEDIES = (
-    r"\b(fix|correct|write|replace|remove|convert|give|list|complete|put|add|needs|Expecting)\b"
+    r"\b(fix|correct|write|replace|remove|convert|give|list|complete|put|add|needs|Expecting|set)\b"
 )
 
 
