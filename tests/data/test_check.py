@@ -172,12 +172,9 @@ def test_faults_that_the_read_options_let_pass(tmp_path, cases):
     image = noise(9).astype(np.float32)
     image[0, 0, :3] = np.nan, np.inf, -np.inf
     cases[1] = write(tmp_path, "holes", image, labelled(9))
-    save(Path(cases[1].label), labelled(9), AFFINE + np.eye(4, k=3))
     lenient = [replace(case, options=ReadOptions(True, 0.0)) for case in cases]
-    findings, _ = checked(lenient)
-    assert [kind for kind, _, _ in findings] == ["warning"] * 2
-    assert "lies elsewhere" in findings[0][2] and "has 3 NaN or infinite voxels" in findings[1][2]
-    assert [kind for kind, _, _ in checked(cases)[0]] == ["error"] * 2
+    assert "has 3 NaN or infinite voxels" in only_warning(lenient)[1]
+    assert [kind for kind, _, _ in checked(cases)[0]] == ["error"]
 
 
 # Errors

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from small_run import begun
 from toys import CLASSES, measurable, opened, write_dataset
 
 from dints.data import listing
 from dints.data.cache import open_cache
-from dints.data.cases import prepare
 from dints.data.dataset import open_fold
 from dints.data.loaders import training_loader, validation_loader
 from dints.data.tasks import TASKS
@@ -61,15 +58,6 @@ def test_every_header_is_read_once(tmp_path, reads, name, nnunet, mode):
     assert reads == {file: 1 for case in fold.cases for file in case.files} and len(reads) == 6
 
 
-def test_an_opened_case_travels_to_other_ranks_and_is_prepared_there(tmp_path, reads):
-    fold = opened(write(tmp_path / "Mine"))
-    reads.clear()
-    case, travelled = fold.cases[0], pickle.loads(pickle.dumps(fold.cases[0]))
-    ours, theirs = (prepare(each, fold.task) for each in (case, travelled))
-    assert travelled == case and not reads
-    assert np.array_equal(ours.image, theirs.image) and np.array_equal(ours.label, theirs.label)
-
-
 def test_settings_override_the_known_and_the_measured_task(tmp_path, caplog):
     given = {"spacing": (2.0, 2.0, 3.0), "intensity_range": (0.0, 5.0), "patch_size": (16, 32, 48)}
     with caplog.at_level("INFO"):
@@ -78,8 +66,7 @@ def test_settings_override_the_known_and_the_measured_task(tmp_path, caplog):
     (tmp_path / "Mine").rename(tmp_path / "Task09_Spleen")
     spleen = opened(tmp_path / "Task09_Spleen", **given).task
     for task in (mine, spleen):
-        facts = task.spacing, task.intensity, task.patch_size
-        assert facts == tuple(given.values())
+        assert (task.spacing, task.intensity, task.patch_size) == tuple(given.values())
     plain = opened(tmp_path / "Task09_Spleen").task
     assert plain == replace(TASKS["Task09_Spleen"], class_names=CLASSES)
 
