@@ -52,8 +52,7 @@ class Step:
 class Uniform:
     """Draws a number of a range; or one for each of 3 axes; or one, and a seed of noise.
 
-    It is no lambda, since that cannot be sent to a worker that is no copy of this process, as on
-    Windows and macOS.
+    No lambda, since Windows and macOS must send it to their workers.
     """
 
     low: float

@@ -119,6 +119,5 @@ def smaller_than_patch(cases: Sequence[Case], task: Task) -> str | None:
     along = ", ".join(f"{axis} {count}" for axis, count in counts if count)
     return (
         f"{lacks.any(1).sum()} of {len(cases)} cases are smaller than the patch (along {along}): "
-        "they are padded to it by reflection, and below a third of it by their border voxels "
-        "first; --patch_size gives another"
+        "they are padded to it by reflection; --patch_size gives another"
     )
