@@ -7,22 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import published_data
 import pytest
 import torch
 from monai.transforms import (
     AdjustContrast,
     Compose,
     MapTransform,
-    RandFlipd,
-    RandGaussianSmoothd,
-    RandRotated,
-    RandScaleIntensityd,
-    RandShiftIntensityd,
     RandSimulateLowResolution,
-    RandZoomd,
     ScaleIntensityFixedMean,
 )
 from scipy.stats import kstest
+from toys import TASK
 
 from dints.data import augmentation
 from dints.data.augmentation import CHAINS, Step, chain, draw
@@ -40,30 +36,25 @@ EVERYTHING = {
 # Each by itself, zooms to either side, all, and none.
 DRAWS = [*({name: value} for name, value in EVERYTHING.items()), {"zoom": 1.13}, EVERYTHING, {}]
 
-# MONAI's transforms with the published arguments, each with how to read what it drew.
-KEYS, MODES = ["image", "label"], ["bilinear", "nearest"]
-RANGE, SIGMAS = {f"range_{axis}": 0.3 for axis in "xyz"}, {f"sigma_{a}": (0.5, 1.15) for a in "xyz"}
-ZOOM = {"min_zoom": 0.8, "max_zoom": 1.2, "align_corners": [True, None]}
-PUBLISHED: dict[str, tuple[Callable[[], MapTransform], Callable[[MapTransform], object]]] = {
-    "rotate": (
-        lambda: RandRotated(KEYS, **RANGE, mode=MODES, keep_size=True, prob=1.0),
-        lambda t: (t.rand_rotate.x, t.rand_rotate.y, t.rand_rotate.z),
-    ),
-    "zoom": (
-        lambda: RandZoomd(KEYS, **ZOOM, mode=["trilinear", "nearest"], prob=1.0),
-        lambda t: t.rand_zoom._zoom[0],
-    ),
-    "smooth": (
-        lambda: RandGaussianSmoothd(["image"], **SIGMAS, prob=1.0),
-        lambda t: (t.rand_smooth.x, t.rand_smooth.y, t.rand_smooth.z),
-    ),
-    "scale": (lambda: RandScaleIntensityd(["image"], 0.3, prob=1.0), lambda t: 1 + t.scaler.factor),
-    "shift": (lambda: RandShiftIntensityd(["image"], 0.1, prob=1.0), lambda t: t.shifter._offset),
-    "flip": (
-        lambda: Compose([RandFlipd(KEYS, spatial_axis=axis, prob=1.0) for axis in range(3)]),
-        lambda t: (0, 1, 2),
-    ),
+KEYS = "image", "label"
+# Of each step, how to read what MONAI's transform drew.
+READ: dict[str, Callable[[MapTransform], object]] = {
+    "rotate": lambda t: (t.rand_rotate.x, t.rand_rotate.y, t.rand_rotate.z),
+    "zoom": lambda t: t.rand_zoom._zoom[0],
+    "smooth": lambda t: (t.rand_smooth.x, t.rand_smooth.y, t.rand_smooth.z),
+    "scale": lambda t: 1 + t.scaler.factor,
+    "shift": lambda t: t.shifter._offset,
+    "flip": lambda t: (0, 1, 2),
 }
+
+
+def published_transforms() -> dict[str, MapTransform | Compose]:
+    """Make MONAI's transforms with the published arguments, but that all are always done."""
+    transforms = published_data.sampling(TASK).transforms[2:11]
+    for transform in transforms:
+        transform.prob = 1.0
+    *others, _ = transforms[:6]  # but noise
+    return dict(zip(READ, [*others, Compose(transforms[6:])], strict=True))
 
 
 def augment(image: torch.Tensor, label: torch.Tensor, drawn: dict) -> augmentation.Sample:
@@ -99,24 +90,23 @@ def check_against(
     ("step", "shape", "seeds"),
     # In 900,000 voxels some are so near to half-way that another order of operations would take
     # another label.
-    [*((step, SHAPE, 4) for step in PUBLISHED), ("rotate", (1, 96, 96, 96), 1)],
+    [*((step, SHAPE, 4) for step in READ), ("rotate", (1, 96, 96, 96), 1)],
 )
 def test_a_step_gives_the_published_transforms_result(step, shape, seeds):
-    make, read = PUBLISHED[step]
-    transform, changed = make(), []
+    transform, changed = published_transforms()[step], []
     for seed in range(seeds):  # larger and smaller zooms, angles and sigmas
         transform.set_random_state(seed)
-        changed.append(check_against(transform, lambda: {step: read(transform)}, shape))
+        changed.append(check_against(transform, lambda: {step: READ[step](transform)}, shape))
     assert sum(changed) >= 0.75 * seeds  # a zoom by a fraction of a voxel is none
 
 
 def test_steps_follow_each_other_as_published():
     """Noise, whose draws are not MONAI's, comes after scale and shift and before the flip."""
-    steps = {name: (make(), read) for name, (make, read) in PUBLISHED.items()}
-    whole = Compose([transform for transform, _ in steps.values()])
+    transforms = published_transforms()
+    whole = Compose([*transforms.values()])
     for seed in range(2):
         whole.set_random_state(seed)
-        drawn = lambda: {name: read(t) for name, (t, read) in steps.items()}  # noqa: E731
+        drawn = lambda: {name: READ[name](t) for name, t in transforms.items()}  # noqa: E731
         assert check_against(whole, drawn, SHAPE)
     image, label = sample((1, 16, 16, 16))
     noise = augment(torch.zeros_like(image), label, {"noise": (0.01, 7)})[0]

@@ -41,7 +41,7 @@ def reads(monkeypatch) -> Counter:
 
 @pytest.mark.parametrize(
     ("name", "nnunet", "mode"),
-    [("Task09_Spleen", False, "ram"), ("Mine", True, "disk"), ("Mine", True, "none")],
+    [("Task09_Spleen", False, "ram"), ("Mine", True, "none")],
 )
 def test_every_header_is_read_once(tmp_path, reads, name, nnunet, mode):
     """From the opening to batches, whether the dataset is measured or known from the table."""

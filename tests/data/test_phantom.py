@@ -14,7 +14,6 @@ from commands import run
 from scipy import ndimage
 from toys import touch
 
-from dints.data import phantom as phantom_module
 from dints.data.formats import read_dataset, read_json
 from dints.data.phantom import LESION, LIVER, make_case, write_phantom
 from dints.data.tasks import TASKS
@@ -83,15 +82,6 @@ def test_liver_is_always_there_on_the_patients_right_and_the_lesion_is_not(cases
             for mask in (voxels_of_liver, voxels_of_body)
         )
         assert liver[0] > body[0] + 5
-
-
-def test_lesions_take_the_place_of_liver_alone(monkeypatch):
-    with_lesion = [voxels(make_case(3, case, **SMALL)[1]) for case in range(2, 5)]
-    assert [(label == LESION).any() for label in with_lesion] == [True, False, True]
-    monkeypatch.setattr(phantom_module, "LESION_FREE_EVERY", 1)
-    for case, label in enumerate(with_lesion, 2):
-        without = voxels(make_case(3, case, **SMALL)[1])
-        assert np.array_equal(label > 0, without == LIVER)
 
 
 def test_a_second_call_does_nothing_and_other_parameters_replace(tmp_path):
