@@ -189,7 +189,7 @@ def _parse_header(path: str, start: bytes) -> Header:
             f"{path} is a {len(shape)}D image ({dimensions}) where a volume of 3 dimensions is "
             "expected: fix or remove the case"
         )
-    if nifti.get_data_dtype().fields or nifti.get_data_dtype().kind not in "iufb":
+    if nifti.get_data_dtype().kind not in "iufb":
         raise UserError(
             f"{path} holds {nifti.get_value_label('datatype')} values, not numbers: convert it, or "
             "remove the case"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_run import begun
 from toys import CLASSES, measurable, opened, write_dataset
 
 from dints.data import listing
 from dints.data.cache import open_cache
+from dints.data.cases import prepare
 from dints.data.dataset import open_fold
 from dints.data.loaders import training_loader, validation_loader
 from dints.data.tasks import TASKS
@@ -56,6 +59,15 @@ def test_every_header_is_read_once(tmp_path, reads, name, nnunet, mode):
     assert len([*loader.epoch(0), *validation_loader(fold.validation, cache, run)]) == 3
     assert (fold.measured is None) == (name in TASKS)
     assert reads == {file: 1 for case in fold.cases for file in case.files} and len(reads) == 6
+
+
+def test_an_opened_case_travels_to_other_ranks_and_is_prepared_there(tmp_path, reads):
+    fold = opened(write(tmp_path / "Mine"))
+    reads.clear()
+    case, travelled = fold.cases[0], pickle.loads(pickle.dumps(fold.cases[0]))
+    ours, theirs = (prepare(each, fold.task) for each in (case, travelled))
+    assert travelled == case and not reads
+    assert np.array_equal(ours.image, theirs.image) and np.array_equal(ours.label, theirs.label)
 
 
 def test_settings_override_the_known_and_the_measured_task(tmp_path, caplog):

@@ -129,6 +129,13 @@ def moved(number: int, *by: float) -> Callable[[Path], None]:
     return damage
 
 
+def drifting(folder: Path) -> None:
+    """Have steps that hardly differ, and slices that are 0.9 mm off."""
+    write_series(folder, AXIAL, np.repeat(VOXELS, 5, 2))
+    for number in range(20):
+        moved(number, 0, 0, 0.1 * abs(number - 10))(folder)
+
+
 def leaning(folder: Path) -> None:
     for number in range(4):
         moved(number, 3 * number, 0, 0)(folder)
@@ -164,6 +171,9 @@ DAMAGE = {
         rf"several slices at one place, {NAMES[1]} and z.dcm",
     ),
     "cut short": (cut(lambda content: content[:-20]), f"{NAMES[1]} cannot be decoded"),
+    "empty": (cut(lambda content: b""), f"{NAMES[1]} is called like the DICOM files beside it"),
+    "a drift": (drifting, "slices 2.4 mm apart, but 2.6 mm between"),
+    "all aside": (leaning, "slices 2.5 mm apart and displaced by 3 mm sideways, .*no gantry"),
     "no image": (
         every(SOPClassUID=pydicom.uid.EncapsulatedPDFStorage, Rows=None, PixelData=None),
         "no image among them",
@@ -172,7 +182,6 @@ DAMAGE = {
         moved(0, 10, 0, 0),
         f"displaced by 10 mm sideways between {NAMES[0]} and {NAMES[1]}, and by 0 mm",
     ),
-    "all aside": (leaning, "slices 2.5 mm apart and displaced by 3 mm sideways, .*no gantry"),
     "one slice, no thickness": (
         lambda folder: [(folder / name).unlink() for name in NAMES[1:]],
         f"{NAMES[0]} is a series of one slice, and its SliceThickness is None",
@@ -181,7 +190,6 @@ DAMAGE = {
         second(ImageOrientationPatient=[0, 1, 0, 1, 0, 0]),
         f"slices of several orientations, for example {NAMES[1]}",
     ),
-    "another size": (second(Rows=3), rf"holds 2 sizes of slices .{NAMES[1]} is of another than"),
     "another class": (
         second(SOPClassUID=pydicom.uid.RTStructureSetStorage),
         f"{NAMES[1]} is of the series and is no image",

@@ -148,6 +148,10 @@ IMAGE_FAULTS = {
         repacked(IMAGE, lambda raw: raw[:-1]), "it is truncated: 11871 of 11872"
     ),
     "wrong magic": fault(patched(IMAGE, 344, "4s", b"XXXX"), "header is damaged", "magic"),
+    "pair of files": fault(patched(IMAGE, 344, "4s", b"ni1\0"), "ni1"),
+    "half a header": fault(
+        replaced(IMAGE, lambda packed: gzip.decompress(packed)[:200]), "header is damaged"
+    ),
     "wrong sizeof_hdr": fault(patched(IMAGE, 0, "i", 349), "no NIfTI file", row=DAMAGED),
     "voxels that begin at NaN": fault(patched(IMAGE, 108, "f", np.nan), "header is damaged"),
     "text file": fault(replaced(IMAGE, lambda packed: b"<html>404</html>\n"), "no NIfTI file"),
@@ -160,6 +164,9 @@ IMAGE_FAULTS = {
     "4D": fault(array(IMAGE, (*SHAPE, 4)), "has 4 channels", " 1", row=CHANNELS),
     "complex numbers": fault(array(IMAGE, SHAPE, np.complex64), "complex64 values"),
     "affine out of all bounds": fault(patched(IMAGE, 280, "f", 1e30), "span no volume"),
+    "affine with a column of zeros": fault(patched(IMAGE, 320, "f", 0), "span no volume"),
+    "affine with an origin of NaN": fault(patched(IMAGE, 292, "f", np.nan), "span no volume"),
+    "RGB": fault(array(IMAGE, SHAPE, [(colour, "u1") for colour in "RGB"]), "RGB values"),
     "origin beyond float32's places": fault(
         with_affine(np.array([[-2.0, 0, 0, 9], [0, 2, 0, 1e18], [0, 0, 2, 5], [0, 0, 0, 1]])),
         *("first voxel at 9, 1e+18, 5 mm", "correct its affine"),

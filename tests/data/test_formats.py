@@ -123,6 +123,7 @@ REFUSED = [
     (CT_SPLEEN, {"labels": ...}, "has no 'labels'"),
     (MSD, {"validation": [], "test": [1]}, "'training': give --json_key .*validation, test"),
     (MSD, {"training": ["a.nii"]}, "entry 0 of 'training' .*'image' and 'label'.*'a.nii'"),
+    (MSD, {"training": [{"image": [], "label": "c"}]}, r"entry 0 of 'training' .*\[\]"),
     (MSD, listing(("a", "b"), {"image": 3, "label": "c"}), "entry 1 of 'training' .*3"),
     (MSD, listing((["a.nii"] * 3, "c")), r"entry 0 .* 3 image files for 2 channels \(T2, ADC\)"),
     (NNUNET, {"dataset": {}}, "'dataset' must be an object such as"),

@@ -75,10 +75,11 @@ def test_other_units_of_intensity_are_reported(fold, ranges, change, expected):
 @pytest.mark.parametrize(
     ("affine", "code", "expected"),
     [
+        (np.diag([0.002, 2, 2, 1]), 1, "0.002 mm between voxels right-left, where"),
         (np.diag([2.0, 2, 1100, 1]), 1, "1100 mm between voxels bottom-top"),
         (np.diag([2.0, 2, 2, 1]), 0, "does not say where it lies"),
     ],
-    ids=["slices of 1.1 m", "no place"],
+    ids=["metres", "slices of 1.1 m", "no place"],
 )
 def test_unusual_headers_are_reported(ranges, tmp_path, affine, code, expected):
     case = Case("case", (written(tmp_path / "case.nii", (40, 40, 40), affine, code),))
