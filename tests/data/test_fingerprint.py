@@ -32,8 +32,11 @@ def test_an_unknown_dataset_is_measured(tmp_path):
     # Voxels at that spacing: 40 40 30, 40 70 50, 79 99 75 (from outermost voxel to outermost one).
     assert fold.measured.shape == (40, 70, 50) and fold.measured.num_cases == 3
     assert task.patch_size == (32, 64, 32)
-    task = opened(write(tmp_path / "MRI", THREE[:2], channel="T1")).task
-    assert (task.modality, task.intensity, task.spacing) == ("MRI", None, (1, 1, 3.5))
+
+
+def test_mri_of_an_unknown_dataset_is_z_scored(tmp_path):
+    task = opened(write(tmp_path / "Mine", channel="T1")).task
+    assert (task.modality, task.intensity, task.spacing) == ("MRI", None, (1, 1, 4))
 
 
 def test_spacing_is_measured_in_the_patients_axes(tmp_path):
