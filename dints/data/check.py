@@ -197,9 +197,8 @@ def _grids(reports: Sequence[Report]) -> tuple[list[Sequence[int]], list[np.ndar
     """Return voxels, and mm between them, along x, y and z of the patient (RAS)."""
     images = [report.case.headers[0] for report in reports]
     turned = [Resampling(image.shape, image.affine, None) for image in images]
-    return [grid.shape for grid in turned], [
-        np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in turned
-    ]
+    spacings = [np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in turned]
+    return [grid.shape for grid in turned], spacings
 
 
 def _judge_whole(reports: Sequence[Report], task: Task) -> Report:
@@ -214,22 +213,15 @@ def _judge_whole(reports: Sequence[Report], task: Task) -> Report:
             "no case has any foreground, so that there is nothing to learn: look at the labels"
         )
     elif not found.all():
-        absent = [
-            name for name, is_found in zip(task.class_names[1:], found, strict=True) if not is_found
-        ]
-        whole.warnings.append(
-            f"no case has the class {', '.join(absent)}: look at the labels in dataset.json"
-        )
+        absent = ", ".join(np.array(task.class_names[1:])[~found])
+        whole.warnings.append(f"no case has the class {absent}: look at the labels in dataset.json")
     return whole
 
 
 def _findings(cases: Sequence[Case], reports: Sequence[Report], whole: Report) -> Iterator[str]:
     """Yield a table, errors first; paths are relative to the folder that all files are in."""
     folder = os.path.commonpath([os.path.dirname(path) for case in cases for path in case.files])
-    named = [
-        ("all", whole),
-        *((case.name, report) for case, report in zip(cases, reports, strict=True)),
-    ]
+    named = [("all", whole), *zip([case.name for case in cases], reports, strict=True)]
     rows = [("error", name, finding) for name, report in named for finding in report.errors]
     rows += [("warning", name, finding) for name, report in named for finding in report.warnings]
     if not rows:

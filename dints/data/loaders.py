@@ -68,15 +68,10 @@ class TrainingSamples(Dataset):
         seed = seed_from(self.seed, self.stream, epoch, turn, self.numbers[index])
         rng = np.random.default_rng(seed)
         case = self.cases[index]
-        image, label = cut_patch(
-            case.image, case.label, case.masks.draw_centre(rng), self.patch_size
-        )
-        return (
-            torch.from_numpy(image),
-            torch.from_numpy(label),
-            augmentation.draw(seed, self.steps),
-            self.names[index],
-        )
+        centre = case.masks.draw_centre(rng)
+        patch = cut_patch(case.image, case.label, centre, self.patch_size)
+        drawn = augmentation.draw(seed, self.steps)
+        return *map(torch.from_numpy, patch), drawn, self.names[index]
 
     def augmented_patches(self, samples: list[Sample]) -> Batch:
         """Make a batch of samples, on the CPU."""
@@ -214,12 +209,10 @@ def _share(tensors: Sequence[torch.Tensor]) -> None:
 def augmented(patches: Patches, device: torch.device, steps: Sequence[Step]) -> Batch:
     """Make a batch of patches, each changed as was drawn for it of the steps, on ``device``."""
     *patches, names = patches
-    samples = [
-        augmentation.augment(
-            image.to(device, non_blocking=True), label.to(device, non_blocking=True), drawn, steps
-        )
-        for image, label, drawn in zip(*patches, strict=True)
-    ]
+    samples = []
+    for *volumes, drawn in zip(*patches, strict=True):
+        image, label = (volume.to(device, non_blocking=True) for volume in volumes)
+        samples.append(augmentation.augment(image, label, drawn, steps))
     images, labels = zip(*samples, strict=True)
     return {"image": torch.stack(images), "label": torch.stack(labels), "cases": names}
 
