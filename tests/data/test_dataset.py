@@ -16,11 +16,10 @@ from toys import CLASSES, measurable, opened, write_dataset
 from dints.data import listing
 from dints.data.cache import open_cache
 from dints.data.cases import prepare
-from dints.data.dataset import open_fold
 from dints.data.loaders import training_loader, validation_loader
 from dints.data.tasks import TASKS
 from dints.errors import UserError
-from dints.settings import DataSettings, PatchSettings
+from dints.settings import PatchSettings
 
 SHAPES = [((20, 24, 16), (1, 1, 3)), ((16, 30, 20), (1, 1, 4)), ((24, 20, 18), (2, 2, 5))]
 
@@ -51,10 +50,8 @@ def test_every_header_is_read_once(tmp_path, reads, name, nnunet, mode):
     root = write(tmp_path / name, nnunet=nnunet)
     fold = opened(root, fold=0, num_folds=3, patch_size=(16, 16, 16))
     run = begun(tmp_path / "run", cache=mode, num_workers=0)
-    cache, patches = (
-        open_cache(fold, run),
-        PatchSettings(num_images_per_batch=2, flip_axes=("all",)),
-    )
+    cache = open_cache(fold, run)
+    patches = PatchSettings(num_images_per_batch=2, flip_axes=("all",))
     loader = training_loader(fold.training, cache, patches, run, steps=2)
     assert len([*loader.epoch(0), *validation_loader(fold.validation, cache, run)]) == 3
     assert (fold.measured is None) == (name in TASKS)
@@ -113,13 +110,6 @@ def test_a_spacing_that_makes_cases_too_large_or_a_single_voxel_is_refused(
     says = f"^3 of 3 cases cannot be used .* become {grid} voxels at a spacing of {at} mm"
     with pytest.raises(UserError, match=f"{says}.* another --spacing"):
         opened(write(tmp_path / name), spacing=(float(spacing),) * 3)
-
-
-def test_too_few_cases_are_refused(tmp_path):
-    settings = DataSettings(root=write(tmp_path / "Mine"), fold=0, num_folds=3)
-    assert len(open_fold(settings, least_training=2).training) == 2
-    with pytest.raises(UserError, match="--fold 0 of --num_folds 3 leaves 2 of 3 cases .* 3 are"):
-        open_fold(settings, least_training=3)
 
 
 def test_task04_is_halved_as_ever(task04):
