@@ -26,7 +26,6 @@ import dataclasses
 import logging
 
 from dints.data.cache import open_cache
-from dints.data.check import check
 from dints.data.dataset import Fold, open_fold
 from dints.data.fingerprint import network_strides
 from dints.data.loaders import choose_augmentation, training_loader
@@ -162,6 +161,8 @@ def prepare(settings: EvolveSettings) -> tuple[Fold, list[Architecture], Limits]
 
 def main(settings: EvolveSettings) -> None:
     if settings.run.check:
+        from dints.data.check import check  # an extra, which the core does not need
+
         check(settings.data)
         prepare(settings)
         return

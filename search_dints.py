@@ -34,7 +34,6 @@ from monai.networks.nets.dints import DiNTS
 from torch import nn
 
 from dints.data.cache import open_cache
-from dints.data.check import check
 from dints.data.dataset import Fold, open_fold
 from dints.data.fingerprint import network_strides
 from dints.data.loaders import choose_augmentation, training_loader
@@ -289,6 +288,8 @@ def prepare(settings: SearchSettings) -> tuple[Fold, Strides]:
 
 def main(settings: SearchSettings) -> None:
     if settings.run.check:
+        from dints.data.check import check  # an extra, which the core does not need
+
         check(settings.data)
         prepare(settings)
         return

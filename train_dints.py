@@ -26,7 +26,6 @@ import logging
 
 from dints import __version__
 from dints.data.cache import open_cache
-from dints.data.check import check
 from dints.data.dataset import Fold, open_fold
 from dints.data.fingerprint import halves_first, network_strides
 from dints.data.formats import provenance
@@ -223,6 +222,8 @@ def strides_of(architecture: Architecture, settings: TrainSettings, fold: Fold) 
 
 def main(settings: TrainSettings) -> None:
     if settings.run.check:
+        from dints.data.check import check  # an extra, which the core does not need
+
         check(settings.data)
         prepare(settings)
         return

@@ -52,8 +52,7 @@ class Step:
 class Uniform:
     """Draws a number of a range; or one for each of 3 axes; or one, and a seed of noise.
 
-    It is no lambda, since that cannot be sent to a worker that is no copy of this process, as on
-    Windows and macOS.
+    No lambda, since Windows and macOS must send it to their workers.
     """
 
     low: float
@@ -82,9 +81,8 @@ def augment(
 ) -> Sample:
     """Do what was drawn of the steps.
 
-    Call it outside autocast, which would round the coordinates of a rotation.
-
-    The noise depends on the kind of device, all else on what was drawn only.
+    Call it outside autocast, which would round the coordinates of a rotation. The noise depends on
+    the kind of device, all else on what was drawn only.
 
     Args:
         image: (channels, *spatial), float16 or float32, on any device; may be a view of memory that
@@ -150,9 +148,8 @@ def _rotate(image: torch.Tensor, label: torch.Tensor, angles: Sequence[float]) -
         theta.to(image.device, non_blocking=True), [1, 1, *shape], align_corners=False
     )
     sample = partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
-    return sample(image[None], mode="bilinear")[0], sample(label[None].float(), mode="nearest")[
-        0
-    ].to(label.dtype)
+    turned = sample(label[None].float(), mode="nearest")[0].to(label.dtype)
+    return sample(image[None], mode="bilinear")[0], turned
 
 
 def _zoom(image: torch.Tensor, label: torch.Tensor, factor: float) -> Sample:
@@ -165,10 +162,7 @@ def _zoom(image: torch.Tensor, label: torch.Tensor, factor: float) -> Sample:
 
 
 def _fit(volume: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Crop or pad (batch, channels, *spatial) to the spatial ``shape``.
-
-    An odd voxel is padded at the end.
-    """
+    """Crop or pad (batch, channels, *spatial) to ``shape``; an odd voxel is padded at the end."""
     padding = []
     for axis, extent in enumerate(shape, 2):
         size = volume.shape[axis]
@@ -181,10 +175,7 @@ def _fit(volume: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def _smooth(image: torch.Tensor, label: torch.Tensor, sigmas: Sequence[float]) -> Sample:
-    """Filter by a Gaussian, with zeros beyond the border.
-
-    On a CPU 15 times faster than by convolutions.
-    """
+    """Filter by a Gaussian, with zeros beyond the border; 15 times faster than by convolutions."""
     for axis, sigma in enumerate(sigmas, 1):
         kernel = gaussian_1d(torch.tensor(sigma)).tolist()
         centre, *tail = kernel[len(kernel) // 2 :]  # it is symmetric
@@ -239,10 +230,7 @@ def _contrast(image: torch.Tensor, label: torch.Tensor, factor: float) -> Sample
 
 
 def _gamma(image: torch.Tensor, label: torch.Tensor, exponent: float) -> Sample:
-    """Raise each channel's intensities, its range being 0 to 1, to a power.
-
-    Keep its mean and standard deviation.
-    """
+    """Raise each channel's intensities, as 0 to 1, to a power; keep mean and deviation."""
     deviation, mean = torch.std_mean(image, SPATIAL, keepdim=True)
     low, high = image.amin(SPATIAL, keepdim=True), image.amax(SPATIAL, keepdim=True)
     raised = ((image - low) / (high - low + TINY)).clamp(0, 1) ** exponent

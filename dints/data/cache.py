@@ -1,5 +1,4 @@
-"""Prepared cases between epochs and runs: in memory, in shared files, or prepared
-each time.
+"""Prepared cases between epochs and runs: in memory, in shared files, or prepared each time.
 
 A case takes 2 bytes a voxel and channel (float16), 1 for the label and at most 1/8 a class for the
 crop masks. Files are memory-mapped: only what is cut out of them is read, and the system keeps in
@@ -37,9 +36,8 @@ from dints.running.run import Run
 
 log = logging.getLogger(__name__)
 
-SHARE_OF_MEMORY = (
-    0.5  # what ``auto`` gives to the cache of the memory that is free; the rest is for training
-)
+# What ``auto`` gives to the cache of the memory that is free; the rest is for training
+SHARE_OF_MEMORY = 0.5
 # Bytes that cases take which are prepared at the same time, but for a single larger one
 WORKING_MEMORY = 1 << 30
 # A voxel and channel, while a case is prepared: the file's, interpolated along two axes, float16.
@@ -83,16 +81,8 @@ class Cache:
         log.info("reading %d cases (%s)", len(cases), what)
         silent = None if log.isEnabledFor(logging.INFO) else True
         with machine.threads(self.num_threads) as pool:
-            return list(
-                tqdm(
-                    pool.imap(function, cases),
-                    what,
-                    len(cases),
-                    unit="case",
-                    leave=False,
-                    disable=silent,
-                )
-            )
+            done = pool.imap(function, cases)
+            return list(tqdm(done, what, len(cases), unit="case", leave=False, disable=silent))
 
     def _prepare(self, case: Case) -> Prepared:
         return prepare(case, self.task)
@@ -106,10 +96,7 @@ class Cache:
         read_label(case.label_header, self.task)
 
     def _store(self, case: Case) -> Path:
-        """Return the entry of a case, written unless it is there.
-
-        One process writes it, the others wait.
-        """
+        """Return the entry of a case; one process writes it if it is not there, others wait."""
         entry = self.folder / self._key(case)
         try:
             with files.locked(entry.with_suffix(".lock")):
@@ -126,27 +113,16 @@ class Cache:
         """Name an entry after all that it depends on: the files' content, the task, and the code.
 
         The headers count as they were read: a file that changed since makes an entry that no later
-            run takes.
+        run takes.
         """
-        facts = [
-            self.task.spacing,
-            self.task.intensity,
-            self.task.num_channels,
-            self.task.num_classes,
-        ]
+        task, digests = self.task, [self._digest(path) for path in case.files]
+        facts = [task.spacing, task.intensity, task.num_channels, task.num_classes]
         facts += [header.nifti.binaryblock for header in (*case.headers, case.label_header)]
-        facts += [
-            astuple(case.options),
-            _code_digest(),
-            [self._digest(path) for path in case.files],
-        ]
+        facts += [astuple(case.options), _code_digest(), digests]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
     def _digest(self, path: str) -> str:
-        """Return a file's digest.
-
-        It is noted, and a file is read again only if its size or time of change differs.
-        """
+        """Return a file's digest, noted until its size or time of change differs."""
         name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]
         note, noted = self.folder / "digests" / f"{name}.json", None
         with suppress(OSError, ValueError):
@@ -169,18 +145,16 @@ def open_cache(fold: Fold, run: Run, on_every_rank: bool = False) -> Cache:
         UserError: a file was replaced, or the cache that ``--cache`` asks for does not fit.
     """
     settings, processes, task = run.settings, run.processes, fold.task
-    run.on_main(
-        check_unchanged, run.folder, fold.cases, run.is_continued, settings.allow_changed_data
-    )
+    allowed = settings.allow_changed_data
+    run.on_main(check_unchanged, run.folder, fold.cases, run.is_continued, allowed)
     run.on_main(write_task, run.folder, task, fold.measured)
     grids = [(case.shape, resampling_of(case, task).shape) for case in fold.cases]
     voxels = [max(math.prod(shape) for shape in shapes) for shapes in grids]
     needed = int(sum(voxels) * (2 * task.num_channels + 1 + task.num_classes / 8))
     needed = needed * (processes.world_size if on_every_rank else 1) // processes.num_nodes
     folder = settings.cache_folder.absolute()
-    mode = run.on_main(
-        _choose_mode, settings.cache, len(voxels), needed, folder, processes.num_nodes
-    )
+    facts = len(voxels), needed, folder, processes.num_nodes
+    mode = run.on_main(_choose_mode, settings.cache, *facts)
     at_once = max(1, WORKING_MEMORY // (max(voxels, default=1) * task.num_channels * WORKING_BYTES))
     return Cache(mode, folder, task, min(machine.cores_per_process(), at_once))
 
@@ -189,15 +163,11 @@ def _choose_mode(mode: str, num_cases: int, needed: int, folder: Path, num_nodes
     memory, disk = machine.available_memory(), _free_bytes(folder)
     if mode == "auto":
         mode = "ram" if needed <= SHARE_OF_MEMORY * memory else "disk" if needed < disk else "none"
+    where = " on each node" if num_nodes > 1 else ""
     log.info(
         "cache %s: %d cases take %s%s; free are %s of memory and %s in %s",
-        mode,
-        num_cases,
-        machine.gib(needed),
-        " on each node" if num_nodes > 1 else "",
-        machine.gib(memory),
-        machine.gib(disk),
-        folder,
+        *(mode, num_cases, machine.gib(needed), where),
+        *(machine.gib(memory), machine.gib(disk), folder),
     )
     if mode == "ram" and needed > memory:
         raise UserError(

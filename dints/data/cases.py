@@ -66,13 +66,10 @@ def check_cases(cases: Sequence[Case], task: Task) -> None:
 def first_faults(
     cases: Sequence[Case], task: Task, check: Callable[[Case], None] = lambda case: None
 ) -> list[UserError | None]:
-    """Return for each case its first fault, of which `check_cases` would tell.
-
-    None where it can be used.
+    """Return for each case its first fault, as `check_cases` finds it, or None.
 
     Args:
-        check: raises `UserError` for a case that the caller cannot use, before the task is looked
-            at.
+        check: raises `UserError` for a case that the caller cannot use; it comes first.
     """
 
     def attempt(case: Case) -> UserError | None:
@@ -134,16 +131,13 @@ def case_faults(case: Case, task: Task, trust_shapes: bool | None = None) -> Ite
 
 
 def read_image(case: Case) -> tuple[np.ndarray, int]:
-    """Read the voxels (channels, x, y, z) of a case's image files as they hold them.
-
-    Count those that were replaced.
+    """Read the voxels (channels, x, y, z) of a case's image files, and count those replaced.
 
     Raises:
         UserError: a file is damaged, or has voxels that are not finite.
     """
-    files, counts = zip(
-        *(read_image_file(header, case.options) for header in case.headers), strict=True
-    )
+    read = [read_image_file(header, case.options) for header in case.headers]
+    files, counts = zip(*read, strict=True)
     return files[0] if len(files) == 1 else np.concatenate(files), sum(counts)
 
 
@@ -198,10 +192,7 @@ def preprocess_image(voxels: np.ndarray, resampling: Resampling, task: Task) -> 
 
 
 def normalise(image: np.ndarray, task: Task) -> np.ndarray:
-    """Map the task's window to 0..1, clipped.
-
-    Without one, z-score the non-zero voxels of each channel. In place.
-    """
+    """Map the task's window to 0..1, or z-score each channel's non-zero voxels, in place."""
     if task.intensity is not None:
         low, high = task.intensity
         image -= low
@@ -224,19 +215,14 @@ def prepare(case: Case, task: Task) -> Prepared:
     resampling = resampling_of(case, task)
     voxels, replaced = read_image(case)
     if replaced:
-        log.warning(
-            "%s: %d NaN or infinite voxels become %g",
-            case.name,
-            replaced,
-            case.options.replace_nonfinite,
-        )
+        value = case.options.replace_nonfinite
+        log.warning("%s: %d NaN or infinite voxels become %g", case.name, replaced, value)
     image = in_c_order(preprocess_image(voxels, resampling, task), torch.float16)
     del voxels
     label = resampling.apply(read_label(case.label_header, task)[None], nearest=True)
     label = in_c_order(label, torch.uint8)[0]
-    return Prepared(
-        image, label, crop_masks(label, task.num_classes), class_centres(label, task.num_classes)
-    )
+    masks = crop_masks(label, task.num_classes)
+    return Prepared(image, label, masks, class_centres(label, task.num_classes))
 
 
 def class_centres(label: np.ndarray, num_classes: int) -> np.ndarray:

@@ -21,9 +21,7 @@ NAME = "data.json"  # in a run's folder
 
 
 def digest(path: str, noted: object) -> list:
-    """Return size, time of change and digest of a file.
-
-    It is read only where one of these two is new.
+    """Return size, time of change and digest of a file, read only where one of the two is new.
 
     Args:
         noted: an earlier result of this function; anything else counts as nothing.

@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from dints.data.cases import case_faults, read_image_file, read_label, resampling_of
+from dints.data.cases import case_faults, read_image_file, read_label
 from dints.data.dataset import overridden
 from dints.data.formats import read_dataset
 from dints.data.grid import Resampling
@@ -26,7 +26,6 @@ from dints.settings import DataSettings
 
 AT_ONCE = 4  # cases in memory, however many cores there are
 FAR = 5  # times the median, or a fifth of it, is unusual
-THIN = 8  # voxels along an axis of the task's grid, below which there is little to learn in 3D
 
 
 @dataclass
@@ -93,7 +92,7 @@ def check_dataset(
         reports = list(tqdm(judged, "checking", len(cases), unit="case", leave=False, disable=None))
     _compare_voxels(cases, folds, reports)
     whole = _judge_whole(reports, task)
-    _compare_grids(cases, reports, whole, task)
+    _compare_grids(reports, task)
     text = "\n".join([*_findings(cases, reports, whole), *_summary(reports, task)])
     return text, not (whole.errors or any(report.errors for report in reports))
 
@@ -171,61 +170,35 @@ def _compare_voxels(cases: Sequence[Case], folds: Sequence[int], reports: Sequen
             )
 
 
-def _compare_grids(
-    cases: Sequence[Case], reports: Sequence[Report], whole: Report, task: Task
-) -> None:
+def _compare_grids(reports: Sequence[Report], task: Task) -> None:
     """Report cases that are far from the median, or impossible at its spacing."""
-    read = [
-        (case.images[0], report)
-        for case, report in zip(cases, reports, strict=True)
-        if report.case is not None
-    ]
+    read = [report for report in reports if report.case is not None]
     if not read:
         return
-    shapes, spacings = (
-        np.array(values, float) for values in _grids([report for _, report in read])
-    )
+    shapes, spacings = (np.array(values, float) for values in _grids(read))
     if task.name not in TASKS and task.spacing is None:  # as a training would choose it
         task = replace(task, spacing=tuple(np.median(spacings, axis=0)))
-    for what, values, form in (
-        ("spacing, mm", spacings, ".4g"),
-        ("number of voxels", shapes, ".0f"),
-    ):
+    grids = ("spacing, mm", spacings, ".4g"), ("number of voxels", shapes, ".0f")
+    for what, values, form in grids:
         median = np.median(values, axis=0)
-        for (path, report), value in zip(read, values, strict=True):
+        for report, value in zip(read, values, strict=True):
             if (np.maximum(value / median, median / value) > FAR).any():
                 report.warnings.append(
-                    f"{path} is far from the others in {what}: {_times(value, form)}, where the "
-                    f"median is {_times(median, form)}: look at its header"
+                    f"{report.case.images[0]} is far from the others in {what}: "
+                    f"{_times(value, form)}, where the median is {_times(median, form)}: look at "
+                    "its header"
                 )
-    for _, report in read:
+    for report in read:
         faults = case_faults(report.case, task)
         report.errors += [fault for fault in faults if fault not in report.errors]
-    thin = [
-        (path, report, grid)
-        for path, report in read
-        if min(grid := resampling_of(report.case, task).shape) < THIN
-    ]
-    if len(thin) > max(1, len(read) // 2):  # as thick slices make it, and no header is wrong
-        whole.warnings.append(
-            f"{len(thin)} of {len(reports)} cases have fewer than {THIN} voxels along an axis of "
-            f"the task's grid, for example {thin[0][0]} with {_times(thin[0][2])}: there is little "
-            "to learn in 3D along it"
-        )
-        return
-    for path, report, grid in thin:
-        report.warnings.append(
-            f"{path} has only {_times(grid)} voxels on the task's grid: look at its header"
-        )
 
 
 def _grids(reports: Sequence[Report]) -> tuple[list[Sequence[int]], list[np.ndarray]]:
     """Return voxels, and mm between them, along x, y and z of the patient (RAS)."""
     images = [report.case.headers[0] for report in reports]
     turned = [Resampling(image.shape, image.affine, None) for image in images]
-    return [grid.shape for grid in turned], [
-        np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in turned
-    ]
+    spacings = [np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in turned]
+    return [grid.shape for grid in turned], spacings
 
 
 def _judge_whole(reports: Sequence[Report], task: Task) -> Report:
@@ -240,22 +213,15 @@ def _judge_whole(reports: Sequence[Report], task: Task) -> Report:
             "no case has any foreground, so that there is nothing to learn: look at the labels"
         )
     elif not found.all():
-        absent = [
-            name for name, is_found in zip(task.class_names[1:], found, strict=True) if not is_found
-        ]
-        whole.warnings.append(
-            f"no case has the class {', '.join(absent)}: look at the labels in dataset.json"
-        )
+        absent = ", ".join(np.array(task.class_names[1:])[~found])
+        whole.warnings.append(f"no case has the class {absent}: look at the labels in dataset.json")
     return whole
 
 
 def _findings(cases: Sequence[Case], reports: Sequence[Report], whole: Report) -> Iterator[str]:
     """Yield a table, errors first; paths are relative to the folder that all files are in."""
     folder = os.path.commonpath([os.path.dirname(path) for case in cases for path in case.files])
-    named = [
-        ("all", whole),
-        *((case.name, report) for case, report in zip(cases, reports, strict=True)),
-    ]
+    named = [("all", whole), *zip([case.name for case in cases], reports, strict=True)]
     rows = [("error", name, finding) for name, report in named for finding in report.errors]
     rows += [("warning", name, finding) for name, report in named for finding in report.warnings]
     if not rows:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CROP_DILATION = (
-    48  # steps along the axes by which a class's mask grows before centres are drawn from it
-)
+# Steps along the axes by which a class's mask grows before centres are drawn from it
+CROP_DILATION = 48
 DRAWS = 64  # centres drawn at once
 
 
@@ -77,8 +76,7 @@ def grown_mask(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Do as ``steps`` binary dilations of a mask (x, y, z): return its box (2, 3) and voxels.
 
-    The voxels are None where they all belong to the mask (and where the mask is empty, and the box
-    too).
+    The voxels are None where the grown mask fills its box, which is empty where the mask is.
     """
     inner = bounding_box(present)
     if inner is None:
@@ -100,15 +98,10 @@ def grown_mask(
 
 
 def bounding_box(mask: np.ndarray) -> np.ndarray | None:
-    """Return first voxel and end (2, 3) of what is true in a mask (x, y, z).
-
-    None where nothing is.
-    """
+    """Return first voxel and end (2, 3) of what is true in a mask (x, y, z), or None."""
     spans = []
-    for axis in range(3):
-        found = np.flatnonzero(
-            mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis))
-        )
+    for axes in ((1, 2), (0, 2), (0, 1)):
+        found = np.flatnonzero(mask.any(axis=axes))
         if not len(found):
             return None
         spans.append((found[0], found[-1] + 1))
@@ -126,10 +119,9 @@ def _distance(present: np.ndarray, limit: int) -> np.ndarray:
         # Single bytes apart would be slow
         planes = np.ascontiguousarray(view) if axes[0] == 2 else view
         for order in (range(1, len(planes)), range(len(planes) - 2, -1, -1)):
-            for plane in order:
-                np.minimum(
-                    planes[plane], planes[plane - order.step] + np.uint8(1), out=planes[plane]
-                )
+            for place in order:
+                plane, neighbour = planes[place], planes[place - order.step]
+                np.minimum(plane, neighbour + np.uint8(1), out=plane)
         if planes is not view:
             view[...] = planes
     return np.minimum(distance, np.uint8(limit), out=distance)
@@ -141,8 +133,7 @@ def cut_patch(
     """Cut the patch around a centre, moved inside the volume where it would stick out; copies.
 
     A volume smaller than the patch is padded to both sides: the image by reflection (its border
-        voxels first, where
-    it is too small to be reflected), the label by background.
+    voxels first, where it is too small to be reflected), the label by background.
 
     Args:
         image: (channels, x, y, z).

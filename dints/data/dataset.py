@@ -56,10 +56,8 @@ class Fold:
         """
         order = permutation(len(self.training), seed, "halves")
         middle = len(order) // 2
-        weights, arch = (
-            [self.training[n] for n in part] for part in (order[:middle], order[middle:])
-        )
-        return weights, arch
+        shuffled = [self.training[number] for number in order]
+        return shuffled[:middle], shuffled[middle:]
 
 
 def open_fold(
@@ -126,6 +124,5 @@ def smaller_than_patch(cases: Sequence[Case], task: Task) -> str | None:
     along = ", ".join(f"{axis} {count}" for axis, count in counts if count)
     return (
         f"{lacks.any(1).sum()} of {len(cases)} cases are smaller than the patch (along {along}): "
-        "they are padded to it by reflection, and below a third of it by their border voxels "
-        "first; --patch_size gives another"
+        "they are padded to it by reflection; --patch_size gives another"
     )

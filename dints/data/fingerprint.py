@@ -118,19 +118,15 @@ def fingerprint(
     spacing = np.median([_spacing(resampling_of(case, task).affine) for case in cases], axis=0)
     spacing = tuple(round(float(size), 4) for size in spacing)
     shapes = [resampling_of(case, replace(task, spacing=spacing)).shape for case in cases]
-    intensity = None
-    if task.modality == "CT":
-        intensity = _window(cases, task, num_threads)
+    intensity = _window(cases, task, num_threads) if task.modality == "CT" else None
     shape = tuple(int(size) for size in np.median(shapes, axis=0))
     return Fingerprint(digest, len(cases), spacing, shape, intensity)
 
 
 def write_task(folder: Path, task: Task, measured: Fingerprint | None) -> None:
     """Keep what a run works with as ``task.json``, and what was measured for it."""
-    content = {
-        "task": task.to_dict(),
-        "fingerprint": None if measured is None else asdict(measured),
-    }
+    found = None if measured is None else asdict(measured)
+    content = {"task": task.to_dict(), "fingerprint": found}
     files.write_atomically(folder / FILE, json.dumps(content, indent=2) + "\n")
 
 
@@ -146,9 +142,7 @@ def halves_first(choice: str, cases: Sequence[Case], task: Task) -> bool:
     log.info(
         "volumes have %d voxels in the median: the network works at %s resolution (up to %d at "
         "full; --use_downsample)",
-        voxels,
-        "half" if voxels > SMALL_VOLUME else "full",
-        SMALL_VOLUME,
+        *(voxels, "half" if voxels > SMALL_VOLUME else "full", SMALL_VOLUME),
     )
     return voxels > SMALL_VOLUME
 
@@ -220,9 +214,6 @@ def _window(cases: Sequence[Case], task: Task, num_threads: int) -> tuple[float,
         )
     values = np.concatenate(samples)
     if not len(values):
-        raise UserError(
-            "no case has any foreground: there is nothing to learn; --check lists what the labels "
-            "hold"
-        )
+        raise UserError("no case has any foreground: look at the labels, which --check lists")
     low, high = (float(value) for value in np.percentile(values, PERCENTILES))
     return low, max(high, low + 1)

@@ -88,9 +88,7 @@ def allowed(sides: np.ndarray, task: Task) -> Flips:
         sides: what `sides_of` counts, over all cases.
     """
     if not len(sides):
-        return Flips(
-            ALL, (f"flips along {', '.join(AXES)}: one class, which no other can be taken for",)
-        )
+        return Flips(ALL, ("flips along X, Y, Z: one class, which no other can be taken for",))
     # One case more on each side, or a single case would already tell; nothing is known of classes
     # that never meet.
     shares = (sides.min(-1) + 1) / (sides.sum(-1) + 2)
@@ -101,9 +99,9 @@ def allowed(sides: np.ndarray, task: Task) -> Flips:
         is_allowed = shares[pair, axis] >= LEAST_SHARE
         if is_allowed:
             axes.append(axis)
+        ahead, cases = sides[pair, axis, 0], sides[pair, axis].sum()
         reasons.append(
             f"flips along {AXES[axis]}: {'yes' if is_allowed else 'no'}; {first} is nearer to the "
-            f"{SIDES[axis]} than "
-            f"{second} in {sides[pair, axis, 0]:.0f} of {sides[pair, axis].sum():.0f} cases"
+            f"{SIDES[axis]} than {second} in {ahead:.0f} of {cases:.0f} cases"
         )
     return Flips(tuple(axes), tuple(reasons))

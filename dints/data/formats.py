@@ -1,12 +1,10 @@
 """Forms of datasets, a reader each: the Medical Segmentation Decathlon's and nnU-Net v2's.
 
-Both have a ``dataset.json``. Of it, a reader makes the list of cases; `FORMS` has the readers, and
-a further form is one more entry there.
+A reader makes the list of cases of a ``dataset.json``; a further form is one more entry of `FORMS`.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import reprlib
@@ -28,7 +26,7 @@ class Description:
         source: its path, for messages.
         root: the folder that the paths in it are relative to.
         key: where a case list of the Decathlon's form is.
-        needs_labels: in a list of that form, an entry without a label is an error.
+        needs_labels: an entry without a label is an error.
     """
 
     content: dict
@@ -42,6 +40,39 @@ class Description:
         """Whether it is of nnU-Net v2, and has no case list of the Decathlon's form."""
         is_default = self.key == "training" and self.key not in self.content
         return is_default and not self.content.keys().isdisjoint(("channel_names", "file_ending"))
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Of ``channel_names`` (nnU-Net v2), beside which ``modality`` (Decathlon) is anything."""
+        return _numbered(self, "channel_names" if "channel_names" in self.content else "modality")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class of each label value 0, 1, 2, ..."""
+        labels = self.content.get("labels")
+        kinds = {type(value) for value in labels.values()} if isinstance(labels, dict) else set()
+        if list in kinds:
+            regions = ", ".join(name for name, value in labels.items() if isinstance(value, list))
+            raise self.fault(
+                f"'labels' has regions, lists of numbers ({regions}), which are not supported: "
+                f"give each class one number of its own, {EXAMPLES['labels']}"
+            )
+        is_by_name = not kinds.isdisjoint((int, float, bool))
+        classes = _by_number(self) if is_by_name else _numbered(self, "labels")
+        if len(set(classes)) < len(classes):
+            names = ", ".join(classes)
+            raise self.fault(f"'labels' gives two classes one name ({names}): rename one")
+        if len(classes) < 2:
+            raise self.fault(
+                f"'labels' names only {classes[0]!r}; background and at least one more are needed"
+            )
+        if len(classes) > MAX_CLASSES:
+            most = f"at most {MAX_CLASSES}, background included, are supported"
+            raise self.fault(f"'labels' has {len(classes)} values; {most}: merge classes")
+        return classes
+
+    def fault(self, text: str) -> UserError:
+        return UserError(f"{self.source}: {text}")
 
 
 def read_dataset(
@@ -63,132 +94,87 @@ def read_dataset(
             the first named); or one file is listed twice.
     """
     described = _described(root, description, key)
-    task = _task_of(described)
-    cases = _cases_of(described)
+    task, cases = _task_of(described), _cases_of(described)
     return replace(task, channel_files=task.channel_files or len(cases[0].images) > 1), cases
 
 
 def read_task(root: str | Path, description: str | Path | None = None) -> Task:
     """Read what a dataset is alone, as `read_dataset`; its files need not be there."""
-    return _task_of(_described(root, description, "training"))
+    return _task_of(_described(root, description))
 
 
-def provenance(
-    root: str | Path, description: str | Path | None = None
-) -> dict[str, str | list[str]]:
+def provenance(root: str | Path, description: str | Path | None = None) -> dict[str, object]:
     """Return origin, licence and channels of a dataset, as its description says them."""
-    described = _described(root, description, "training")
+    described = _described(root, description)
     keys = ("name", "description", "reference", "licence", "license", "release")
-    said = {
-        key: described.content[key] for key in keys if isinstance(described.content.get(key), str)
-    }
-    return said | {"channels": list(channel_names(described))}
+    said = {key: described.content.get(key) for key in keys}
+    said = {key: value for key, value in said.items() if isinstance(value, str)}
+    return said | {"channels": list(described.channels)}
 
 
 def list_cases(
     root: str | Path, description: str | Path | None = None, key: str = "training"
 ) -> list[Case]:
-    """Read a dataset's cases alone: the description need not say channels and classes.
+    """Read a dataset's cases alone, as `read_dataset`: channels and classes need not be said.
 
     In the Decathlon's form they may lack labels, or be image paths alone, as those of its ``test``
-    list are. Args and errors are those of `read_dataset`.
+    list are.
     """
-    described = replace(_described(root, description, key), needs_labels=False)
-    return _cases_of(described)
+    return _cases_of(replace(_described(root, description, key), needs_labels=False))
 
 
 def described_classes(
     root: str | Path, description: str | Path | None = None
 ) -> tuple[str, ...] | None:
-    """Return the class of each label value that a dataset's description names.
-
-    None where it names none.
-
-    Args and errors are those of `read_dataset`.
-    """
-    described = _described(root, description, "training")
-    return _class_names(described) if "labels" in described.content else None
+    """Return the class of each label value of a dataset; None where its description names none."""
+    described = _described(root, description)
+    return described.classes if "labels" in described.content else None
 
 
 def read_class_names(description: str | Path) -> tuple[str, ...]:
-    """Read the class of each label value, background first, from a ``dataset.json``.
-
-    Raises:
-        UserError: it is malformed, or its labels are.
-    """
-    return _class_names(Description(read_json(description), description, Path(description).parent))
+    """Read the class of each label value, background first, from a ``dataset.json``."""
+    return Description(read_json(description), description, Path(description).parent).classes
 
 
 def _task_of(described: Description) -> Task:
-    name = described.root.resolve().name
-    channels = channel_names(described)
+    name, channels = described.root.resolve().name, described.channels
     modality = "CT" if all(channel.upper() == "CT" for channel in channels) else "MRI"
-    known = TASKS.get(name) or Task(name, modality, 1, (), spacing=None)
-    class_names = _class_names(described)
     return replace(
-        known,
+        TASKS.get(name) or Task(name, modality, 1, (), spacing=None),
         num_channels=len(channels),
-        class_names=class_names,
+        class_names=described.classes,
         channel_files=described.names_channel_files,
     )
 
 
-def _described(root: str | Path, description: str | Path | None, key: str) -> Description:
+def _described(
+    root: str | Path, description: str | Path | None, key: str = "training"
+) -> Description:
     source = Path(root, "dataset.json") if description is None else description
-    if os.path.isfile(root) or not os.path.exists(source):
+    if os.path.isfile(root):
+        raise UserError(f"--root {root} is a file: give the dataset's folder")
+    if not os.path.isdir(root):
         raise UserError(
-            _no_description(Path(root), None if description is None else Path(description))
+            f"--root {root} does not exist, or may not be looked into: give the dataset's folder"
         )
+    if not os.path.exists(source):
+        raise UserError(f"{source} does not exist: {_remedy(Path(root), description)}")
     return Description(read_json(source), source, Path(root).absolute(), key)
 
 
-def _no_description(root: Path, description: Path | None) -> str:
-    """Say why there is no dataset to read, and what was probably meant."""
-    around = [
-        folder
-        for folder in (root.parent, root.parent.parent)
-        if os.path.isfile(folder / "dataset.json")
-    ]
-    if os.path.isfile(root):
-        given = f" --json {root}" if root.suffix == ".json" and root.name != "dataset.json" else ""
-        folder = root.parent if given else [*around, root.parent][0]
-        return f"--root {root} is a file: give the dataset's folder, --root {folder}{given}"
-    if not os.path.isdir(root):
-        alike = difflib.get_close_matches(root.name, _folders_in(root.parent), 1)
-        meant = (
-            f"did you mean --root {root.parent / alike[0]}?"
-            if alike
-            else "give the dataset's folder"
-        )
-        return f"--root {root} does not exist, or may not be looked into: {meant}"
-    if description is not None:
-        is_inside = os.path.isfile(root / description)
-        meant = (
-            f"did you mean --json {root / description}?"
-            if is_inside
-            else "give the dataset's description"
-        )
-        return f"--json {description} does not exist: {meant}"
-    found = [*around, *(path.parent for path in sorted(root.glob("*/dataset.json")))]
-    meant = [f"did you mean --root {folder}?" for folder in found]
-    meant += [f"did you mean --json {path}?" for path in sorted(root.glob("*.json"))]
-    if os.path.isdir(root / "labelsTr") and os.path.isdir(root / "imagesTr"):
-        meant.append(f"write one, such as {EXAMPLE} (docs/data.md)")
-    meant.append("give its folder with --root, or another description with --json")
-    return f"{root / 'dataset.json'} does not exist: {meant[0]}"
+def _remedy(root: Path, description: str | Path | None) -> str:
+    """Guess what is to be done where a description is missing."""
+    nested = sorted(root.glob("*/dataset.json"))
+    if description is None and nested:
+        return f"did you mean --root {nested[0].parent}?"
+    if description is None and (root / "labelsTr").is_dir() and (root / "imagesTr").is_dir():
+        return f"write one, such as {EXAMPLE} (docs/data.md)"
+    return "give its folder with --root, or another description with --json"
 
 
-def _folders_in(folder: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    except OSError:
-        return []
-
-
-def _cases_of(description: Description) -> list[Case]:
-    (read_cases,) = [form.cases for form in FORMS if form.fits(description)][:1]
-    cases = read_cases(description)
-    check_files(cases, description.source, description.root)
+def _cases_of(described: Description) -> list[Case]:
+    cases = next(form for form in FORMS if form.fits(described)).cases(described)
+    check_files(cases, described.source, described.root)
     return cases
 
 
@@ -205,87 +191,77 @@ class Form:
     cases: Callable[[Description], list[Case]]
 
 
-def _cases_of_decathlon(description: Description) -> list[Case]:
+def _cases_of_decathlon(described: Description) -> list[Case]:
     """Read a list of ``{"image": path or paths, "label": path}``."""
-    content, source, key = description.content, description.source, description.key
+    content, key = described.content, described.key
     entries = content.get(key)
     if not isinstance(entries, list) or not entries:
         lists = [name for name, value in content.items() if isinstance(value, list)]
-        lists += (
-            ["training"]
-            if Description(content, source, description.root).names_channel_files
-            else []
-        )
-        raise UserError(
-            f"{source} has no cases under '{key}': give --json_key (lists in the file: "
+        lists += ["training"] * replace(described, key="training").names_channel_files
+        raise described.fault(
+            f"no cases under '{key}': give --json_key (lists in the file: "
             f"{', '.join(lists) or 'none'})"
         )
     listed = []
     for number, entry in enumerate(entries):
         place = f"entry {number} of '{key}'"
-        entry = (
-            {"image": entry} if isinstance(entry, str) and not description.needs_labels else entry
-        )
-        images, label = _paths(entry, "image", source, place, description.needs_labels)
-        if len(images) > 1:
-            _check_count(images, description, place)
+        if isinstance(entry, str) and not described.needs_labels:
+            entry = {"image": entry}
+        images, label = _paths(entry, "image", described, place)
         name = ENDING.sub("", Path(images[0]).name)
-        name = name.removesuffix("_0000") if len(images) > 1 else name
-        listed.append(_case(name, images, label, description.root, place))
+        if len(images) > 1:
+            _check_count(images, described, place)
+            name = name.removesuffix("_0000")
+        listed.append(_case(name, images, label, described.root, place))
     return listed
 
 
-def _cases_of_nnunet_object(description: Description) -> list[Case]:
+def _cases_of_nnunet_object(described: Description) -> list[Case]:
     """Read ``"dataset": {case: {"images": paths, "label": path}}``."""
-    entries, source = description.content["dataset"], description.source
+    entries = described.content["dataset"]
     if not isinstance(entries, dict) or not entries:
-        raise UserError(
-            f"{source}: 'dataset' must be an object such as "
-            f'{{"case": {{"images": ["..."], "label": "..."}}}}, not {entries!r}: without it '
-            "imagesTr and labelsTr are "
-            "read"
+        example = '{"case": {"images": ["..."], "label": "..."}}'
+        raise described.fault(
+            f"'dataset' must be an object such as {example}, not {entries!r}: without it imagesTr "
+            "and labelsTr are read"
         )
     listed = []
     for name, entry in entries.items():
         place = f"case {name!r} of 'dataset'"
         if not _is_file_name(name):
-            raise UserError(f"{source}: {place} has a name that no file can have: rename it")
-        images, label = _paths(entry, "images", source, place)
-        _check_count(images, description, place)
-        listed.append(_case(name, images, label, description.root, place))
+            raise described.fault(f"{place} has a name that no file can have: rename it")
+        images, label = _paths(entry, "images", described, place)
+        _check_count(images, described, place)
+        listed.append(_case(name, images, label, described.root, place))
     return listed
 
 
-def _cases_of_nnunet_folders(description: Description) -> list[Case]:
+def _cases_of_nnunet_folders(described: Description) -> list[Case]:
     """List each ``labelsTr/<case>.nii.gz``, with ``imagesTr/<case>_0000.nii.gz``, ``_0001``, ..."""
-    source, root = description.source, description.root
-    ending = description.content.get("file_ending", ".nii.gz")
+    root, last = described.root, len(described.channels) - 1
+    ending = described.content.get("file_ending", ".nii.gz")
     if ending not in (".nii", ".nii.gz"):
-        raise UserError(
-            f"{source}: 'file_ending' is {ending!r}: convert the dataset to .nii.gz, and say so "
-            "there"
+        raise described.fault(
+            f"'file_ending' is {ending!r}: convert the dataset to .nii.gz, and say so there"
         )
-    labels = _file_names(root / "labelsTr", ending, source)
+    labels = _file_names(root / "labelsTr", ending, described)
     if not labels:
-        raise UserError(
-            f"{source} lists no cases, and {root / 'labelsTr'} has no {ending} file: complete the "
+        raise described.fault(
+            f"no cases are listed, and {root / 'labelsTr'} has no {ending} file: complete the "
             "dataset, correct 'file_ending', or give its folder with --root"
         )
-    num_channels = len(channel_names(description))
     listed = []
     for label in labels:
         name = label.removesuffix(ending)
-        images = [f"imagesTr/{name}_{channel:04d}{ending}" for channel in range(num_channels)]
+        images = [f"imagesTr/{name}_{channel:04d}{ending}" for channel in range(last + 1)]
         listed.append(_case(name, images, f"labelsTr/{label}", root, f"case {name!r} of labelsTr"))
     expected = {Path(image).name for case in listed for image in case.images}
-    extra = [
-        image for image in _file_names(root / "imagesTr", ending, source) if image not in expected
-    ]
+    found = _file_names(root / "imagesTr", ending, described)
+    extra = [image for image in found if image not in expected]
     if extra:
-        raise UserError(
-            f"{source}: {len(extra)} files in {root / 'imagesTr'} are not <case>_0000 to "
-            f"<case>_{num_channels - 1:04d} of a case in labelsTr, for example {extra[0]}: add its "
-            "label, or remove it"
+        raise described.fault(
+            f"{len(extra)} files in {root / 'imagesTr'} are not <case>_0000 to <case>_{last:04d} "
+            f"of a case in labelsTr, for example {extra[0]}: add its label, or remove it"
         )
     return listed
 
@@ -316,10 +292,7 @@ EXAMPLES = {
 
 
 def read_json(path: str | Path) -> dict:
-    """Read the object in a JSON file.
-
-    Errors name the file, and the line and column where it is malformed.
-    """
+    """Read the object in a JSON file; errors name the line and column where it is malformed."""
     try:
         # Windows' editors put a mark first
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -329,101 +302,52 @@ def read_json(path: str | Path) -> dict:
             "with --root"
         ) from error
     except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
         raise UserError(
-            f"{path} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
-            "correct it there"
+            f"{path} is not valid JSON at {place}: {error.msg}; correct it there"
         ) from error
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: not UTF-8, or an endless number
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, or an endless number
         raise UserError(
             f"{path} cannot be read as a dataset description: {error}; give a dataset.json, a text "
             "in UTF-8"
         ) from error
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path} holds a {type(content).__name__} where a dataset description (a JSON object) "
-            "is expected"
-        )
+        kind = type(content).__name__
+        raise UserError(f"{path} holds a {kind} where a dataset description is expected")
     return content
 
 
-def channel_names(description: Description) -> tuple[str, ...]:
-    """Return the channels, of ``channel_names`` (nnU-Net v2) or ``modality`` (Decathlon)."""
-    # nnU-Net lets people add keys of their own, so a "modality" beside "channel_names" may be
-    # anything.
-    return _numbered(
-        description, "channel_names" if "channel_names" in description.content else "modality"
-    )
-
-
-def _class_names(description: Description) -> tuple[str, ...]:
-    """Return the class of each label value 0, 1, 2, ..."""
-    source, labels = description.source, description.content.get("labels")
-    kinds = {type(value) for value in labels.values()} if isinstance(labels, dict) else set()
-    if list in kinds:
-        regions = [name for name, value in labels.items() if isinstance(value, list)]
-        raise UserError(
-            f"{source}: 'labels' has regions, lists of numbers ({', '.join(regions)}), which are "
-            f"not supported: give each class one number of its own, {EXAMPLES['labels']}"
-        )
-    classes = (
-        _by_number(labels, source)
-        if kinds & {int, float, bool}
-        else _numbered(description, "labels")
-    )
-    if len(set(classes)) < len(classes):
-        raise UserError(
-            f"{source}: 'labels' gives two classes one name ({', '.join(classes)}): rename one"
-        )
-    if len(classes) < 2:
-        raise UserError(
-            f"{source}: 'labels' names only {classes[0]!r}; background and at least one more are "
-            "needed"
-        )
-    if len(classes) > MAX_CLASSES:
-        raise UserError(
-            f"{source}: 'labels' has {len(classes)} values; at most {MAX_CLASSES}, background "
-            "included, are supported: merge classes"
-        )
-    return classes
-
-
-def _by_number(labels: dict, source: str | Path) -> tuple[str, ...]:
-    """Return the names of ``{a: 0, b: 1, ...}`` in the order of their numbers: 0, 1, 2, ..."""
+def _by_number(described: Description) -> tuple[str, ...]:
+    """Return the names of labels ``{a: 0, b: 1, ...}`` in the order of their numbers."""
+    labels = described.content["labels"]
     if "ignore" in labels:
-        raise UserError(
-            f"{source}: 'labels' has nnU-Net's 'ignore' label, which is not supported: every voxel "
-            "needs a class, so label those voxels, or remove it and the cases that have them"
+        raise described.fault(
+            "'labels' has nnU-Net's 'ignore' label, which is not supported: label those voxels, "
+            "or remove it and the cases that have them"
         )
     # True and 1.0 equal 1
     names = {number: name for name, number in labels.items() if type(number) is int}
     if sorted(names) != list(range(len(labels))):
-        raise UserError(
-            f"{source}: the numbers of 'labels' must be 0 to {len(labels) - 1}, each once, not "
+        raise described.fault(
+            f"the numbers of 'labels' must be 0 to {len(labels) - 1}, each once, not "
             f"{list(labels.values())}: write {EXAMPLES['labels']}"
         )
     return tuple(names[number] for number in range(len(labels)))
 
 
-def _numbered(description: Description, key: str) -> tuple[str, ...]:
+def _numbered(described: Description, key: str) -> tuple[str, ...]:
     """Return the values of ``{"0": a, "1": b, ...}`` in the order of their keys: 0, 1, 2, ..."""
-    source = description.source
-    if key not in description.content:
-        raise UserError(f"{source} has no '{key}': add an object such as {EXAMPLES[key]}")
-    values = description.content[key]
+    values, example = described.content.get(key), EXAMPLES[key]
+    if key not in described.content:
+        raise UserError(f"{described.source} has no '{key}': add an object such as {example}")
     if not isinstance(values, dict) or not values:
-        raise UserError(
-            f"{source}: '{key}' must be an object such as {EXAMPLES[key]}, not "
-            f"{reprlib.repr(values)}"
+        raise described.fault(
+            f"'{key}' must be an object such as {example}, not {reprlib.repr(values)}"
         )
     if values.keys() != {str(number) for number in range(len(values))}:
-        raise UserError(
-            f'{source}: the keys of \'{key}\' must be "0" to "{len(values) - 1}", not '
-            f"{sorted(values)}: "
-            f"write {EXAMPLES[key]}"
+        raise described.fault(
+            f'the keys of \'{key}\' must be "0" to "{len(values) - 1}", not {sorted(values)}: '
+            f"write {example}"
         )
     return tuple(str(values[str(number)]) for number in range(len(values)))
 
@@ -438,47 +362,42 @@ def _case(name: str, images: Sequence[str], label: str | None, root: Path, place
 
 def _is_file_name(name: str) -> bool:
     """Tell whether a segmentation's file can have the name, and people can read it."""
-    is_plain = Path(name).name == name and not name.startswith(".")
-    return (
-        bool(name) and is_plain and name.isprintable() and len(name.encode(errors="replace")) <= 200
-    )
+    is_plain = bool(name) and Path(name).name == name and not name.startswith(".")
+    return is_plain and name.isprintable() and len(name.encode(errors="replace")) <= 200
 
 
-def _file_names(folder: Path, ending: str, source: str | Path) -> list[str]:
+def _file_names(folder: Path, ending: str, described: Description) -> list[str]:
     """List the files with that ending, sorted, without hidden ones, as macOS leaves them."""
     try:
         found = os.listdir(folder)
     except OSError as error:
-        raise UserError(
-            f"{source} lists no cases, and {folder} cannot be read ({error.strerror}): complete "
-            "the dataset, or give its folder with --root"
+        raise described.fault(
+            f"no cases are listed, and {folder} cannot be read ({error.strerror}): complete the "
+            "dataset, or give its folder with --root"
         ) from error
     return sorted(name for name in found if name.endswith(ending) and not name.startswith("."))
 
 
 def _paths(
-    entry: object, key: str, source: str | Path, place: str, needs_label: bool = True
+    entry: object, key: str, described: Description, place: str
 ) -> tuple[list[str], str | None]:
     """Return the image paths under ``key`` and the label path of an entry, as it says them."""
-    images, label = (
-        (entry.get(key), entry.get("label")) if isinstance(entry, dict) else (None, None)
-    )
+    said = entry if isinstance(entry, dict) else {}
+    images, label = said.get(key), said.get("label")
     images = [images] if isinstance(images, str) else images
-    is_list = (
-        isinstance(images, list) and images and all(isinstance(image, str) for image in images)
-    )
-    if not is_list or not (isinstance(label, str) or (label is None and not needs_label)):
-        raise UserError(
-            f"{source}: {place} needs the paths '{key}' and 'label', and is {reprlib.repr(entry)}: "
-            "add them"
+    is_list = isinstance(images, list) and all(isinstance(image, str) for image in images)
+    has_label = isinstance(label, str) or (label is None and not described.needs_labels)
+    if not (is_list and images and has_label):
+        raise described.fault(
+            f"{place} needs the paths '{key}' and 'label', and is {reprlib.repr(entry)}: add them"
         )
     return images, label
 
 
-def _check_count(images: Sequence[str], description: Description, place: str) -> None:
-    channels = channel_names(description)
+def _check_count(images: Sequence[str], described: Description, place: str) -> None:
+    channels = described.channels
     if len(images) != len(channels):
-        raise UserError(
-            f"{description.source}: {place} has {len(images)} image files for {len(channels)} "
-            f"channels ({', '.join(channels)}): list one a channel"
+        raise described.fault(
+            f"{place} has {len(images)} image files for {len(channels)} channels "
+            f"({', '.join(channels)}): list one a channel"
         )

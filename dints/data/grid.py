@@ -60,10 +60,7 @@ class Resampling:
         return np.argsort(self.turn[:, 0]).tolist()
 
     def apply(self, voxels: np.ndarray, *, nearest: bool = False) -> np.ndarray:
-        """Bring voxels (channels, *file) to the grid: interpolated, float32.
-
-        Or the ``nearest``, in their type.
-        """
+        """Bring voxels (channels, *file) to the grid: interpolated, float32; or the ``nearest``."""
         turned = voxels.transpose([0, *(axis + 1 for axis in self._axes_of_file)])
         return _resample(self._flipped(turned), self.matrix, self.shape, nearest)
 
@@ -100,38 +97,30 @@ class Resampling:
                 slab, start = np.concatenate([last, slab], 1 + axis), start - 1
             last = slab.take([-1], 1 + axis)
             end = start + slab.shape[1 + axis]
-            stop = (
-                len(places[axis])
-                if end == self.shape[axis]
-                else np.searchsorted(places[axis], end - 1, "right")
-            )
+            is_last, reached = end == self.shape[axis], places[axis]
+            stop = len(reached) if is_last else np.searchsorted(reached, end - 1, "right")
             if stop == done:
                 continue
-            wanted = [
-                place if other != axis else place[done:stop] - start
-                for other, place in enumerate(places)
-            ]
-            done = stop
-            for other in sorted(
-                range(3), key=lambda other: len(wanted[other]) / slab.shape[1 + other]
-            ):
+            wanted, done = [*places[:axis], reached[done:stop] - start, *places[axis + 1 :]], stop
+            growth = [len(place) / size for place, size in zip(wanted, slab.shape[1:], strict=True)]
+            for other in np.argsort(growth, kind="stable").tolist():
                 slab = _interpolate(slab, 1 + other, wanted[other])
             yield slab
 
     def as_in_file(self, turned: np.ndarray) -> np.ndarray:
         """Turn a volume (x, y, z) of the file's voxels from RAS back to the file's order."""
-        return np.ascontiguousarray(
-            self._flipped(turned[None])[0].transpose(self.turn[:, 0].astype(int))
-        )
+        flipped = self._flipped(turned[None])[0]
+        return np.ascontiguousarray(flipped.transpose(self.turn[:, 0].astype(int)))
 
     def _flipped(self, turned: np.ndarray) -> np.ndarray:
         # An axis of one voxel stays: its negative stride would count as contiguous, and torch takes
         # none.
-        steps = [
-            int(self.turn[axis, 1]) if self.file_shape[axis] > 1 else 1
-            for axis in self._axes_of_file
+        axes = [
+            axis + 1
+            for axis, file_axis in enumerate(self._axes_of_file)
+            if self.turn[file_axis, 1] < 0 and self.file_shape[file_axis] > 1
         ]
-        return turned[(slice(None), *(slice(None, None, step) for step in steps))]
+        return np.flip(turned, axes)
 
 
 def _resample(
@@ -147,17 +136,15 @@ def _resample(
     if nearest:
         mixing = _mixing(matrix, shape)
         halfway = [np.abs(place - np.floor(place) - 0.5).min() for place in places]
-        if (
-            (mixing > 0) & (halfway <= 2 * mixing + 1e-9)
-        ).any():  # the other axes decide to which side it is rounded
+        # The other axes decide to which side it is rounded
+        if ((mixing > 0) & (halfway <= 2 * mixing + 1e-9)).any():
             return _resample_sheared(voxels, matrix, shape, nearest)
     # In the order of the file's memory, so that nothing is moved; first the axes that lose most
     # voxels.
     order = sorted(range(3), key=lambda axis: -abs(voxels.strides[axis + 1]))
     in_order = [0, *(axis + 1 for axis in order)]
-    result = np.ascontiguousarray(
-        voxels.transpose(in_order), voxels.dtype if nearest else np.float32
-    )
+    dtype = voxels.dtype if nearest else np.float32
+    result = np.ascontiguousarray(voxels.transpose(in_order), dtype)
     for place in sorted(range(3), key=lambda place: shape[order[place]] / result.shape[place + 1]):
         if nearest:
             result = result.take(np.rint(places[order[place]]).astype(np.int64), place + 1)
@@ -178,18 +165,14 @@ def _is_sheared(matrix: np.ndarray, shape: Sequence[int]) -> bool:
 def _places(matrix: np.ndarray, shape: Sequence[int], new_shape: Sequence[int]) -> list[np.ndarray]:
     """Tell for each axis where along the old one the new voxels are.
 
-    In MONAI's arithmetic, rounding included.
-
-    A label that lies halfway between two voxels goes to the same one as there.
+    In MONAI's arithmetic, so that a label halfway between two voxels goes to the same one as there.
     """
     theta = to_norm_affine(torch.from_numpy(matrix)[None], shape, new_shape, align_corners=True)[0]
     places = []
     for axis, (size, new_size) in enumerate(zip(shape, new_shape, strict=True)):
-        grid = (
-            torch.linspace(-1, 1, new_size, dtype=torch.float64)
-            if new_size > 1
-            else torch.zeros(1).double()
-        )
+        grid = torch.zeros(1, dtype=torch.float64)
+        if new_size > 1:
+            grid = torch.linspace(-1, 1, new_size, dtype=torch.float64)
         place = grid * theta[axis, axis] + theta[axis, 3]
         places.append((((place + 1) / 2) * (size - 1)).clamp(0, size - 1).numpy())
     return places
@@ -212,9 +195,8 @@ def _interpolate(voxels: np.ndarray, axis: int, places: np.ndarray) -> np.ndarra
         if axis == 3:
             parts.append(source @ weights.T)
         else:
-            parts.append(
-                (weights @ source.flatten(axis + 1)).unflatten(-1, voxels.shape[axis + 1 :])
-            )
+            product = weights @ source.flatten(axis + 1)
+            parts.append(product.unflatten(-1, voxels.shape[axis + 1 :]))
     return torch.cat(parts, axis).numpy()
 
 

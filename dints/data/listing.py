@@ -85,48 +85,32 @@ def split_fold(
 ) -> tuple[list, list]:
     """Divide cases into those that train and those that validate ``fold``.
 
-    Each is validated in exactly one fold.
-
-    Folds are contiguous and differ by at most one case; ``all`` trains on every case and validates
-    on none.
+    Folds are contiguous and differ by at most one case; each case is validated in exactly one.
+    ``all`` trains on every case and validates on none.
 
     Args:
         least_training: cases that must train: a search needs two.
 
     Raises:
-        UserError: there are too few cases; the message gives options that fit them.
+        UserError: there are too few cases.
     """
+    count, given = len(cases), "--fold all"
     training, validation = list(cases), []
     if fold != "all":
-        first, last = len(cases) * fold // num_folds, len(cases) * (fold + 1) // num_folds
+        if num_folds > count:
+            raise UserError(
+                f"--num_folds {num_folds}, but there are only {count} cases: give fewer folds, or "
+                "--fold all, which takes every case"
+            )
+        given = f"--fold {fold} of --num_folds {num_folds}"
+        first, last = count * fold // num_folds, count * (fold + 1) // num_folds
         training, validation = [*cases[:first], *cases[last:]], list(cases[first:last])
-    fits = fold == "all" or num_folds <= len(cases)
-    if fits and len(training) >= least_training:
-        return training, validation
-    if fits:
-        given = f"--fold {fold}" + (f" of --num_folds {num_folds}" if fold != "all" else "")
-        left = f"{len(training)} of {_cases(len(cases))}"
-        fault = f"{given} leaves {left} to train on, and {least_training} are needed"
-    else:
-        are_only = "is only" if len(cases) == 1 else "are only"
-        fault = f"--num_folds {num_folds}, but there {are_only} {_cases(len(cases))}"
-        fault += f", and {least_training} must train" if least_training > 1 else ""
-    raise UserError(f"{fault}: {_options_that_fit(len(cases), fold, least_training)}")
-
-
-def _options_that_fit(count: int, fold: int | str, least_training: int) -> str:
-    """Tell which options of `split_fold` so many cases can have."""
-    if count < least_training:
-        return f"add labelled cases, {least_training} at least"
-    every = "--fold all, which takes every case"
-    if count < max(2, least_training + 1):
-        return f"give {every}"
-    first = " --fold 0" if fold == "all" or fold >= count else ""
-    return f"give --num_folds {count}{first}, or {every}"
-
-
-def _cases(count: int) -> str:
-    return f"{count} case{'' if count == 1 else 's'}"
+    if len(training) < least_training:
+        raise UserError(
+            f"{given} leaves {len(training)} of {count} cases to train on, and {least_training} "
+            "are needed: give --fold all, which takes every case, or add labelled cases"
+        )
+    return training, validation
 
 
 def check_names(cases: Sequence[Case]) -> None:
@@ -150,14 +134,10 @@ def check_files(cases: Sequence[Case], source: str | Path, root: str | Path) -> 
         )
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
-        remedy, encoding = (
-            "complete the dataset, or give its folder with --root",
-            sys.getfilesystemencoding(),
-        )
+        remedy = "complete the dataset, or give its folder with --root"
+        encoding = sys.getfilesystemencoding()
         if encoding != "utf-8" and not all(file.isascii() for file in missing):
-            remedy = (
-                f"set PYTHONUTF8=1, since this Python takes all names for {encoding}; or {remedy}"
-            )
+            remedy = f"set PYTHONUTF8=1, since this Python takes all names for {encoding}"
         raise UserError(
             f"{len(missing)} of the {len(files)} files that {source} lists are not under --root "
             f"{root}, for example {', '.join(missing[:3])}: {remedy}"
@@ -166,18 +146,13 @@ def check_files(cases: Sequence[Case], source: str | Path, root: str | Path) -> 
 
 
 def _real_paths(files: Sequence[str]) -> dict[str, str]:
-    """Return each file's path without symlinks.
-
-    Their folders, which are few, are looked up once.
-    """
+    """Return each file's path without symlinks; folders, which are few, are looked up once."""
 
     @cache
     def real_folder(folder: str) -> str:
         try:
             return os.path.realpath(folder)
-        except (
-            ValueError
-        ):  # a NUL or half a surrogate pair, which no file's name has: it will count as missing
+        except ValueError:  # a NUL or half a surrogate pair, which no file's name has
             return folder
 
     def real(file: str) -> str:

@@ -28,6 +28,7 @@ from dints.settings import PatchSettings
 SECONDS_TO_HEAR_OF_A_DEATH = 2.0
 AHEAD = 2  # batches that each worker prepares before they are asked for
 Sample = tuple[torch.Tensor, torch.Tensor, dict[str, object], str]
+Batch = dict[str, torch.Tensor | list[str]]
 
 
 class TrainingSamples(Dataset):
@@ -67,17 +68,12 @@ class TrainingSamples(Dataset):
         seed = seed_from(self.seed, self.stream, epoch, turn, self.numbers[index])
         rng = np.random.default_rng(seed)
         case = self.cases[index]
-        image, label = cut_patch(
-            case.image, case.label, case.masks.draw_centre(rng), self.patch_size
-        )
-        return (
-            torch.from_numpy(image),
-            torch.from_numpy(label),
-            augmentation.draw(seed, self.steps),
-            self.names[index],
-        )
+        centre = case.masks.draw_centre(rng)
+        patch = cut_patch(case.image, case.label, centre, self.patch_size)
+        drawn = augmentation.draw(seed, self.steps)
+        return *map(torch.from_numpy, patch), drawn, self.names[index]
 
-    def augmented_patches(self, samples: list[Sample]) -> dict[str, torch.Tensor | list[str]]:
+    def augmented_patches(self, samples: list[Sample]) -> Batch:
         """Make a batch of samples, on the CPU."""
         batch = augmented(_patches(samples), torch.device("cpu"), self.steps)
         _share([batch["image"], batch["label"]])
@@ -139,8 +135,7 @@ class TrainingLoader:
             pin_memory=device.type == "cuda",
         )
         self.seconds_waited = 0.0
-        # Iterator, and the epoch and step that it gives next
-        self._batches, self._place = (None, None)
+        self._batches, self._place = None, None  # iterator; epoch and step that it gives next
 
     def __len__(self) -> int:
         return self.steps
@@ -149,13 +144,7 @@ class TrainingLoader:
         """Return this rank's cases."""
         return self.loader.dataset.cases
 
-    def augment_by(self, steps: Sequence[Step]) -> None:
-        """Augment patches by these steps; call it before the first epoch."""
-        self.loader.dataset.steps = steps
-
-    def epoch(
-        self, epoch: int, first_step: int = 0
-    ) -> Iterator[dict[str, torch.Tensor | list[str]]]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from its step number ``first_step`` on.
 
         They have ``image`` (batch, channels, *patch), float32, ``label`` (batch, 1, *patch), uint8,
@@ -187,10 +176,7 @@ class TrainingLoader:
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Leave it to the main process to stop when the whole group is asked to.
-
-    It needs its workers until then.
-    """
+    """Leave it to the main process, which needs its workers until then, to stop when asked to."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -220,17 +206,13 @@ def _share(tensors: Sequence[torch.Tensor]) -> None:
             tensor.share_memory_()
 
 
-def augmented(
-    patches: Patches, device: torch.device, steps: Sequence[Step]
-) -> dict[str, torch.Tensor | list[str]]:
+def augmented(patches: Patches, device: torch.device, steps: Sequence[Step]) -> Batch:
     """Make a batch of patches, each changed as was drawn for it of the steps, on ``device``."""
     *patches, names = patches
-    samples = [
-        augmentation.augment(
-            image.to(device, non_blocking=True), label.to(device, non_blocking=True), drawn, steps
-        )
-        for image, label, drawn in zip(*patches, strict=True)
-    ]
+    samples = []
+    for *volumes, drawn in zip(*patches, strict=True):
+        image, label = (volume.to(device, non_blocking=True) for volume in volumes)
+        samples.append(augmentation.augment(image, label, drawn, steps))
     images, labels = zip(*samples, strict=True)
     return {"image": torch.stack(images), "label": torch.stack(labels), "cases": names}
 
@@ -241,17 +223,14 @@ def steps_per_epoch(num_cases: int, batch_size: int, processes: Processes) -> in
 
 
 def workers(num_workers: int | None) -> int:
-    """Return how many processes prepare batches.
-
-    Of None, what is left of this process's cores, at most 6.
-    """
+    """Return how many processes prepare batches; None: one a core that is left, at most 6."""
     return min(6, cores_per_process() - 1) if num_workers is None else num_workers
 
 
 def bytes_ahead(task: Task, batch_size: int, num_workers: int | None, device_type: str) -> int:
-    """Count the bytes of patches that a loader's workers prepare while the network validates.
+    """Count the bytes of patches that a loader's workers, or without them one batch, hold ahead.
 
-    Without workers that is one batch. For a GPU patches stay float16 until they are there.
+    For a GPU patches stay float16 until they are there.
     """
     voxel = (4 if device_type == "cpu" else 2) * task.num_channels + 1  # the label is uint8
     return max(1, AHEAD * workers(num_workers)) * batch_size * math.prod(task.patch_size) * voxel
@@ -311,7 +290,7 @@ def choose_augmentation(
     patches = num_iterations * settings.num_images_per_batch * run.processes.world_size
     name = augmentation.chosen(settings.augmentation, num_iterations, patches / num_cases)
     for loader in loaders:
-        loader.augment_by(augmentation.chain(name, flips.axes))
+        loader.loader.dataset.steps = augmentation.chain(name, flips.axes)
     return {"flips": flips.to_dict(), "augmentation": name}
 
 

@@ -189,32 +189,31 @@ def _parse_header(path: str, start: bytes) -> Header:
             f"{path} is a {len(shape)}D image ({dimensions}) where a volume of 3 dimensions is "
             "expected: fix or remove the case"
         )
-    if nifti.get_data_dtype().fields or nifti.get_data_dtype().kind not in "iufb":
+    if nifti.get_data_dtype().kind not in "iufb":
         raise UserError(
             f"{path} holds {nifti.get_value_label('datatype')} values, not numbers: convert it, or "
             "remove the case"
         )
-    if not _spans_space(affine):
+    _check_affine(path, affine)
+    return Header(path, shape[:3], shape[3] if len(shape) == 4 else 1, affine, nifti)
+
+
+def _check_affine(path: str, affine: np.ndarray) -> None:
+    """Refuse one that is not finite, has no voxels of a nm to a km, or axes in a plane."""
+    with np.errstate(over="ignore"):
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    is_sane = np.isfinite(affine).all() and sizes.min() > 1e-6 and sizes.max() < 1e6  # mm
+    if not is_sane or abs(np.linalg.det(affine[:3, :3] / sizes)) <= 1e-3:
         raise UserError(
             f"{path} has an affine whose axes span no volume ({affine[:3].tolist()}): fix its "
             "header, or remove the case"
         )
-    origin = affine[:3, 3]
-    if np.abs(origin).max() > FARTHEST:
-        place = ", ".join(f"{along:g}" for along in origin)
+    if np.abs(affine[:3, 3]).max() > FARTHEST:
+        place = ", ".join(f"{along:g}" for along in affine[:3, 3])
         raise UserError(
             f"{path} has its first voxel at {place} mm, and places beyond {FARTHEST:g} mm are too "
             "coarse in a header: correct its affine, or remove the case"
         )
-    return Header(path, shape[:3], shape[3] if len(shape) == 4 else 1, affine, nifti)
-
-
-def _spans_space(affine: np.ndarray) -> bool:
-    """Tell whether it is finite, with voxels of a nm to a km, and axes in no plane."""
-    with np.errstate(over="ignore"):
-        sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    is_sane = np.isfinite(affine).all() and sizes.min() > 1e-6 and sizes.max() < 1e6  # mm
-    return bool(is_sane and abs(np.linalg.det(affine[:3, :3] / sizes)) > 1e-3)
 
 
 def save_segmentation(segmentation: np.ndarray, image: Header, path: Path) -> None:

@@ -81,9 +81,8 @@ def write_phantom(
         found = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # there is none, or none of ours
         found = None
-    files = [path for case in description["training"] for path in case.values()] + description[
-        "test"
-    ]
+    files = [path for case in description["training"] for path in case.values()]
+    files += description["test"]
     if found == description and all((root / file).is_file() for file in files):
         log.info("%s is complete: nothing to do", root)
         return root
@@ -106,49 +105,37 @@ def write_phantom(
 
 
 def _check(num_training: int, num_test: int, seed: int, shape: XYZ, spacing: XYZ) -> None:
-    for flag, value, least in (
-        ("num_training", num_training, 2),
-        ("num_test", num_test, 0),
-        ("seed", seed, 0),
-    ):
-        if value < least:
-            raise UserError(f"--{flag} is {value}: it must be at least {least}")
-    if shape is not None and (
-        len(shape) != 3 or min(shape) < MIN_SIZE or math.prod(shape) > MAX_VOXELS
-    ):
+    least = ("num_training", num_training, 2), ("num_test", num_test, 0), ("seed", seed, 0)
+    for flag, value, smallest in least:
+        if value < smallest:
+            raise UserError(f"--{flag} is {value}: it must be at least {smallest}")
+    if shape is not None and (min(shape) < MIN_SIZE or math.prod(shape) > MAX_VOXELS):
         needed = f"three counts of at least {MIN_SIZE}, of at most {MAX_VOXELS} voxels in all"
         raise UserError(f"--shape is {' '.join(map(str, shape))}: {needed}")
-    if spacing is not None and (len(spacing) != 3 or not all(0.3 <= size <= 6 for size in spacing)):
-        raise UserError(
-            f"--spacing is {' '.join(map(str, spacing))}: three sizes of 0.3 to 6 mm are needed"
-        )
+    if spacing is not None and not all(0.3 <= size <= 6 for size in spacing):
+        given = " ".join(map(str, spacing))
+        raise UserError(f"--spacing is {given}: three sizes of 0.3 to 6 mm are needed")
 
 
 def _describe(num_training: int, num_test: int, **recipe: int | XYZ) -> dict:
     """Return the content of dataset.json as a reader gets it back: with lists for tuples."""
     names = [f"phantom_{case:03d}.nii.gz" for case in range(num_training)]
+    classes = enumerate(TASKS["Task00_Phantom"].class_names)
+    counts = {"num_training": num_training, "num_test": num_test}
     description = {
         "name": "Phantom",
         "licence": "CC0",
         "tensorImageSize": "3D",
         "modality": {"0": "CT"},
-    } | {
         "description": "Synthetic CT-like abdomens: liver and liver lesions. Not for clinical use.",
-        "labels": {
-            str(value): name for value, name in enumerate(TASKS["Task00_Phantom"].class_names)
-        },
+        "labels": {str(value): name for value, name in classes},
         "numTraining": num_training,
         "numTest": num_test,
         "training": [
             {"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names
         ],
         "test": [f"./imagesTs/phantom_test_{case:03d}.nii.gz" for case in range(num_test)],
-        "phantom": {
-            "version": VERSION,
-            "num_training": num_training,
-            "num_test": num_test,
-            **recipe,
-        },
+        "phantom": {"version": VERSION, **counts, **recipe},
     }
     return json.loads(json.dumps(description))
 
@@ -203,10 +190,8 @@ def make_case(
     hounsfield, label = _draw_anatomy(rng, shape, spacing / scale, num_lesions)
     # A scanner blurs, and its noise is correlated.
     noise = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 1.0 / spacing)
-    image = (
-        ndimage.gaussian_filter(hounsfield, 0.7 / spacing)
-        + rng.uniform(13, 20) / noise.std() * noise
-    )
+    blurred = ndimage.gaussian_filter(hounsfield, 0.7 / spacing)
+    image = blurred + rng.uniform(13, 20) / noise.std() * noise
     image = np.rint(image).clip(-1024, 3071).astype(np.int16)
     affine = nib.affines.from_matvec(np.diag(spacing), -(shape - 1) / 2 * spacing)
     orientation = nib.orientations.axcodes2ornt(ORIENTATIONS[case % len(ORIENTATIONS)])
@@ -227,10 +212,8 @@ def _draw_anatomy(
     )
     # Surfaces are uneven by 1 mm: a random cubic B-spline with nodes 7 mm apart, whatever the
     # voxels are.
-    nodes, start = (
-        3 * rng.standard_normal((24, 24, 24), dtype=np.float32),
-        11.5 - (shape - 1) / 2 * step / 7,
-    )
+    nodes = 3 * rng.standard_normal((24, 24, 24), dtype=np.float32)
+    start = 11.5 - (shape - 1) / 2 * step / 7
     uneven = ndimage.affine_transform(
         nodes, step / 7, start, tuple(shape), mode="grid-wrap", prefilter=False
     )
@@ -272,25 +255,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    xyz = {"nargs": 3, "metavar": ("X", "Y", "Z")}
-    parser.add_argument(
-        "--root", default="data_msd/Task00_Phantom", help="folder to write (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--num_training", type=int, default=16, help="labelled cases (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--num_test", type=int, default=4, help="unlabelled cases (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of everything random (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--shape", type=int, help="voxels of every case (default: 48 to 72 an axis)", **xyz
-    )
-    parser.add_argument(
-        "--spacing", type=float, help="voxel size in mm (default: about 1.6 to 2.3)", **xyz
-    )
+    add, xyz = parser.add_argument, {"nargs": 3, "metavar": ("X", "Y", "Z")}
+    add("--root", default="data_msd/Task00_Phantom", help="folder to write (default: %(default)s)")
+    add("--num_training", type=int, default=16, help="labelled cases (default: %(default)s)")
+    add("--num_test", type=int, default=4, help="unlabelled cases (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    add("--shape", type=int, help="voxels of every case (default: 48 to 72 an axis)", **xyz)
+    add("--spacing", type=float, help="voxel size in mm (default: about 1.6 to 2.3)", **xyz)
     return parser.parse_args(argv)
 
 

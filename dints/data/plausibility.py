@@ -18,9 +18,8 @@ from dints.data.tasks import Task
 
 AXES = "right-left", "back-front", "bottom-top"
 TIMES_OUTSIDE = 2.0  # voxel sizes and extents may be so many times beyond the training cases'
-SPREADS_OUTSIDE = (
-    1.5  # intensities may be so many times the width of the training cases' range beyond it
-)
+# Intensities may be so many times the width of the training cases' range beyond it
+SPREADS_OUTSIDE = 1.5
 LEAST_SPREAD = 0.1  # of normalised intensities, where training cases hardly differ
 CASES = 16  # of a rank, that intensities are measured on: without a cache each is prepared for it
 Ranges = Mapping[str, Sequence]
@@ -46,9 +45,8 @@ def ranges_of(cases: Sequence[Case], prepared: Sequence[Prepared], task: Task) -
     found = {"spacing": _range(np.array(spacing)), "extent": _range(np.array(extent))}
     if task.intensity is not None:
         chosen = range(0, len(prepared), -(-len(prepared) // CASES))
-        found["intensity"] = _range(
-            np.array([intensities(prepared[number].image) for number in chosen])
-        )
+        measured = [intensities(prepared[number].image) for number in chosen]
+        found["intensity"] = _range(np.array(measured))
     return found
 
 
@@ -87,16 +85,11 @@ def unusual(case: Case, ranges: Ranges) -> list[str]:
 
 
 def unusual_intensities(image: np.ndarray, ranges: Ranges) -> list[str]:
-    """List facts of a preprocessed image that are unlike the training cases.
-
-    Only CT has comparable units.
-    """
+    """List facts of a preprocessed image that are unlike the training cases; of CT alone."""
     if "intensity" not in ranges:
         return []
-    found = []
-    for what, value, low, high in zip(
-        ("mean", "spread"), intensities(image), *ranges["intensity"], strict=True
-    ):
+    found, names = [], ("mean", "spread")
+    for what, value, low, high in zip(names, intensities(image), *ranges["intensity"], strict=True):
         margin = SPREADS_OUTSIDE * max(high - low, LEAST_SPREAD)
         if not low - margin <= value <= high + margin:
             found.append(

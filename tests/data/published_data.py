@@ -1,8 +1,6 @@
-"""The published data recipe in MONAI's own calls: the oracle of tests and the baseline of
-benchmarks.
+"""The published data recipe in MONAI's calls: the oracle of tests, the baseline of benchmarks.
 
-`CacheDataset` holds what the first half makes of a case, and gives the second half a deep copy each
-time.
+`CacheDataset` holds what the first half makes of a case; the second half gets a deep copy of it.
 """
 
 from __future__ import annotations
@@ -11,29 +9,7 @@ from copy import deepcopy
 
 import numpy as np
 import torch
-from monai.transforms import (
-    CastToTyped,
-    Compose,
-    CopyItemsd,
-    EnsureChannelFirstd,
-    EnsureTyped,
-    Lambdad,
-    LoadImaged,
-    NormalizeIntensityd,
-    Orientationd,
-    RandCropByLabelClassesd,
-    RandFlipd,
-    RandGaussianNoised,
-    RandGaussianSmoothd,
-    RandRotated,
-    RandScaleIntensityd,
-    RandShiftIntensityd,
-    RandZoomd,
-    ScaleIntensityRanged,
-    Spacingd,
-    SpatialPadd,
-    ToTensord,
-)
+from monai import transforms as mt
 from scipy import ndimage
 
 from dints.data.listing import Case
@@ -49,7 +25,7 @@ def files(case: Case) -> dict:
     return {"image": images[0] if len(images) == 1 else images, "label": case.label}
 
 
-def caching(task: Task, masks_type: type = float) -> Compose:
+def caching(task: Task, masks_type: type = float) -> mt.Compose:
     """Make the way from `files` to what is cached: image (float32), label (uint8), and a mask for
     each class.
 
@@ -58,49 +34,46 @@ def caching(task: Task, masks_type: type = float) -> Compose:
     """
     resample = []
     if task.spacing is not None:
-        resample = [Spacingd(KEYS, task.spacing, mode=MODES, align_corners=(True, True))]
+        resample = [mt.Spacingd(KEYS, task.spacing, mode=MODES, align_corners=(True, True))]
     if task.intensity is not None:
         low, high = task.intensity
-        intensity = ScaleIntensityRanged(
-            ["image"], a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True
-        )
+        intensity = mt.ScaleIntensityRanged(["image"], low, high, 0.0, 1.0, clip=True)
     else:
-        intensity = NormalizeIntensityd(["image"], nonzero=True, channel_wise=True)
+        intensity = mt.NormalizeIntensityd(["image"], nonzero=True, channel_wise=True)
 
     def class_masks(label) -> np.ndarray:
-        masks = ((label == value).astype(label.dtype) for value in range(task.num_classes))
-        return np.concatenate(
-            [
-                ndimage.binary_dilation(mask, iterations=DILATIONS).astype(masks_type)
-                for mask in masks
-            ]
-        )
+        grown = [
+            ndimage.binary_dilation((label == value).astype(label.dtype), iterations=DILATIONS)
+            for value in range(task.num_classes)
+        ]
+        return np.concatenate([mask.astype(masks_type) for mask in grown])
 
-    return Compose(
+    return mt.Compose(
         [
-            LoadImaged(KEYS),
-            EnsureChannelFirstd(KEYS),
-            Orientationd(KEYS, axcodes="RAS", labels=None),
+            mt.LoadImaged(KEYS),
+            mt.EnsureChannelFirstd(KEYS),
+            mt.Orientationd(KEYS, axcodes="RAS", labels=None),
             *resample,
-            CastToTyped(["image"], dtype=torch.float32),
+            mt.CastToTyped(["image"], dtype=torch.float32),
             intensity,
-            CastToTyped(KEYS, dtype=(np.float16, np.uint8)),
-            CopyItemsd(["label"], times=1, names=["label4crop"]),
-            Lambdad(["label4crop"], class_masks, overwrite=True),
-            EnsureTyped(KEYS),
-            CastToTyped(["image"], dtype=torch.float32),
-            SpatialPadd(
+            mt.CastToTyped(KEYS, dtype=(np.float16, np.uint8)),
+            mt.CopyItemsd(["label"], times=1, names=["label4crop"]),
+            mt.Lambdad(["label4crop"], class_masks, overwrite=True),
+            mt.EnsureTyped(KEYS),
+            mt.CastToTyped(["image"], dtype=torch.float32),
+            mt.SpatialPadd(
                 [*KEYS, "label4crop"], task.patch_size, mode=["reflect", "constant", "constant"]
             ),
         ]
     )
 
 
-def sampling(task: Task) -> Compose:
+def sampling(task: Task) -> mt.Compose:
     """Make the way from a copy of what is cached to a list of one patch."""
-    return Compose(
+    zoom = {"mode": ["trilinear", "nearest"], "align_corners": [True, None]}
+    return mt.Compose(
         [
-            RandCropByLabelClassesd(
+            mt.RandCropByLabelClassesd(
                 KEYS,
                 label_key="label4crop",
                 spatial_size=task.patch_size,
@@ -109,30 +82,21 @@ def sampling(task: Task) -> Compose:
                 num_samples=1,
                 warn=False,
             ),
-            Lambdad(["label4crop"], lambda masks: 0),
-            RandRotated(KEYS, range_x=0.3, range_y=0.3, range_z=0.3, mode=MODES, prob=0.2),
-            RandZoomd(
-                KEYS,
-                min_zoom=0.8,
-                max_zoom=1.2,
-                mode=["trilinear", "nearest"],
-                align_corners=[True, None],
-                prob=0.16,
-            ),
-            RandGaussianSmoothd(
-                ["image"], sigma_x=(0.5, 1.15), sigma_y=(0.5, 1.15), sigma_z=(0.5, 1.15), prob=0.15
-            ),
-            RandScaleIntensityd(["image"], factors=0.3, prob=0.5),
-            RandShiftIntensityd(["image"], offsets=0.1, prob=0.5),
-            RandGaussianNoised(["image"], std=0.01, prob=0.15),
-            *(RandFlipd(KEYS, spatial_axis=axis, prob=0.5) for axis in range(3)),
-            CastToTyped(KEYS, dtype=(torch.float32, torch.uint8)),
-            ToTensord(KEYS),
+            mt.Lambdad(["label4crop"], lambda masks: 0),
+            mt.RandRotated(KEYS, range_x=0.3, range_y=0.3, range_z=0.3, mode=MODES, prob=0.2),
+            mt.RandZoomd(KEYS, 0.16, 0.8, 1.2, **zoom),
+            mt.RandGaussianSmoothd(["image"], *[(0.5, 1.15)] * 3, prob=0.15),
+            mt.RandScaleIntensityd(["image"], factors=0.3, prob=0.5),
+            mt.RandShiftIntensityd(["image"], offsets=0.1, prob=0.5),
+            mt.RandGaussianNoised(["image"], std=0.01, prob=0.15),
+            *(mt.RandFlipd(KEYS, spatial_axis=axis, prob=0.5) for axis in range(3)),
+            mt.CastToTyped(KEYS, dtype=(torch.float32, torch.uint8)),
+            mt.ToTensord(KEYS),
         ]
     )
 
 
-def sample(cached: dict, transforms: Compose) -> dict:
+def sample(cached: dict, transforms: mt.Compose) -> dict:
     """Make a patch of a cached case as `CacheDataset` does."""
     (patch,) = transforms(deepcopy(cached))
     return patch

@@ -1,4 +1,4 @@
-"""Search, retraining and segmentation of datasets of every form, made from real cases."""
+"""Search, retraining and segmentation of a dataset that is measured, in nnU-Net's form."""
 
 from __future__ import annotations
 
@@ -36,42 +36,28 @@ def run(script, *flags: object) -> None:
     script.main(script.parse_args(words(*flags)))
 
 
-# Folder, whether it is nnU-Net's, channels, patch size (None: measured), the task's spacing.
-FORMS = {
-    "2 channels, as Task05": ("Task05_Prostate", False, 2, (32, 32, 16), (1.0, 1.0, 1.0)),
-    "unknown": ("Dataset700_Mine", False, 1, None, (1.0, 1.0, 1.0)),
-    "nnU-Net v2, 2 channels": ("Dataset701_Two", True, 2, None, (1.0, 1.0, 1.0)),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_search_retraining_and_segmentation(form, task04, tmp_path):
-    name, nnunet, num_channels, patch_size, spacing = FORMS[form]
-    channels = [f"MRI {channel}" for channel in range(num_channels)]
-    volumes = real_cases(task04, num_channels)
-    root = write_dataset(tmp_path / name, volumes, channels, CLASSES, nnunet=nnunet)
-    tiny = TINY.replace("--patch_size 16 16 16", "")
-    patch = ["--patch_size", *patch_size] if patch_size else []
-    flags = ["--root", root, tiny, *patch]
+def test_search_retraining_and_segmentation_of_two_channels_in_files_of_their_own(task04, tmp_path):
+    root, channels = tmp_path / "Dataset701_Two", ["MRI 0", "MRI 1"]
+    write_dataset(root, real_cases(task04, 2), channels, CLASSES, nnunet=True)
+    flags = ["--root", root, TINY.replace("--patch_size 16 16 16", "")]
     search, train, segmentations = (tmp_path / stage for stage in ("search", "train", "out"))
     length = "--num_epochs 2 --num_epochs_warmup 1"
     run(search_dints, *flags, SPACE, length, "--output_root", search)
     (code,) = search.glob("search_code_*.pth")
-    run(
-        train_dints, *flags, "--cache disk --num_epochs 1 --output_root", train, "--arch_ckpt", code
-    )
+    more = "--cache disk --num_epochs 1 --output_root", train, "--arch_ckpt", code
+    run(train_dints, *flags, *more)
 
     model = load_model(train / "best_metric_model.pth")
     task = model.task
-    assert (task.name, task.num_channels, task.spacing) == (name, num_channels, spacing)
-    assert task.patch_size == (patch_size or (32, 48, 32)) and task.class_names == CLASSES
-    assert task.channel_files == nnunet and model.info["dice"] >= 0
+    assert (task.name, task.num_channels, task.spacing) == (root.name, 2, (1.0, 1.0, 1.0))
+    assert task.patch_size == (32, 48, 32) and task.class_names == CLASSES
+    assert task.channel_files and model.info["dice"] >= 0
     kept = json.loads((train / "task.json").read_text())["task"]
     assert kept == json.loads(json.dumps(task.to_dict()))
 
     (tmp_path / "images").mkdir()
-    for path in sorted((root / "imagesTr").iterdir())[: num_channels if nnunet else 1]:
+    for path in sorted((root / "imagesTr").iterdir())[:2]:
         os.link(path, tmp_path / "images" / path.name)
     places = ["--input", tmp_path / "images", "--output_root", segmentations, ON_CPU]
     run(infer_dints, "--checkpoint", train / "best_metric_model.pth", *places)

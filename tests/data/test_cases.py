@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import published_data
 import pytest
-from monai.transforms import NormalizeIntensity, ScaleIntensityRange
+from monai.transforms import NormalizeIntensity
 from toys import TASK, make_case, save, stored_mask
 
 from dints.data import phantom
@@ -19,7 +19,7 @@ MRI = replace(TASK, modality="MRI", intensity=None)
 FLOAT16 = 5e-4  # a step between 0.5 and 1
 
 
-@pytest.mark.parametrize("number", [1, 2, 5])  # their axes are stored in three ways
+@pytest.mark.parametrize("number", [1, 2])  # their axes are stored in two ways
 @pytest.mark.parametrize("task", [replace(TASK, spacing=(1.5, 3, 6)), replace(MRI, num_channels=2)])
 def test_a_case_is_prepared_as_the_published_recipe_does(tmp_path, task, number):
     image, label = phantom.make_case(0, number, shape=(28, 26, 22))
@@ -40,8 +40,7 @@ def test_a_case_is_prepared_as_the_published_recipe_does(tmp_path, task, number)
         assert not np.all(masks[1:])  # the case is longer than masks grow
 
 
-@pytest.mark.parametrize("spacing", [None, (1.5, 1.0, 2.0)])
-@pytest.mark.parametrize("task", [TASK, MRI], ids=["CT", "MRI"])
+@pytest.mark.parametrize(("task", "spacing"), [(TASK, None), (MRI, (1.5, 1.0, 2.0))])
 def test_voxels_as_read_are_not_changed(tmp_path, task, spacing):
     """They lie in the file's bytes; preprocessing makes its own."""
     case = make_case(tmp_path)
@@ -51,14 +50,6 @@ def test_voxels_as_read_are_not_changed(tmp_path, task, spacing):
     prepared = preprocess_image(read, resampling_of(case, replace(task, spacing=spacing)), task)
     assert not np.shares_memory(prepared, read) and np.array_equal(read, kept)
     assert np.array_equal(kept[0], nib.load(case.images[0]).get_fdata())
-
-
-def test_a_ct_window_becomes_0_to_1():
-    image = np.linspace(-1000, 1000, 512, dtype=np.float32).reshape(1, 8, 8, 8)
-    expected = ScaleIntensityRange(-100, 300, 0, 1, clip=True)(image.copy())
-    result = normalise(image.copy(), TASK)
-    assert result.dtype == np.float32 and np.allclose(result, expected, rtol=0, atol=1e-6)
-    assert np.allclose(result, np.clip((image + 100) / 400, 0, 1), rtol=0, atol=1e-6)
 
 
 def test_mri_is_a_z_score_of_each_channels_nonzero_voxels():

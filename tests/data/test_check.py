@@ -70,36 +70,24 @@ def checked(
     return findings, lines[len(findings) + 2 if findings else 0 :]
 
 
-def test_the_summary_of_sound_cases(cases):
-    findings, summary = checked(cases)
-    assert not findings
-    assert summary == [
-        "Toy: 3 cases, 0 with errors, 0 with warnings",
-        "MRI, 1 channel; classes: background, organ, lesion",
-        "orientation: RAS 3",
-        "images: int16 3; labels: uint8 3",
-        "             cases  smallest     median       largest",
-        "voxels           3  12 x 10 x 8  12 x 10 x 8  12 x 10 x 8",
-        "spacing, mm      3  1 x 2 x 3    1 x 2 x 3    1 x 2 x 3",
-        "organ, cm3       3  0.6          1.2          1.8",
-        "lesion, cm3      2  0.06         0.09         0.12",
-    ]
-
-
 def test_the_summary_is_in_the_patients_axes(tmp_path, cases):
     turned = AFFINE @ nib.orientations.inv_ornt_aff([[2, 1], [0, -1], [1, 1]], SHAPE)
-    label = labelled(50, 0, (10, 8, 12)).astype(np.float32)
+    label = labelled(300, 0, (10, 8, 12)).astype(np.float32)
     cases[2] = write(tmp_path, "turned", noise(7, (10, 8, 12)), label, turned)
     cases.append(write(tmp_path, "large", noise(8, (14, 20, 16)), labelled(9, 9, (14, 20, 16))))
     findings, summary = checked(cases)
     assert not findings
-    assert summary[2:4] == [
+    assert summary == [
+        "Toy: 4 cases, 0 with errors, 0 with warnings",
+        "MRI, 1 channel; classes: background, organ, lesion",
         "orientation: RAS 3, PSR 1",
         "images: int16 4; labels: uint8 3, float32 1",
+        "             cases  smallest     median       largest",
+        "voxels           4  12 x 10 x 8  12 x 10 x 8  14 x 20 x 16",
+        "spacing, mm      4  1 x 2 x 3    1 x 2 x 3    1 x 2 x 3",
+        "organ, cm3       4  0.054        0.9          1.8",
+        "lesion, cm3      2  0.054        0.057        0.06",
     ]
-    rows = [re.split("  +", line)[1:] for line in summary[5:7]]
-    assert rows[0] == ["4", "12 x 10 x 8", "12 x 10 x 8", "14 x 20 x 16"]
-    assert rows[1] == ["4", *["1 x 2 x 3"] * 3]
 
 
 # Duplicates
@@ -123,21 +111,20 @@ def test_copies_across_folds_are_an_error_however_they_are_kept(tmp_path, cases,
     )
     assert (kind, name) == ("error", "copy") and finding.startswith(says)
     assert summary[0] == "Toy: 3 cases, 1 with errors, 0 with warnings"
+    if kept_as != "float32":
+        return
     ((kind, name, finding),), _ = checked(cases, folds=[0, 1, 0])
     says = "copy_0.nii.gz holds the same voxels as case_0_0.nii.gz: remove one of the cases"
     assert (kind, name, finding) == ("warning", "copy", says)  # within a fold
+    save(Path(cases[2].images[0]), noise(0).reshape((10, 12, 8), order="F"))
+    save(Path(cases[2].label), labelled(5, 5, (10, 12, 8)))
+    assert "same voxels" not in str(checked(cases)[0])  # the same numbers in another shape
 
 
-def test_cases_that_share_one_channel_or_numbers_in_another_shape_are_no_copies(tmp_path):
-    two = replace(TASK, num_channels=2)
+def test_cases_that_share_one_channel_are_no_copies(tmp_path):
     images = [np.stack([noise(0)[..., None], noise(n)[..., None]]) for n in (1, 2)]
     pair = [write(tmp_path, f"pair_{n}", image, labelled(5, 5)) for n, image in enumerate(images)]
-    assert checked(pair, two)[0] == []
-    assert len(checked([pair[0], replace(pair[1], images=pair[0].images)], two)[0]) == 1
-    shapes = [SHAPE, (10, 12, 8)]
-    images = [noise(0).reshape(shape, order="F") for shape in shapes]
-    one = [write(tmp_path, str(i.shape), i, labelled(5, 5, i.shape)) for i in images]
-    assert checked(one)[0] == []
+    assert checked(pair, replace(TASK, num_channels=2))[0] == []
 
 
 # Warnings
@@ -173,42 +160,23 @@ def test_a_channel_without_contrast(tmp_path):
     [
         (1 / 6, SHAPE, "spacing, mm: 1 x 0.3333 x 3, where the median is 1 x 2 x 3: look at its"),
         (1, (12, 10, 50), "number of voxels: 12 x 10 x 50, where the median is 12 x 10 x 8: look"),
-        (4, SHAPE, None),
     ],
 )
 def test_a_grid_far_from_the_median(tmp_path, cases, factor, shape, says):
     affine = AFFINE @ np.diag([1, factor, 1, 1])
     far = write(tmp_path, "far", noise(9, shape), labelled(9, 0, shape), affine)
-    if says is None:
-        assert checked([*cases, far], KNOWN)[0] == []
-    else:
-        name, finding = only_warning([*cases, far], KNOWN)
-        assert name == "far"
-        assert finding.startswith(f"far_0.nii.gz is far from the others in {says}")
-
-
-def test_few_voxels_on_the_tasks_grid(tmp_path, cases):
-    """In most cases, as in cardiac MRI, they are one line: no header is wrong there."""
-    name, finding = only_warning(cases, replace(KNOWN, spacing=(1.0, 2.0, 9.0)))
-    assert name == "all" and finding.startswith(
-        "3 of 3 cases have fewer than 8 voxels along an axis of the task's grid, for example "
-        "case_0_0.nii.gz with 12 x 10 x 3"
-    )
-    cases[0] = write(tmp_path, "thin", noise(9, (12, 10, 3)), labelled(9, 9, (12, 10, 3)))
-    says = "thin_0.nii.gz has only 12 x 10 x 3 voxels on the task's grid: look at its header"
-    assert only_warning(cases, replace(KNOWN, spacing=(1.0, 2.0, 3.0))) == ("thin", says)
+    name, finding = only_warning([*cases, far], KNOWN)
+    assert name == "far"
+    assert finding.startswith(f"far_0.nii.gz is far from the others in {says}")
 
 
 def test_faults_that_the_read_options_let_pass(tmp_path, cases):
     image = noise(9).astype(np.float32)
     image[0, 0, :3] = np.nan, np.inf, -np.inf
     cases[1] = write(tmp_path, "holes", image, labelled(9))
-    save(Path(cases[1].label), labelled(9), AFFINE + np.eye(4, k=3))
     lenient = [replace(case, options=ReadOptions(True, 0.0)) for case in cases]
-    findings, _ = checked(lenient)
-    assert [kind for kind, _, _ in findings] == ["warning"] * 2
-    assert "lies elsewhere" in findings[0][2] and "has 3 NaN or infinite voxels" in findings[1][2]
-    assert [kind for kind, _, _ in checked(cases)[0]] == ["error"] * 2
+    assert "has 3 NaN or infinite voxels" in only_warning(lenient)[1]
+    assert [kind for kind, _, _ in checked(cases)[0]] == ["error"]
 
 
 # Errors
@@ -236,23 +204,19 @@ def test_all_faults_of_a_case_are_listed(tmp_path, cases):
     assert counts == ["3", "3", "3", "2"]
 
 
-def test_no_foreground_in_any_case(cases):
+def test_no_foreground_in_any_case_or_nothing_that_can_be_read(cases):
     for case in cases:
         save(Path(case.label), labelled(0), AFFINE)
     findings, _ = checked(cases)
     assert findings[0][:2] == ("error", "all")
     assert findings[0][2].startswith("no case has any foreground")
     assert [kind for kind, _, _ in findings[1:]] == ["warning"] * 3
-
-
-def test_nothing_can_be_read(cases):
-    """Absent classes are not guessed while labels are unread."""
     for case in cases:
         for path in case.files:
             Path(path).write_bytes(b"")
-    findings, summary = checked(cases)
+    cases = [replace(case) for case in cases]  # their headers are read again
+    findings, summary = checked(cases)  # absent classes are not guessed
     assert len(findings) == 6 and summary[0] == "Toy: 3 cases, 3 with errors, 0 with warnings"
-    assert summary[-1].split() == ["lesion,", "cm3", "0"]
 
 
 # Of a dataset
@@ -266,35 +230,18 @@ def root(tmp_path) -> Path:
 
 
 def test_a_dataset_is_refused_for_errors_only(root, capsys):
-    settings = DataSettings(root=root, num_folds=2)
+    """Folds are those of the training: of two, the first validates one case, the other one two."""
+    settings, last = DataSettings(root=root, num_folds=2), root / "imagesTr/case_2.nii.gz"
+    last.write_bytes((root / "imagesTr/case_1.nii.gz").read_bytes())
     check.check(settings)
-    assert capsys.readouterr().out.startswith("Toy: 3 cases, 0 with errors, 0 with warnings\n")
-    save(root / "labelsTr/case_1.nii.gz", labelled(0), AFFINE)  # a warning
-    check.check(settings)
-    assert "1 with warnings" in capsys.readouterr().out
-    (root / "labelsTr/case_1.nii.gz").write_text("")
+    assert "Toy: 3 cases, 0 with errors, 1 with warnings\n" in capsys.readouterr().out
+    last.write_bytes((root / "imagesTr/case_0.nii.gz").read_bytes())
     with pytest.raises(UserError, match=f"^{root} is not fit for training: correct"):
+        check.check(settings)
+    check.check(DataSettings(root=root, fold="all"))  # every case is trained on, none validated
+    assert "case_0.nii.gz: remove one" in capsys.readouterr().out
+    (root / "labelsTr/case_1.nii.gz").write_text("")
+    with pytest.raises(UserError, match="not fit for training"):
         check.check(settings)
     says = r"^error    case_1  labelsTr/case_1.nii.gz cannot be read"
     assert re.search(says, capsys.readouterr().out, re.M)
-
-
-def test_folds_are_those_of_the_training(root, capsys):
-    """The first fold of two validates one case, the other one two."""
-    last = root / "imagesTr/case_2.nii.gz"
-    last.write_bytes((root / "imagesTr/case_1.nii.gz").read_bytes())
-    check.check(DataSettings(root=root, num_folds=2))
-    last.write_bytes((root / "imagesTr/case_0.nii.gz").read_bytes())
-    with pytest.raises(UserError, match="not fit for training"):
-        check.check(DataSettings(root=root, num_folds=2))
-    check.check(DataSettings(root=root, fold="all"))  # every case is trained on, none validated
-    assert "case_0.nii.gz: remove one" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_real_cases_are_sound(task04, capsys):
-    check.check(DataSettings(root=task04))
-    text = capsys.readouterr().out
-    says = r"Task04_Hippocampus: \d+ cases, 0 with errors, 0 with warnings\nMRI, 1 channel"
-    assert re.match(says, text)
-    assert re.search(r"^Anterior, cm3 +\d+ ", text, re.M)

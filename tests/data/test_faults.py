@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import shutil
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 from toys import cache_of, opened, save, voxels_of, write_dataset
@@ -27,7 +24,7 @@ PAIR = IMAGE, LABEL = "imagesTr/case_1.nii.gz", "labelsTr/case_1.nii.gz"
 DESCRIPTION = "dataset.json"
 PLACE = (3, 4, 5)  # of the voxel that is spoiled; the image is 77 there
 REMEDIES = (
-    r"\b(fix|correct|write|replace|remove|convert|give|list|complete|put|add|needs|Expecting)\b"
+    r"\b(fix|correct|write|replace|remove|convert|give|list|complete|put|add|needs|Expecting|set)\b"
 )
 
 
@@ -74,19 +71,6 @@ def flipped_bit(packed: bytes) -> bytes:
     return bytes(stored)
 
 
-def plain(file: str, change: Bytes = bytes) -> Spoil:
-    """Write the file as .nii instead of .nii.gz, its bytes changed."""
-
-    def spoil(root: Path) -> None:
-        name = file.removesuffix(".gz")
-        (root / name).write_bytes(change(gzip.decompress((root / file).read_bytes())))
-        (root / file).unlink()
-        description = (root / DESCRIPTION).read_text()
-        (root / DESCRIPTION).write_text(description.replace(file, name))
-
-    return spoil
-
-
 def of_size(*dimensions: int) -> Bytes:
     """Have a header promise these dimensions."""
     numbers = struct.pack(f"<{1 + len(dimensions)}h", len(dimensions), *dimensions)
@@ -98,6 +82,10 @@ def changed(file: str, change: Callable[[np.ndarray], np.ndarray]) -> Spoil:
     return lambda root: save(root / file, change(voxels_of(root / file)), AFFINE)
 
 
+def array(file: str, shape: tuple[int, ...], kind: object = np.int16) -> Spoil:
+    return lambda root: save(root / file, np.ones(shape, kind), AFFINE)
+
+
 def voxel(file: str, value: float) -> Spoil:
     def spoil(values: np.ndarray) -> np.ndarray:
         spoilt = values.astype(np.float32)
@@ -105,18 +93,6 @@ def voxel(file: str, value: float) -> Spoil:
         return spoilt
 
     return changed(file, spoil)
-
-
-def array(file: str, shape: tuple[int, ...], kind: object = np.int16) -> Spoil:
-    return lambda root: save(root / file, np.ones(shape, kind), AFFINE)
-
-
-def both(*changes: Spoil) -> Spoil:
-    def spoil(root: Path) -> None:
-        for change in changes:
-            change(root)
-
-    return spoil
 
 
 def with_affine(affine: np.ndarray, *files: str) -> Spoil:
@@ -136,94 +112,18 @@ def moved(column: int, row: int, mm: float) -> Spoil:
     return with_affine(affine, LABEL)
 
 
-def with_sform(column: int, value: float) -> Spoil:
-    """Set a column of the affine in the headers of both, past what nibabel would write."""
-    fields = [280 + 16 * row + 4 * column for row in range(3)]
-    return both(*(patched(file, field, "f", value) for file in PAIR for field in fields))
-
-
-def turned(*orientation: tuple[int, int]) -> Spoil:
-    """Leave both in their place, with other axes in the file: which one each becomes, and its
-    sign.
-    """
-
-    def spoil(root: Path) -> None:
-        affine = AFFINE @ nib.orientations.inv_ornt_aff(orientation, SHAPE)
-        for file in PAIR:
-            voxels = voxels_of(root / file).reshape(SHAPE)
-            save(root / file, nib.orientations.apply_orientation(voxels, orientation), affine)
-
-    return spoil
-
-
-def rewritten(kind: type, endianness: str) -> Spoil:
-    """Keep the same voxels in a file of another kind or order of bytes."""
-
-    def spoil(root: Path) -> None:
-        for file in PAIR:
-            voxels = voxels_of(root / file)
-            image = kind(voxels, AFFINE, kind.header_class(endianness=endianness))
-            image.header.set_data_dtype(voxels.dtype.newbyteorder(endianness))
-            nib.save(image, root / file)
-
-    return spoil
-
-
-def listed(**entry: object) -> Spoil:
-    """Change the second entry of the case list; None removes a key."""
-
-    def spoil(root: Path) -> None:
-        content = json.loads((root / DESCRIPTION).read_text())
-        changed = {**content["training"][1], **entry}
-        content["training"][1] = {key: value for key, value in changed.items() if value is not None}
-        (root / DESCRIPTION).write_text(json.dumps(content))
-
-    return spoil
-
-
-def outside(how: str) -> Spoil:
-    """Put the label beside the dataset's folder."""
-
-    def spoil(root: Path) -> None:
-        beside = root.parent / "beside.nii.gz"
-        shutil.move(root / LABEL, beside)
-        if how == "link":
-            (root / LABEL).symlink_to(beside)
-        else:
-            listed(label=str(beside) if how == "absolute" else "../beside.nii.gz")(root)
-
-    return spoil
-
-
-def removed(*files: str) -> Spoil:
-    return both(*(lambda root, file=file: (root / file).unlink() for file in files))
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A way to spoil a dataset, and parts of the message: ``{root}`` stands for its folder."""
-
-    spoil: Spoil
-    says: tuple[str, ...]
-    row: str | None
-    settings: dict
-
-
-def fault(spoil: Spoil, *says: str, row: str | None = None, **settings: object) -> Fault:
+def fault(spoil: Spoil, *says: str, row: str | None = None, **settings: object) -> tuple:
     """Describe a fault.
 
     Args:
+        says: parts of the message: ``{root}`` stands for the dataset's folder.
         row: the fault of the list of those that the scripts survive.
         settings: of the data.
     """
-    return Fault(spoil, says, row, settings)
+    return spoil, says, row, settings
 
 
-COS, SIN = np.cos(0.2), np.sin(0.2)
-OBLIQUE = np.array([[COS, -SIN, 0, 5], [SIN, COS, 0, 6], [0, 0, 1, 7], [0, 0, 0, 1]]) @ AFFINE
-RGB = [("R", "u1"), ("G", "u1"), ("B", "u1")]
 IN_IMAGE, IN_LABEL = ("{root}/" + file for file in PAIR)
-IN_PLAIN = IN_IMAGE.removesuffix(".gz")
 WRONG_LABEL = "Toy has the labels 0 to 2"
 HUGE = of_size(30000, 30000, 30000)
 OF_HUGE = "promises 30000 x 30000 x 30000 voxels, more than the file can hold"
@@ -235,16 +135,12 @@ DAMAGED, ABSURD, UNLIKE, WRONG, NONFINITE = (
     "NaN or Inf voxel",
 )
 CHANNELS = "4D image for a one-channel task; 4D label"
-MALFORMED = "malformed JSON, missing keys, wrong types"
 
 IMAGE_FAULTS = {
     "truncated gzip": fault(
         replaced(IMAGE, lambda packed: packed[: len(packed) // 2]), "ended before", row=DAMAGED
     ),
     "one flipped bit": fault(replaced(IMAGE, flipped_bit), "CRC check failed", row=DAMAGED),
-    "gzip that begins wrong": fault(
-        replaced(IMAGE, lambda packed: packed[:2] + b"??" + packed[4:]), "compression is damaged"
-    ),
     "text after the gzip file": fault(
         replaced(IMAGE, lambda packed: packed + b"<html>"), "compression is damaged"
     ),
@@ -253,23 +149,24 @@ IMAGE_FAULTS = {
     ),
     "wrong magic": fault(patched(IMAGE, 344, "4s", b"XXXX"), "header is damaged", "magic"),
     "pair of files": fault(patched(IMAGE, 344, "4s", b"ni1\0"), "ni1"),
+    "half a header": fault(
+        replaced(IMAGE, lambda packed: gzip.decompress(packed)[:200]), "header is damaged"
+    ),
     "wrong sizeof_hdr": fault(patched(IMAGE, 0, "i", 349), "no NIfTI file", row=DAMAGED),
-    "unknown data type": fault(patched(IMAGE, 70, "h", 3), "header is damaged"),
     "voxels that begin at NaN": fault(patched(IMAGE, 108, "f", np.nan), "header is damaged"),
-    "half a header": fault(plain(IMAGE, lambda raw: raw[:200]), IN_PLAIN, "header is damaged"),
     "text file": fault(replaced(IMAGE, lambda packed: b"<html>404</html>\n"), "no NIfTI file"),
-    "empty file": fault(replaced(IMAGE, lambda packed: b""), "no NIfTI file"),
     "absurd dimensions": fault(repacked(IMAGE, HUGE), OF_HUGE, row=ABSURD),
-    "absurd dimensions, not compressed": fault(plain(IMAGE, HUGE), IN_PLAIN, OF_HUGE, row=ABSURD),
+    "absurd dimensions, not compressed": fault(
+        replaced(IMAGE, lambda packed: HUGE(gzip.decompress(packed))), OF_HUGE, row=ABSURD
+    ),
     "2D": fault(array(IMAGE, SHAPE[:2]), "2D image (20 x 18)"),
     "no voxels": fault(repacked(IMAGE, of_size(20, 0, 16)), "20 x 0 x 16"),
     "4D": fault(array(IMAGE, (*SHAPE, 4)), "has 4 channels", " 1", row=CHANNELS),
-    "5D": fault(array(IMAGE, (*SHAPE, 2, 3)), "5D image (20 x 18 x 16 x 2 x 3)"),
     "complex numbers": fault(array(IMAGE, SHAPE, np.complex64), "complex64 values"),
-    "RGB": fault(array(IMAGE, SHAPE, RGB), "RGB values"),
-    "affine with NaN": fault(with_sform(1, np.nan), "span no volume"),
-    "affine with a column of zeros": fault(with_sform(2, 0), "span no volume"),
-    "affine out of all bounds": fault(with_sform(0, 1e30), "span no volume"),
+    "affine out of all bounds": fault(patched(IMAGE, 280, "f", 1e30), "span no volume"),
+    "affine with a column of zeros": fault(patched(IMAGE, 320, "f", 0), "span no volume"),
+    "affine with an origin of NaN": fault(patched(IMAGE, 292, "f", np.nan), "span no volume"),
+    "RGB": fault(array(IMAGE, SHAPE, [(colour, "u1") for colour in "RGB"]), "RGB values"),
     "origin beyond float32's places": fault(
         with_affine(np.array([[-2.0, 0, 0, 9], [0, 2, 0, 1e18], [0, 0, 2, 5], [0, 0, 0, 1]])),
         *("first voxel at 9, 1e+18, 5 mm", "correct its affine"),
@@ -278,11 +175,9 @@ IMAGE_FAULTS = {
         *(voxel(IMAGE, np.nan), "1 NaN or infinite voxels", "--replace_nonfinite VALUE"),
         row=NONFINITE,
     ),
-    "infinite voxel": fault(voxel(IMAGE, -np.inf), "1 NaN or infinite voxels", row=NONFINITE),
     "beyond float32": fault(
         changed(IMAGE, lambda values: np.full(SHAPE, 1e300)), "has 5760 NaN or infinite voxels"
     ),
-    "scaled beyond float32": fault(patched(IMAGE, 112, "ff", 3e38, 0), "NaN or infinite voxels"),
 }
 FAULTS = {
     **IMAGE_FAULTS,
@@ -291,12 +186,8 @@ FAULTS = {
             *(voxel(LABEL, value), IN_LABEL, f"holds the label {value} in 1 voxels", WRONG_LABEL),
             row=WRONG,
         )
-        for value in (7, -1, 256, np.nan, 1.4, 1.0000001)
+        for value in (7, -1, 256, np.nan, 1.4)
     },
-    "label NaN, voxels replaced": fault(
-        voxel(LABEL, np.nan), IN_LABEL, "label nan", replace_nonfinite=0.0
-    ),
-    "label: one flipped bit": fault(replaced(LABEL, flipped_bit), IN_LABEL, "CRC", row=DAMAGED),
     "label: 4D": fault(array(LABEL, (*SHAPE, 2)), IN_LABEL, "has 2 channels", row=CHANNELS),
     "label: other shape": fault(
         *(array(LABEL, (20, 18, 15)), IN_LABEL, "shape (20, 18, 15)", IN_IMAGE, "(20, 18, 16)"),
@@ -308,31 +199,20 @@ FAULTS = {
     "label: other origin": fault(
         moved(3, 0, 0.01), IN_LABEL, "lies elsewhere", "up to 0.01", IN_IMAGE, row=UNLIKE
     ),
-    "label: other spacing": fault(moved(0, 0, 0.5), "lies elsewhere", "up to 0.5", row=UNLIKE),
     "label that is its image": fault(
         lambda root: shutil.copy(root / IMAGE, root / LABEL), IN_LABEL, "looks like an image"
     ),
     "voxels of a metre": fault(
         with_affine(np.diag([1000.0, 1000, 1000, 1])), IN_IMAGE, "1000 x 1000 x 1000 mm"
     ),
-    "malformed JSON": fault(
-        replaced(DESCRIPTION, lambda raw: b'{"modality":\n {"0": "MRI",}}'),
-        *("{root}/dataset.json", "not valid JSON at line 2, column"),
-        row=MALFORMED,
-    ),
-    "no description": fault(removed(DESCRIPTION), "{root}/dataset.json does not exist"),
-    "no label": fault(listed(label=None), "entry 1 of 'training'", "'label'", row=MALFORMED),
-    "files missing": fault(removed(*PAIR), "2 of the 6 files", IN_IMAGE, row="missing files"),
-    "label twice": fault(listed(label="labelsTr/case_0.nii.gz"), "entry 0", "entry 1", "one file"),
-    "no NIfTI": fault(listed(image="imagesTr/case_1.mha"), "case_1.mha", "convert"),
 }
 
 
-def rows(table: dict[str, Fault]) -> list:
+def rows(table: dict[str, tuple]) -> list:
     """List the table's names for parametrize, those marked that provoke a fault of the list."""
     return [
-        pytest.param(name, marks=[pytest.mark.fault(case.row)] if case.row else [])
-        for name, case in table.items()
+        pytest.param(name, marks=[pytest.mark.fault(row)] if row else [])
+        for name, (_, _, row, _) in table.items()
     ]
 
 
@@ -359,33 +239,34 @@ def refusal(function: Callable, *args: object, **settings: object) -> str:
 
 @pytest.mark.parametrize("name", rows(FAULTS))
 def test_a_fault_is_named_before_a_training(name, dataset, tmp_path):
-    case = FAULTS[name]
-    root = spoilt(dataset, tmp_path, case.spoil)
-    message = refusal(held, root, **case.settings)
-    for part in case.says:
-        assert part.format(root=root) in message
+    spoil, says, _, settings = FAULTS[name]
+    root = spoilt(dataset, tmp_path, spoil)
+    message = refusal(held, root, **settings)
+    assert all(part.format(root=root) in message for part in says), message
     if name in IMAGE_FAULTS:
         assert message.startswith(f"{root}/imagesTr/case_1.nii")
 
 
-@pytest.mark.parametrize("mode", ["ram", "disk"])
-def test_a_damaged_file_is_named_whatever_the_cache(mode, dataset, tmp_path):
-    root = spoilt(dataset, tmp_path, FAULTS["one flipped bit"].spoil)
-    assert refusal(held, root, mode) == refusal(held, root)
+def test_a_damaged_file_is_named_whatever_the_cache(dataset, tmp_path):
+    root = spoilt(dataset, tmp_path, FAULTS["one flipped bit"][0])
+    expected = refusal(held, root)
+    assert all(refusal(held, root, mode) == expected for mode in ("ram", "disk"))
 
 
 def test_names_that_python_takes_for_ascii_are_named_with_the_remedy(
     dataset, tmp_path, monkeypatch
 ):
     """With LC_ALL=C and PYTHONUTF8=0 it finds no file whose name is not ASCII."""
-    root = spoilt(dataset, tmp_path, listed(image="imagesTr/f\u00e4ll.nii.gz"))
+    change = replaced(DESCRIPTION, lambda raw: raw.replace(b"Tr/case_1", "Tr/f\u00e4ll".encode()))
+    root = spoilt(dataset, tmp_path, change)
     monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
     assert "set PYTHONUTF8=1, since this Python takes all names for ascii" in refusal(held, root)
 
 
 def test_all_bad_cases_are_counted(dataset, tmp_path):
-    spoil = both(array(IMAGE, SHAPE[:2]), array(LABEL.replace("1", "2"), (5, 5, 5)))
-    message = refusal(held, spoilt(dataset, tmp_path, spoil))
+    root = spoilt(dataset, tmp_path, array(IMAGE, SHAPE[:2]))
+    array(LABEL.replace("1", "2"), (5, 5, 5))(root)
+    message = refusal(held, root)
     assert message.startswith("2 of 3 cases cannot be used (search_dints.py --check lists them), ")
     assert IMAGE in message
 
@@ -400,20 +281,10 @@ def scaled(root: Path) -> None:
 ACCEPTED = {
     "affine within 1e-3": fault(moved(3, 1, 9e-4)),
     "other affine, shapes trusted": fault(moved(3, 1, 50), trust_shapes=True),
-    "float label": fault(changed(LABEL, lambda values: values.astype(np.float64))),
     "label as 4D": fault(changed(LABEL, lambda values: values[..., None])),
     "NaN voxel, replaced": fault(voxel(IMAGE, np.nan), row=NONFINITE, replace_nonfinite=77.0),
-    "infinite voxel, replaced": fault(voxel(IMAGE, np.inf), row=NONFINITE, replace_nonfinite=77.0),
-    "float64 image": fault(changed(IMAGE, lambda values: values.astype(np.float64))),
     "scl_slope": fault(scaled),
-    "big-endian": fault(rewritten(nib.Nifti1Image, ">")),
-    "NIfTI-2": fault(rewritten(nib.Nifti2Image, "<")),
     "not compressed, whatever the name says": fault(replaced(IMAGE, gzip.decompress)),
-    "something after the voxels": fault(repacked(IMAGE, lambda raw: raw + bytes(9))),
-    "left-handed": fault(turned((0, -1), (1, 1), (2, 1))),
-    "permuted": fault(turned((2, 1), (0, -1), (1, 1))),
-    "oblique": fault(with_affine(OBLIQUE)),
-    **{f"outside, {how}": fault(outside(how)) for how in ("relative", "absolute", "link")},
 }
 
 
@@ -424,9 +295,9 @@ def sound(dataset) -> list[Prepared]:
 
 @pytest.mark.parametrize("name", rows(ACCEPTED))
 def test_an_oddity_is_accepted_and_changes_nothing(name, dataset, sound, tmp_path):
-    case = ACCEPTED[name]
-    root = spoilt(dataset, tmp_path, case.spoil)
-    for found, expected in zip(held(root, **case.settings), sound, strict=True):
+    spoil, _, _, settings = ACCEPTED[name]
+    root = spoilt(dataset, tmp_path, spoil)
+    for found, expected in zip(held(root, **settings), sound, strict=True):
         assert np.array_equal(found.label, expected.label)
         assert np.abs(found.image - expected.image).max() < 2e-3
 
@@ -437,7 +308,7 @@ def test_a_header_with_any_byte_changed_is_read_or_refused(dataset, tmp_path):
     path, raw = tmp_path / "image.nii", gzip.decompress((dataset / IMAGE).read_bytes())
     refused = 0
     for place in range(352):
-        for value in (0, 127, 255):
+        for value in (127, 255):
             path.write_bytes(raw[:place] + bytes([value]) + raw[place + 1 :])
             try:
                 header = read_header(str(path))
@@ -446,4 +317,4 @@ def test_a_header_with_any_byte_changed_is_read_or_refused(dataset, tmp_path):
             except UserError as error:
                 refused += 1
                 assert str(error).startswith(str(path)) and len(str(error)) < 500
-    assert 50 < refused < 400
+    assert 30 < refused < 300

@@ -46,13 +46,6 @@ def test_an_axis_with_a_class_always_on_one_side_of_another_is_left_out(caplog):
     assert all(reason in caplog.text for reason in found.reasons)
 
 
-def test_symmetric_labels_are_flipped_along_all_axes():
-    corners = [(2, 2, 2), (12, 12, 12)], [(12, 12, 2), (2, 2, 12)], [(2, 12, 12), (12, 2, 2)]
-    found = choose(["auto"], [case_of(*pair[::way]) for pair in corners for way in (1, -1)])
-    assert found.axes == (0, 1, 2)
-    assert all("in 3 of 6 cases" in reason for reason in found.reasons)
-
-
 def test_all_ranks_count():
     ranks = [sides_of(ONE_SIDED[rank::2], TASK, ALONE) for rank in range(2)]
     whole = sides_of(ONE_SIDED, TASK, ALONE)
@@ -70,9 +63,7 @@ def test_given_axes_are_not_measured(choice, axes):
     ("ways", "expected"),
     [
         ((0, 0), True),  # classes that never meet
-        ((1, 0), True),  # one case tells nothing
-        ((2, 0), True),
-        ((3, 0), False),
+        ((2, 0), True),  # few cases tell nothing
         ((0, 3), False),
         ((70, 30), True),
         ((80, 20), False),
@@ -91,11 +82,8 @@ def test_the_most_one_sided_pair_decides():
     found = flips.allowed(sides, task)
     assert found.axes == (1, 2)
     assert "left is nearer to the right than right in 1 of 100 cases" in found.reasons[0]
-
-
-def test_one_class_is_flipped_along_all_axes():
-    task = Task("Toy", "CT", 1, CLASSES[:2])
-    assert flips.allowed(np.zeros((0, 3, 2)), task).axes == (0, 1, 2)
+    one_class = Task("Toy", "CT", 1, CLASSES[:2])
+    assert flips.allowed(np.zeros((0, 3, 2)), one_class).axes == (0, 1, 2)
 
 
 def test_centres_are_the_mean_voxels_of_classes():
@@ -109,9 +97,9 @@ def test_centres_are_the_mean_voxels_of_classes():
 
 @pytest.mark.slow
 def test_real_hippocampi_are_flipped_along_no_axis_but_perhaps_the_first(task04):
-    fold = opened(task04, fold=0, num_folds=4)
-    held = cache_of("ram", Path(), fold.task).hold(fold.training, "test")
+    fold = opened(task04, fold=0, num_folds=2)
+    held = cache_of("ram", Path(), fold.task).hold(fold.training[:60], "test")
     found = choose(["auto"], held, fold.task)
     assert not {1, 2} & {*found.axes}
-    says = "Anterior is nearer to the front than Posterior in 156 of 156 cases"
+    says = "Anterior is nearer to the front than Posterior in 60 of 60 cases"
     assert says in found.reasons[1]

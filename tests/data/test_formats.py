@@ -7,9 +7,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from toys import CLASSES, make_case, opened, touch
+from toys import touch
 
 from dints.data import formats
 from dints.data.formats import Description, Form, read_dataset, read_json
@@ -86,13 +85,8 @@ READ_TASKS = [
         msd({"1": "CT", "0": "CT"}, {"0": "background", "1": "pancreas"}),
         replace(TASKS["Task07_Pancreas"], num_channels=2, class_names=("background", "pancreas")),
     ),
-    (msd({"0": "ct"}, {"1": "bone", "0": "background"}), unknown("Lowercase", "CT", 1, BONE)),
     (msd({"0": "CT", "1": "PET"}, B_X), unknown("PET-CT", "MRI", 2, ("b", "x"))),
     # nnU-Net v2: numbers of names, in any order; the one with 0 is the background.
-    (
-        nnunet({"0": "CT"}, {"spleen": 1, "air": 0}),
-        unknown("Dataset009_Spleen", "CT", 1, ("air", "spleen"), True),
-    ),
     (
         nnunet({"1": "ADC", "0": "T2"}, {"background": 0, "TZ": 2, "PZ": 1}),
         replace(PROSTATE, channel_files=True),
@@ -114,32 +108,37 @@ def test_the_task_of_a_dataset(tmp_path, content, task):
     assert read(root, content)[0] == task
 
 
-@pytest.mark.parametrize(
-    ("changes", "fault"),
-    [
-        ({"modality": None}, "'modality' must be an object .*, not None"),
-        ({"modality": {"1": "CT"}}, r"keys of 'modality' .* \"0\" to \"0\", not \['1'\]"),
-        ({"labels": ["background", "spleen"]}, r"'labels' must be an object .*, not \['background"),
-        ({"labels": {"0": "a", "2": "b"}}, r"keys of 'labels' .* \"0\" to \"1\", not \['0', '2'\]"),
-        ({"channel_names": "CT"}, "'channel_names' must be an object .*, not 'CT'"),
-        (
-            {"labels": {"background": "0", "spleen": "1"}},
-            r"keys of 'labels' .*: write .*\"tumour\"",
-        ),
-        ({"labels": {"b": 0, "c": 1, "d": 1}}, r"must be 0 to 2, each once, not \[0, 1, 1\]"),
-        ({"labels": {"b": 0, "c": 1.0}}, r"numbers of 'labels' .*, not \[0, 1.0\]"),
-        ({"labels": {"background": 0}}, "'labels' names only 'background'; .* at least one more"),
-        ({"labels": {"b": 0, "whole": [1, 2], "core": [2]}}, r"regions, .* \(whole, core\)"),
-        ({"labels": {"b": 0, "c": 1, "ignore": 2}}, "'ignore' label, which is not supported"),
-        ({"labels": {f"part {n}": n for n in range(256)}}, "256 values; .*: merge classes"),
-        ({"labels": {"0": "b", "1": "lung", "2": "lung"}}, "two classes one name .*lung, lung"),
-        ({"modality": ...}, "has no 'modality'"),
-        ({"labels": ...}, "has no 'labels'"),
-    ],
-)
+OBJECT = {"images": ["0.nii", "1.nii"], "label": "l.nii"}
+REFUSED = [
+    (CT_SPLEEN, {"modality": None}, "'modality' must be an object .*, not None"),
+    (CT_SPLEEN, {"labels": {"0": "a", "2": "b"}}, r"\"0\" to \"1\", not \['0', '2'\]"),
+    (CT_SPLEEN, {"labels": {"b": "0", "c": "1"}}, r"keys of 'labels' .*: write .*\"tumour\""),
+    (CT_SPLEEN, {"labels": {"b": 0, "c": 1, "d": 1}}, r"0 to 2, each once, not \[0, 1, 1\]"),
+    (CT_SPLEEN, {"labels": {"b": 0, "c": True}}, r"0 to 1, each once, not \[0, True\]"),
+    (CT_SPLEEN, {"labels": {"b": 0}}, "'labels' names only 'b'; .* at least one more"),
+    (CT_SPLEEN, {"labels": {"b": 0, "whole": [1, 2], "core": [2]}}, r"regions, .*whole, core"),
+    (CT_SPLEEN, {"labels": {"b": 0, "ignore": 1}}, "'ignore' label, which is not supported"),
+    (CT_SPLEEN, {"labels": {f"{n}": f"{n}" for n in range(256)}}, "256 values; .*: merge classes"),
+    (CT_SPLEEN, {"labels": {"0": "b", "1": "l", "2": "l"}}, "two classes one name .b, l, l"),
+    (CT_SPLEEN, {"labels": ...}, "has no 'labels'"),
+    (MSD, {"validation": [], "test": [1]}, "'training': give --json_key .*validation, test"),
+    (MSD, {"training": ["a.nii"]}, "entry 0 of 'training' .*'image' and 'label'.*'a.nii'"),
+    (MSD, {"training": [{"image": [], "label": "c"}]}, r"entry 0 of 'training' .*\[\]"),
+    (MSD, listing(("a", "b"), {"image": 3, "label": "c"}), "entry 1 of 'training' .*3"),
+    (MSD, listing((["a.nii"] * 3, "c")), r"entry 0 .* 3 image files for 2 channels \(T2, ADC\)"),
+    (NNUNET, {"dataset": {}}, "'dataset' must be an object such as"),
+    (NNUNET, {"dataset": {"a": None}}, "case 'a' of 'dataset' .* 'images' and .*, and is None"),
+    (NNUNET, {"dataset": {"": OBJECT}}, "no file can have: rename"),
+    (NNUNET, {"dataset": {"../a": OBJECT}}, "no file can have: rename"),
+    (NNUNET, {"file_ending": ".nrrd"}, "'file_ending' is '.nrrd': convert"),
+]
+
+
+@pytest.mark.parametrize(("content", "changes", "fault"), REFUSED)
 @MALFORMED
-def test_a_description_that_is_no_task_is_refused(root, changes, fault):
-    content = {key: value for key, value in {**CT_SPLEEN, **changes}.items() if value is not ...}
+def test_a_malformed_description_is_refused(root, content, changes, fault):
+    touch(root, "0.nii", "1.nii", "l.nii")
+    content = {key: value for key, value in {**content, **changes}.items() if value is not ...}
     assert re.search(rf"my\.json.* {fault}", refusal(root, content))
 
 
@@ -153,59 +152,46 @@ def test_a_datasets_origin_is_given_as_it_says_it(tmp_path):
 # JSON
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # the latter as Windows' editors do
-def test_json_is_read_as_utf_8(tmp_path, encoding):
-    (tmp_path / "dataset.json").write_text('{"name": "Überprüfung"}', encoding=encoding)
+def test_json_is_read_as_utf_8(tmp_path):
+    """Also with the mark that Windows' editors write."""
+    (tmp_path / "dataset.json").write_text('{"name": "Überprüfung"}', encoding="utf-8-sig")
     assert read_json(tmp_path / "dataset.json") == {"name": "Überprüfung"}
 
 
 @pytest.mark.parametrize(
     ("root", "description", "meant"),
     [
-        ("data/Task/dataset.json", None, "--root data/Task"),
-        ("data/task", None, "--root data/Task"),
-        ("data/Task/fold.json", None, "--root data/Task --json data/Task/fold.json"),
-        ("data/Task/imagesTr/a.nii.gz", None, "--root data/Task"),
-        ("data", None, "--root data/Task"),
-        ("data/Other", None, "--json data/Other/list.json"),
-        ("data/Task", "fold.json", "--json data/Task/fold.json"),
-        ("data/Empty", None, None),
-        ("data/Task", "none.json", None),
+        ("data/Task/dataset.json", None, "is a file: give the dataset's folder"),
+        ("data/None", None, "give the dataset's folder"),
+        ("data", None, "did you mean --root data/Task?"),
+        ("data/Plain", None, "labelsTr/<case>.nii.gz (docs/data.md)"),
+        ("data/Task", "none.json", "or another description with --json"),
     ],
 )
-def test_a_wrong_root_is_refused_with_the_one_that_is_probably_meant(
-    tmp_path, monkeypatch, root, description, meant
-):
+def test_a_wrong_root_is_refused_with_the_remedy(tmp_path, monkeypatch, root, description, meant):
     monkeypatch.chdir(tmp_path)
-    files = "dataset.json", "fold.json", "imagesTr/a.nii.gz", "labelsTr/a.nii.gz"
-    touch(Path("data/Task"), *files)
-    touch(Path("data"), "Other/list.json")
-    Path("data/Empty").mkdir()
+    touch(Path("data/Task"), "dataset.json")
+    touch(Path("data/Plain"), "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
     with pytest.raises(UserError) as refused:
         read_dataset(root, description)
-    says = str(refused.value)
-    given = (
-        f"--json {description} " if description else (f"--root {root} ", f"{root}/dataset.json ")
-    )
-    assert says.startswith(given)
-    if meant is None:
-        assert "does not exist" in says and "give" in says and "did you mean" not in says
-    else:
-        assert says.endswith((f": did you mean {meant}?", f": give the dataset's folder, {meant}"))
+    assert str(refused.value).endswith(meant)
+    assert str(refused.value).startswith((f"--root {root} ", f"{root}/dataset.json ", "none.json "))
+    example = re.search(r"such as (\{.*\}) for", str(refused.value))
+    if example:  # it works
+        Path(root, "dataset.json").write_text(example[1])
+        assert read_dataset(root)[0].class_names == ("background", "tumour")
 
 
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
         (b'{\n  "labels": {"0": "background",}\n}', "is not valid JSON at line 2, column 3[0-9]: "),
-        (b'{"name": "cut', "is not valid JSON at line 1, column 10: Unterminated string"),
         (b"[1, 2]", "holds a list where a dataset description"),
         (b'{"name": "\xff\xfe"}', "cannot be read as a dataset description: .*utf-8"),
         (b"[" * 100_000, "cannot be read as a dataset description: .*recursion"),
-        (b'{"n": ' + b"9" * 5000 + b"}", "cannot be read as a dataset description: .*digits"),
         ("a folder", "cannot be read as a dataset description"),
     ],
-    ids=["comma", "cut", "list", "not UTF-8", "nested", "endless number", "folder"],
+    ids=["comma", "list", "not UTF-8", "nested", "folder"],
 )
 @MALFORMED
 def test_json_that_cannot_be_read_is_refused(tmp_path, content, fault):
@@ -215,17 +201,6 @@ def test_json_that_cannot_be_read_is_refused(tmp_path, content, fault):
     file.mkdir() if content == "a folder" else file.write_bytes(content)
     with pytest.raises(UserError, match=f"{file} {fault}"):
         read_json(file)
-
-
-def test_images_and_labels_without_a_description_are_refused_with_one_to_write(tmp_path):
-    touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
-    says = r"dataset.json does not exist: write one, such as (\{.*\}) for"
-    with pytest.raises(UserError, match=says) as refused:
-        read_dataset(tmp_path)
-    (tmp_path / "dataset.json").write_text(re.search(says, str(refused.value))[1])
-    task, (case,) = read_dataset(tmp_path)
-    assert task.class_names == ("background", "tumour")
-    assert Path(case.images[0]).name == "a_0000.nii.gz"
 
 
 # Lists of cases (MSD)
@@ -242,47 +217,17 @@ def test_a_list_of_cases(root, monkeypatch):
             ("a", (f"{root}/imagesTr/a.nii.gz",), f"{root}/imagesTr/../labelsTr/a.nii.gz"),
             ("b_image", (f"{root}/b_image.nii",), f"{root}/b_label.nii"),
         ]
-    assert cases[0].files == (*cases[0].images, cases[0].label)
-    assert Case("a", ("a.nii", "b.nii")).files == ("a.nii", "b.nii")
-
-
-@pytest.mark.parametrize(
-    ("images", "name"),
-    [
-        (["a_0000.nii.gz", "a_0001.nii.gz"], "a"),
-        (["a_t2.nii.gz", "a_adc.nii.gz"], "a_t2"),
-        ("a_0000.nii.gz", "a_0000"),  # one file that holds both channels
-    ],
-)
-def test_an_entry_names_one_file_or_one_a_channel(root, images, name):
-    files = [images] if isinstance(images, str) else images
-    touch(root, "label.nii.gz", *files)
-    _, cases = read(root, {**MSD, **listing((images, "label.nii.gz"))})
-    paths = tuple(f"{root}/{file}" for file in files)
-    assert files_of(cases) == [(name, paths, f"{root}/label.nii.gz")]
-
-
-@pytest.mark.parametrize(
-    ("description", "expected"),
-    [
-        ({"validation": [], "test": [1]}, "'training': give --json_key .*validation, test"),
-        ({**NNUNET, "training": []}, "'training': give --json_key"),
-        ({"training": ["a.nii.gz"]}, "entry 0 of 'training' .*'image' and 'label'.*'a.nii.gz'"),
-        ({"training": [{"image": "a.nii", "label": ["c.nii"]}]}, r"entry 0 .*\['c.nii'\]"),
-        (listing(("a", "b"), {"image": 3, "label": "c"}), "entry 1 of 'training' .*3"),
-        ({"training": [{"image": [], "label": "c"}]}, r"entry 0 of 'training' .*\[\]"),
-        (listing((["a.nii"] * 3, "c")), r"entry 0 .* has 3 image files for 2 channels \(T2, ADC\)"),
-    ],
-)
-@MALFORMED
-def test_a_malformed_case_list_is_named(root, description, expected):
-    assert re.search(expected, refusal(root, {**MSD, **description}))
+    channels = ["x_0000.nii", "x_0001.nii"]
+    touch(root, *channels)
+    _, (case,) = read(root, {**MSD, **listing((channels, "b_label.nii"))})
+    paths = tuple(f"{root}/{file}" for file in channels)
+    assert files_of([case]) == [("x", paths, f"{root}/b_label.nii")]
 
 
 # nnU-Net v2
 
 
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz", None])
+@pytest.mark.parametrize("ending", [".nii", None])
 def test_nnunets_folders(root, ending):
     content = {**NNUNET, "file_ending": ending}
     if ending is None:
@@ -306,14 +251,6 @@ def test_nnunets_folders(root, ending):
         assert case.name == "b" and not task.channel_files
 
 
-def test_channels_from_the_tenth_on(root):
-    channels = {str(channel): f"c{channel}" for channel in range(12)}
-    images = [f"imagesTr/a_{channel:04d}.nii.gz" for channel in range(12)]
-    touch(root, "labelsTr/a.nii.gz", *images)
-    _, (case,) = read(root, {**NNUNET, "channel_names": channels})
-    assert case.images == tuple(f"{root}/{image}" for image in images)
-
-
 def test_nnunets_dataset_object(root):
     touch(root, "x/1.nii.gz", "x/2.nii.gz", "y.nii", "labelsTr/other.nii.gz")
     entry = {"images": ["x/1.nii.gz", "x/2.nii.gz"], "label": "y.nii"}
@@ -322,49 +259,22 @@ def test_nnunets_dataset_object(root):
     assert task.channel_files and files_of(cases) == [("case 7", images, f"{root}/y.nii")]
 
 
-@pytest.mark.parametrize("ending", [".nrrd", "nii.gz", None, [".nii"]])
-def test_nnunets_other_files_are_to_be_converted(root, ending):
-    content = {**NNUNET, "file_ending": ending}
-    assert f"'file_ending' is {ending!r}: convert" in refusal(root, content)
-
-
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
         ("", r"labelsTr cannot be read \(No such file or directory\).* --root"),
         ("labelsTr/a.nii imagesTr/a_0000.nii", "labelsTr has no .nii.gz file.* 'file_ending'"),
-        ("labelsTr/a.nii.gz", r"imagesTr cannot be read \(No such file or directory\)"),
         ("labelsTr/a.nii.gz imagesTr/a_0000.nii.gz", "1 of the 3 files .*imagesTr/a_0001.nii.gz"),
         (
             "labelsTr/a.nii.gz imagesTr/b_0000.nii.gz imagesTr/b_0001.nii.gz",
             "2 files in .*imagesTr are not <case>_0000 to <case>_0001.* b_0000.nii.gz: add its",
         ),
-        ("labelsTr/a.nii.gz imagesTr/a.nii.gz", "1 files in .*, for example a.nii.gz"),
     ],
 )
 @pytest.mark.fault("missing files")
 def test_incomplete_folders_of_nnunet_are_refused(root, files, expected):
     touch(root, *files.split())
     assert re.search(expected, refusal(root, NNUNET))
-
-
-@pytest.mark.parametrize(
-    ("dataset", "expected"),
-    [
-        ({}, "'dataset' must be an object such as"),
-        ({"a": None}, "case 'a' of 'dataset' needs the paths 'images' and 'label', and is None"),
-        ({"a": {"images": ["0.nii", "1.nii"]}}, "case 'a' .* needs the paths 'images' and 'label'"),
-        ({"a": {"images": ["0.nii"], "label": "l.nii"}}, "'a' .* has 1 image files for 2 channels"),
-        *(
-            ({name: {"images": ["0.nii", "1.nii"], "label": "l.nii"}}, "no file can have: rename")
-            for name in ("", "../a", "a/b", "..", ".a")
-        ),
-    ],
-)
-@MALFORMED
-def test_a_dataset_object_that_is_refused(root, dataset, expected):
-    touch(root, "0.nii", "1.nii", "l.nii")
-    assert re.search(expected, refusal(root, {**NNUNET, "dataset": dataset}))
 
 
 # A third form
@@ -375,22 +285,14 @@ def test_another_form_is_one_more_entry_of_the_table(root, monkeypatch):
 
     def cases_of_pairs(description: Description) -> list[Case]:
         root, pairs = description.root, description.content["volumes"].items()
-        return [
-            Case(Path(image).stem, (f"{root}/{image}",), f"{root}/{label}")
-            for image, label in pairs
-        ]
+        return [Case(image, (f"{root}/{image}",), f"{root}/{label}") for image, label in pairs]
 
-    make_case(root / "case")
-    labels = {str(number): name for number, name in enumerate(CLASSES)}
-    description = {"modality": {"0": "CT"}, "labels": labels}
-    content = {**description, "volumes": {"case/image.nii.gz": "case/label.nii.gz"}}
+    touch(root, "a.nii", "b.nii")
+    content = {**CT_SPLEEN, "volumes": {"a.nii": "b.nii"}}
     assert "no cases under 'training'" in refusal(root, content)
     form = Form(lambda described: "volumes" in described.content, cases_of_pairs)
     monkeypatch.setattr(formats, "FORMS", (form, *formats.FORMS))
-    fold = opened(root, json=root.parent / "my.json")
-    assert fold.task.class_names == CLASSES and fold.measured.num_cases == 1
-    assert [np.prod(case.shape) for case in fold.cases] == [8000]
-    touch(root, "a.nii", "b.nii")
-    assert len(read(root, {**description, **listing(("a.nii", "b.nii"))})[1]) == 1
-    content["volumes"] = {"none.nii": "case/label.nii.gz"}
+    assert files_of(read(root, content)[1]) == [("a.nii", (f"{root}/a.nii",), f"{root}/b.nii")]
+    assert len(read(root, {**CT_SPLEEN, **listing(("a.nii", "b.nii"))})[1]) == 1
+    content["volumes"] = {"none.nii": "b.nii"}
     assert "1 of the 2 files" in refusal(root, content)  # files of any form are checked

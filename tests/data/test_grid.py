@@ -89,24 +89,17 @@ def check_against_monai(
 GRIDS = {
     # file axes, degrees, the file's spacing, the grid's (RAS), voxels
     "finer": ("RAS", 0, (1.5, 2.0, 4.0), (1.0, 1.0, 1.0), (21, 16, 9)),
-    "coarser": ("RAS", 0, (0.7, 0.8, 1.0), (1.0, 1.3, 1.9), (40, 33, 30)),
     "half, not round": ("RAS", 0, (0.703125, 0.7, 1.4), (0.3515625, 0.35, 0.7), (21, 16, 9)),
     "double, odd and even": ("RAS", 0, (1.0, 1.0, 1.0), (2.0, 2.0, 2.0), (21, 16, 9)),
-    "a quarter and three quarters": ("RAS", 0, (2.0, 2.0, 1.0), (0.5, 1.5, 0.75), (9, 21, 16)),
-    "LPS, half": ("LPS", 0, (1.0, 2.0, 4.0), (0.5, 1.0, 2.0), (20, 24, 7)),
     "LAS, left-handed": ("LAS", 0, (0.9, 1.1, 3.0), (1.0, 1.0, 2.0), (20, 17, 8)),
     "SAL": ("SAL", 0, (3.0, 1.0, 2.0), (2.0, 1.5, 1.5), (12, 13, 14)),
     "oblique": ("LPS", 12, (0.8, 0.9, 3.0), (1.0, 1.0, 1.0), (20, 21, 9)),
-    "oblique PIR": ("PIR", 8, (0.8, 0.9, 3.0), (1.0, 1.0, 1.0), (20, 21, 9)),
     "oblique, half": ("LAS", 15, (2.0, 2.0, 2.0), (1.0, 1.0, 1.0), (15, 16, 9)),
     "nothing changes": ("RAS", 0, (1.0, 2.0, 3.0), (1.0, 2.0, 3.0), (9, 10, 11)),
     "only turned": ("PIR", 0, (1.0, 2.0, 3.0), (3.0, 1.0, 2.0), (9, 10, 11)),
     "within MONAI's tolerance": ("LPS", 0, (0.9995, 1.0, 1.0008), (1.0, 1.0, 1.0), (9, 10, 400)),
-    "within it along one axis": ("RAS", 0, (0.9994, 1.0, 2.0), (1.0, 1.0, 1.0), (400, 9, 10)),
     "just beyond it": ("RAS", 0, (1.002, 1.0, 1.0), (1.0, 1.0, 1.0), (400, 9, 10)),
     "no spacing, turned": ("SAL", 10, (1.0, 2.0, 3.0), None, (9, 10, 11)),
-    "one slice, flipped": ("LPI", 0, (1.0, 1.0, 5.0), (0.7, 1.5, 1.0), (12, 13, 1)),
-    "a needle": ("LPI", 0, (1.0, 2.0, 5.0), (1.5, 1.0, 2.0), (1, 13, 1)),
     "one voxel": ("PIR", 0, (1.0, 2.0, 5.0), (1.5, 1.0, 2.0), (1, 1, 1)),
     "becomes one slice": ("LAS", 0, (1.0, 1.0, 1.0), (1.0, 1.5, 9.0), (12, 13, 3)),
     "longer than a block": ("RAS", 0, (1.0, 3.0, 1.0), (0.7, 1.0, 1.7), (150, 9, 140)),
@@ -125,7 +118,7 @@ OWN = [0.3, 0.5, 0.6, 0.703125, 0.7871, 0.79296875, 0.9997, 1.0, 1.0005, 1.25, 1
 
 
 def test_random_grids_are_monais():
-    for number in range(60):
+    for number in range(12):
         rng = np.random.default_rng([7, number])
         shape, own = rng.choice([1, 2, 3, 5, 8, 13, 20, 21, 32, 33], 3), rng.choice(OWN, 3)
         axes = "".join(rng.choice(list(pair)) for pair in rng.permutation(["RL", "AP", "SI"]))
@@ -143,8 +136,8 @@ def test_random_grids_are_monais():
             raise AssertionError(f"{number}: {shape} {axes} {own} to {spacing}") from error
 
 
-@pytest.mark.parametrize("grid", ["coarser", "SAL", "oblique PIR", "only turned"])
-@pytest.mark.parametrize("dtype", ["float64", "float16", "int16", "uint16"])
+@pytest.mark.parametrize("grid", ["SAL", "oblique", "only turned"])
+@pytest.mark.parametrize("dtype", ["float64", "int16", "uint16"])
 def test_the_grid_is_monais_for_every_type_memory_order_and_several_channels(grid, dtype):
     axes, degrees, own, spacing, shape = GRIDS[grid]
     image, label = draw_voxels(shape, 3)
@@ -154,7 +147,7 @@ def test_the_grid_is_monais_for_every_type_memory_order_and_several_channels(gri
     for voxels in ([image, label], as_read):
         for array in voxels:
             array.flags.writeable = False
-        if dtype in ("float16", "uint16"):  # torch and MONAI have little use for these
+        if dtype == "uint16":  # torch and MONAI have little use for it
             resampling = Resampling(shape, affine_of(axes, own, degrees), spacing)
             expected = resampling.apply(image.astype(np.float32))
             assert np.allclose(resampling.apply(voxels[0]), expected, rtol=0, atol=1e-3)
@@ -162,10 +155,9 @@ def test_the_grid_is_monais_for_every_type_memory_order_and_several_channels(gri
             check_against_monai(*voxels, affine_of(axes, own, degrees), spacing)
 
 
-@pytest.mark.parametrize("spacing", [None, (0.75, 1.25, 2.5)])
-def test_the_grid_is_monais_for_an_affine_of_a_quaternion(spacing):
+def test_the_grid_is_monais_for_an_affine_of_a_quaternion():
     """A header without sform has an affine that is orthogonal but for its own rounding."""
-    for axes in ("RAS", "LPS", "LAS"):
+    for axes, spacing in (("LPS", None), ("LAS", (0.75, 1.25, 2.5))):
         header = nib.Nifti1Header()
         header.set_data_shape((17, 20, 9))
         header.set_zooms((1.5, 1.25, 5.0))
@@ -174,10 +166,9 @@ def test_the_grid_is_monais_for_an_affine_of_a_quaternion(spacing):
         check_against_monai(*draw_voxels((17, 20, 9)), header.get_best_affine(), spacing)
 
 
-@pytest.mark.parametrize("axes", ["RAS", "LPS", "SAL"])
-def test_the_grid_is_monais_where_the_axes_are_askew(axes):
+def test_the_grid_is_monais_where_the_axes_are_askew():
     """The new axes are orthogonal, so that those of the old volume are not parallel to them."""
-    affine = affine_of(axes, (1.0, 1.5, 2.0), 10)
+    affine = affine_of("SAL", (1.0, 1.5, 2.0), 10)
     affine[:3, :3] = affine[:3, :3] @ np.array([[1, 0.2, 0.05], [0, 1, -0.1], [0, 0, 1]])
     voxels = draw_voxels((12, 13, 14), 2)
     resampling = check_against_monai(*voxels, affine, (0.5, 0.75, 1.0), tolerance=1e-6)
@@ -192,7 +183,9 @@ def test_labels_are_monais_where_the_axes_are_hardly_askew(spacing):
     check_against_monai(*draw_voxels((21, 16, 13)), affine, spacing, tolerance=5e-4)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "grid", ["finer", "SAL", "oblique", "one voxel", "only turned", "no spacing, turned"]
+)
 def test_undoing_is_monais_inversion(grid):
     axes, degrees, own, spacing, shape = GRIDS[grid]
     image, affine = draw_voxels(shape)[0], affine_of(axes, own, degrees)

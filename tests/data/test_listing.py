@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -43,33 +42,27 @@ def root(tmp_path) -> Path:
 @pytest.mark.fault("missing files")
 def test_missing_files_are_counted_and_the_first_named(root):
     touch(root, "a/image.nii.gz", "a/label.nii.gz")
-    folders = [(f"{folder}/image.nii.gz", f"{folder}/label.nii.gz") for folder in "abcd"]
-    message = refusal(root, *folders)
-    assert "6 of the 8 files" in message and f"--root {root}" in message
-    assert f"{root}/b/image.nii.gz" in message and "d/" not in message
-
-
-@pytest.mark.parametrize("path", ["folder.nii.gz", "nul\0.nii.gz", "half\ud800.nii.gz", "\0/a.nii"])
-def test_no_file_is_missing(root, path):
-    touch(root, "a.nii.gz")
     (root / "folder.nii.gz").mkdir()
-    with pytest.raises(UserError, match="1 of the 2 files"):
-        check(root, (path, "a.nii.gz"))
+    folders = [(f"{folder}/image.nii.gz", f"{folder}/label.nii.gz") for folder in "abc"]
+    # Neither a folder is a file nor a name that no file can have.
+    message = refusal(
+        root, *folders, ("folder.nii.gz", "nul\0.nii.gz"), ("half\ud800.nii", "d.nii")
+    )
+    assert "8 of the 10 files" in message and f"--root {root}" in message
+    assert f"{root}/b/image.nii.gz" in message and "d.nii" not in message
 
 
-@pytest.mark.parametrize("path", ["a.nrrd", "a.nii.gz.txt", "a.gz", "", ".", "a.nii.gz\n", ".nii/"])
-@pytest.mark.parametrize("is_label", [False, True])
-def test_files_that_are_not_nifti_are_refused(root, path, is_label):
-    touch(root, "b.nii.gz", "c.nii.gz", "d.nii", *([path] if path.startswith("a") else []))
-    entry = ("b.nii.gz", path) if is_label else (path, "b.nii.gz")
-    with pytest.raises(
-        UserError, match="1 of the 4 files .* do not end in .nii or .nii.gz"
-    ) as error:
-        check(root, ("c.nii.gz", "d.nii"), entry)
-    assert str(root / path) in str(error.value) and "convert" in str(error.value)
+@pytest.mark.parametrize("path", ["a.nii.gz.txt", "", "a.nii.gz\n"])
+def test_files_that_are_not_nifti_are_refused(root, path):
+    touch(root, "b.nii.gz", "c.nii.gz", "d.nii", *([path] if path else []))
+    says = "1 of the 4 files .* do not end in .nii or .nii.gz, for example (?s:.*): convert"
+    for entry in (("b.nii.gz", path), (path, "b.nii.gz")):
+        with pytest.raises(UserError, match=says) as error:
+            check(root, ("c.nii.gz", "d.nii"), entry)
+        assert str(root / path) in str(error.value)
 
 
-@pytest.mark.parametrize("path", ["../outside.nii.gz", "{root}/../outside.nii.gz", "link.nii.gz"])
+@pytest.mark.parametrize("path", ["{root}/../outside.nii.gz", "link.nii.gz"])
 def test_files_outside_of_the_folder_and_links_are_taken_once(root, path):
     """Links are how people keep data; a file behind two names is still one file."""
     touch(root, "a.nii.gz", "b.nii.gz")
@@ -88,11 +81,8 @@ def test_files_outside_of_the_folder_and_links_are_taken_once(root, path):
 @pytest.mark.parametrize(
     ("second", "uses", "file"),
     [
-        (("a.nii", "b_label.nii"), "an image of entry 0 and an image of entry 1", "a.nii"),
         (("./sub/../a.nii", "b_label.nii"), "an image of entry 0 and an image of entry 1", "a.nii"),
-        (("b.nii", "a_label.nii"), "the label of entry 0 and the label of entry 1", "a_label.nii"),
         (("b.nii", "a.nii"), "an image of entry 0 and the label of entry 1", "a.nii"),
-        (("b.nii", "b.nii"), "an image of entry 1 and the label of entry 1", "b.nii"),
         ((["b.nii"] * 2, "b_label.nii"), "an image of entry 1 and an image of entry 1", "b.nii"),
     ],
 )
@@ -105,8 +95,7 @@ def test_a_file_that_is_listed_twice_is_refused(root, second, uses, file):
 # Folds
 
 
-@pytest.mark.parametrize("num_cases", [2, 3, 8, 17, 208])
-@pytest.mark.parametrize("num_folds", [2, 3, 5, 8])
+@pytest.mark.parametrize(("num_cases", "num_folds"), [(3, 5), (17, 5), (16, 8)])
 def test_folds_validate_every_case_once(num_cases, num_folds):
     cases = list(range(num_cases))
     if num_folds > num_cases:
@@ -127,25 +116,9 @@ def test_folds_validate_every_case_once(num_cases, num_folds):
 
 
 @pytest.mark.fault("fold out of range, -1, more folds than cases")
-@pytest.mark.parametrize("least_training", [0, 2])  # of a retraining, and of a search
-@pytest.mark.parametrize("num_cases", [1, 2, 3, 7])
-def test_too_few_cases_are_refused_with_options_that_work(num_cases, least_training):
-    """The message's options are accepted; it has none only where there are too few cases."""
-    cases, refusals = list(range(num_cases)), 0
-    for num_folds, fold in [(n, fold) for n in (2, 3, 5) for fold in (*range(n), "all")]:
-        try:
-            assert len(split_fold(cases, num_folds, fold, least_training)[0]) >= least_training
-        except UserError as error:
-            refusals += 1
-            remedy = str(error).partition(": ")[2]
-            pattern = r"give (?:--num_folds (\d+)( --fold 0)?, or )?--fold all, .*"
-            found = re.fullmatch(pattern, remedy)
-            assert (found is None) == (num_cases < least_training), error
-            if found is None:
-                assert remedy == f"add labelled cases, {least_training} at least"
-                continue
-            split_fold(cases, num_folds, "all", least_training)
-            if found[1]:
-                split_fold(cases, int(found[1]), 0 if found[2] else fold, least_training)
-                assert found[2] or fold < int(found[1])
-    assert refusals or num_cases > 4
+def test_too_few_cases_to_train_on_are_refused():
+    for fold, given, left in ((0, "--fold 0 of --num_folds 2", 1), ("all", "--fold all", 2)):
+        says = f"{given} leaves {left} of 2 cases to train on, and 3 are needed: give --fold all, "
+        with pytest.raises(UserError, match=says):
+            split_fold([1, 2], 2, fold, 3)
+    assert split_fold([1, 2], 2, 0, 1) == ([2], [1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -33,18 +34,11 @@ def image_of(case: Case, task: Task, change: Callable = lambda voxels: voxels) -
     return preprocess_image(changed, resampling_of(case, task), task)
 
 
-@pytest.mark.parametrize(
-    ("axes", "expected"),
-    [
-        (np.diag([-1.0, -2, 3]), (1, 2, 3)),
-        (np.array([[0, 0, 2.5], [-1.5, 0, 0], [0, 1, 0]]), (2.5, 1.5, 1)),
-    ],
-)
-def test_sizes_are_those_along_the_axes_of_the_body(tmp_path, axes, expected):
+def test_sizes_are_those_along_the_axes_of_the_body(tmp_path):
     affine = np.eye(4)
-    affine[:3, :3] = axes
-    spacing, extent = sizes(read_header(written(tmp_path / "a.nii", (10, 10, 10), affine)))
-    assert spacing == pytest.approx(expected) and extent == pytest.approx(10 * np.array(expected))
+    affine[:3, :3] = [[0, 0, 2.5], [-1.5, 0, 0], [0, 1, 0]]
+    spacing, extent = sizes(read_header(written(tmp_path / "a.nii", (10, 10, 20), affine)))
+    assert spacing == pytest.approx((2.5, 1.5, 1)) and extent == pytest.approx((50, 15, 10))
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +55,11 @@ def ranges(fold) -> dict:
 
 
 def test_other_cases_of_the_phantom_are_like_these(fold, ranges, tmp_path):
-    for case in opened(write_phantom(tmp_path / "Task00_Phantom", 6, 1, seed=7)).cases:
+    for case in opened(write_phantom(tmp_path / "Task00_Phantom", 2, 0, seed=7)).cases:
         assert unusual(case, ranges) == []
         assert unusual_intensities(image_of(case, fold.task), ranges) == []
-
-
-def test_real_cases_of_another_fold_are_like_these(task04):
-    fold = opened(task04, fold=0, num_folds=4)
-    ranges = ranges_of(fold.training, [], fold.task)
-    assert [remark for case in fold.validation for remark in unusual(case, ranges)] == []
-    assert "intensity" not in ranges  # no Hounsfield units
+    mri = replace(fold.task, intensity=None)
+    assert "intensity" not in ranges_of(fold.cases, [], mri)  # no Hounsfield units
 
 
 @pytest.mark.parametrize(
@@ -86,7 +75,7 @@ def test_other_units_of_intensity_are_reported(fold, ranges, change, expected):
 @pytest.mark.parametrize(
     ("affine", "code", "expected"),
     [
-        (np.diag([0.002, 0.002, 0.002, 1]), 1, "0.002 mm between voxels right-left, where"),
+        (np.diag([0.002, 2, 2, 1]), 1, "0.002 mm between voxels right-left, where"),
         (np.diag([2.0, 2, 1100, 1]), 1, "1100 mm between voxels bottom-top"),
         (np.diag([2.0, 2, 2, 1]), 0, "does not say where it lies"),
     ],
