@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from dints.data.phantom import write_phantom
 TASK04 = Path(__file__).resolve().parents[2] / "shared" / "data" / "Task04_Hippocampus"
 MARKERS = (
     "fault(name): provokes this fault of those that the scripts survive; -m fault runs all of them",
-    "pictures: runs draw their curves, as users' do",
+    "pictures: runs draw what users' runs draw",
     "slow: takes more than two seconds; tests/run.sh --quick leaves it out",
 )
 
@@ -39,9 +40,11 @@ def task04() -> Path:
 
 @pytest.fixture(autouse=True)
 def without_pictures(request, monkeypatch) -> None:
-    """Leave out a run's curves, which take longer than its steps, but in tests of pictures."""
+    """Leave out a run's pictures, which take longer than its steps, but in tests of them."""
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr("dints.running.curves.draw_all", lambda _: None)
+        if "dints.network.arch_file" in sys.modules:
+            monkeypatch.setattr("dints.network.arch_file.draw_architecture", lambda *_, **__: None)
 
 
 @pytest.fixture

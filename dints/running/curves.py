@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from itertools import accumulate
@@ -98,16 +99,11 @@ def draw_candidates(folder: Path) -> None:
                 alpha=0.75,
             )
     axes.set_ylim(lowest - margin, max(dices) + margin)
-    for number, iterations in enumerate(rungs):
-        for kind in KINDS:
-            of_kind = (
-                row for row in rows if row["kind"] == kind and int(row["iterations"]) == iterations
-            )
-            below = sorted(
-                dice for dice in (float(row["dice"]) for row in of_kind) if dice < lowest
-            )
-            if below:
-                _mark_below(axes, _beside(number, kind), below, KINDS[kind])
+    for place, kind in itertools.product(rungs, KINDS):
+        of_kind = (row for row in rows if (int(row["iterations"]), row["kind"]) == (place, kind))
+        below = sorted(dice for row in of_kind if (dice := float(row["dice"])) < lowest)
+        if below:
+            _mark_below(axes, _beside(rungs.index(place), kind), below, KINDS[kind])
     winner = max(
         (row for row in rows if int(row["iterations"]) == rungs[-1]),
         key=lambda row: float(row["dice"]),
