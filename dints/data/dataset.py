@@ -85,7 +85,7 @@ def open_fold(
     if task.name not in TASKS:
         check_cases(cases, task)
         measured = fingerprint(cases, task, measured_in, cores_per_process())
-        task = measured.applied_to(task, strides, num_depths)
+        task = measured.at(settings.spacing).applied_to(task, strides, num_depths)
     task = overridden(task, settings)
     check_cases(cases, task)
     log.info("%s: %s", task.name, describe(task))

@@ -71,6 +71,13 @@ class Fingerprint:
                 return tuple(size.tolist())
             size = larger[np.where(fits, size / shape, np.inf).argmin()]
 
+    def at(self, spacing: tuple[float, float, float] | None) -> Fingerprint:
+        """Return it for cases that are resampled to another spacing, if one is given."""
+        if spacing is None:
+            return self
+        shape = np.round(np.array(self.shape) * self.spacing / np.array(spacing)).astype(int)
+        return replace(self, spacing=tuple(spacing), shape=tuple(shape.clip(1).tolist()))
+
     def applied_to(self, task: Task, strides: str, num_depths: int) -> Task:
         patch_size = self.patch_size(strides, num_depths)
         return replace(task, spacing=self.spacing, intensity=self.intensity, patch_size=patch_size)

@@ -213,7 +213,7 @@ def architecture_from_dict(content: object, source: str) -> Architecture:
             is_other = kind not in (None, "an architecture")
             fault = f"it is {kind}, not an architecture" if is_other else f"has no '{key}'"
             raise _unusable(source, fault)
-    # files without are published, or of before there were others
+    # published files have none
     operations = content.get("operations", PUBLISHED)
     if not isinstance(operations, (list, tuple)) or not all(
         isinstance(name, str) for name in operations

@@ -125,8 +125,8 @@ def validation_of(path: Path, run: str) -> dict[str, float | int | None] | None:
     where there is no file.
 
     Args:
-        run: identity of the run whose file it has to be; empty for a run, and a file, of before
-            there was one.
+        run: identity of the run whose file it has to be; empty for one that has
+            none.
 
     Raises:
         UserError: it is damaged, of another run, or does not say so.

@@ -34,6 +34,11 @@ def test_an_unknown_dataset_is_measured(tmp_path):
     assert task.patch_size == (32, 64, 48)
 
 
+def test_patches_are_planned_at_a_spacing_that_is_given(tmp_path):
+    task = opened(write(tmp_path / "Mine"), spacing=(2, 2, 2)).task
+    assert task.spacing == (2, 2, 2) and task.patch_size == (16, 32, 96)  # of 20 35 100 voxels
+
+
 def test_mri_of_an_unknown_dataset_is_z_scored(tmp_path):
     task = opened(write(tmp_path / "Mine", channel="T1")).task
     assert (task.modality, task.intensity, task.spacing) == ("MRI", None, (1, 1, 4))
